@@ -1,0 +1,26 @@
+"""regsurgery: rewrite Vision Transformer checkpoints so that outlier tokens are gone.
+
+Public API: `patch`, `verify`, `load`, `find_recipe`, `Recipe`. Importing the package is cheap; torch and the model
+libraries are imported on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Recipe", "__version__", "find_recipe", "load", "patch", "verify"]
+
+if TYPE_CHECKING:
+    from regsurgery.pipeline import load, patch, verify
+    from regsurgery.recipe import Recipe, find_recipe
+
+_WHERE = {"patch": "pipeline", "verify": "pipeline", "load": "pipeline", "Recipe": "recipe", "find_recipe": "recipe"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'regsurgery' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(f"regsurgery.{_WHERE[name]}"), name)

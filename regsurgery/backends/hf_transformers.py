@@ -1,0 +1,210 @@
+"""transformers: `config.json` + `model.safetensors`; a patched folder carries its own classes as remote code."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from regsurgery.backends import host_transformers
+from regsurgery.backends.modeling import FILE_NAME, import_modeling, modeling_source
+from regsurgery.checkpoint_io import write_json, write_weights
+from regsurgery.errors import CheckpointError, UnsupportedModelError
+from regsurgery.families import TEXT_CONFIG_KEY
+from regsurgery.loading import Loaded, LoadOptions, Source
+
+if TYPE_CHECKING:
+    from regsurgery.surgery import Surgery
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+SNIPPET = """\
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("{folder}", trust_remote_code=True)
+"""
+
+
+def load(
+    *, source: Source, folder: Path, weights: tuple[Path, ...], config: dict[str, Any], config_name: str,
+    options: LoadOptions, scratch: Any,
+) -> Loaded:  # fmt: skip
+    """Load a transformers folder with the class that its config names."""
+    import transformers
+    from transformers.utils import logging
+
+    architecture = (config.get("architectures") or ["AutoModel"])[0]
+    cls = getattr(transformers, architecture, None)
+    if cls is None and "auto_map" in config and not options.trust_remote_code:
+        raise CheckpointError(f"{folder}: {architecture} is code that the checkpoint brings along; pass "
+                              "--trust-remote-code if you trust its author")  # fmt: skip
+    if cls is None and "auto_map" in config:
+        cls = transformers.AutoModel
+    if cls is None:
+        raise UnsupportedModelError(f"{folder / config_name}: this version of transformers has no {architecture}")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        model, info = cls.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, trust_remote_code=options.trust_remote_code
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
+    for kind, problem in (("missing_keys", "is missing"), ("mismatched_keys", "has another shape than the config says")):
+        if info.get(kind):
+            name = sorted(map(str, info[kind]))[0]
+            raise CheckpointError(f"{weights[0]}: tensor '{name}' {problem} ({len(info[kind])} in all); "
+                                  "config and weights do not belong together")  # fmt: skip
+    parameters = inspect.signature(model.forward).parameters
+    if "pixel_values" not in parameters:
+        raise UnsupportedModelError(f"{folder}: {architecture} takes no pixel_values; it is no vision model")
+    own_size = _own_size(config, model)
+    preprocess, note, image_size = _preprocessing(folder, own_size, model.dtype)
+    return Loaded(
+        source=source, library="transformers", architecture=architecture, folder=folder, weights=weights, config=config,
+        config_name=config_name, model=model.eval(), image_size=image_size, preprocess=preprocess,
+        preprocess_note=note, inputs=_inputs(model, own_size, "interpolate_pos_encoding" in parameters),
+        name_outputs=name_outputs, disk_name=_disk_names(model), scratch=scratch,
+    )  # fmt: skip
+
+
+def _own_size(config: dict[str, Any], model: nn.Module) -> tuple[int, int]:
+    """(height, width) of the position embedding."""
+    vision = getattr(model.config, "vision_config", model.config)
+    size = getattr(vision, "image_size", None)
+    if isinstance(size, (list, tuple)) and len(size) == 2:
+        return int(size[0]), int(size[1])
+    if isinstance(size, int):
+        return size, size
+    raise UnsupportedModelError(f"{config.get('model_type')}: its config has no image_size")
+
+
+def _preprocessing(
+    folder: Path, own_size: tuple[int, int], dtype: torch.dtype
+) -> tuple[Callable[[list[Any]], Tensor], str, tuple[int, int]]:
+    """The model's own preprocessing, a line that names it, and the size (height, width) that it makes."""
+    if (folder / "preprocessor_config.json").is_file():
+        from transformers import AutoImageProcessor
+
+        processor = AutoImageProcessor.from_pretrained(folder)
+
+        def processed(images: list[Any]) -> Tensor:
+            return processor(images=images, return_tensors="pt")["pixel_values"].to(dtype)
+
+        return processed, f"the model's own {type(processor).__name__}", _processor_size(processor) or own_size
+    from torchvision.transforms import v2
+
+    plain = v2.Compose([v2.PILToTensor(), v2.Resize(own_size, antialias=True), v2.ToDtype(torch.float32, scale=True),
+                        v2.Normalize([0.5] * 3, [0.5] * 3)])  # fmt: skip
+
+    def resized(images: list[Any]) -> Tensor:
+        return torch.stack([plain(image) for image in images]).to(dtype)
+
+    return resized, "no preprocessor_config.json in the folder: resized, mean and std 0.5", own_size
+
+
+def _processor_size(processor: Any) -> tuple[int, int] | None:
+    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+    height, width = (size.get(key) if isinstance(size, dict) else getattr(size, key, None) for key in ("height", "width"))
+    return (height, width) if height and width else None
+
+
+def _inputs(model: nn.Module, own_size: tuple[int, int], interpolates: bool) -> Any:
+    text = getattr(model.config, TEXT_CONFIG_KEY, None)
+
+    def inputs(images: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kwargs: dict[str, Any] = {"pixel_values": images}
+        if interpolates and tuple(images.shape[-2:]) != own_size:
+            kwargs["interpolate_pos_encoding"] = True
+        if text is not None:
+            ids = torch.arange(1, 9, device=images.device).clamp(max=text.vocab_size - 1)
+            kwargs["input_ids"] = ids.expand(images.shape[0], -1)
+        return (), kwargs
+
+    return inputs
+
+
+def name_outputs(output: Any) -> dict[str, Tensor]:
+    """The tensors of a transformers ModelOutput by field name; nested ones are joined with a dot."""
+    leaves, _ = pytree.tree_flatten_with_path(output)
+    return {
+        ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path): leaf
+        for path, leaf in leaves if isinstance(leaf, Tensor)
+    }  # fmt: skip
+
+
+def _disk_names(model: nn.Module) -> Callable[[str], str]:
+    """transformers 5 renames keys on load; names on disk are those that its own saving would give."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state = model.state_dict()
+    on_disk = {tensor.data_ptr(): name for name, tensor in revert_weight_conversion(model, dict(state)).items()}
+    names = {name: on_disk.get(tensor.data_ptr(), name) for name, tensor in state.items()}
+    return lambda name: names.get(name, name)
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+CLASS = '''
+
+class {name}(PatchedModel, transformers.{name}):
+    """{name} with test-time registers; see the folder's README.md."""
+'''
+
+
+def emit(surgery: Surgery, folder: Path) -> None:
+    """Write config, weights and `modeling_regsurgery.py`."""
+    loaded = surgery.loaded
+    classes = _auto_classes(loaded)
+    tail = "".join(CLASS.format(name=name) for name in dict.fromkeys(classes.values()))
+    (folder / FILE_NAME).write_text(modeling_source(host_transformers, tail), "utf-8")
+    auto_map = {auto: f"{Path(FILE_NAME).stem}.{name}" for auto, name in classes.items()}
+    write_json(folder / CONFIG_NAME, {**loaded.config, "auto_map": auto_map, "regsurgery": surgery.config_block})
+    write_weights(loaded.weights, folder, surgery.new_tensors())
+
+
+def _auto_classes(loaded: Loaded) -> dict[str, str]:
+    """Auto class -> model class for the checkpoint's own architecture and for its base model."""
+    from transformers.models.auto import modeling_auto
+
+    config_class = type(loaded.model.config)
+    found = {}
+    for name in sorted(vars(modeling_auto)):
+        auto = getattr(modeling_auto, name)
+        mapping = getattr(auto, "_model_mapping", None)
+        if not name.startswith("AutoModel") or mapping is None or config_class not in mapping:
+            continue
+        classes = mapping[config_class]
+        for cls in classes if isinstance(classes, tuple) else (classes,):
+            if cls.__name__ == loaded.architecture or (name == "AutoModel" and name not in found):
+                found[name] = cls.__name__
+    if loaded.architecture not in found.values():
+        found["AutoModel"] = loaded.architecture
+    return found
+
+
+def auto_class(loaded: Loaded) -> str:
+    """The auto class that loads the checkpoint's own architecture."""
+    return next(auto for auto, name in _auto_classes(loaded).items() if name == loaded.architecture)
+
+
+def snippet(surgery: Surgery, folder: str) -> str:
+    return SNIPPET.format(auto_class=auto_class(surgery.loaded), folder=folder)
+
+
+def reload(folder: Path, config: dict[str, Any]) -> nn.Module:
+    """The patched model of `folder`, built by the folder's own file."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    cls = getattr(import_modeling(folder), config["architectures"][0])
+    model, info = cls.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    if info["missing_keys"] or info["unexpected_keys"]:
+        names = sorted([*info["missing_keys"], *info["unexpected_keys"]])
+        raise CheckpointError(f"{folder}: tensor '{names[0]}' is missing or unknown; patch the model again")
+    return model.eval()

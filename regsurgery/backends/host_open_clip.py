@@ -1,0 +1,67 @@
+"""The open_clip part of `modeling_regsurgery.py`. What follows the mark is copied into patched folders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from regsurgery.runtime import _graft, _Grafted, operate
+
+# --- below: the host library's part ---
+import json  # noqa: E402
+import logging  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+
+class _StripsIntermediates(_Grafted):
+    """The vision tower's `forward_intermediates` without the registers."""
+
+    def forward_intermediates(self, x: Tensor, *args: Any, output_fmt: str = "NCHW", **kwargs: Any) -> Any:
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError("output_fmt must be NCHW or NLC")
+        result = super().forward_intermediates(x, *args, output_fmt="NLC", **kwargs)  # type: ignore[misc]
+        height, width = (size // patch for size, patch in zip(x.shape[-2:], self.patch_size, strict=True))  # type: ignore[attr-defined]
+        patches = [y.narrow(1, 0, height * width) for y in result["image_intermediates"]]
+        if output_fmt == "NCHW":
+            patches = [y.reshape(y.shape[0], height, width, -1).permute(0, 3, 1, 2).contiguous() for y in patches]
+        result["image_intermediates"] = patches
+        return result
+
+
+def stock_model(folder: str | Path, **kwargs: Any) -> nn.Module:
+    """The unpatched CLIP that the folder's config describes, weights not loaded.
+
+    open_clip would load the first safetensors file it finds, whatever it holds, so weights are named by the caller; its
+    warning that none were loaded is kept back.
+    """
+    import open_clip
+
+    def other(record: logging.LogRecord) -> bool:
+        return "No pretrained weights loaded" not in record.getMessage()
+
+    logging.getLogger().addFilter(other)
+    try:
+        return open_clip.create_model(f"local-dir:{folder}", load_weights=False, **kwargs)
+    finally:
+        logging.getLogger().removeFilter(other)
+
+
+def load(folder: str | Path = Path(__file__).parent, **kwargs: Any) -> nn.Module:
+    """The patched CLIP of this folder, in eval mode; `kwargs` go to `open_clip.create_model` (`precision`, ...)."""
+    import open_clip
+
+    folder = Path(folder)
+    surgery = json.loads((folder / "open_clip_config.json").read_text("utf-8"))["regsurgery"]
+    model = stock_model(folder, **kwargs)
+    operate(model, surgery)
+    open_clip.load_checkpoint(model, str(folder / "open_clip_model.safetensors"), strict=True)
+    _graft(model.visual, _StripsIntermediates)
+    return model.eval()
+
+
+def image_transform(model: nn.Module) -> Any:
+    """The transform for evaluation that the folder's config describes: PIL image -> `[3, height, width]`."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    return image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)  # type: ignore[arg-type]

@@ -1,0 +1,27 @@
+"""The transformers part of `modeling_regsurgery.py`. What follows the mark is copied into patched folders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from regsurgery.runtime import operate
+
+# --- below: the host library's part ---
+import transformers  # noqa: E402, F401
+
+
+class PatchedModel:
+    """Mixed in front of a stock transformers class: builds the stock model, then operates on it.
+
+    Stock `config_class` and `model_type` stay, so that every other part of transformers treats the model as what it is.
+    """
+
+    def __init__(self, config: Any, *args: Any, keep_registers: bool = False, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        operate(self, config.regsurgery, keep_registers=keep_registers)  # type: ignore[arg-type]
+        self.post_init()  # type: ignore[attr-defined]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # transformers 5 does not convert the keys of custom code and would leave its weights random.
+        return False

@@ -1,0 +1,82 @@
+"""open_clip: `open_clip_config.json` + `open_clip_model.safetensors`; the text tower passes through untouched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from regsurgery.backends import host_open_clip
+from regsurgery.backends.modeling import FILE_NAME, import_modeling, modeling_source
+from regsurgery.checkpoint_io import write_json, write_weights
+from regsurgery.errors import CheckpointError
+from regsurgery.loading import Loaded, LoadOptions, Source
+
+if TYPE_CHECKING:
+    from regsurgery.surgery import Surgery
+
+WEIGHTS_NAME = "open_clip_model.safetensors"
+CONFIG_NAME = "open_clip_config.json"
+OUTPUT_NAMES = ("image_features", "text_features", "logit_scale", "logit_bias")
+SNIPPET = """\
+import sys; sys.path.insert(0, "{folder}")
+from modeling_regsurgery import image_transform, load
+
+model = load("{folder}")
+preprocess = image_transform(model)
+"""
+
+
+def load(
+    *, source: Source, folder: Path, weights: tuple[Path, ...], config: dict[str, Any], config_name: str,
+    options: LoadOptions, scratch: Any,
+) -> Loaded:  # fmt: skip
+    """Load an open_clip folder."""
+    import open_clip
+
+    try:
+        model: Any = host_open_clip.stock_model(folder)
+        open_clip.load_checkpoint(model, str(weights[0]), strict=True)
+    except (RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise CheckpointError(f"{folder}: open_clip cannot load it: {' '.join(str(error).split())[:300]}") from error
+    transform = host_open_clip.image_transform(model)
+    size = model.visual.image_size
+    context = getattr(model, "context_length", 77)
+
+    def inputs(images: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        text = torch.zeros(images.shape[0], context, dtype=torch.int64, device=images.device)
+        text[:, 0] = 1
+        return (images, text), {}
+
+    def name_outputs(output: Any) -> dict[str, Tensor]:
+        if isinstance(output, dict):
+            return {name: value for name, value in output.items() if isinstance(value, Tensor)}
+        return {name: value for name, value in zip(OUTPUT_NAMES, output, strict=False) if isinstance(value, Tensor)}
+
+    return Loaded(
+        source=source, library="open_clip", architecture=type(model).__name__, folder=folder, weights=weights,
+        config=config, config_name=config_name, model=model.eval(), image_size=tuple(size) if isinstance(size, (tuple, list)) else (size, size),
+        preprocess=lambda images: torch.stack([transform(image) for image in images]),
+        preprocess_note="the model's own preprocess_cfg",
+        inputs=inputs, name_outputs=name_outputs, disk_name=lambda name: name, scratch=scratch,
+    )  # fmt: skip
+
+
+def emit(surgery: Surgery, folder: Path) -> None:
+    """Write config, weights and `modeling_regsurgery.py`."""
+    (folder / FILE_NAME).write_text(modeling_source(host_open_clip), "utf-8")
+    write_json(folder / CONFIG_NAME, {**surgery.loaded.config, "regsurgery": surgery.config_block})
+    write_weights(surgery.loaded.weights, folder, surgery.new_tensors())
+
+
+def snippet(surgery: Surgery, folder: str) -> str:
+    return SNIPPET.format(folder=folder)
+
+
+def reload(folder: Path, config: dict[str, Any]) -> nn.Module:
+    """The patched model of `folder`, built by the folder's own file."""
+    model = import_modeling(folder).load(folder)
+    assert isinstance(model, nn.Module)
+    return model

@@ -1,0 +1,63 @@
+"""`.pt2`: the patched graph as a `torch.export` program, loadable with torch alone; dynamic batch, fixed image size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from regsurgery.checkpoint_io import write_json
+from regsurgery.errors import CheckpointError, PassError
+from regsurgery.passes.spec import CALLABLES
+from regsurgery.trace import EXAMPLE_BATCH
+
+if TYPE_CHECKING:
+    from regsurgery.surgery import Surgery
+
+PROGRAM_NAME = "model.pt2"
+CONFIG_NAME = "regsurgery.json"
+SNIPPET = """\
+import torch
+
+model = torch.export.load("{folder}/model.pt2").module()
+outputs = model(*inputs)  # {inputs}; returns a dict: {outputs}
+"""
+
+
+def lower(surgery: Surgery) -> torch.export.ExportedProgram:
+    """The patched graph with everything lowered to ATen: the fused nodes are traced through."""
+    traced = surgery.traced
+    example = tuple(value.expand(EXAMPLE_BATCH, *value.shape[1:]).clone() for value in traced.example)
+    dynamic = tuple({0: torch.export.Dim.AUTO} for _ in example)
+    with torch.no_grad():
+        program = torch.export.export(surgery.graph_module, example, dynamic_shapes=dynamic)
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target in CALLABLES:
+            raise PassError(f"lowering left the function {node.target} in the graph")
+    return program
+
+
+def emit(surgery: Surgery, folder: Path) -> None:
+    """Write `model.pt2` and `regsurgery.json`, which says what is in it."""
+    torch.export.save(lower(surgery), folder / PROGRAM_NAME)
+    traced = surgery.traced
+    inputs = [node.name for node in traced.graph_module.graph.find_nodes(op="placeholder")]
+    write_json(folder / CONFIG_NAME, {
+        "regsurgery": surgery.config_block, "image_size": list(traced.image_size), "inputs": inputs,
+        "outputs": list(traced.output_names), "dtype": str(traced.example[0].dtype).removeprefix("torch."),
+    })  # fmt: skip
+
+
+def snippet(surgery: Surgery, folder: str) -> str:
+    inputs = [node.name for node in surgery.traced.graph_module.graph.find_nodes(op="placeholder")]
+    return SNIPPET.format(folder=folder, inputs=", ".join(inputs), outputs=", ".join(surgery.traced.output_names))
+
+
+def reload(folder: Path, config: dict[str, Any]) -> nn.Module:
+    """The program as a module: positional tensors in, a dict of tensors out."""
+    try:
+        return torch.export.load(folder / PROGRAM_NAME).module()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise CheckpointError(f"{folder / PROGRAM_NAME}: torch cannot load it: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,80 @@
+"""timm: `config.json` + `model.safetensors`; a patched folder has a loader file beside timm's own config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from regsurgery.backends import host_timm
+from regsurgery.backends.modeling import FILE_NAME, import_modeling, modeling_source
+from regsurgery.checkpoint_io import write_json, write_weights
+from regsurgery.errors import CheckpointError
+from regsurgery.loading import Loaded, LoadOptions, Source
+
+if TYPE_CHECKING:
+    from regsurgery.surgery import Surgery
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+SNIPPET = """\
+import sys; sys.path.insert(0, "{folder}")
+from modeling_regsurgery import load
+
+model = load("{folder}")
+"""
+
+
+def load(
+    *, source: Source, folder: Path, weights: tuple[Path, ...], config: dict[str, Any], config_name: str,
+    options: LoadOptions, scratch: Any,
+) -> Loaded:  # fmt: skip
+    """Load a timm folder."""
+    import timm
+    from timm.data.config import resolve_model_data_config
+    from timm.data.transforms_factory import create_transform
+
+    try:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except (RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise CheckpointError(f"{folder}: timm cannot load it: {' '.join(str(error).split())[:300]}") from error
+    dtype = _dtype(weights)
+    data = resolve_model_data_config(model)
+    transform = create_transform(**data, is_training=False)
+    output = "logits" if getattr(model, "num_classes", 0) else "output"
+    return Loaded(
+        source=source, library="timm", architecture=config["architecture"], folder=folder, weights=weights,
+        config=config, config_name=config_name, model=model.to(dtype).eval(), image_size=tuple(data["input_size"][1:]),
+        preprocess=lambda images: torch.stack([transform(image.convert("RGB")) for image in images]).to(dtype),
+        preprocess_note="the model's own pretrained_cfg",
+        inputs=lambda images: ((images,), {}), name_outputs=lambda value: {output: value},
+        disk_name=lambda name: name, scratch=scratch,
+    )  # fmt: skip
+
+
+def _dtype(weights: tuple[Path, ...]) -> torch.dtype:
+    from safetensors import safe_open
+
+    with safe_open(weights[0], framework="pt") as file:
+        dtypes = (file.get_tensor(name).dtype for name in file.keys())  # noqa: SIM118
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
+def emit(surgery: Surgery, folder: Path) -> None:
+    """Write config, weights and `modeling_regsurgery.py`."""
+    (folder / FILE_NAME).write_text(modeling_source(host_timm), "utf-8")
+    write_json(folder / CONFIG_NAME, {**surgery.loaded.config, "regsurgery": surgery.config_block})
+    write_weights(surgery.loaded.weights, folder, surgery.new_tensors())
+
+
+def snippet(surgery: Surgery, folder: str) -> str:
+    return SNIPPET.format(folder=folder)
+
+
+def reload(folder: Path, config: dict[str, Any]) -> nn.Module:
+    """The patched model of `folder`, built by the folder's own file."""
+    model = import_modeling(folder).load(folder)
+    assert isinstance(model, nn.Module)
+    return model

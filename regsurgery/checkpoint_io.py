@@ -1,0 +1,289 @@
+"""Safetensors in and out, without loading a tensor: headers are checked, data is copied as bytes.
+
+The format: 8 bytes little-endian header length, a JSON header `{name: {dtype, shape, data_offsets}}`, then the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from regsurgery.errors import CheckpointError, OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+CHUNK_BYTES = 1 << 22
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+               "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a safetensors file; `start` and `stop` are byte offsets from the beginning of the data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """A checked header."""
+
+    path: Path
+    tensors: tuple[TensorEntry, ...]
+    metadata: Mapping[str, str]
+    data_start: int
+
+
+def read_header(path: Path) -> SafetensorsFile:
+    """Read and check the header of a safetensors file against the file's size.
+
+    Raises:
+        CheckpointError: the file is cut, lies about its size, or its tensors overlap, leave holes or have a size
+            that is not shape x dtype; the message names the file, the tensor and the remedy.
+    """
+
+    def fail(problem: str) -> CheckpointError:
+        return CheckpointError(f"{path}: {problem}; download or copy the file again")
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size < 8:
+            raise fail(f"cut off: {size} bytes, too short for a safetensors header")
+        (header_size,) = struct.unpack("<Q", file.read(8))
+        if header_size > min(size - 8, MAX_HEADER_BYTES):
+            raise fail(f"cut off or not a safetensors file: the header claims {header_size} bytes, the file has {size}")
+        raw = file.read(header_size)
+    try:
+        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise fail(f"the header is not valid JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise fail("the header is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise fail("__metadata__ must map text to text")
+    tensors = sorted((_entry(name, value, fail) for name, value in header.items()), key=lambda t: (t.start, t.stop))
+    expected = 0
+    for tensor in tensors:
+        if tensor.start != expected:
+            raise fail(f"tensor '{tensor.name}' starts at byte {tensor.start}, expected {expected}")
+        expected = tensor.stop
+    if 8 + header_size + expected != size:
+        raise fail(f"the header describes {8 + header_size + expected} bytes, the file has {size}")
+    return SafetensorsFile(path, tuple(tensors), metadata, 8 + header_size)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ValueError("a name is given twice")
+    return result
+
+
+def _entry(name: str, value: Any, fail: Callable[[str], CheckpointError]) -> TensorEntry:
+    try:
+        dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise fail(f"tensor '{name}' has no dtype, shape and data_offsets") from error
+    if dtype not in DTYPE_BYTES:
+        raise fail(f"tensor '{name}' has the unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+        raise fail(f"tensor '{name}' has a shape or offsets that are not whole numbers")
+    num_bytes = DTYPE_BYTES[dtype]
+    for n in shape:
+        num_bytes *= n
+    if stop - start != num_bytes:
+        raise fail(f"tensor '{name}' has {stop - start} bytes, its shape and dtype need {num_bytes}")
+    return TensorEntry(name, dtype, tuple(shape), start, stop)
+
+
+def write_with_additions(source: SafetensorsFile, target: Path, additions: Mapping[str, Tensor]) -> None:
+    """Write `source` to `target` with `additions` behind its tensors; the source's data is copied byte for byte.
+
+    Raises:
+        CheckpointError: a tensor of `additions` is in the source already.
+    """
+    import safetensors.torch
+
+    header: dict[str, Any] = {"__metadata__": dict(source.metadata)} if source.metadata else {}
+    for tensor in source.tensors:
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape),
+                               "data_offsets": [tensor.start, tensor.stop]}  # fmt: skip
+    end = source.tensors[-1].stop if source.tensors else 0
+    added = safetensors.torch.save(dict(additions))
+    (added_header_size,) = struct.unpack("<Q", added[:8])
+    added_header = json.loads(added[8 : 8 + added_header_size])
+    for name, entry in sorted(added_header.items(), key=lambda item: item[1].get("data_offsets", [0])):
+        if name in header:
+            raise CheckpointError(f"{source.path}: has a tensor '{name}' already; it seems to be patched")
+        header[name] = {**entry, "data_offsets": [offset + end for offset in entry["data_offsets"]]}
+    with source.path.open("rb") as reader, target.open("wb") as writer:
+        _write_header(writer, header)
+        reader.seek(source.data_start)
+        shutil.copyfileobj(reader, writer, CHUNK_BYTES)
+        writer.write(added[8 + added_header_size :])
+
+
+def write_without(source: SafetensorsFile, target: Path, drop: Callable[[str], bool]) -> None:
+    """Write `source` to `target` without the tensors whose names `drop` accepts; data is copied byte for byte."""
+    header: dict[str, Any] = {"__metadata__": dict(source.metadata)} if source.metadata else {}
+    kept = [tensor for tensor in source.tensors if not drop(tensor.name)]
+    end = 0
+    for tensor in kept:
+        size = tensor.stop - tensor.start
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [end, end + size]}
+        end += size
+    with source.path.open("rb") as reader, target.open("wb") as writer:
+        _write_header(writer, header)
+        for tensor in kept:
+            reader.seek(source.data_start + tensor.start)
+            _copy(reader, writer, tensor.stop - tensor.start)
+
+
+def _write_header(writer: BinaryIO, header: Mapping[str, Any]) -> None:
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    writer.write(struct.pack("<Q", len(raw)))
+    writer.write(raw)
+
+
+def _copy(reader: BinaryIO, writer: BinaryIO, num_bytes: int) -> None:
+    while num_bytes > 0:
+        chunk = reader.read(min(CHUNK_BYTES, num_bytes))
+        writer.write(chunk)
+        num_bytes -= len(chunk)
+
+
+def write_weights(sources: Sequence[Path], folder: Path, additions: Mapping[str, Tensor]) -> None:
+    """Write the checkpoint files `sources` into `folder` under their own names, with `additions` in the last of them.
+
+    Sharded in, sharded out: the index is rewritten for the additions, everything else is copied byte for byte.
+    """
+    for path in sources[:-1]:
+        shutil.copyfile(path, folder / path.name)
+    last = sources[-1]
+    write_with_additions(read_header(last), folder / last.name, additions)
+    for path in sorted(last.parent.glob("*.safetensors.index.json")):
+        index = json.loads(path.read_text("utf-8"))
+        index["weight_map"].update(dict.fromkeys(additions, last.name))
+        if "total_size" in index.get("metadata", {}):
+            index["metadata"]["total_size"] += sum(t.numel() * t.element_size() for t in additions.values())
+        write_json(folder / path.name, index)
+
+
+def write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+# --- folders --------------------------------------------------------------------------------------------------------
+
+
+def weight_files(folder: Path, single: str) -> list[Path]:
+    """The safetensors files of a checkpoint folder: `single`, or the shards that `single`'s index names.
+
+    Raises:
+        CheckpointError: a shard is missing, or an index names a file outside the folder.
+    """
+    if (folder / single).is_file():
+        return [folder / single]
+    index = folder / f"{single}.index.json"
+    if not index.is_file():
+        return []
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: not a valid safetensors index; download it again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index}: names the shard {name!r}, which is not a plain file name in the folder")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: named by {index.name} but missing; download it again")
+    return [folder / name for name in names]
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+SUMS_NAME = "SHA256SUMS"
+
+
+def write_sums(folder: Path) -> None:
+    """Write SHA256SUMS over every other file of `folder`, in the form that `sha256sum -c` reads."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != SUMS_NAME)
+    (folder / SUMS_NAME).write_text("".join(f"{sha256(folder / name)}  {name}\n" for name in names), "utf-8")
+
+
+def check_sums(folder: Path) -> None:
+    """Raise `CheckpointError` for the first file that SHA256SUMS lists and that is missing or changed."""
+    sums = folder / SUMS_NAME
+    if not sums.is_file():
+        raise CheckpointError(f"{folder}: no {SUMS_NAME}; it is not a folder that regsurgery wrote, or it is incomplete")
+    for line in sums.read_text("utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{sums}: names {name!r}, which is not inside the folder")
+        if not path.is_file():
+            raise CheckpointError(f"{path}: listed in {SUMS_NAME} but missing; patch the model again")
+        if sha256(path) != digest:
+            raise CheckpointError(f"{path}: differs from {SUMS_NAME}; patch the model again")
+
+
+def check_output(target: Path) -> None:
+    """Raise `OutputError` where `target` cannot become a new folder."""
+    if target.exists() or target.is_symlink():
+        raise OutputError(f"{target}: exists already; choose another folder with -o, or remove it first")
+    parent = target.absolute().parent
+    if not parent.is_dir():
+        raise OutputError(f"{parent}: no such folder to write {target.name} into; create it first")
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"{parent}: not writable; choose another folder with -o")
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside `target` that becomes `target` when the block ends well, and vanishes when it does not.
+
+    Every file is on disk (fsync) before the one rename; so `target` is either complete or absent.
+
+    Raises:
+        OutputError: `target` exists, or the disk is full or not writable.
+    """
+    check_output(target)
+    partial = target.absolute().parent / f".{target.name}.partial-{os.getpid()}"
+    try:
+        partial.mkdir()
+        yield partial
+        for path in sorted(partial.rglob("*")):
+            _fsync(path)
+        _fsync(partial)
+        partial.rename(target.absolute())
+        _fsync(target.absolute().parent)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written ({error.strerror or error}); nothing is left behind") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,143 @@
+"""The command line: parse, call the API, render. Heavy imports stay inside the commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from regsurgery import __version__
+from regsurgery.errors import EXIT_VERIFICATION_FAILED, RegsurgeryError
+
+if TYPE_CHECKING:
+    from regsurgery.loading import LoadOptions
+
+app = typer.Typer(
+    name="regsurgery",
+    help="Rewrite Vision Transformer checkpoints so that outlier tokens are gone.\n\nMODEL is a folder, a Hub id, "
+    "timm:NAME, open_clip:ARCH/TAG, or demo. Exit codes: 0 done; 1 verification failed; 2 the input is at fault; "
+    "3 nothing to fix.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="Folder, Hub id, timm:NAME, open_clip:ARCH/TAG, or demo.", show_default=False)]
+Images = Annotated[Path | None, typer.Option("--images", help="Folder of images; dead-leaves pictures by default.")]
+NumImages = Annotated[int | None, typer.Option("--num-images", help="At most that many images.", min=1)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights (weights_only).")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the source checkpoint brings.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Hub revision of MODEL.")]
+
+
+@app.command(epilog="Example: regsurgery patch demo -o demo-patched")
+def patch(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder to write.")],
+    recipe: Annotated[str | None, typer.Option("--recipe", help="Recipe file, or name of a bundled recipe.")] = None,
+    format: Annotated[str | None, typer.Option("--format", help="transformers, timm, open_clip or pt2.")] = None,
+    num_registers: Annotated[int | None, typer.Option("--num-registers", help="Register tokens.", min=1)] = None,
+    images: Images = None,
+    num_images: NumImages = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything, but write nothing.")] = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Patch MODEL: surgery by a recipe, verification, a new checkpoint folder."""
+    from regsurgery import pipeline
+    from regsurgery.render import Screen
+
+    with Screen(as_json=as_json, quiet=quiet) as screen:
+        result = pipeline.patch(
+            model, output, recipe=recipe, format=format, num_registers=num_registers, images=images,
+            num_images=num_images, dry_run=dry_run, progress=screen,
+            options=_options(allow_pickle, trust_remote_code, revision),
+        )  # fmt: skip
+    screen.patched(result)
+
+
+@app.command(epilog="Example: regsurgery verify demo-patched")
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder that regsurgery patch wrote.", show_default=False)],
+    original: Annotated[str | None, typer.Option("--original", help="MODEL to compare with.")] = None,
+    images: Images = None,
+    num_images: NumImages = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare a patched folder against its original: figures and a verdict."""
+    from regsurgery import pipeline
+    from regsurgery.render import Screen
+
+    with Screen(as_json=as_json, quiet=quiet) as screen:
+        verdict = pipeline.verify(folder, original=original, images=images, num_images=num_images, progress=screen)
+    screen.verified(verdict)
+    if not verdict.passed:
+        raise typer.Exit(EXIT_VERIFICATION_FAILED)
+
+
+@app.command(epilog="Example: regsurgery recipes")
+def recipes(as_json: AsJson = False) -> None:
+    """List the bundled recipes."""
+    from regsurgery.recipe import bundled_recipes
+
+    found = bundled_recipes()
+    if as_json:
+        print(json.dumps({name: recipe.as_dict() for name, recipe in found.items()}, indent=2))
+        return
+    from regsurgery.render import recipe_table
+
+    recipe_table(found)
+
+
+@app.command(epilog="Example: regsurgery families")
+def families(as_json: AsJson = False) -> None:
+    """List the model families that the tests hold to the parity gate."""
+    from regsurgery.families import FAMILIES
+
+    rows: list[dict[str, Any]] = [
+        {"family": f.name, "library": f.library, "members": list(f.members), "any_size": f.any_size} for f in FAMILIES
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    from regsurgery.render import family_table
+
+    family_table(rows)
+
+
+def _options(allow_pickle: bool, trust_remote_code: bool, revision: str | None) -> LoadOptions:
+    from regsurgery.loading import LoadOptions
+
+    return LoadOptions(allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, revision=revision)
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"regsurgery {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except RegsurgeryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,126 @@
+"""The embedded demo: a small ViT with planted register neurons, made on the spot, the same every time.
+
+Random weights have no outlier tokens. `plant` makes some as large models grow them: an MLP neuron that fires on a few
+patches, chosen by their content, and writes a large vector into the residual stream there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+
+from regsurgery.calibration import image_set
+from regsurgery.match import Sites
+from regsurgery.passes.plan import find_node
+from regsurgery.statistics import tap, token_norms
+from regsurgery.trace import Traced
+
+PLANTED = {2: 2, 3: 1}  # block -> how many neurons; recipes/demo.yaml has their indices
+IMAGE_SIZE, PATCH_SIZE, WIDTH, BLOCKS = 96, 8, 64, 6
+FIRING = 2.0  # patches per image on which one planted neuron fires, on average
+PEAK = 20.0  # activation of a planted neuron on the patch that suits it best
+GAIN = 40.0  # norm that this activation writes, in median token norms
+
+
+def write_demo(folder: Path) -> dict[int, list[int]]:
+    """Write the demo checkpoint, a `ViTForImageClassification` in transformers format, and return its planted neurons."""
+    from transformers import ViTConfig, ViTForImageClassification
+    from transformers.utils import logging
+
+    from regsurgery.loading import load
+    from regsurgery.match import match
+    from regsurgery.trace import tensor_inputs, trace
+
+    logging.disable_progress_bar()
+    config = ViTConfig(hidden_size=WIDTH, num_hidden_layers=BLOCKS, num_attention_heads=4, intermediate_size=4 * WIDTH,
+                       image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, num_labels=10)  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ViTForImageClassification(config).save_pretrained(folder)
+    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+                 "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor), "utf-8")
+    loaded = load(str(folder))
+    traced = trace(loaded)
+    images = image_set(None, 16)
+    inputs = tensor_inputs(loaded, loaded.preprocess(next(images.batches(16))))
+    planted = plant(traced, match(traced), inputs, PLANTED)
+    loaded.model.save_pretrained(folder)  # type: ignore[operator]
+    return planted
+
+
+@torch.no_grad()
+def plant(
+    traced: Traced, sites: Sites, inputs: list[Tensor], counts: Mapping[int, int], *, seed: int = 0
+) -> dict[int, list[int]]:
+    """Turn `counts[block]` random neurons of each block into content-driven register neurons, in place.
+
+    A neuron's input row becomes a threshold on a principal direction of the patches' up-projection inputs on which no
+    prefix token comes near; its output column a random direction of `GAIN` median token norms. A gated MLP (both halves
+    in one projection, the gate first) gets a constant 1 in the half that the gate multiplies.
+
+    Args:
+        inputs: the graph's inputs for the images that decide directions and thresholds.
+
+    Returns:
+        block -> ascending indices of its planted neurons.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    planted: dict[int, list[int]] = {}
+    for block, count in sorted(counts.items()):
+        site = sites.blocks[block]
+        up, down = (find_node(traced.graph_module, name) for name in (site.ups[0], site.down))
+        assert len(site.ups) == 1, "the MLP has one up projection"
+        source = up.args[0]
+        assert isinstance(source, fx.Node)
+        _, taps = tap(traced.graph_module, {"mlp": source.name, "stream": site.output})(*inputs)
+        tokens_BTD = taps["mlp"].float()
+        median = float(token_norms(taps["stream"])[:, sites.num_prefix :].median())
+        directions = _directions(tokens_BTD, sites.num_prefix, count)
+        neurons = sorted(torch.randperm(site.hidden_size, generator=generator)[:count].tolist())
+        for neuron, (direction_D, threshold, top) in zip(neurons, directions, strict=True):
+            slope = PEAK / (top - threshold)
+            weight, bias = _parameters(traced.graph_module, up)
+            weight[neuron] = slope * direction_D
+            bias[neuron] = -slope * threshold
+            if len(weight) == 2 * site.hidden_size:
+                weight[site.hidden_size + neuron] = 0
+                bias[site.hidden_size + neuron] = 1
+            out_D = torch.randn(sites.width, generator=generator)
+            _parameters(traced.graph_module, down)[0][:, neuron] = out_D / out_D.norm() * (GAIN * median / PEAK)
+        planted[block] = neurons
+    return planted
+
+
+def _parameters(graph_module: fx.GraphModule, linear: fx.Node) -> tuple[Tensor, Tensor]:
+    weight, bias = linear.args[1:3]
+    assert isinstance(weight, fx.Node) and isinstance(bias, fx.Node), "planting needs a linear with a bias"
+    return _parameter(graph_module, weight), _parameter(graph_module, bias)
+
+
+def _parameter(graph_module: fx.GraphModule, node: fx.Node) -> nn.Parameter:
+    return graph_module.get_parameter(str(node.target))
+
+
+def _directions(tokens_BTD: Tensor, num_prefix: int, count: int) -> list[tuple[Tensor, float, float]]:
+    """Unit directions with the threshold that `FIRING` patches an image exceed, and the largest value of all."""
+    patches_ND = tokens_BTD[:, num_prefix:].flatten(0, 1)
+    _, _, principal = torch.linalg.svd(patches_ND - patches_ND.mean(dim=0), full_matrices=False)
+    share = 1 - FIRING / (tokens_BTD.shape[1] - num_prefix)
+    found = []
+    for axis_D in principal:
+        for direction_D in (axis_D, -axis_D):
+            values_N = (patches_ND @ direction_D).sort().values
+            threshold, top = float(values_N[int(share * len(values_N))]), float(values_N[-1])
+            prefix = tokens_BTD[:, :num_prefix] @ direction_D
+            spread = top - threshold
+            if len(found) < count and (prefix.numel() == 0 or float(prefix.max()) < threshold - spread):
+                found.append((direction_D, threshold, top))
+                break
+    if len(found) < count:
+        raise ValueError(f"only {len(found)} of {count} directions keep clear of the prefix tokens")
+    return found

@@ -1,0 +1,54 @@
+"""The last step: a patched folder, complete or absent."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from regsurgery import backends, checkpoint_io
+from regsurgery.card import model_card
+from regsurgery.surgery import Surgery
+from regsurgery.verify import Verdict
+
+RECIPE_NAME = "recipe.yaml"
+CARD_NAME = "README.md"
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".pt2", ".ckpt", ".npz"}
+
+
+@contextmanager
+def emit(surgery: Surgery, target: Path, fmt: str) -> Iterator[Path]:
+    """Write the patched checkpoint beside `target`; it becomes `target` when the block ends without an error.
+
+    The block verifies what was written and calls `complete` with the verdict.
+    """
+    with checkpoint_io.whole_folder(target) as folder:
+        if fmt in backends.LIBRARIES:
+            _copy_side_files(surgery.loaded.folder, folder)
+        backends.backend(fmt).emit(surgery, folder)
+        (folder / RECIPE_NAME).write_text(surgery.recipe.to_yaml(), "utf-8")
+        yield folder
+
+
+def complete(surgery: Surgery, folder: Path, target: Path, fmt: str, verdict: Verdict) -> None:
+    """Write the model card, which has the verdict's figures, and last SHA256SUMS."""
+    snippet = backends.backend(fmt).snippet(surgery, target.name)
+    (folder / CARD_NAME).write_text(model_card(surgery, fmt, verdict, snippet), "utf-8")
+    checkpoint_io.write_sums(folder)
+
+
+def _copy_side_files(source: Path, folder: Path) -> None:
+    """Tokenizer, preprocessor, label and licence files: everything of the source that is no weight and no card.
+
+    Further safetensors files that are no part of the model (a zero-shot head) come along too.
+    """
+    weights = {path.name for path in source.glob("*.safetensors.index.json")}
+    for path in sorted(source.iterdir()):
+        if not path.is_file() or path.name.startswith(".") or path.name in weights | {CARD_NAME, RECIPE_NAME}:
+            continue
+        if path.suffix in WEIGHT_SUFFIXES - {".safetensors"} or path.name == checkpoint_io.SUMS_NAME:
+            continue
+        if path.suffix == ".safetensors" and path.name.startswith(("model", "open_clip", "pytorch_model")):
+            continue
+        shutil.copyfile(path, folder / path.name)

@@ -1,0 +1,60 @@
+"""The exception tree and the exit codes it stands for.
+
+Every error that a user can cause or act on is a `UserError`: one line that says what went wrong, where, and what to
+do next. The command line prints it without a traceback. Anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_VERIFICATION_FAILED = 1
+EXIT_USER_ERROR = 2
+EXIT_NOTHING_TO_FIX = 3
+
+
+class RegsurgeryError(Exception):
+    """Root of the project's own errors."""
+
+    exit_code = EXIT_USER_ERROR
+
+
+class UserError(RegsurgeryError):
+    """The user's input, machine or files are at fault; the message says what, where and what next."""
+
+
+class ModelNotFoundError(UserError):
+    """No folder, Hub repository or library entry answers to the given model id."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint file is broken, incomplete or of a refused kind; the message names file and tensor."""
+
+
+class RecipeError(UserError):
+    """A recipe is malformed or does not fit the model."""
+
+
+class OutputError(UserError):
+    """The output folder cannot be written."""
+
+
+class UnsupportedModelError(UserError):
+    """The model's graph has no site for the surgery; the message names the reason and the node."""
+
+
+class VerificationError(RegsurgeryError):
+    """The patched model does not do what it must; nothing is left on disk."""
+
+    exit_code = EXIT_VERIFICATION_FAILED
+
+
+class PassError(RegsurgeryError):
+    """A pass produced a graph that breaks the graph spec. This is a bug in regsurgery; the message names the pass."""
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """`"; did you mean 'x'?"` for the nearest of `known`, or an empty string."""
+    import difflib
+
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""

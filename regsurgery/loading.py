@@ -1,0 +1,256 @@
+"""MODEL -> `Loaded`: find the checkpoint, tell its library by its config file, load it, keep what later steps need."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regsurgery import checkpoint_io
+from regsurgery.errors import CheckpointError, ModelNotFoundError, did_you_mean
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor, nn
+
+DEMO = "demo"
+CONFIG_NAMES = ("open_clip_config.json", "config.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint came from. `sha256` is over its weight files, in name order."""
+
+    id: str
+    revision: str | None
+    sha256: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"id": self.id, "revision": self.revision, "sha256": self.sha256}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready for tracing, and the files it came from.
+
+    Attributes:
+        library: `transformers`, `timm` or `open_clip`.
+        architecture: class or entry-point name, as the config has it.
+        folder: the checkpoint folder; read only.
+        weights: its safetensors files.
+        config: the library's own config file, parsed; `config_name` is that file's name.
+        model: the stock model in the checkpoint's dtype, on the CPU, in eval mode.
+        image_size: (height, width) in pixels that the model was made for.
+        preprocess: the model's own preprocessing, images -> `[B, 3, height, width]` in the model's dtype.
+        preprocess_note: one line that says where the preprocessing comes from.
+        inputs: images `[B, 3, H, W]` -> (args, kwargs) of the model's forward; a text tower gets a dummy text.
+        name_outputs: what forward returns -> its tensors by name.
+        disk_name: name of a parameter in memory -> its name in the checkpoint file.
+    """
+
+    source: Source
+    library: str
+    architecture: str
+    folder: Path
+    weights: tuple[Path, ...]
+    config: Mapping[str, Any]
+    config_name: str
+    model: nn.Module
+    image_size: tuple[int, int]
+    preprocess: Callable[[list[Image]], Tensor]
+    preprocess_note: str
+    inputs: Callable[[Tensor], tuple[tuple[Any, ...], dict[str, Any]]]
+    name_outputs: Callable[[Any], dict[str, Tensor]]
+    disk_name: Callable[[str], str]
+    scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    def call(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+        """Run `model`, a stock or patched model of this checkpoint's kind, on `images` `[B, 3, H, W]`."""
+        args, kwargs = self.inputs(images)
+        return self.name_outputs(model(*args, **kwargs))
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What the user allows while loading."""
+
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+    revision: str | None = None
+
+
+def load(model_id: str, options: LoadOptions | None = None) -> Loaded:
+    """Load MODEL: a folder, a Hub id, `timm:NAME`, `open_clip:ARCH/TAG`, or `demo`.
+
+    Raises:
+        ModelNotFoundError: nothing answers to the id, or it cannot be reached.
+        CheckpointError: the folder has no config, no (allowed) weights, or broken weights.
+        UnsupportedModelError: the library does not know the architecture.
+    """
+    options = options or LoadOptions()
+    scratch = None
+    if model_id == DEMO:
+        from regsurgery.demo import write_demo
+
+        scratch = tempfile.TemporaryDirectory(prefix="regsurgery-")
+        folder, revision = Path(scratch.name) / DEMO, None
+        write_demo(folder)
+    elif Path(model_id).is_dir():
+        folder, revision = Path(model_id), options.revision
+    else:
+        folder, revision = _download(model_id, options)
+
+    from regsurgery import backends
+
+    library, config_name, config = read_config(folder)
+    if "regsurgery" in config:
+        raise CheckpointError(f"{folder}: is patched already; patch its source "
+                              f"{config['regsurgery'].get('source', {}).get('id', '')} instead")  # fmt: skip
+    weights, folder, scratch = _weights(folder, library, options, scratch)
+    for path in weights:
+        checkpoint_io.read_header(path)
+    digests = [checkpoint_io.sha256(path) for path in weights]
+    source = Source(model_id, revision, _combined(digests))
+    return backends.library(library).load(
+        source=source, folder=folder, weights=weights, config=config, config_name=config_name, options=options,
+        scratch=scratch,
+    )  # fmt: skip
+
+
+def read_config(folder: Path) -> tuple[str, str, dict[str, Any]]:
+    """The library, config file name and parsed config of a checkpoint folder; see `Loaded`."""
+    for name in CONFIG_NAMES:
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            config = json.loads(path.read_text("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from error
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{path}: not a JSON object; download it again")
+        if name == "open_clip_config.json":
+            return "open_clip", name, config
+        if "model_type" in config:
+            return "transformers", name, config
+        if "architecture" in config:
+            return "timm", name, config
+        raise CheckpointError(f"{path}: neither transformers ('model_type') nor timm ('architecture') wrote this config")
+    raise CheckpointError(f"{folder}: no {' or '.join(reversed(CONFIG_NAMES))}; give a folder that transformers, timm or "
+                          "open_clip saved")  # fmt: skip
+
+
+def _weights(
+    folder: Path, library: str, options: LoadOptions, scratch: tempfile.TemporaryDirectory[str] | None
+) -> tuple[tuple[Path, ...], Path, tempfile.TemporaryDirectory[str] | None]:
+    from regsurgery import backends
+
+    single = backends.library(library).WEIGHTS_NAME
+    weights = checkpoint_io.weight_files(folder, single)
+    if weights:
+        return tuple(weights), folder, scratch
+    pickled = sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+    if not pickled:
+        raise CheckpointError(f"{folder}: has a config but no weights; {single} is missing")
+    if not options.allow_pickle:
+        raise CheckpointError(f"{pickled[0]}: pickled weights can run code when loaded and are refused; convert them to "
+                              "safetensors, or pass --allow-pickle if you trust their author")  # fmt: skip
+    if len(pickled) > 1:
+        raise CheckpointError(f"{folder}: has {len(pickled)} pickled weight files; merge them into one safetensors file")
+    scratch = scratch or tempfile.TemporaryDirectory(prefix="regsurgery-")
+    converted = Path(scratch.name) / "converted"
+    _convert_pickle(pickled[0], folder, converted, single)
+    return (converted / single,), converted, scratch
+
+
+def _convert_pickle(pickled: Path, folder: Path, converted: Path, single: str) -> None:
+    """Copy `folder` to `converted` with the pickled weights as safetensors; pickle is read with weights_only."""
+    import pickle
+    import shutil
+
+    import safetensors.torch
+    import torch
+
+    try:
+        state = torch.load(pickled, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        first_line = str(error).splitlines()[0]
+        raise CheckpointError(f"{pickled}: cannot be read as plain weights ({first_line}); convert it to safetensors") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise CheckpointError(f"{pickled}: is not a plain state dict; convert it to safetensors")
+    converted.mkdir()
+    for path in folder.iterdir():
+        if path.is_file() and path != pickled:
+            shutil.copyfile(path, converted / path.name)
+    safetensors.torch.save_file({name: value.contiguous().clone() for name, value in state.items()},
+                                converted / single, metadata={"format": "pt"})  # fmt: skip
+
+
+def _combined(digests: list[str]) -> str:
+    import hashlib
+
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+# --- ids that are not folders ---------------------------------------------------------------------------------------
+
+
+def _download(model_id: str, options: LoadOptions) -> tuple[Path, str | None]:
+    """Fetch (or find in the Hub's cache) the checkpoint of a Hub id, `timm:NAME` or `open_clip:ARCH/TAG`."""
+    prefix, _, name = model_id.partition(":")
+    if prefix == "timm" and name:
+        repo = _timm_repo(name)
+    elif prefix == "open_clip" and name:
+        repo = _open_clip_repo(name)
+    else:
+        repo = model_id
+    return _snapshot(repo, model_id, options)
+
+
+def _timm_repo(name: str) -> str:
+    import timm
+
+    cfg = timm.models.get_pretrained_cfg(name, allow_unregistered=False) if timm.is_model(name.split(".")[0]) else None
+    if cfg is None:
+        hint = did_you_mean(name, timm.list_pretrained())
+        raise ModelNotFoundError(f"timm:{name}: timm has no pretrained model of that name{hint}")
+    if not cfg.hf_hub_id:
+        raise ModelNotFoundError(f"timm:{name}: timm publishes no Hub repository for it")
+    return f"timm/{cfg.architecture}.{cfg.tag}" if cfg.hf_hub_id == "timm/" else cfg.hf_hub_id
+
+
+def _open_clip_repo(name: str) -> str:
+    import open_clip
+
+    architecture, _, tag = name.partition("/")
+    cfg = open_clip.get_pretrained_cfg(architecture, tag)
+    if not cfg:
+        known = [f"{arch}/{t}" for arch, t in open_clip.list_pretrained()]
+        raise ModelNotFoundError(f"open_clip:{name}: open_clip has no such model and tag{did_you_mean(name, known)}")
+    if not cfg.get("hf_hub"):
+        raise ModelNotFoundError(f"open_clip:{name}: open_clip publishes no Hub repository for it")
+    return cfg["hf_hub"].rstrip("/")
+
+
+def _snapshot(repo: str, model_id: str, options: LoadOptions) -> tuple[Path, str | None]:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"] + (["*.bin", "*.pt", "*.pth"] if options.allow_pickle else [])
+    try:
+        path = huggingface_hub.snapshot_download(repo, revision=options.revision, allow_patterns=patterns)
+    except (errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise ModelNotFoundError(
+            f"{model_id}: no such folder, and no such model on the Hub; check the spelling"
+            + (f" and the revision {options.revision}" if options.revision else "")
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        raise ModelNotFoundError(
+            f"{model_id}: no such folder, and the Hub could not be reached for it ({type(error).__name__}); "
+            "check the spelling and the network, or give a folder"
+        ) from error
+    return Path(path), Path(path).name

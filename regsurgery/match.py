@@ -1,0 +1,407 @@
+"""`Traced` -> `Sites`: where the registers go in, where the MLP activations are, where the registers come out.
+
+Structural only; no family name decides anything. A match that fails says why and at which node.
+
+1. A **residual add** adds two tensors of equal shape, exactly one of which is an ancestor of the other (position
+   embeddings and rotary embeddings fail that).
+2. A **stream** is a chain of residual adds; its first tensor, found by walking back through norm, cast and dropout, is
+   the **tokens** node. The vision stream is the one whose tokens come from the image and from no token-id embedding.
+3. An add is an **MLP** add if its branch leads back through dropout, layer scale and norm to a linear (the down
+   projection) whose input cone is pointwise, split or norm only, holds a nonlinearity, and ends in linears.
+4. **Prefix tokens** are the rows of the tokens node that stay finite when the image is all NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor, fx
+
+from regsurgery.errors import UnsupportedModelError
+from regsurgery.trace import Traced
+
+aten = torch.ops.aten
+
+ADDS = {aten.add.Tensor, aten.add_.Tensor}
+LINEARS = {aten.linear.default}
+NORMS = {aten.layer_norm.default, aten.native_layer_norm.default, aten.rms_norm.default}
+# Same values, same shape, in eval mode.
+IDENTITIES = {aten.dropout.default, aten.dropout_.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout,
+              aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.alias.default,
+              aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default}  # fmt: skip
+ALIASES = IDENTITIES - {aten._to_copy.default, aten.clone.default, aten.lift_fresh_copy.default}
+NONLINEAR = {aten.gelu.default, aten.gelu_.default, aten.silu.default, aten.silu_.default, aten.relu.default,
+             aten.relu_.default, aten.sigmoid.default, aten.tanh.default, aten.hardswish.default, aten.elu.default,
+             aten.leaky_relu.default, aten.erf.default, aten.softplus.default, aten.mish.default, aten.exp.default,
+             aten.relu6.default, aten.hardtanh.default, aten.hardsigmoid.default}  # fmt: skip
+POINTWISE = NONLINEAR | {aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar,
+                         aten.add.Scalar, aten.neg.default, aten.rsqrt.default} | ADDS  # fmt: skip
+SPLITS = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
+EMBEDDINGS = {aten.embedding.default}
+CONVOLUTIONS = {aten.conv2d.default, aten.convolution.default, aten.conv3d.default}
+ATTENTIONS = {aten.scaled_dot_product_attention.default, aten.softmax.int, aten._softmax.default}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block; node names in the graph, module paths in the model ("" where the graph has none).
+
+    Attributes:
+        hidden: the MLP activation `[B, T, H]`, the input of the down projection.
+        down: the down projection.
+        ups: the linears that the activation is made of (two for a gated MLP with two projections).
+        output: the residual add that ends the block.
+        in_place: the activation is freshly made, read once and no view, so it may be written into.
+    """
+
+    index: int
+    hidden: str
+    down: str
+    ups: tuple[str, ...]
+    output: str
+    hidden_size: int
+    in_place: bool
+    path: str
+    down_path: str
+    attention_path: str
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Where the surgery takes place.
+
+    Attributes:
+        tokens: node of the token stream before any pre-norm, `[B, T, D]`, registers not included.
+        last: the last residual add.
+        num_prefix: prefix tokens at the beginning of `tokens`; `num_tokens` is T, `width` is D.
+        tower_path: the module that holds the patch embedding and every block.
+        insert_path: the module whose input the registers are appended to: the pre-norm or the first block.
+    """
+
+    tokens: str
+    last: str
+    blocks: tuple[Block, ...]
+    num_prefix: int
+    num_tokens: int
+    width: int
+    tower_path: str
+    insert_path: str
+
+    @property
+    def probe_block(self) -> int:
+        """The block after which outlier tokens are counted: the last but one, as in the paper."""
+        return max(0, len(self.blocks) - 2)
+
+
+def match(traced: Traced) -> Sites:
+    """Find the sites of `traced`.
+
+    Raises:
+        UnsupportedModelError: the model has no such sites; the message has the reason and the node.
+    """
+    graph = traced.graph_module.graph
+    nodes = {node.name: node for node in graph.nodes}
+    ancestors = ancestor_sets(graph)
+    stream, tokens = _vision_stream(graph, nodes[traced.image], ancestors)
+    shape = _shape(tokens)
+    if len(shape) != 3:
+        _no_match(f"the token stream has {len(shape)} dimensions, expected [batch, tokens, width]", tokens)
+    num_tokens, width = int(shape[1]), int(shape[2])
+    for add in stream:
+        if [_hint(n) for n in _shape(add)][1:] != [num_tokens, width]:
+            _no_match(f"the stream changes its shape from {shape} to {_shape(add)}: windowed and hierarchical "
+                      "models are not supported", add)  # fmt: skip
+    blocks = _blocks(stream, tokens, ancestors)
+    num_prefix = _count_prefix(traced, tokens)
+    convolution = _patch_embedding(nodes[traced.image], tokens, ancestors)
+    tower = common_path([_path(convolution), *(block.path for block in blocks)])
+    return Sites(
+        tokens=tokens.name,
+        last=stream[-1].name,
+        blocks=tuple(blocks),
+        num_prefix=num_prefix,
+        num_tokens=num_tokens,
+        width=width,
+        tower_path=tower,
+        insert_path=_insert_path(tokens, blocks[0]),
+    )
+
+
+def _no_match(reason: str, node: fx.Node) -> NoReturn:
+    path = _path(node)
+    raise UnsupportedModelError(f"no match: {reason} (node '{node.name}'{f' in {path}' if path else ''})")
+
+
+# --- the stream -----------------------------------------------------------------------------------------------------
+
+
+def ancestor_sets(graph: fx.Graph) -> dict[fx.Node, int]:
+    """For every node the set of its ancestors, itself included, as a bit mask over node positions."""
+    masks: dict[fx.Node, int] = {}
+    for position, node in enumerate(graph.nodes):
+        mask = 1 << position
+        for source in node.all_input_nodes:
+            mask |= masks[source]
+        masks[node] = mask
+    return masks
+
+
+def is_ancestor(masks: dict[fx.Node, int], ancestor: fx.Node, node: fx.Node) -> bool:
+    own_bit = 1 << (masks[ancestor].bit_length() - 1)  # a node's own bit is its highest: inputs come before it
+    return bool(masks[node] & own_bit)
+
+
+def _shape(node: fx.Node) -> torch.Size:
+    value = node.meta.get("val")
+    return value.shape if isinstance(value, Tensor) else torch.Size()
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else size.node.hint
+
+
+def _residual_operands(node: fx.Node, masks: dict[fx.Node, int]) -> tuple[fx.Node, fx.Node] | None:
+    """(stream, branch) of a residual add, or None where `node` is none."""
+    if node.target not in ADDS or len(node.args) < 2:
+        return None
+    left, right = node.args[0], node.args[1]
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+        return None
+    if not _shape(left) or _shape(left) != _shape(right):
+        return None
+    left_first, right_first = is_ancestor(masks, left, right), is_ancestor(masks, right, left)
+    if left_first == right_first:
+        return None
+    return (left, right) if left_first else (right, left)
+
+
+def _back(node: fx.Node, through: set) -> fx.Node:
+    while node.target in through:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _vision_stream(graph: fx.Graph, image: fx.Node, masks: dict[fx.Node, int]) -> tuple[list[fx.Node], fx.Node]:
+    root_of: dict[fx.Node, fx.Node] = {}
+    streams: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        operands = _residual_operands(node, masks)
+        if operands is None:
+            continue
+        before = _back(operands[0], NORMS | IDENTITIES)
+        root = root_of.get(before, before)
+        root_of[node] = root
+        streams.setdefault(root, []).append(node)
+    if not streams:
+        raise UnsupportedModelError("no match: the graph has no residual add; this is no transformer")
+    vision = [
+        (adds, root)
+        for root, adds in streams.items()
+        if is_ancestor(masks, image, root) and len(_shape(root)) >= 3 and not _reads_token_ids(graph, root, masks)
+        and any(_mlp(add, masks) is not None for add in adds)
+    ]  # fmt: skip
+    if not vision:
+        raise UnsupportedModelError(
+            f"no match: none of the {len(streams)} residual stream(s) is a vision transformer's: fed by the image, "
+            "with an MLP on the stream"
+        )
+    return max(vision, key=lambda found: len(found[0]))
+
+
+def _reads_token_ids(graph: fx.Graph, root: fx.Node, masks: dict[fx.Node, int]) -> bool:
+    inputs = graph.find_nodes(op="placeholder")
+    return any(
+        node.target in EMBEDDINGS and is_ancestor(masks, node, root)
+        and any(is_ancestor(masks, source, node.args[1]) for source in inputs)  # type: ignore[arg-type]
+        for node in graph.nodes
+    )  # fmt: skip
+
+
+# --- the blocks -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Mlp:
+    down: fx.Node
+    hidden: fx.Node
+    ups: tuple[fx.Node, ...]
+
+
+def _mlp(add: fx.Node, masks: dict[fx.Node, int]) -> _Mlp | None:
+    """The MLP whose output `add` adds to the stream, or None where its branch is something else (attention)."""
+    operands = _residual_operands(add, masks)
+    assert operands is not None
+    stream, node = operands
+    while node.target not in LINEARS:
+        sources = [source for source in node.all_input_nodes if is_ancestor(masks, stream, source)]
+        scaled = node.target in (aten.mul.Tensor, aten.mul_.Tensor)  # layer scale
+        if len(sources) != 1 or not (node.target in NORMS | IDENTITIES or scaled):
+            return None
+        node = sources[0]
+    hidden = node.args[0]
+    assert isinstance(hidden, fx.Node)
+    ups = _cone(hidden, stream, masks)
+    return None if ups is None else _Mlp(node, hidden, ups)
+
+
+def _cone(hidden: fx.Node, stream: fx.Node, masks: dict[fx.Node, int]) -> tuple[fx.Node, ...] | None:
+    """The linears at which the pointwise cone above `hidden` ends; None where it is no MLP's."""
+    ends: dict[fx.Node, None] = {}
+    nonlinear = False
+    seen: set[fx.Node] = set()
+    work = [hidden]
+    while work:
+        node = work.pop()
+        if node in seen or not is_ancestor(masks, stream, node):
+            continue  # a constant, a parameter
+        seen.add(node)
+        if node.target in LINEARS:
+            ends[node] = None
+            continue
+        halved = node.target is aten.slice.Tensor and node.args[1] in (-1, len(_shape(node)) - 1)
+        getitem = node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
+        if not (node.target in POINTWISE | SPLITS | NORMS | IDENTITIES or halved or getitem):
+            return None
+        nonlinear = nonlinear or node.target in NONLINEAR
+        work.extend(node.all_input_nodes)
+    return tuple(sorted(ends, key=lambda node: masks[node].bit_length())) if nonlinear and ends else None
+
+
+def _blocks(stream: list[fx.Node], tokens: fx.Node, masks: dict[fx.Node, int]) -> list[Block]:
+    mlps = [(position, mlp) for position, add in enumerate(stream) if (mlp := _mlp(add, masks)) is not None]
+    blocks = []
+    start = 0
+    for index, (position, mlp) in enumerate(mlps):
+        end = position
+        if index == len(mlps) - 1:
+            end = len(stream) - 1
+        output = stream[end]
+        shape = _shape(mlp.hidden)
+        if len(shape) != 3 or _hint(shape[1]) != _hint(_shape(tokens)[1]):
+            _no_match(f"block {index}: the MLP activation is {list(shape)}, expected [batch, tokens, hidden]", mlp.hidden)
+        block_path = _path(output)
+        blocks.append(
+            Block(
+                index=index,
+                hidden=mlp.hidden.name,
+                down=mlp.down.name,
+                ups=tuple(up.name for up in mlp.ups),
+                output=output.name,
+                hidden_size=int(shape[2]),
+                in_place=_writable(mlp.hidden),
+                path=block_path,
+                down_path=_path(mlp.down),
+                attention_path=_attention_path(stream[start:position], masks),
+            )
+        )
+        start = position + 1
+    return blocks
+
+
+def _writable(hidden: fx.Node) -> bool:
+    """Whether `hidden` is a fresh tensor that only the down projection reads."""
+    node = hidden
+    while len(node.users) == 1 and node.target in ALIASES:
+        node = node.all_input_nodes[0]
+    return len(node.users) == 1 and node.target in POINTWISE
+
+
+def _attention_path(adds: Iterable[fx.Node], masks: dict[fx.Node, int]) -> str:
+    """The module that computes attention on the branch of one of `adds`; "" where there is none."""
+    for add in adds:
+        operands = _residual_operands(add, masks)
+        assert operands is not None
+        stream, branch = operands
+        work, seen = [branch], set()
+        while work:
+            node = work.pop()
+            if node in seen or not is_ancestor(masks, stream, node):
+                continue
+            seen.add(node)
+            if node.target in ATTENTIONS:
+                return _path(node)
+            work.extend(node.all_input_nodes)
+    return ""
+
+
+# --- module paths ---------------------------------------------------------------------------------------------------
+
+
+def _path(node: fx.Node) -> str:
+    """Path of the innermost module whose forward made `node`."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    return paths[-1] if paths else ""
+
+
+def common_path(paths: list[str]) -> str:
+    parts = [path.split(".") for path in paths]
+    common = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return ".".join(common)
+
+
+def _insert_path(tokens: fx.Node, first: Block) -> str:
+    node = tokens
+    while len(node.users) == 1 and next(iter(node.users)).target in IDENTITIES:
+        node = next(iter(node.users))
+    users = list(node.users)
+    if len(users) == 1 and users[0].target in NORMS and not _inside(_path(users[0]), first.path):
+        return _path(users[0])
+    return first.path
+
+
+def _inside(path: str, module: str) -> bool:
+    return path == module or path.startswith(module + ".")
+
+
+# --- the prefix -----------------------------------------------------------------------------------------------------
+
+
+def _patch_embedding(image: fx.Node, tokens: fx.Node, masks: dict[fx.Node, int]) -> fx.Node:
+    """The convolution (or linear) that turns the image into patches."""
+    for node in masks:
+        if (
+            node.target in CONVOLUTIONS | LINEARS
+            and is_ancestor(masks, image, node)
+            and is_ancestor(masks, node, tokens)
+        ):
+            return node
+    _no_match("no patch embedding between the image and the tokens", tokens)
+
+
+def _count_prefix(traced: Traced, tokens: fx.Node) -> int:
+    """Feed an all-NaN image: the rows of `tokens` that stay finite do not depend on the image."""
+    graph_module = traced.graph_module
+    nan_image = [
+        torch.full_like(value, float("nan")) if node.name == traced.image else value
+        for node, value in zip(graph_module.graph.find_nodes(op="placeholder"), traced.example, strict=True)
+    ]
+    value = evaluate(graph_module, tokens, nan_image)
+    finite_T = value[0].isfinite().all(dim=-1)
+    num_prefix = int(finite_T.sum())
+    if not bool(finite_T[:num_prefix].all()):
+        _no_match(f"tokens that do not depend on the image stand behind patches (rows {finite_T.nonzero().flatten().tolist()})",
+                  tokens)  # fmt: skip
+    if num_prefix == len(finite_T):
+        _no_match("the tokens do not depend on the image", tokens)
+    return num_prefix
+
+
+def evaluate(graph_module: fx.GraphModule, node: fx.Node, inputs: list[Tensor]) -> Tensor:
+    """Run `graph_module` up to `node` only."""
+    masks = ancestor_sets(graph_module.graph)
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for other in graph_module.graph.nodes:
+        if other.op == "placeholder" or (other.op != "output" and is_ancestor(masks, other, node)):
+            copied[other] = graph.node_copy(other, lambda n: copied[n])
+    graph.output(copied[node])
+    with torch.no_grad():
+        return fx.GraphModule(graph_module, graph)(*inputs)

@@ -1,0 +1,49 @@
+"""Graph, sites -> graph: the surgery on the fx graph, one file a pass.
+
+A pass is a function `(graph_module, plan) -> PassResult`. It edits the graph in place and reports what it changed;
+changing nothing where something was due is an error. The graph spec (`spec.py`) is checked after every pass.
+"""
+
+from __future__ import annotations
+
+import copy
+
+from torch import fx
+
+from regsurgery.errors import PassError
+from regsurgery.passes.insert_registers import insert_registers
+from regsurgery.passes.plan import PassResult, Plan
+from regsurgery.passes.resize_tokens import resize_tokens
+from regsurgery.passes.shift_neurons import shift_neurons
+from regsurgery.passes.spec import check_spec
+from regsurgery.passes.strip_registers import strip_registers
+from regsurgery.trace import Traced
+
+# Registers first, since the region of longer tensors begins at them. Then the token counts that export wrote as
+# literals into the region, so that every node in it has its true shape. The shift needs those shapes and leaves them as
+# they are. Strips last: they sit on the edges that leave the region, which only then have a value of the wrong length.
+PIPELINE = (insert_registers, resize_tokens, shift_neurons, strip_registers)
+
+__all__ = ["PIPELINE", "PassResult", "Plan", "apply_passes"]
+
+
+def apply_passes(traced: Traced, plan: Plan) -> tuple[fx.GraphModule, tuple[PassResult, ...]]:
+    """The patched graph module of `traced`, and what each pass did. Parameters are shared, the graph is a copy.
+
+    The patched module has one more parameter, `plan.register_name` `[1, R, D]`, zero, if the plan has registers.
+
+    Raises:
+        UnsupportedModelError: the token axis reaches an operator that cannot take a register.
+        PassError: a pass broke the graph spec; a bug.
+    """
+    patched = fx.GraphModule(traced.graph_module, copy.deepcopy(traced.graph_module.graph))
+    results = []
+    for step in PIPELINE:
+        result = step(patched, plan)
+        if result.due and not result.changed:
+            raise PassError(f"pass {step.__name__}: changed nothing where {result.due} was due")
+        check_spec(patched, plan, step.__name__, final=step is PIPELINE[-1])
+        results.append(result)
+    patched.graph.eliminate_dead_code()
+    patched.recompile()
+    return patched, tuple(results)

@@ -1,0 +1,47 @@
+"""Append the register tokens to the token stream, before any pre-norm and after the position embedding."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+
+from regsurgery import runtime
+from regsurgery.passes.plan import INSERTED, PassResult, Plan, find_node
+
+
+def insert_registers(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
+    """Add the parameter `plan.register_name` (zero, no position embedding) and concatenate it behind the patches."""
+    if plan.num_registers == 0:
+        return PassResult((), "")
+    graph = graph_module.graph
+    tokens = find_node(graph_module, plan.sites.tokens)
+    value = tokens.meta["val"]
+    real = next(graph_module.parameters())
+    zeros_1RD = torch.zeros(1, plan.num_registers, plan.sites.width, dtype=value.dtype, device=real.device)
+    _set_parameter(graph_module, plan.register_name, nn.Parameter(zeros_1RD))
+    with graph.inserting_after(tokens):
+        parameter = graph.get_attr(plan.register_name)
+    with graph.inserting_after(parameter):
+        appended = graph.call_function(runtime.append_registers, (tokens, parameter))
+    tokens.replace_all_uses_with(appended, delete_user_cb=lambda user: user is not appended)
+    for node in (parameter, appended):
+        node.meta["nn_module_stack"] = tokens.meta.get("nn_module_stack", {})
+        node.meta[INSERTED] = "insert_registers"
+    fake = value.fake_mode
+    with fake:
+        parameter.meta["val"] = fake.from_tensor(zeros_1RD)
+        appended.meta["val"] = runtime.append_registers(value, parameter.meta["val"])
+    return PassResult((appended.name,), "a concatenation of the registers")
+
+
+def _set_parameter(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Set a parameter by its dotted name without touching modules that `root` shares with other graphs."""
+    *path, leaf = name.split(".")
+    module = root
+    for part in path:
+        child = getattr(module, part)
+        own = nn.Module()
+        own.__dict__.update({k: dict(v) if isinstance(v, dict) else v for k, v in child.__dict__.items()})
+        module._modules[part] = own
+        module = own
+    module.register_parameter(leaf, parameter)

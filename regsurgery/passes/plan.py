@@ -1,0 +1,80 @@
+"""What the passes share: the plan of one surgery, and the region of the graph where tensors hold registers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from regsurgery.match import Sites, ancestor_sets, is_ancestor
+from regsurgery.recipe import Recipe
+
+INSERTED = "regsurgery"  # key in node.meta of every node that a pass made; its value is the pass
+ORIGINAL_SHAPE = "regsurgery_shape"  # key in node.meta: the shape before the registers, on every node of the region
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sites and recipe, resolved into what the passes need. Made by `plan_surgery`."""
+
+    sites: Sites
+    num_registers: int
+    register_neurons: Mapping[int, tuple[int, ...]]
+    shift: Mapping[str, Any]
+
+    @property
+    def register_name(self) -> str:
+        return f"{self.sites.tower_path}.register_tokens".lstrip(".")
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass changed (node names), and what was due, in words ("" where nothing was)."""
+
+    changed: tuple[str, ...]
+    due: str
+
+
+def plan_surgery(sites: Sites, recipe: Recipe) -> Plan:
+    shift = {
+        "num_prefix": sites.num_prefix,
+        "scale": list(recipe.scale),
+        "fill": recipe.fill,
+        "fill_prefix": recipe.prefix == "fill",
+        "one_peak": recipe.compat == "reference",
+    }
+    return Plan(sites, recipe.num_registers, dict(recipe.register_neurons), shift)
+
+
+def find_node(graph_module: fx.GraphModule, name: str) -> fx.Node:
+    return next(node for node in graph_module.graph.nodes if node.name == name)
+
+
+def registers_node(graph_module: fx.GraphModule) -> fx.Node | None:
+    """The node that `insert_registers` made: the token stream with registers."""
+    return next((n for n in graph_module.graph.nodes if n.meta.get(INSERTED) == "insert_registers"
+                 and n.op == "call_function"), None)  # fmt: skip
+
+
+def register_region(graph_module: fx.GraphModule, plan: Plan) -> dict[fx.Node, None]:
+    """Descendants of the inserted registers that are ancestors of the last residual add, in graph order."""
+    start = registers_node(graph_module)
+    if start is None:
+        return {}
+    masks = ancestor_sets(graph_module.graph)
+    last = find_node(graph_module, plan.sites.last)
+    return {
+        node: None for node in graph_module.graph.nodes
+        if is_ancestor(masks, start, node) and is_ancestor(masks, node, last)
+    }  # fmt: skip
+
+
+def hint(size: Any) -> int:
+    """The example value of a size that may be symbolic (the batch)."""
+    return size if isinstance(size, int) else size.node.hint
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    return tuple(hint(size) for size in value.shape) if isinstance(value, Tensor) else ()

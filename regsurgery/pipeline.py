@@ -1,0 +1,292 @@
+"""`patch` and `verify`, aloud: recipe + checkpoint -> load -> trace -> match -> passes -> verify -> emit."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regsurgery import backends, checkpoint_io
+from regsurgery.errors import CheckpointError, RecipeError, UserError, VerificationError
+from regsurgery.loading import Loaded, LoadOptions
+from regsurgery.loading import load as load_original
+from regsurgery.recipe import Recipe, bundled_recipes, find_recipe, parse_recipe, recipe_for_model
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from regsurgery.calibration import ImageSet
+    from regsurgery.surgery import Surgery
+    from regsurgery.verify import Verdict
+
+
+class Progress:
+    """What the pipeline tells about itself while it runs; the command line draws it. This one is silent."""
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        """A new stage begins; `total` images where it goes over images."""
+
+    def advance(self, num_images: int) -> None:
+        """That many images are done."""
+
+    def say(self, line: str) -> None:
+        """A fact worth a line."""
+
+
+@dataclass(frozen=True)
+class PatchResult:
+    """What `patch` did. `output` is None for a dry run; `seconds` and `peak_rss_mb` are of the whole process so far."""
+
+    output: str | None
+    mode: str
+    format: str
+    recipe: Recipe
+    verdict: Verdict
+    seconds: float
+    peak_rss_mb: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "output": self.output,
+            "mode": self.mode,
+            "format": self.format,
+            "register_neurons": {str(b): list(neurons) for b, neurons in self.recipe.register_neurons.items()},
+            "verify": self.verdict.as_dict(),
+            "seconds": round(self.seconds, 3),
+            "peak_rss_mb": round(self.peak_rss_mb, 1),
+        }
+
+
+def patch(
+    model: str,
+    output: str | Path,
+    *,
+    recipe: str | Path | Recipe | None = None,
+    format: str | None = None,
+    num_registers: int | None = None,
+    images: str | Path | None = None,
+    num_images: int | None = None,
+    options: LoadOptions | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> PatchResult:
+    """Patch `model` and write the patched checkpoint to the new folder `output`.
+
+    Args:
+        model: folder, Hub id, `timm:NAME`, `open_clip:ARCH/TAG` or `demo`.
+        recipe: a `Recipe`, a recipe file or the name of a bundled recipe; by default the bundled one for `model`.
+        format: one of `backends.FORMATS`; by default that of the model's library.
+        images: folder of images for verification; dead-leaves pictures by default.
+        dry_run: do everything, but write nothing to `output`.
+
+    Raises:
+        UserError: the input is at fault; see `errors`.
+        VerificationError: the patched model fails verification; `output` is not created.
+    """
+    from regsurgery.calibration import image_set
+
+    started = time.monotonic()
+    progress = progress or Progress()
+    output = Path(output)
+    if not dry_run:
+        checkpoint_io.check_output(output)
+    if format is not None and format not in backends.FORMATS:
+        raise UserError(f"format {format}: not one of {', '.join(backends.FORMATS)}")
+    chosen = _choose_recipe(model, recipe, progress)
+    if num_registers is not None:
+        chosen = chosen.with_num_registers(num_registers)
+    pictures = image_set(images, num_images)
+
+    progress.stage("load")
+    loaded = load_original(model, options)
+    fmt = format or loaded.library
+    if fmt in backends.LIBRARIES and fmt != loaded.library:
+        raise UserError(f"format {fmt}: {model} is a {loaded.library} checkpoint, which can be written as "
+                        f"{loaded.library} or pt2")  # fmt: skip
+    surgery = operate(loaded, chosen, progress)
+    with tempfile.TemporaryDirectory() as nowhere:
+        target = Path(nowhere) / "dry-run" if dry_run else output
+        verdict = _write(surgery, target, fmt, pictures, progress)
+    return PatchResult(
+        output=None if dry_run else str(output), mode=chosen.mode, format=fmt, recipe=chosen, verdict=verdict,
+        seconds=time.monotonic() - started, peak_rss_mb=_peak_rss_mb(),
+    )  # fmt: skip
+
+
+def operate(loaded: Loaded, recipe: Recipe, progress: Progress) -> Surgery:
+    """trace -> match -> passes."""
+    from regsurgery.match import match
+    from regsurgery.surgery import perform
+    from regsurgery.trace import trace
+
+    progress.stage("trace")
+    traced = trace(loaded)
+    progress.stage("match")
+    sites = match(traced)
+    progress.stage("surgery")
+    return perform(loaded, recipe, traced, sites)
+
+
+def _write(surgery: Surgery, target: Path, fmt: str, pictures: ImageSet, progress: Progress) -> Verdict:
+    """emit, with verification of what was emitted before it gets its final name."""
+    from regsurgery.emit import complete, emit
+
+    with emit(surgery, target, fmt) as folder:
+        progress.say(f"preprocessing: {surgery.loaded.preprocess_note}; images: {pictures.note}")
+        verdict = _verify_folder(surgery, folder, fmt, pictures, progress)
+        if not verdict.passed:
+            raise VerificationError(f"verification failed, nothing was written: {'; '.join(verdict.failures)}")
+        complete(surgery, folder, target, fmt, verdict)
+    return verdict
+
+
+def _verify_folder(surgery: Surgery, folder: Path, fmt: str, pictures: ImageSet, progress: Progress) -> Verdict:
+    from regsurgery.verify import verify as compare
+
+    progress.stage("verify", pictures.num_images)
+    module = backends.backend(fmt).reload(folder, _config(folder, fmt))
+    return compare(surgery, _runner(surgery, module, fmt), pictures, progress=progress.advance)
+
+
+def _runner(surgery: Surgery, module: nn.Module, fmt: str) -> Callable[[list[Tensor]], dict[str, Tensor]]:
+    if fmt not in backends.LIBRARIES:
+        return lambda inputs: module(*inputs)
+    image = [node.name for node in surgery.traced.graph_module.graph.find_nodes(op="placeholder")].index(
+        surgery.traced.image
+    )
+    return lambda inputs: surgery.loaded.call(module, inputs[image])
+
+
+def verify(
+    folder: str | Path,
+    *,
+    original: str | None = None,
+    images: str | Path | None = None,
+    num_images: int | None = None,
+    options: LoadOptions | None = None,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Compare a patched folder against its original.
+
+    The folder's files are checked against its SHA256SUMS, then its own loader file is run: a folder to be verified must
+    be one that the user trusts. A patched checkpoint holds the original's tensors unchanged, which are compared against;
+    `original` names another MODEL to compare with, and is what a `.pt2` folder (by default its recorded source) uses.
+
+    Raises:
+        CheckpointError: the folder is incomplete, or `original` is not what was patched.
+    """
+    from regsurgery.calibration import image_set
+
+    progress = progress or Progress()
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; give one that regsurgery patch wrote")
+    pictures = image_set(images, num_images)
+    progress.stage("checksums")
+    checkpoint_io.check_sums(root)
+    fmt = folder_format(root)
+    config = _config(root, fmt)
+    recipe = parse_recipe((root / "recipe.yaml").read_text("utf-8"), "recipe.yaml")
+    recorded = config["regsurgery"]["source"]
+    with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
+        progress.stage("load")
+        if original is None and fmt in backends.LIBRARIES:
+            restored = Path(scratch) / "original"
+            restore_original(root, restored, fmt)
+            loaded = load_original(str(restored), options)
+        else:
+            loaded = load_original(original or recorded["id"], options)
+            if loaded.source.sha256 != recorded["sha256"]:
+                raise CheckpointError(f"{loaded.source.id}: its weights are not those that were patched into {root} "
+                                      "(sha256 differs); give the original with --original")  # fmt: skip
+        surgery = operate(loaded, recipe, progress)
+        if fmt in backends.LIBRARIES:
+            _take_register_tokens(surgery, root, fmt)
+        return _verify_folder(surgery, root, fmt, pictures, progress)
+
+
+def load(folder: str | Path, *, revision: str | None = None) -> nn.Module:
+    """The patched model of a folder that regsurgery wrote, in eval mode. Runs the folder's own loader file."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; give one that regsurgery patch wrote")
+    fmt = folder_format(root)
+    return backends.backend(fmt).reload(root, _config(root, fmt))
+
+
+def folder_format(folder: Path) -> str:
+    """The format in which a patched folder was written."""
+    from regsurgery.loading import read_config
+
+    if (folder / backends.backend("pt2").CONFIG_NAME).is_file():
+        return "pt2"
+    library, name, config = read_config(folder)
+    if "regsurgery" not in config:
+        raise UserError(f"{folder / name}: has no 'regsurgery' entry; it is no patched checkpoint: patch it first")
+    return library
+
+
+def _config(folder: Path, fmt: str) -> dict[str, Any]:
+    return json.loads((folder / backends.backend(fmt).CONFIG_NAME).read_text("utf-8"))
+
+
+def restore_original(patched: Path, target: Path, fmt: str) -> None:
+    """Write to the new folder `target` what was patched: the config without our entries, the weights without registers."""
+    import shutil
+
+    from regsurgery.backends.modeling import FILE_NAME
+
+    backend = backends.backend(fmt)
+    target.mkdir()
+    for path in patched.iterdir():
+        if path.is_file() and path.suffix != ".safetensors" and path.name != FILE_NAME:
+            shutil.copyfile(path, target / path.name)
+    config = {key: value for key, value in _config(patched, fmt).items() if key not in ("regsurgery", "auto_map")}
+    checkpoint_io.write_json(target / backend.CONFIG_NAME, config)
+    for path in checkpoint_io.weight_files(patched, backend.WEIGHTS_NAME):
+        checkpoint_io.write_without(checkpoint_io.read_header(path), target / path.name, _is_register_tokens)
+
+
+def _is_register_tokens(name: str) -> bool:
+    from regsurgery.surgery import REGISTER_TOKENS
+
+    return name.split(".")[-1] == REGISTER_TOKENS
+
+
+def _take_register_tokens(surgery: Surgery, folder: Path, fmt: str) -> None:
+    """Give the graph the register tokens of the folder; they are zero unless somebody trained them."""
+    import torch
+    from safetensors import safe_open
+
+    for path in checkpoint_io.weight_files(folder, backends.backend(fmt).WEIGHTS_NAME):
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            for name in filter(_is_register_tokens, file.keys()):
+                surgery.graph_module.get_parameter(surgery.plan.register_name).copy_(file.get_tensor(name))
+
+
+def _choose_recipe(model: str, recipe: str | Path | Recipe | None, progress: Progress) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe is not None:
+        chosen = find_recipe(str(recipe))
+        if chosen.model and chosen.model != model:
+            progress.say(f"note: the recipe was made for {chosen.model}")
+        return chosen
+    bundled = recipe_for_model(model)
+    if bundled is None:
+        raise RecipeError(f"{model}: no bundled recipe was made for it; give one with --recipe FILE "
+                          f"(bundled: {', '.join(bundled_recipes())})")  # fmt: skip
+    name, chosen = bundled
+    progress.say(f"recipe: {name} (bundled)")
+    return chosen
+
+
+def _peak_rss_mb() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,234 @@
+"""The recipe: which neurons to shift, and how. Strict, versioned YAML; what is not understood is refused.
+
+Blocks and neurons are counted from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from regsurgery.errors import RecipeError, did_you_mean
+
+SCHEMA = 1
+MODES = ("shift",)
+FILLS = ("zero", "mean", "outliers", "keep")
+PREFIXES = ("keep", "fill")
+COMPATS = ("none", "reference")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A validated recipe.
+
+    Attributes:
+        register_neurons: block -> ascending neuron indices, both counted from 0; blocks ascending.
+        model: the Hub id or name that the recipe was made for; a mismatch is a warning.
+        num_registers: register tokens to append; 0 only with no neurons.
+        mode: what is written; see `MODES`.
+        fill, prefix, compat: options of `runtime.neuron_shift`.
+        scale: one factor a register.
+        provenance: who found the neurons, on what, with which figures; echoed, never interpreted.
+    """
+
+    register_neurons: Mapping[int, tuple[int, ...]]
+    model: str = ""
+    num_registers: int = 1
+    mode: str = "shift"
+    fill: str = "zero"
+    prefix: str = "keep"
+    compat: str = "none"
+    scale: tuple[float, ...] = (1.0,)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_neurons(self) -> int:
+        return sum(len(neurons) for neurons in self.register_neurons.values())
+
+    def with_num_registers(self, num_registers: int) -> Recipe:
+        """The same recipe with another number of registers; a scale common to all registers is kept."""
+        if len(set(self.scale)) > 1:
+            raise RecipeError("the recipe has one scale per register; change num_registers there")
+        scale = (self.scale[0] if self.scale else 1.0,) * num_registers
+        return _checked(replace(self, num_registers=num_registers, scale=scale), "--num-registers")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data in the order of the contract, as `to_yaml` writes it."""
+        scales = set(self.scale)
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "register_neurons": {block: list(neurons) for block, neurons in self.register_neurons.items()},
+            "num_registers": self.num_registers,
+            "mode": self.mode,
+            "fill": self.fill,
+            "prefix": self.prefix,
+            "compat": self.compat,
+            "scale": self.scale[0] if len(scales) == 1 else list(self.scale) if scales else 1.0,
+            "provenance": dict(self.provenance),
+        }
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
+
+
+KEYS = ["schema", "model", "register_neurons", "num_registers", "mode", "fill", "prefix", "compat", "scale",
+        "provenance"]  # fmt: skip
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice; plain YAML silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key '{key_node.value}' is given twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def parse_recipe(text: str, where: str) -> Recipe:
+    """Read a recipe from YAML text; `where` (a file name) opens every error message.
+
+    Raises:
+        RecipeError: malformed YAML, unknown key or value, a wrong type, a schema this version does not know.
+    """
+    try:
+        data = yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where}: expected a mapping with the keys {', '.join(KEYS)}")
+
+    def fail(message: str) -> NoReturn:
+        raise RecipeError(f"{where}: {message}")
+
+    for key in data:
+        if key not in KEYS:
+            fail(f"unknown key '{key}'{did_you_mean(str(key), KEYS)}")
+    if "schema" not in data:
+        fail(f"the key 'schema' is missing; this version writes schema: {SCHEMA}")
+    if data["schema"] != SCHEMA:
+        fail(f"schema {data['schema']} is not known to this version of regsurgery (it reads schema {SCHEMA})")
+    if "register_neurons" not in data:
+        fail("the key 'register_neurons' is missing; give it as {block: [neuron, ...]}")
+
+    num_registers = data.get("num_registers", 1)
+    if type(num_registers) is not int:
+        fail(f"num_registers must be a whole number, found {num_registers!r}")
+    scale = data.get("scale", 1.0)
+    scales = scale if isinstance(scale, list) else [scale] * num_registers
+    if not all(type(factor) in (int, float) and abs(factor) < 1e6 for factor in scales):
+        fail(f"scale must be a number, or a list with one number per register, found {scale!r}")
+    model = data.get("model", "")
+    if not isinstance(model, str):
+        fail(f"model must be text, found {model!r}")
+    provenance = data.get("provenance") or {}
+    if not isinstance(provenance, dict):
+        fail("provenance must be a mapping")
+    recipe = Recipe(
+        register_neurons=_neurons(data["register_neurons"], fail),
+        model=model,
+        num_registers=num_registers,
+        mode=data.get("mode", "shift"),
+        fill=data.get("fill", "zero"),
+        prefix=data.get("prefix", "keep"),
+        compat=data.get("compat", "none"),
+        scale=tuple(float(factor) for factor in scales),
+        provenance=provenance,
+    )
+    return _checked(recipe, where)
+
+
+def _neurons(data: Any, fail: Any) -> dict[int, tuple[int, ...]]:
+    if not isinstance(data, dict):
+        fail("register_neurons must be {block: [neuron, ...]}")
+    result: dict[int, tuple[int, ...]] = {}
+    for block, neurons in sorted(data.items(), key=lambda item: (str(type(item[0])), item[0])):
+        if type(block) is not int or block < 0:
+            fail(f"block {block!r} under 'register_neurons' must be a whole number from 0 on")
+        if not isinstance(neurons, list) or not neurons:
+            fail(f"block {block} under 'register_neurons' must have a list of at least one neuron")
+        for neuron in neurons:
+            if type(neuron) is not int or neuron < 0:
+                fail(f"neuron {neuron!r} of block {block} must be a whole number from 0 on")
+        if len(set(neurons)) < len(neurons):
+            twice = next(neuron for neuron in neurons if neurons.count(neuron) > 1)
+            fail(f"neuron {twice} of block {block} is listed twice")
+        result[block] = tuple(sorted(neurons))
+    return result
+
+
+def _checked(recipe: Recipe, where: str) -> Recipe:
+    for key, value, allowed in (
+        ("mode", recipe.mode, MODES),
+        ("fill", recipe.fill, FILLS),
+        ("prefix", recipe.prefix, PREFIXES),
+        ("compat", recipe.compat, COMPATS),
+    ):
+        if value not in allowed:
+            near = did_you_mean(str(value), list(allowed))
+            raise RecipeError(f"{where}: {key} must be one of {', '.join(allowed)}, found {value!r}{near}")
+    if not 0 <= recipe.num_registers <= 64:
+        raise RecipeError(f"{where}: num_registers must be between 0 and 64, found {recipe.num_registers}")
+    if recipe.num_registers == 0 and recipe.register_neurons:
+        raise RecipeError(
+            f"{where}: num_registers is 0 but neurons are listed; clearing them with no register to take their place "
+            "harms the model: set num_registers to 1"
+        )
+    if len(recipe.scale) != recipe.num_registers:
+        raise RecipeError(f"{where}: scale lists {len(recipe.scale)} numbers for {recipe.num_registers} register(s)")
+    return recipe
+
+
+# --- where recipes come from ----------------------------------------------------------------------------------------
+
+
+def bundled_recipes() -> dict[str, Recipe]:
+    """Every recipe that ships with regsurgery, by name, in alphabetical order."""
+    found = {}
+    for entry in sorted(_bundled_folder().iterdir(), key=lambda entry: entry.name):
+        if entry.name.endswith(".yaml"):
+            found[entry.name.removesuffix(".yaml")] = parse_recipe(entry.read_text("utf-8"), entry.name)
+    return found
+
+
+def _bundled_folder() -> Any:
+    installed = resources.files("regsurgery") / "_recipes"  # a wheel carries the top-level recipes/ here
+    return installed if installed.is_dir() else Path(__file__).resolve().parent.parent / "recipes"
+
+
+def find_recipe(name_or_path: str) -> Recipe:
+    """A recipe file, or a bundled recipe by name.
+
+    Raises:
+        RecipeError: neither a file nor a bundled name; the message lists the nearest name.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        try:
+            return parse_recipe(path.read_text("utf-8"), path.name)
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{path}: not a UTF-8 text file") from error
+    bundled = bundled_recipes()
+    if name_or_path in bundled:
+        return bundled[name_or_path]
+    hint = did_you_mean(name_or_path, list(bundled))
+    raise RecipeError(f"{name_or_path}: no such recipe file, and no bundled recipe of that name{hint or '; '}"
+                      f"{'' if hint else 'bundled are ' + ', '.join(bundled)}")  # fmt: skip
+
+
+def recipe_for_model(model_id: str) -> tuple[str, Recipe] | None:
+    """The bundled recipe made for exactly this model id, with its name; where several are, the first by name."""
+    for name, recipe in bundled_recipes().items():
+        if recipe.model and recipe.model == model_id:
+            return name, recipe
+    return None

@@ -1,0 +1,103 @@
+"""What the command line shows: one sink for people (tables, a progress bar), programs (`--json`) and nobody (`--quiet`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from regsurgery.pipeline import PatchResult, Progress
+from regsurgery.recipe import Recipe
+from regsurgery.verify import Pair, Verdict
+
+
+class Screen(Progress):
+    """Draws progress on stderr while in the `with` block, results on stdout after it."""
+
+    def __init__(self, *, as_json: bool, quiet: bool) -> None:
+        self.as_json, self.quiet = as_json, quiet
+        self.errors = Console(stderr=True, quiet=quiet or as_json, highlight=False)
+        self.out = Console(quiet=quiet or as_json, highlight=False)
+        self.bar = RichProgress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            console=self.errors, transient=True,
+        )  # fmt: skip
+        self.task = self.bar.add_task("", visible=False, total=None)
+
+    def __enter__(self) -> Screen:
+        if not (self.quiet or self.as_json):
+            self.bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.stop()
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        self.bar.reset(self.task, description=name, total=total, visible=True)
+
+    def advance(self, num_images: int) -> None:
+        self.bar.advance(self.task, num_images)
+
+    def say(self, line: str) -> None:
+        self.errors.print(line, soft_wrap=True, markup=False)
+
+    def patched(self, result: PatchResult) -> None:
+        if self.as_json:
+            print(json.dumps(result.as_dict(), indent=2))
+        self._verdict(result.verdict)
+        where = f"wrote {result.output}" if result.output else "dry run: nothing written"
+        neurons = ", ".join(f"{b}:{n}" for b, listed in result.recipe.register_neurons.items() for n in listed)
+        self.out.print(f"register neurons (block:neuron): {neurons or 'none'}", soft_wrap=True, markup=False)
+        self.out.print(f"{where} ({result.format}, mode {result.mode}) in {result.seconds:.1f} s, "
+                       f"peak memory {result.peak_rss_mb:.0f} MB", soft_wrap=True, markup=False)  # fmt: skip
+
+    def verified(self, verdict: Verdict) -> None:
+        if self.as_json:
+            print(json.dumps(verdict.as_dict(), indent=2))
+        self._verdict(verdict)
+        self.out.print("passed" if verdict.passed else "FAILED: " + "; ".join(verdict.failures), soft_wrap=True, markup=False)
+
+    def _verdict(self, verdict: Verdict) -> None:
+        table = Table("", "original", "patched", box=box.SIMPLE_HEAD, title_justify="left",
+                      title=f"after block {verdict.block}, {verdict.images}")  # fmt: skip
+        for column in table.columns[1:]:
+            column.justify = "right"
+
+        def row(name: str, pair: Pair, digits: int) -> None:
+            table.add_row(name, f"{pair.original:.{digits}f}", f"{pair.patched:.{digits}f}")
+
+        row("outlier tokens per image", verdict.outliers_per_image, 2)
+        row("largest patch norm, mean", verdict.max_patch_norm, 1)
+        row("largest patch norm, worst image", verdict.worst_patch_norm, 1)
+        row("median patch norm", verdict.median_patch_norm, 1)
+        if verdict.register_norm is not None:
+            table.add_row("register token norm", "", f"{verdict.register_norm:.1f}")
+        table.add_row(f"cosine of {verdict.output}", "1", f"{verdict.cosine_output:.4f}")
+        table.add_row("cosine of patches, outliers aside", "1", f"{verdict.cosine_patches:.4f}")
+        if verdict.kl is not None and verdict.same_argmax is not None:
+            table.add_row("KL divergence to the original", "0", f"{verdict.kl:.4f}")
+            table.add_row("same first class", "1", f"{verdict.same_argmax:.3f}")
+        table.add_row("written model against graph", "", f"{verdict.parity_max_abs:.1e}")
+        self.out.print(table)
+
+
+def recipe_table(found: Mapping[str, Recipe]) -> None:
+    table = Table("recipe", "model", "register neurons", box=box.SIMPLE_HEAD)
+    for name, recipe in found.items():
+        blocks = ", ".join(map(str, recipe.register_neurons))
+        table.add_row(name, recipe.model, f"{recipe.num_neurons} in block(s) {blocks}")
+    Console().print(table)
+
+
+def family_table(rows: list[dict[str, Any]]) -> None:
+    table = Table("family", "library", "models", "other image sizes", box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(row["family"], row["library"], ", ".join(row["members"]), "yes" if row["any_size"] else "no")
+    Console().print(table)

@@ -1,0 +1,125 @@
+"""Recipe + sites -> the plan of one surgery, and the `regsurgery` block of the patched checkpoint's config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+import regsurgery
+from regsurgery.errors import RecipeError
+from regsurgery.loading import Loaded
+from regsurgery.match import Sites, common_path
+from regsurgery.passes import Plan, apply_passes
+from regsurgery.passes.plan import plan_surgery
+from regsurgery.recipe import Recipe
+from regsurgery.trace import Traced
+
+
+REGISTER_TOKENS = "register_tokens"
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """Everything that verification and the back ends need.
+
+    Attributes:
+        graph_module: the patched graph, in the plain form of `trace.py`; parameters shared with `loaded.model`.
+        config_block: the `regsurgery` entry of the patched checkpoint's config; plain data.
+    """
+
+    loaded: Loaded
+    recipe: Recipe
+    traced: Traced
+    sites: Sites
+    plan: Plan
+    graph_module: fx.GraphModule
+    config_block: dict[str, Any]
+
+    def new_tensors(self) -> dict[str, Tensor]:
+        """The tensors that a patched checkpoint has beside the original's, by their names on disk."""
+        if not self.plan.num_registers:
+            return {}
+        tower = self.config_block["layouts"][-1]["tower"]
+        parameter = self.graph_module.get_parameter(self.plan.register_name)
+        return {f"{tower}.{REGISTER_TOKENS}".lstrip("."): parameter.detach()}
+
+
+def perform(loaded: Loaded, recipe: Recipe, traced: Traced, sites: Sites) -> Surgery:
+    """Apply `recipe` at `sites`.
+
+    Raises:
+        RecipeError: a block or neuron of the recipe does not exist in the model.
+        UnsupportedModelError: a pass cannot make room for the registers.
+    """
+    check_fit(recipe, sites)
+    plan = plan_surgery(sites, recipe)
+    graph_module, _ = apply_passes(traced, plan)
+    return Surgery(loaded, recipe, traced, sites, plan, graph_module, _config_block(loaded, recipe, sites))
+
+
+def check_fit(recipe: Recipe, sites: Sites) -> None:
+    for block, neurons in recipe.register_neurons.items():
+        if block >= len(sites.blocks):
+            raise RecipeError(f"block {block} under 'register_neurons' does not exist: the model has {len(sites.blocks)} "
+                              f"blocks, 0 to {len(sites.blocks) - 1}; is the recipe for another model?")  # fmt: skip
+        size = sites.blocks[block].hidden_size
+        for neuron in neurons:
+            if neuron >= size:
+                raise RecipeError(f"neuron {neuron} of block {block} does not exist: its MLP has {size} hidden units, "
+                                  f"0 to {size - 1}; is the recipe for another model?")  # fmt: skip
+
+
+def _config_block(loaded: Loaded, recipe: Recipe, sites: Sites) -> dict[str, Any]:
+    collects = loaded.library == "transformers"
+    in_memory = _layout(sites, recipe, lambda path: path, collects)
+    on_disk = _layout(sites, recipe, lambda path: _disk_path(loaded, path), collects)
+    return {
+        "version": regsurgery.__version__,
+        "mode": recipe.mode,
+        "num_registers": recipe.num_registers,
+        "register_neurons": {str(block): list(neurons) for block, neurons in recipe.register_neurons.items()},
+        "fill": recipe.fill,
+        "prefix": recipe.prefix,
+        "compat": recipe.compat,
+        "scale": list(recipe.scale),
+        "source": loaded.source.as_dict(),
+        "width": sites.width,
+        "num_prefix": sites.num_prefix,
+        "in_place_blocks": [str(block) for block in recipe.register_neurons if sites.blocks[block].in_place],
+        "layouts": [in_memory] if on_disk == in_memory else [in_memory, on_disk],
+    }
+
+
+def _layout(sites: Sites, recipe: Recipe, rename: Callable[[str], str], collects: bool) -> dict[str, Any]:
+    """Module paths of the sites, below the tower. A library's versions may name the same modules differently."""
+    tower = rename(sites.tower_path)
+
+    def relative(path: str) -> str:
+        return path.removeprefix(tower).lstrip(".") if tower else path
+
+    blocks = [relative(rename(block.path)) for block in sites.blocks]
+    return {
+        "tower": tower,
+        "insert": relative(rename(sites.insert_path)),
+        "strip": blocks[-1],
+        "attentions": [relative(rename(block.attention_path)) for block in sites.blocks if block.attention_path],
+        "collectors": _collectors(blocks[0]) if collects else [],
+        "down": {str(block): relative(rename(sites.blocks[block].down_path)) for block in recipe.register_neurons},
+    }
+
+
+def _collectors(first_block: str) -> list[str]:
+    """The tower ("") and the modules between it and the list of blocks: `encoder` for the block `encoder.layer.0`."""
+    holders = first_block.split(".")[:-2]
+    return ["", *(".".join(holders[: depth + 1]) for depth in range(len(holders)))]
+
+
+def _disk_path(loaded: Loaded, path: str) -> str:
+    """The path of a module by the names that its parameters have in the checkpoint file."""
+    module = loaded.model.get_submodule(path)
+    prefix = f"{path}." if path else ""
+    names = [loaded.disk_name(prefix + name) for name, _ in module.named_parameters()]
+    return common_path([name.rpartition(".")[0] for name in names])
