@@ -19,8 +19,8 @@ from regsurgery.passes.plan import find_node
 from regsurgery.statistics import tap, token_norms
 from regsurgery.trace import Traced
 
-PLANTED = {2: 2, 3: 1}  # block -> how many neurons; recipes/demo.yaml has their indices
-IMAGE_SIZE, PATCH_SIZE, WIDTH, BLOCKS = 96, 8, 64, 6
+PLANTED = {1: 2, 2: 1}  # block -> how many neurons; recipes/demo.yaml has their indices
+IMAGE_SIZE, PATCH_SIZE, WIDTH, BLOCKS = 96, 8, 64, 4
 FIRING = 2.0  # patches per image on which one planted neuron fires, on average
 PEAK = 20.0  # activation of a planted neuron on the patch that suits it best
 GAIN = 40.0  # norm that this activation writes, in median token norms
@@ -46,8 +46,8 @@ def write_demo(folder: Path) -> dict[int, list[int]]:
     (folder / "preprocessor_config.json").write_text(json.dumps(processor), "utf-8")
     loaded = load(str(folder))
     traced = trace(loaded)
-    images = image_set(None, 16)
-    inputs = tensor_inputs(loaded, loaded.preprocess(next(images.batches(16))))
+    images = image_set(None, 8)
+    inputs = tensor_inputs(loaded, loaded.preprocess(next(images.batches(8))))
     planted = plant(traced, match(traced), inputs, PLANTED)
     loaded.model.save_pretrained(folder)  # type: ignore[operator]
     return planted

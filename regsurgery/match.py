@@ -13,7 +13,7 @@ Structural only; no family name decides anything. A match that fails says why an
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -55,6 +55,8 @@ class Block:
         ups: the linears that the activation is made of (two for a gated MLP with two projections).
         output: the residual add that ends the block.
         in_place: the activation is freshly made, read once and no view, so it may be written into.
+        attention_path: the module that computes attention; `attention_weights` are its query, key and value projections'
+            parameters.
     """
 
     index: int
@@ -67,6 +69,7 @@ class Block:
     path: str
     down_path: str
     attention_path: str
+    attention_weights: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -282,7 +285,7 @@ def _blocks(stream: list[fx.Node], tokens: fx.Node, masks: dict[fx.Node, int]) -
         shape = _shape(mlp.hidden)
         if len(shape) != 3 or _hint(shape[1]) != _hint(_shape(tokens)[1]):
             _no_match(f"block {index}: the MLP activation is {list(shape)}, expected [batch, tokens, hidden]", mlp.hidden)
-        block_path = _path(output)
+        attention = _attention(stream[start:position], masks)
         blocks.append(
             Block(
                 index=index,
@@ -292,9 +295,10 @@ def _blocks(stream: list[fx.Node], tokens: fx.Node, masks: dict[fx.Node, int]) -
                 output=output.name,
                 hidden_size=int(shape[2]),
                 in_place=_writable(mlp.hidden),
-                path=block_path,
+                path=_path(output),
                 down_path=_path(mlp.down),
-                attention_path=_attention_path(stream[start:position], masks),
+                attention_path=_path(attention) if attention is not None else "",
+                attention_weights=_projections(attention, tokens, masks),
             )
         )
         start = position + 1
@@ -309,22 +313,37 @@ def _writable(hidden: fx.Node) -> bool:
     return len(node.users) == 1 and node.target in POINTWISE
 
 
-def _attention_path(adds: Iterable[fx.Node], masks: dict[fx.Node, int]) -> str:
-    """The module that computes attention on the branch of one of `adds`; "" where there is none."""
+def _attention(adds: Iterable[fx.Node], masks: dict[fx.Node, int]) -> fx.Node | None:
+    """The node that computes attention on the branch of one of `adds`, or None."""
     for add in adds:
         operands = _residual_operands(add, masks)
         assert operands is not None
-        stream, branch = operands
-        work, seen = [branch], set()
-        while work:
-            node = work.pop()
-            if node in seen or not is_ancestor(masks, stream, node):
-                continue
-            seen.add(node)
-            if node.target in ATTENTIONS:
-                return _path(node)
-            work.extend(node.all_input_nodes)
-    return ""
+        found = next((node for node in _between(*operands, masks) if node.target in ATTENTIONS), None)
+        if found is not None:
+            return found
+    return None
+
+
+def _projections(attention: fx.Node | None, tokens: fx.Node, masks: dict[fx.Node, int]) -> tuple[str, ...]:
+    """Weights of the linears nearest above `attention`: its query, key and value projections."""
+    if attention is None:
+        return ()
+    linears = [node for node in _between(tokens, attention, masks, stop=LINEARS) if node.target in LINEARS]
+    weights = [node.args[1] for node in linears]
+    return tuple(sorted(str(weight.target) for weight in weights if isinstance(weight, fx.Node)))
+
+
+def _between(start: fx.Node, end: fx.Node, masks: dict[fx.Node, int], stop: Collection = ()) -> Iterator[fx.Node]:
+    """Nodes from `end` back to `start`, breadth first, not going on above nodes whose target is in `stop`."""
+    work, seen = [end], {end}
+    for node in work:
+        yield node
+        if node.target in stop:
+            continue
+        for source in node.all_input_nodes:
+            if source not in seen and is_ancestor(masks, start, source):
+                seen.add(source)
+                work.append(source)
 
 
 # --- module paths ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, fx
 import regsurgery
 from regsurgery.errors import RecipeError
 from regsurgery.loading import Loaded
-from regsurgery.match import Sites, common_path
+from regsurgery.match import Block, Sites, common_path
 from regsurgery.passes import Plan, apply_passes
 from regsurgery.passes.plan import plan_surgery
 from regsurgery.recipe import Recipe
@@ -74,8 +74,9 @@ def check_fit(recipe: Recipe, sites: Sites) -> None:
 
 def _config_block(loaded: Loaded, recipe: Recipe, sites: Sites) -> dict[str, Any]:
     collects = loaded.library == "transformers"
-    in_memory = _layout(sites, recipe, lambda path: path, collects)
-    on_disk = _layout(sites, recipe, lambda path: _disk_path(loaded, path), collects)
+    in_memory = _layout(sites, recipe, collects, lambda path: path, lambda block: block.attention_path)
+    on_disk = _layout(sites, recipe, collects, lambda path: _disk_path(loaded, path),
+                      lambda block: _disk_attention_path(loaded, block))  # fmt: skip
     return {
         "version": regsurgery.__version__,
         "mode": recipe.mode,
@@ -93,7 +94,9 @@ def _config_block(loaded: Loaded, recipe: Recipe, sites: Sites) -> dict[str, Any
     }
 
 
-def _layout(sites: Sites, recipe: Recipe, rename: Callable[[str], str], collects: bool) -> dict[str, Any]:
+def _layout(
+    sites: Sites, recipe: Recipe, collects: bool, rename: Callable[[str], str], attention: Callable[[Block], str]
+) -> dict[str, Any]:
     """Module paths of the sites, below the tower. A library's versions may name the same modules differently."""
     tower = rename(sites.tower_path)
 
@@ -105,7 +108,7 @@ def _layout(sites: Sites, recipe: Recipe, rename: Callable[[str], str], collects
         "tower": tower,
         "insert": relative(rename(sites.insert_path)),
         "strip": blocks[-1],
-        "attentions": [relative(rename(block.attention_path)) for block in sites.blocks if block.attention_path],
+        "attentions": [relative(attention(block)) for block in sites.blocks if block.attention_path],
         "collectors": _collectors(blocks[0]) if collects else [],
         "down": {str(block): relative(rename(sites.blocks[block].down_path)) for block in recipe.register_neurons},
     }
@@ -123,3 +126,17 @@ def _disk_path(loaded: Loaded, path: str) -> str:
     prefix = f"{path}." if path else ""
     names = [loaded.disk_name(prefix + name) for name, _ in module.named_parameters()]
     return common_path([name.rpartition(".")[0] for name in names])
+
+
+def _disk_attention_path(loaded: Loaded, block: Block) -> str:
+    """The attention module by names on disk, where output and input projections may lie in different modules."""
+    if _holder(block.attention_weights) != block.attention_path:
+        return _disk_path(loaded, block.attention_path)
+    return _holder([loaded.disk_name(name) for name in block.attention_weights])
+
+
+def _holder(weights: Sequence[str]) -> str:
+    """The innermost module that holds all the linears whose weights are given."""
+    linears = [weight.rpartition(".")[0] for weight in weights]
+    common = common_path(linears)
+    return common.rpartition(".")[0] if common in linears else common

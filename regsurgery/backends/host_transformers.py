@@ -7,6 +7,9 @@ from typing import Any
 from regsurgery.runtime import operate
 
 # --- below: the host library's part ---
+import shutil  # noqa: E402
+from pathlib import Path  # noqa: E402
+
 import transformers  # noqa: E402, F401
 
 
@@ -20,6 +23,14 @@ class PatchedModel:
         super().__init__(config, *args, **kwargs)
         operate(self, config.regsurgery, keep_registers=keep_registers)  # type: ignore[arg-type]
         self.post_init()  # type: ignore[attr-defined]
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        # transformers 4 saves auto_map but not the file that it points to.
+        target = Path(save_directory) / "modeling_regsurgery.py"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.resolve() != Path(__file__).resolve():
+            shutil.copyfile(__file__, target)
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def is_custom_code(cls) -> bool:
