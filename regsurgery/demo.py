@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from regsurgery.calibration import image_set
-from regsurgery.match import Sites
+from regsurgery.match import NONLINEAR, Sites
 from regsurgery.passes.plan import find_node
 from regsurgery.statistics import tap, token_norms
 from regsurgery.trace import Traced
@@ -60,8 +60,8 @@ def plant(
     """Turn `counts[block]` random neurons of each block into content-driven register neurons, in place.
 
     A neuron's input row becomes a threshold on a principal direction of the patches' up-projection inputs on which no
-    prefix token comes near; its output column a random direction of `GAIN` median token norms. A gated MLP (both halves
-    in one projection, the gate first) gets a constant 1 in the half that the gate multiplies.
+    prefix token comes near; its output column a random direction of `GAIN` median token norms. The gate of a gated
+    MLP becomes the threshold, what it multiplies a constant 1 (both in one projection: the gate comes first).
 
     Args:
         inputs: the graph's inputs for the images that decide directions and thresholds.
@@ -73,9 +73,10 @@ def plant(
     planted: dict[int, list[int]] = {}
     for block, count in sorted(counts.items()):
         site = sites.blocks[block]
-        up, down = (find_node(traced.graph_module, name) for name in (site.ups[0], site.down))
-        assert len(site.ups) == 1, "the MLP has one up projection"
-        source = up.args[0]
+        ups = [find_node(traced.graph_module, name) for name in site.ups]
+        gate = next((up for up in ups if any(user.target in NONLINEAR for user in up.users)), ups[0])
+        down = find_node(traced.graph_module, site.down)
+        source = gate.args[0]
         assert isinstance(source, fx.Node)
         _, taps = tap(traced.graph_module, {"mlp": source.name, "stream": site.output})(*inputs)
         tokens_BTD = taps["mlp"].float()
@@ -84,12 +85,15 @@ def plant(
         neurons = sorted(torch.randperm(site.hidden_size, generator=generator)[:count].tolist())
         for neuron, (direction_D, threshold, top) in zip(neurons, directions, strict=True):
             slope = PEAK / (top - threshold)
-            weight, bias = _parameters(traced.graph_module, up)
+            weight, bias = _parameters(traced.graph_module, gate)
             weight[neuron] = slope * direction_D
             bias[neuron] = -slope * threshold
+            constants = [(*_parameters(traced.graph_module, up), neuron) for up in ups if up is not gate]
             if len(weight) == 2 * site.hidden_size:
-                weight[site.hidden_size + neuron] = 0
-                bias[site.hidden_size + neuron] = 1
+                constants.append((weight, bias, site.hidden_size + neuron))
+            for weight, bias, row in constants:
+                weight[row] = 0
+                bias[row] = 1
             out_D = torch.randn(sites.width, generator=generator)
             _parameters(traced.graph_module, down)[0][:, neuron] = out_D / out_D.norm() * (GAIN * median / PEAK)
         planted[block] = neurons

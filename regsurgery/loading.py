@@ -48,7 +48,8 @@ class Loaded:
         preprocess_note: one line that says where the preprocessing comes from.
         inputs: images `[B, 3, H, W]` -> (args, kwargs) of the model's forward; a text tower gets a dummy text.
         name_outputs: what forward returns -> its tensors by name.
-        disk_name: name of a parameter in memory -> its name in the checkpoint file.
+        disk_name: name of a parameter in memory -> its name in the checkpoint file; None where the file has no tensor
+            of its own for it (a part of a fused one).
     """
 
     source: Source
@@ -64,7 +65,7 @@ class Loaded:
     preprocess_note: str
     inputs: Callable[[Tensor], tuple[tuple[Any, ...], dict[str, Any]]]
     name_outputs: Callable[[Any], dict[str, Tensor]]
-    disk_name: Callable[[str], str]
+    disk_name: Callable[[str], str | None]
     scratch: tempfile.TemporaryDirectory[str] | None = None
 
     def call(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:

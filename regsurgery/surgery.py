@@ -125,14 +125,14 @@ def _disk_path(loaded: Loaded, path: str) -> str:
     module = loaded.model.get_submodule(path)
     prefix = f"{path}." if path else ""
     names = [loaded.disk_name(prefix + name) for name, _ in module.named_parameters()]
-    return common_path([name.rpartition(".")[0] for name in names])
+    return common_path([name.rpartition(".")[0] for name in names if name is not None])
 
 
 def _disk_attention_path(loaded: Loaded, block: Block) -> str:
     """The attention module by names on disk, where output and input projections may lie in different modules."""
     if _holder(block.attention_weights) != block.attention_path:
         return _disk_path(loaded, block.attention_path)
-    return _holder([loaded.disk_name(name) for name in block.attention_weights])
+    return _holder([name for weight in block.attention_weights if (name := loaded.disk_name(weight)) is not None])
 
 
 def _holder(weights: Sequence[str]) -> str:

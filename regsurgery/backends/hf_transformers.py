@@ -138,14 +138,14 @@ def name_outputs(output: Any) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def _disk_names(model: nn.Module) -> Callable[[str], str]:
+def _disk_names(model: nn.Module) -> Callable[[str], str | None]:
     """transformers 5 renames keys on load; names on disk are those that its own saving would give."""
     from transformers.core_model_loading import revert_weight_conversion
 
     state = model.state_dict()
     on_disk = {tensor.data_ptr(): name for name, tensor in revert_weight_conversion(model, dict(state)).items()}
-    names = {name: on_disk.get(tensor.data_ptr(), name) for name, tensor in state.items()}
-    return lambda name: names.get(name, name)
+    names = {name: on_disk.get(tensor.data_ptr()) for name, tensor in state.items()}
+    return names.get
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,86 @@
+"""Shared fixtures: where the real models are, and every pico model with planted register neurons."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch  # noqa: E402
+
+from regsurgery.calibration import image_set  # noqa: E402
+from regsurgery.demo import plant, write_demo  # noqa: E402
+from regsurgery.loading import Loaded, load  # noqa: E402
+from regsurgery.match import Sites, match  # noqa: E402
+from regsurgery.trace import Traced, tensor_inputs, trace  # noqa: E402
+from tests.picos import PICOS, Pico  # noqa: E402
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+PLANTED = {1: 2, 2: 1}
+
+torch.set_num_threads(1)
+
+
+def shared(*parts: str) -> Path:
+    """A path below the real data, or a skip; in CI, where the data must be, a failure."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        message = f"needs the real data: {path.relative_to(SHARED.parent)} is absent"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return path
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A pico checkpoint on disk with planted register neurons."""
+
+    pico: Pico
+    folder: Path
+    loaded: Loaded
+    traced: Traced
+    sites: Sites
+    neurons: dict[int, list[int]]
+
+
+@pytest.fixture(scope="session")
+def planted_picos(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Pico], Planted]:
+    """Builds each planted pico once a session, when first asked for."""
+    return functools.cache(lambda pico: build_planted(pico, tmp_path_factory.mktemp(pico.id) / "model"))
+
+
+@pytest.fixture(scope="session", params=PICOS, ids=lambda pico: pico.id)
+def planted(request: pytest.FixtureRequest, planted_picos: Callable[[Pico], Planted]) -> Planted:
+    return planted_picos(request.param)
+
+
+def build_planted(pico: Pico, folder: Path) -> Planted:
+    from safetensors.torch import save_file
+
+    pico.build(folder)
+    loaded = load(str(folder))
+    traced = trace(loaded)
+    sites = match(traced)
+    pictures = image_set(None, 8)
+    inputs = tensor_inputs(loaded, loaded.preprocess(next(pictures.batches(8))))
+    neurons = plant(traced, sites, inputs, PLANTED)
+    (path,) = loaded.weights
+    if loaded.library == "transformers":
+        loaded.model.save_pretrained(folder)
+    else:
+        save_file({name: value.clone() for name, value in loaded.model.state_dict().items()}, path)
+    return Planted(pico, folder, loaded, traced, sites, neurons)
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    write_demo(folder)
+    return folder

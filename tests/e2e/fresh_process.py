@@ -1,0 +1,118 @@
+"""Run by tests in another process, where `import regsurgery` fails: load patched folders as a user would, run them.
+
+`python fresh_process.py MANIFEST`: MANIFEST is a torch file, a list of jobs `{library, folder, architecture, auto_class, output, inputs}`; the
+results, one a job, are saved beside it as `results.pt`: `{outputs: {batch size: {name: tensor}}, problems: [text]}`.
+Works with transformers 4.57 and 5; must import nothing of the project.
+"""
+
+import importlib.util
+import sys
+
+sys.modules["regsurgery"] = None  # type: ignore[assignment]
+
+import torch  # noqa: E402
+
+BATCHES = (1, 2, 7)
+
+
+def flat(value, name=""):
+    """All tensors in `value` by path, whatever it is made of."""
+    if isinstance(value, torch.Tensor):
+        return {name or "output": value}
+    items = value.items() if hasattr(value, "items") else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    found = {}
+    for key, part in items:
+        found.update(flat(part, f"{name}.{key}".lstrip(".")))
+    return found
+
+
+def shape_problems(what, patched, stock):
+    patched, stock = flat(patched), flat(stock)
+    if patched.keys() != stock.keys():
+        return [f"{what}: outputs {sorted(patched.keys() ^ stock.keys())} are not in both"]
+    return [f"{what}: {name} is {tuple(patched[name].shape)}, the original's {tuple(stock[name].shape)}"
+            for name in patched if patched[name].shape != stock[name].shape]  # fmt: skip
+
+
+def run_transformers(job):
+    import transformers
+
+    auto = getattr(transformers, job["auto_class"])
+    model, info = auto.from_pretrained(job["folder"], trust_remote_code=True, output_loading_info=True)
+    model.eval()
+    problems = [f"{kind}: {info[kind]}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]]
+    outputs = {size: flat(model(**{k: v[:size] for k, v in job["inputs"].items()})) for size in BATCHES}
+    every = {"output_hidden_states": True, "output_attentions": True}
+    patched = auto.from_pretrained(job["folder"], trust_remote_code=True, attn_implementation="eager").eval()
+    stock = getattr(transformers, job["architecture"]).from_pretrained(job["folder"], attn_implementation="eager").eval()
+    inputs = {k: v[:2] for k, v in job["inputs"].items()}
+    everything = stock(**inputs, **every)
+    if not any("hidden_states" in name for name in flat(everything)):
+        problems.append("hidden states were not compared")
+    problems += shape_problems("forward", patched(**inputs, **every), everything)
+    problems += shape_problems("tuple", patched(**inputs, **every, return_dict=False), stock(**inputs, **every, return_dict=False))
+    return outputs, problems
+
+
+def own_loader(folder):
+    spec = importlib.util.spec_from_file_location("modeling_regsurgery", f"{folder}/modeling_regsurgery.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_timm(job):
+    import timm
+
+    model = own_loader(job["folder"]).load(job["folder"])
+    stock = timm.create_model(f"local-dir:{job['folder']}", pretrained=False).eval()
+    (images,) = job["inputs"].values()
+    outputs = {size: {job["output"]: model(images[:size])} for size in BATCHES}
+    problems = []
+    for what, call in {
+        "forward_features": lambda m: m.forward_features(images[:2]),
+        "forward_intermediates": lambda m: m.forward_intermediates(images[:2]),
+        "forward_intermediates NLC": lambda m: m.forward_intermediates(images[:2], output_fmt="NLC", norm=True),
+        "forward_intermediates prefix": lambda m: m.forward_intermediates(images[:2], [1, 2], return_prefix_tokens=True),
+        "forward_intermediates dict": lambda m: m.forward_intermediates(images[:2], output_dict=True),
+        "get_intermediate_layers": lambda m: m.get_intermediate_layers(images[:2], n=3, reshape=True),
+    }.items():
+        problems += shape_problems(what, call(model), call(stock))
+    return outputs, problems
+
+
+def run_open_clip(job):
+    import open_clip
+
+    module = own_loader(job["folder"])
+    model = module.load(job["folder"])
+    assert module.image_transform(model) is not None
+    stock = open_clip.create_model(f"local-dir:{job['folder']}", load_weights=False).eval()
+    images, text = job["inputs"].values()
+    names = ("image_features", "text_features", "logit_scale")
+    outputs = {size: dict(zip(names, model(images[:size], text[:size]))) for size in BATCHES}  # noqa: B905
+    problems = shape_problems("encode_image", model.encode_image(images[:2]), stock.encode_image(images[:2]))
+    for fmt in ("NCHW", "NLC"):
+        call = {"output_fmt": fmt, "output_extra_tokens": True, "normalize_intermediates": True}
+        problems += shape_problems(f"forward_intermediates {fmt}", model.visual.forward_intermediates(images[:2], **call),
+                                   stock.visual.forward_intermediates(images[:2], **call))  # fmt: skip
+    return outputs, problems
+
+
+RUNNERS = {"transformers": run_transformers, "timm": run_timm, "open_clip": run_open_clip}
+
+if __name__ == "__main__":
+    try:
+        import regsurgery  # noqa: F401
+    except ImportError:
+        pass
+    else:
+        sys.exit("regsurgery can be imported: this proves nothing")
+    torch.set_num_threads(1)
+    manifest = sys.argv[1]
+    results = []
+    for job in torch.load(manifest):
+        with torch.no_grad():
+            outputs, problems = RUNNERS[job["library"]](job)
+        results.append({"outputs": outputs, "problems": problems})
+    torch.save(results, f"{manifest}.results")

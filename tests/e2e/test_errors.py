@@ -1,0 +1,382 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from regsurgery import checkpoint_io, cli
+from regsurgery.demo import write_demo
+
+PROGRAM = Path(sys.executable).parent / "regsurgery"
+PARTS = ["README.md", "SHA256SUMS", "config.json", "model.safetensors", "modeling_regsurgery.py",
+         "preprocessor_config.json", "recipe.yaml"]  # fmt: skip
+VERDICT_KEYS = {"passed", "outliers_per_image", "max_patch_norm", "median_patch_norm", "register_norm",
+                "cosine_patches", "cosine_output", "kl", "same_argmax", "parity_max_abs"}  # fmt: skip
+PATCH_KEYS = {"output", "mode", "format", "register_neurons", "verify", "seconds", "peak_rss_mb"}
+RENAMED = "vit.encoder.layer.0.attention.output.dense.bias"  # on disk; transformers 5 has another name in memory
+FEW = ("--num-images", "2")
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "checkpoint"
+    write_demo(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def patched(demo, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("patched") / "out"
+    program("patch", demo, "--recipe", "demo", "-q", "-o", folder, *FEW)
+    return folder
+
+
+@pytest.fixture
+def model(demo, tmp_path) -> Path:
+    return shutil.copytree(demo, tmp_path / "model")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def in_process(*args: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["regsurgery", *map(str, args)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return Done(int(ended.value.code or 0), captured.out, captured.err)
+
+    return in_process
+
+
+def program(*args: object, max_file_bytes: int | None = None, **env: str) -> Done:
+    def limit() -> None:
+        if max_file_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run([PROGRAM, *map(str, args)], capture_output=True, text=True, preexec_fn=limit,
+                          env={**kept, "HF_HUB_OFFLINE": "1", **env})  # fmt: skip
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def everything(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+def assert_refused(done: Done, *named: object, code: int = 2) -> None:
+    assert done.code == code
+    assert done.out == ""
+    assert "Traceback" not in done.err
+    assert done.err.startswith("error: ")
+    assert done.err.endswith("\n") and done.err.count("\n") == 1
+    for name in named:
+        assert str(name) in done.err
+
+
+def edit_config(model: Path, **changes: object) -> None:
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    (model / "config.json").write_text(json.dumps({**config, **changes}), "utf-8")
+
+
+def as_pickle(model: Path, name: str = "pytorch_model.bin") -> None:
+    torch.save(safetensors.torch.load_file(model / "model.safetensors"), model / name)
+    (model / "model.safetensors").unlink()
+
+
+class Runs:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+# --- MODEL ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["timm:vit_tny_patch16_224", "open_clip:ViT-B-32/nosuch", "no such/model/at all"])
+def test_a_model_that_nobody_knows(run, tmp_path, name):
+    assert_refused(run("patch", name, "--recipe", "demo", "-q", "-o", tmp_path / "out"), name)
+    assert everything(tmp_path) == set()
+
+
+def test_a_folder_that_does_not_exist(run, tmp_path):
+    assert_refused(run("patch", tmp_path / "no", "--recipe", "demo", "-q", "-o", tmp_path / "out"), tmp_path / "no")
+    assert everything(tmp_path) == set()
+
+
+def test_a_hub_id_while_offline(tmp_path):
+    done = program(
+        "patch", "nobody/no-such-model", "--recipe", "demo", "-o", tmp_path / "out", HF_HOME=str(tmp_path / "hf")
+    )
+    assert done.code == 2
+    assert "Traceback" not in done.err
+    assert done.err.splitlines()[-1].startswith("error: nobody/no-such-model: ")
+    assert not (tmp_path / "out").exists()
+
+
+def remove(name):
+    return lambda model: (model / name).unlink()
+
+
+def write(name, content: bytes):
+    return lambda model: (model / name).write_bytes(content)
+
+
+def truncate(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def change_tensor(change, name="vit.layernorm.weight"):
+    def edit(model: Path) -> None:
+        tensors = safetensors.torch.load_file(model / "model.safetensors")
+        tensors.update(change(name, tensors.pop(name)))
+        safetensors.torch.save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
+def shard_outside(model: Path) -> None:
+    (model / "model.safetensors").rename(model.parent / "x.safetensors")
+    index = {"weight_map": {"vit.layernorm.weight": "../x.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+
+
+BROKEN = {
+    "no config": (remove("config.json"), "no config.json"),
+    "config cut": (write("config.json", b'{"model_type'), "config.json: not valid JSON"),
+    "config no text": (write("config.json", b"\xff\xfe"), "config.json: not valid JSON"),
+    "config a list": (write("config.json", b"[]"), "config.json: not a JSON object"),
+    "config of nothing": (write("config.json", b"{}"), "config.json: neither transformers"),
+    "no weights": (remove("model.safetensors"), "model.safetensors is missing"),
+    "weights cut": (truncate, "model.safetensors: the header describes"),
+    "weights empty": (write("model.safetensors", b""), "model.safetensors: cut off"),
+    "tensor missing": (change_tensor(lambda name, tensor: {}), "tensor 'vit.layernorm.weight' is missing"),
+    "renamed tensor missing": (change_tensor(lambda name, tensor: {}, name=RENAMED), RENAMED),
+    "tensor cut": (change_tensor(lambda name, tensor: {name: tensor[1:].clone()}), "vit.layernorm.weight"),
+    "shard outside": (shard_outside, "'../x.safetensors'"),
+    "pickled": (as_pickle, "pytorch_model.bin: pickled weights"),
+    "architecture unknown": (lambda model: edit_config(model, architectures=["ViTForNothing"]), "ViTForNothing"),
+    "architecture a number": (lambda model: edit_config(model, architectures=[5]), "config.json"),
+    "patch size zero": (lambda model: edit_config(model, patch_size=0), "model"),
+    "width as text": (lambda model: edit_config(model, hidden_size="64"), "hidden_size"),
+    "activation unknown": (lambda model: edit_config(model, hidden_act="gelo"), "gelo"),
+    "preprocessor cut": (write("preprocessor_config.json", b"{"), "preprocessor_config.json"),
+    "patched already": (lambda model: edit_config(model, regsurgery={}), "is patched already"),
+}
+
+
+@pytest.mark.parametrize("damage, named", BROKEN.values(), ids=BROKEN)
+def test_a_broken_model(run, model, tmp_path, damage, named):
+    damage(model)
+    before = everything(tmp_path)
+    assert_refused(run("patch", model, "--recipe", "demo", "-q", "-o", tmp_path / "out"), model, named)
+    assert everything(tmp_path) == before
+
+
+def test_truncated_weights_as_the_user_sees_it(model, tmp_path):
+    truncate(model)
+    done = program("patch", model, "--recipe", "demo", "-q", "-o", tmp_path / "out")
+    assert_refused(done, model / "model.safetensors")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_model(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertModel(BertConfig(vocab_size=9, **sizes)).save_pretrained(tmp_path / "bert")
+    before = everything(tmp_path)
+    done = program("patch", tmp_path / "bert", "--recipe", "demo", "-q", "-o", tmp_path / "out")
+    assert_refused(done, tmp_path / "bert", "BertModel", "no vision model")
+    assert everything(tmp_path) == before
+
+
+def test_pickled_weights_are_accepted_when_allowed(run, model, tmp_path):
+    as_pickle(model)
+    done = run("patch", model, "--recipe", "demo", "--allow-pickle", "-q", "-o", tmp_path / "out", *FEW)
+    assert done == Done(0, "", "")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == PARTS
+
+
+@pytest.mark.parametrize("kind", ["code", "garbage", "cut", "no state dict"])
+def test_a_pickle_that_is_no_plain_weights(run, model, tmp_path, kind):
+    as_pickle(model)
+    path = model / "pytorch_model.bin"
+    if kind == "code":
+        torch.save({"weight": Runs(tmp_path / "it ran")}, path)
+    elif kind == "no state dict":
+        torch.save([torch.ones(2)], path)
+    else:
+        path.write_bytes(b"garbage" if kind == "garbage" else path.read_bytes()[:-5000])
+    before = everything(tmp_path)
+    assert_refused(run("patch", model, "--recipe", "demo", "--allow-pickle", "-q", "-o", tmp_path / "out"), path)
+    assert everything(tmp_path) == before
+
+
+# --- recipe, images, output -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "neurons, named",
+    [("{1: [55, 256]}", "neuron 256 of block 1"), ("{4: [0]}", "block 4"), ("{1: [-1]}", "neuron -1 of block 1")],
+)
+def test_a_recipe_that_does_not_fit(run, demo, tmp_path, neurons, named):
+    (tmp_path / "mine.yaml").write_text(f"schema: 1\nregister_neurons: {neurons}\n", "utf-8")
+    assert_refused(run("patch", demo, "--recipe", tmp_path / "mine.yaml", "-q", "-o", tmp_path / "out"), named)
+    assert everything(tmp_path) == {tmp_path / "mine.yaml"}
+
+
+def test_neurons_that_are_not_the_register_neurons(run, demo, tmp_path):
+    (tmp_path / "mine.yaml").write_text("schema: 1\nregister_neurons: {1: [56]}\n", "utf-8")
+    done = run("patch", demo, "--recipe", tmp_path / "mine.yaml", "-q", "-o", tmp_path / "out")
+    assert_refused(done, "verification failed", "outlier tokens per image remain", code=1)
+    assert everything(tmp_path) == {tmp_path / "mine.yaml"}
+
+
+@pytest.mark.parametrize(
+    "args, named",
+    [
+        (["--recipe", "dmo"], "dmo: no such recipe file, and no bundled recipe of that name; did you mean 'demo'?"),
+        ([], "no bundled recipe was made for it"),
+        (["--recipe", "demo", "--format", "onx"], "format onx: not one of transformers, timm, open_clip, pt2"),
+        (["--recipe", "demo", "--format", "timm"], "format timm"),
+        (["--recipe", "demo", "--num-registers", "65"], "--num-registers"),
+        (["--recipe", "demo", "--images", "no-such-folder"], "no-such-folder: no such folder of images"),
+    ],
+)
+def test_an_option_that_makes_no_sense(run, demo, tmp_path, args, named):
+    assert_refused(run("patch", demo, "-q", "-o", tmp_path / "out", *args), named)
+    assert everything(tmp_path) == set()
+
+
+def cut_jpeg(path: Path) -> None:
+    Image.effect_noise((200, 200), 90).save(path)
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+IMAGES = {
+    "empty": ("readme.txt", lambda path: path.write_text("none"), "no images in it"),
+    "garbage": ("a.png", lambda path: path.write_bytes(b"garbage"), "a.png: not a readable image"),
+    "cut": ("a.jpg", cut_jpeg, "a.jpg: not a readable image"),
+}
+
+
+@pytest.mark.parametrize("command", ["patch", "verify"])
+@pytest.mark.parametrize("name, make, named", IMAGES.values(), ids=IMAGES)
+def test_images_that_cannot_be_read(run, demo, patched, tmp_path, command, name, make, named):
+    images = tmp_path / "images"
+    images.mkdir()
+    make(images / name)
+    args = (demo, "--recipe", "demo", "-o", tmp_path / "out") if command == "patch" else (patched,)
+    assert_refused(run(command, *args, "-q", "--images", images), images, named)
+    assert everything(tmp_path) == {images, images / name}
+
+
+@pytest.mark.parametrize("output", ["there", "no/out"])
+def test_an_output_that_cannot_be_made(run, demo, tmp_path, output):
+    (tmp_path / "there").mkdir()
+    done = run("patch", demo, "--recipe", "demo", "-q", "-o", tmp_path / output)
+    assert_refused(done, tmp_path / ("there" if output == "there" else "no"))
+    assert everything(tmp_path) == {tmp_path / "there"}
+
+
+def test_a_disk_that_is_full_at_the_end(run, demo, tmp_path, monkeypatch):
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint_io, "_fsync", full)
+    done = run("patch", demo, "--recipe", "demo", "-q", "-o", tmp_path / "out", *FEW)
+    assert_refused(done, tmp_path / "out", "No space left on device")
+    assert everything(tmp_path) == set()
+
+
+@pytest.mark.parametrize("fmt", ["transformers", "pt2"])
+def test_a_file_that_may_not_grow_to_its_size(demo, tmp_path, fmt):
+    done = program("patch", demo, "--recipe", "demo", "--format", fmt, "-q", "-o", tmp_path / "out", *FEW,
+                   max_file_bytes=100_000)  # fmt: skip
+    assert_refused(done, tmp_path / "out")
+    assert everything(tmp_path) == set()
+
+
+# --- verify ---------------------------------------------------------------------------------------------------------
+
+
+def test_verify_of_a_folder_that_is_none_or_not_patched(run, demo, tmp_path):
+    assert_refused(run("verify", tmp_path / "no", "-q"), tmp_path / "no")
+    assert_refused(run("verify", demo, "-q"), demo)
+
+
+@pytest.mark.parametrize("name", [name for name in PARTS if name != "SHA256SUMS"])
+def test_verify_names_a_changed_and_a_missing_file(run, patched, tmp_path, name):
+    folder = shutil.copytree(patched, tmp_path / "copy")
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:-1])
+    assert_refused(run("verify", folder, "-q"), f"{path}: differs from SHA256SUMS")
+    path.unlink()
+    assert_refused(run("verify", folder, "-q"), f"{path}: listed in SHA256SUMS but missing")
+
+
+# --- what works -----------------------------------------------------------------------------------------------------
+
+
+def test_patch_and_verify_print_the_contracts_json(run, tmp_path):
+    patched = run("patch", "demo", "--json", "-o", tmp_path / "out", *FEW)
+    assert (patched.code, patched.err) == (0, "")
+    result = json.loads(patched.out)
+    assert set(result) == PATCH_KEYS
+    assert result["output"] == str(tmp_path / "out")
+    assert result["register_neurons"] == {"1": [55, 172], "2": [2]}
+    assert set(result["verify"]) >= VERDICT_KEYS
+    verified = run("verify", tmp_path / "out", "--json", *FEW)
+    assert (verified.code, verified.err) == (0, "")
+    verdict = json.loads(verified.out)
+    assert set(verdict) >= VERDICT_KEYS
+    assert verdict["passed"] is True
+    for name in ("outliers_per_image", "max_patch_norm", "median_patch_norm"):
+        assert set(verdict[name]) == {"original", "patched"}
+    assert verdict["outliers_per_image"]["patched"] < verdict["outliers_per_image"]["original"]
+
+
+def test_a_dry_run_writes_nothing(run, demo, tmp_path):
+    before = everything(demo)
+    done = run("patch", demo, "--recipe", "demo", "--dry-run", "--json", "-o", tmp_path / "out", *FEW)
+    assert (done.code, json.loads(done.out)["output"]) == (0, None)
+    assert everything(tmp_path) == set()
+    assert everything(demo) == before
+
+
+def test_a_patched_folder_has_exactly_the_contracts_files(patched):
+    assert sorted(path.name for path in patched.iterdir()) == PARTS
+
+
+def test_help_is_an_answer():
+    done = program("--help")
+    assert (done.code, done.err) == (0, "")
+    assert "patch" in done.out and "verify" in done.out
+
+
+@pytest.mark.parametrize("module", ["regsurgery", "regsurgery.cli", "regsurgery.recipe", "regsurgery.checkpoint_io"])
+def test_importing_it_does_not_import_torch(module):
+    code = f"import {module}, sys; print(sorted({{'torch', 'transformers', 'timm', 'open_clip'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "[]\n")

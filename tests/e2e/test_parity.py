@@ -1,0 +1,120 @@
+"""The gate: graph = module form = an independently hooked reference, for every family."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from regsurgery.calibration import dead_leaves
+from regsurgery.recipe import Recipe
+from regsurgery.runtime import operate
+from regsurgery.surgery import Surgery, perform
+from regsurgery.trace import tensor_inputs, trace
+from tests.conftest import Planted
+from tests.picos import OTHER_SIZES, SIZE
+from tests.reference import hook
+
+
+def pictures(batch: int, size: tuple[int, int]) -> Tensor:
+    """Different pictures on which planted neurons fire, `[B, 3, H, W]` in [-1, 1]."""
+    leaves = [dead_leaves(random.Random(f"parity/{index}"), 256).resize(size[::-1]) for index in range(batch)]
+    return torch.stack([pil_to_tensor(image) for image in leaves]).float() / 127.5 - 1
+
+
+def recipe_for(planted: Planted, num_registers: int, **options: object) -> Recipe:
+    neurons = {block: tuple(listed) for block, listed in planted.neurons.items()}
+    scale = tuple(1.0 / (1 + register) for register in range(num_registers))
+    return Recipe(neurons, num_registers=num_registers, scale=scale, **options)  # type: ignore[arg-type]
+
+
+def largest_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    assert left.keys() == right.keys()
+    assert all(left[name].shape == right[name].shape for name in left)
+    return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+def module_form(planted: Planted, surgery: Surgery) -> torch.nn.Module:
+    return operate(copy.deepcopy(planted.loaded.model), surgery.config_block)
+
+
+def sizes(planted: Planted) -> tuple[tuple[int, int], ...]:
+    return ((SIZE, SIZE), *OTHER_SIZES) if planted.pico.any_size else ((SIZE, SIZE),)
+
+
+@pytest.mark.parametrize("num_registers", [1, 4])
+def test_graph_equals_module_form_equals_hooked_reference(planted: Planted, num_registers: int) -> None:
+    pico, loaded = planted.pico, planted.loaded
+    recipe = recipe_for(planted, num_registers)
+    hooked = copy.deepcopy(loaded.model)
+    hook(hooked, insert=pico.insert, last=pico.last, down=pico.down, neurons=planted.neurons,
+         num_registers=num_registers, num_prefix=planted.sites.num_prefix, scale=recipe.scale)  # fmt: skip
+    for size in sizes(planted):
+        traced = planted.traced if size == (SIZE, SIZE) else trace(loaded, size)
+        surgery = perform(loaded, recipe, traced, planted.sites if size == (SIZE, SIZE) else _sites(traced))
+        patched = module_form(planted, surgery)
+        images = pictures(3, size)
+        with torch.no_grad():
+            original = loaded.call(loaded.model, images)
+            graph = surgery.graph_module(*tensor_inputs(loaded, images))
+            assert largest_difference(graph, loaded.call(patched, images)) <= pico.tolerance
+            assert largest_difference(graph, loaded.call(hooked, images)) <= pico.tolerance
+            assert largest_difference(graph, original) > 1e-4
+            one_by_one = [surgery.graph_module(*tensor_inputs(loaded, images[i : i + 1])) for i in range(3)]
+        for name in graph:
+            if graph[name].ndim and graph[name].shape[0] == 3 and "per" not in name:
+                rows = torch.cat([single[name] for single in one_by_one])
+                torch.testing.assert_close(rows, graph[name], rtol=1e-4, atol=1e-5)
+
+
+def _sites(traced):  # type: ignore[no-untyped-def]
+    from regsurgery.match import match
+
+    return match(traced)
+
+
+def test_no_registers_and_no_neurons_change_nothing(planted: Planted) -> None:
+    surgery = perform(planted.loaded, Recipe({}, num_registers=0, scale=()), planted.traced, planted.sites)
+    images = pictures(3, (SIZE, SIZE))
+    with torch.no_grad():
+        original = planted.loaded.call(planted.loaded.model, images)
+        assert largest_difference(original, planted.loaded.call(module_form(planted, surgery), images)) == 0
+        graph = surgery.graph_module(*tensor_inputs(planted.loaded, images))
+        untouched = planted.traced.graph_module(*tensor_inputs(planted.loaded, images))
+        assert largest_difference(untouched, graph) == 0
+        assert largest_difference(original, graph) <= planted.pico.tolerance
+
+
+def test_the_matcher_finds_what_a_person_would_hook(planted: Planted) -> None:
+    sites, pico = planted.sites, planted.pico
+    assert sites.insert_path == pico.insert
+    assert sites.blocks[-1].path == pico.last
+    assert [block.down_path for block in sites.blocks] == [
+        pico.down.format(block) for block in range(len(sites.blocks))
+    ]
+    assert [block.hidden_size for block in sites.blocks] == [pico.hidden] * len(sites.blocks)
+    assert sites.num_prefix == (0 if pico.id == "timm-vit-mean" else 1)
+    assert all(block.in_place for block in sites.blocks)
+
+
+def test_every_option_agrees_between_graph_and_module_form(planted: Planted) -> None:
+    images = pictures(2, (SIZE, SIZE))
+    seen = []
+    for options in (
+        {"fill": "mean"},
+        {"fill": "outliers"},
+        {"fill": "keep"},
+        {"prefix": "fill"},
+        {"compat": "reference"},
+    ):
+        surgery = perform(planted.loaded, recipe_for(planted, 1, **options), planted.traced, planted.sites)
+        with torch.no_grad():
+            graph = surgery.graph_module(*tensor_inputs(planted.loaded, images))
+            module = planted.loaded.call(module_form(planted, surgery), images)
+        assert largest_difference(graph, module) <= planted.pico.tolerance
+        assert all(largest_difference(graph, other) > 0 for other in seen)
+        seen.append(graph)

@@ -1,0 +1,98 @@
+"""Written folders, loaded in a fresh process without regsurgery, reproduce the graph; every public output keeps its shape."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from regsurgery import backends
+from regsurgery.backends.hf_transformers import auto_class
+from regsurgery.surgery import perform
+from regsurgery.trace import tensor_inputs
+from tests.conftest import Planted
+from tests.e2e.test_parity import pictures, recipe_for
+from tests.picos import PICOS, SIZE, Pico
+
+OTHER_PYTHON = "REGSURGERY_TRANSFORMERS4_PYTHON"  # a Python with transformers 4.57 and torch
+TOLERANCE = 1e-5
+
+
+def run_fresh(jobs: list[dict[str, Any]], manifest: Path, python: str = sys.executable) -> list[dict[str, Any]]:
+    """Run `fresh_process.py` on `jobs`; the results in their order."""
+    torch.save(jobs, manifest)
+    script = Path(__file__).with_name("fresh_process.py")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(manifest.parent / "hf-modules")}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run([python, str(script), str(manifest)], capture_output=True, text=True, env=environment,
+                          cwd=manifest.parent, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(f"{manifest}.results")
+
+
+def job_for(planted: Planted, folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Write the patched folder; the job for the fresh process, and what the graph gives for its inputs."""
+    surgery = perform(planted.loaded, recipe_for(planted, 1), planted.traced, planted.sites)
+    folder.mkdir(parents=True)
+    backends.library(planted.loaded.library).emit(surgery, folder)
+    inputs = tensor_inputs(planted.loaded, pictures(7, (SIZE, SIZE)))
+    names = [node.name for node in planted.traced.graph_module.graph.find_nodes(op="placeholder")]
+    with torch.no_grad():
+        expected = surgery.graph_module(*inputs)
+    auto = auto_class(planted.loaded) if planted.loaded.library == "transformers" else ""
+    job = {
+        "library": planted.loaded.library, "folder": str(folder), "architecture": planted.loaded.architecture,
+        "auto_class": auto, "output": planted.traced.output_names[0], "inputs": dict(zip(names, inputs, strict=True)),
+    }  # fmt: skip
+    return job, expected
+
+
+@pytest.fixture(scope="session")
+def reloaded(
+    planted_picos: Callable[[Pico], Planted], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Any]]:
+    """All picos, patched, written, and run in one fresh process of the given Python: id -> (result, expected)."""
+    root = tmp_path_factory.mktemp("reload")
+    written = {pico.id: job_for(planted_picos(pico), root / pico.id) for pico in PICOS}
+
+    @functools.cache
+    def run(python: str) -> dict[str, Any]:
+        ids = [name for name, (job, _) in written.items() if python == sys.executable or job["library"] == "transformers"]
+        results = run_fresh([written[name][0] for name in ids], root / f"manifest-{len(ids)}.pt", python)
+        return {name: (result, written[name][1]) for name, result in zip(ids, results, strict=True)}
+
+    return run
+
+
+def check(result: dict[str, Any], expected: dict[str, torch.Tensor]) -> None:
+    assert result["problems"] == []
+    for size, outputs in result["outputs"].items():
+        compared = [name for name, value in expected.items() if value.ndim and "per_" not in name]
+        for name in compared:
+            torch.testing.assert_close(outputs[name], expected[name][:size], rtol=0, atol=TOLERANCE)
+        assert compared
+
+
+@pytest.mark.parametrize("pico", PICOS, ids=lambda pico: pico.id)
+def test_a_fresh_process_reproduces_the_graph(pico: Pico, reloaded: Callable[[str], dict[str, Any]]) -> None:
+    check(*reloaded(sys.executable)[pico.id])
+
+
+@pytest.mark.parametrize("pico", [p for p in PICOS if p.id.startswith("hf-")], ids=lambda pico: pico.id)
+def test_transformers_4_reproduces_the_graph(pico: Pico, reloaded: Callable[[str], dict[str, Any]]) -> None:
+    check(*reloaded(transformers_4_python())[pico.id])
+
+
+def transformers_4_python() -> str:
+    python = os.environ.get(OTHER_PYTHON)
+    if not python:
+        message = f"needs {OTHER_PYTHON}, a Python with transformers 4.57"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    return str(python)

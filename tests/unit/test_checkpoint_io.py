@@ -1,0 +1,356 @@
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from regsurgery import checkpoint_io as io
+from regsurgery.errors import CheckpointError, OutputError
+
+TENSORS = {
+    "block.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),
+    "block.bias": torch.tensor([1.5, -2.25], dtype=torch.bfloat16),
+    "odd": torch.tensor([1, 2, 3], dtype=torch.uint8),
+    "scalar": torch.tensor(7, dtype=torch.int64),
+    "empty": torch.empty(0, 4),
+}
+METADATA = {"format": "pt", "note": "Ænne"}
+REGISTERS = torch.arange(4, dtype=torch.float32).reshape(1, 1, 4)
+F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.fixture
+def good(tmp_path) -> Path:
+    path = tmp_path / "good.safetensors"
+    safetensors.torch.save_file(TENSORS, path, metadata=METADATA)
+    return path
+
+
+def raw_file(path: Path, header: object, data: bytes = b"") -> Path:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+    return path
+
+
+def raw_tensors(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """Name -> dtype, shape and bytes, read without the code under test."""
+    content = path.read_bytes()
+    start = 8 + struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8:start])
+    header.pop("__metadata__", None)
+    return {
+        name: (entry["dtype"], entry["shape"], content[start:][slice(*entry["data_offsets"])])
+        for name, entry in header.items()
+    }
+
+
+def metadata(path: Path) -> dict[str, str]:
+    with safetensors.safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def test_the_header_of_a_good_file_is_read(good):
+    header = io.read_header(good)
+    expected = {name: (dtype, tuple(shape), len(data)) for name, (dtype, shape, data) in raw_tensors(good).items()}
+    assert {t.name: (t.dtype, t.shape, t.stop - t.start) for t in header.tensors} == expected
+    assert set(expected) == set(TENSORS)
+    assert header.metadata == METADATA
+    content = good.read_bytes()
+    for tensor in header.tensors:
+        data = content[header.data_start :][tensor.start : tensor.stop]
+        assert data == raw_tensors(good)[tensor.name][2]
+
+
+@pytest.mark.parametrize("num_bytes", [0, 7])
+def test_a_file_too_short_for_a_header_is_refused(tmp_path, num_bytes):
+    path = tmp_path / "short.safetensors"
+    path.write_bytes(b"\0" * num_bytes)
+    with pytest.raises(CheckpointError, match=re.escape(f"{path}: cut off: {num_bytes} bytes")):
+        io.read_header(path)
+
+
+@pytest.mark.parametrize("claimed", [3, 1 << 40, (1 << 64) - 1])
+def test_a_header_longer_than_the_file_is_refused(tmp_path, claimed):
+    path = tmp_path / "long.safetensors"
+    path.write_bytes(struct.pack("<Q", claimed) + b"{}")
+    with pytest.raises(CheckpointError, match=re.escape(f"{path}: ") + f".*the header claims {claimed} bytes"):
+        io.read_header(path)
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"\0"], ids=["cut", "trailing"])
+def test_a_file_of_another_size_than_its_header_says_is_refused(good, change):
+    good.write_bytes(change(good.read_bytes()))
+    with pytest.raises(CheckpointError, match=re.escape(f"{good}: the header describes")):
+        io.read_header(good)
+
+
+def entry(**changes: object) -> dict[str, object]:
+    return {"a": F32, "b": {**F32, "data_offsets": [8, 16], **changes}}
+
+
+@pytest.mark.parametrize(
+    "header, problem",
+    [
+        (entry(data_offsets=[4, 12]), "'b' starts at byte 4, expected 8"),
+        (entry(data_offsets=[0, 8]), "'b' starts at byte 0, expected 8"),
+        (entry(data_offsets=[12, 20]), "'b' starts at byte 12, expected 8"),
+        (entry(data_offsets=[16, 8]), "'b' has -8 bytes"),
+        (entry(data_offsets=[-8, 0]), "'b' has a shape or offsets"),
+        (entry(data_offsets=[8.0, 16.0]), "'b' has a shape or offsets"),
+        (entry(data_offsets=[8]), "'b' has no dtype, shape and data_offsets"),
+        (entry(dtype="F33"), "'b' has the unknown dtype 'F33'"),
+        (entry(dtype=None), "'b' has the unknown dtype None"),
+        (entry(dtype=["F32"]), "'b'"),
+        (entry(shape=[3]), "'b' has 8 bytes, its shape and dtype need 12"),
+        (entry(dtype="F64"), "'b' has 8 bytes, its shape and dtype need 16"),
+        (entry(shape=[-2]), "'b' has a shape or offsets"),
+        (entry(shape=[True, 2]), "'b' has a shape or offsets"),
+        (entry(shape=2), "'b' has a shape or offsets"),
+        ({"a": F32, "b": {"dtype": "F32", "shape": [2]}}, "'b' has no dtype, shape and data_offsets"),
+        ({"a": F32, "b": None}, "'b' has no dtype, shape and data_offsets"),
+        ({"b": {**F32, "data_offsets": [8, 16]}}, "'b' starts at byte 8, expected 0"),
+        (json.dumps({"b": F32})[:-1].encode() + b"," + json.dumps({"b": F32})[1:].encode(), "'b'"),
+    ],
+)
+def test_a_tensor_that_lies_is_refused_by_name(tmp_path, header, problem):
+    path = raw_file(tmp_path / "lies.safetensors", header, b"\0" * 16)
+    with pytest.raises(CheckpointError) as caught:
+        io.read_header(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert problem in message
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"{", b"\xff\xfe\xfd", b'{"a":' * 100_000, b"[" * 100_000, b"[]", b"null", b'{"__metadata__": null}',
+     b'{"__metadata__": {"a": 1}}', b"1" * 10_000],
+    ids=["open", "no text", "deep objects", "deep lists", "list", "null", "no metadata", "number in metadata", "long"],
+)  # fmt: skip
+def test_a_header_that_is_no_header_is_refused(tmp_path, header):
+    path = raw_file(tmp_path / "bad.safetensors", header)
+    with pytest.raises(CheckpointError, match=re.escape(f"{path}: ")):
+        io.read_header(path)
+
+
+def test_additions_leave_the_original_tensors_byte_identical(good, tmp_path):
+    target = tmp_path / "new.safetensors"
+    io.write_with_additions(io.read_header(good), target, {"vit.register_tokens": REGISTERS})
+    before, after = raw_tensors(good), raw_tensors(target)
+    assert after.pop("vit.register_tokens") == ("F32", [1, 1, 4], REGISTERS.numpy().tobytes())
+    assert after == before
+    assert metadata(target) == METADATA
+    loaded = safetensors.torch.load_file(target)
+    assert set(loaded) == {*TENSORS, "vit.register_tokens"}
+    assert torch.equal(loaded["vit.register_tokens"], REGISTERS)
+    assert all(torch.equal(loaded[name], TENSORS[name]) for name in TENSORS)
+
+
+def test_no_additions_keep_every_tensor(good, tmp_path):
+    io.write_with_additions(io.read_header(good), tmp_path / "new.safetensors", {})
+    assert raw_tensors(tmp_path / "new.safetensors") == raw_tensors(good)
+
+
+def test_an_addition_whose_name_is_taken_is_refused(good, tmp_path):
+    with pytest.raises(CheckpointError, match="has a tensor 'odd' already"):
+        io.write_with_additions(io.read_header(good), tmp_path / "new.safetensors", {"odd": REGISTERS})
+
+
+def test_dropping_the_additions_restores_the_original_tensors(good, tmp_path):
+    patched, restored = tmp_path / "patched.safetensors", tmp_path / "restored.safetensors"
+    io.write_with_additions(io.read_header(good), patched, {"register_tokens": REGISTERS})
+    io.write_without(io.read_header(patched), restored, lambda name: name == "register_tokens")
+    assert raw_tensors(restored) == raw_tensors(good)
+    assert metadata(restored) == METADATA
+
+
+def test_a_tensor_dropped_from_the_middle_leaves_no_hole(good, tmp_path):
+    dropped = io.read_header(good).tensors[1].name
+    io.write_without(io.read_header(good), tmp_path / "less.safetensors", lambda name: name == dropped)
+    expected = raw_tensors(good)
+    del expected[dropped]
+    assert raw_tensors(tmp_path / "less.safetensors") == expected
+    assert set(safetensors.torch.load_file(tmp_path / "less.safetensors")) == set(expected)
+
+
+# --- shards ---------------------------------------------------------------------------------------------------------
+
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    folder = tmp_path / "sharded"
+    folder.mkdir()
+    for shard, name in zip(SHARDS, ("a", "b"), strict=True):
+        safetensors.torch.save_file({name: torch.ones(2)}, folder / shard, metadata={"format": "pt"})
+    write_index(folder, dict(zip(("a", "b"), SHARDS, strict=True)))
+    return folder
+
+
+def write_index(folder: Path, weight_map: object) -> None:
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 16}, "weight_map": weight_map}), "utf-8")
+
+
+def test_the_weights_are_the_shards_of_the_index(sharded):
+    assert io.weight_files(sharded, "model.safetensors") == [sharded / shard for shard in SHARDS]
+
+
+def test_the_weights_are_the_single_file_where_there_is_one(sharded):
+    (sharded / "model.safetensors").touch()
+    assert io.weight_files(sharded, "model.safetensors") == [sharded / "model.safetensors"]
+
+
+def test_a_folder_without_weights_has_none(tmp_path):
+    assert io.weight_files(tmp_path, "model.safetensors") == []
+
+
+def test_a_missing_shard_is_named(sharded):
+    (sharded / SHARDS[1]).unlink()
+    with pytest.raises(CheckpointError, match=re.escape(f"{sharded / SHARDS[1]}: named by {INDEX} but missing")):
+        io.weight_files(sharded, "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "sub/x.safetensors", ".", "..", "", 5])
+def test_a_shard_outside_the_folder_is_refused(sharded, name):
+    shutil.copyfile(sharded / SHARDS[0], sharded.parent / "x.safetensors")
+    write_index(sharded, {"a": name})
+    with pytest.raises(CheckpointError, match=re.escape(str(sharded))):
+        io.weight_files(sharded, "model.safetensors")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": {}}}', "[" * 100_000])
+def test_a_broken_index_is_refused(sharded, text):
+    (sharded / INDEX).write_text(text, "utf-8")
+    with pytest.raises(CheckpointError, match=re.escape(f"{sharded / INDEX}: not a valid safetensors index")):
+        io.weight_files(sharded, "model.safetensors")
+
+
+def test_shards_are_written_as_shards_and_the_index_knows_the_addition(sharded, tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    io.write_weights([sharded / shard for shard in SHARDS], target, {"register_tokens": REGISTERS})
+    assert (target / SHARDS[0]).read_bytes() == (sharded / SHARDS[0]).read_bytes()
+    assert raw_tensors(target / SHARDS[1])["b"] == raw_tensors(sharded / SHARDS[1])["b"]
+    assert torch.equal(safetensors.torch.load_file(target / SHARDS[1])["register_tokens"], REGISTERS)
+    assert json.loads((target / INDEX).read_text("utf-8")) == {
+        "metadata": {"total_size": 16 + 16},
+        "weight_map": {"a": SHARDS[0], "b": SHARDS[1], "register_tokens": SHARDS[1]},
+    }
+    assert sorted(path.name for path in target.iterdir()) == sorted([*SHARDS, INDEX])
+
+
+# --- folders --------------------------------------------------------------------------------------------------------
+
+
+def fill(folder: Path) -> None:
+    (folder / "sub").mkdir()
+    (folder / "sub" / "b").write_bytes(b"bb")
+    (folder / "a b").write_bytes(b"aa")
+
+
+def test_a_whole_folder_has_every_file_and_no_sibling(tmp_path):
+    with io.whole_folder(tmp_path / "out") as folder:
+        fill(folder)
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "sub" / "b").read_bytes() == b"bb"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bug"), KeyboardInterrupt(), CheckpointError("x")])
+def test_an_exception_leaves_nothing_and_passes_through(tmp_path, error):
+    with pytest.raises(type(error)) as caught, io.whole_folder(tmp_path / "out") as folder:
+        fill(folder)
+        raise error
+    assert caught.value is error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_while_writing_is_an_output_error_and_leaves_nothing(tmp_path):
+    expected = re.escape(f"{tmp_path / 'out'}: cannot be written (No space left on device)")
+    with pytest.raises(OutputError, match=expected), io.whole_folder(tmp_path / "out") as folder:
+        fill(folder)
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fails_on", [".out.partial-", "a b", "parent"])
+def test_an_fsync_that_fails_is_an_output_error_and_leaves_nothing(tmp_path, monkeypatch, fails_on):
+    parent = tmp_path / "parent"
+    parent.mkdir()
+
+    def fsync(path: Path) -> None:
+        if path.name.startswith(fails_on):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(io, "_fsync", fsync)
+    with pytest.raises(OutputError, match="No space left on device"), io.whole_folder(parent / "out") as folder:
+        fill(folder)
+    assert list(parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere")])
+def test_a_target_that_exists_is_refused(tmp_path, make):
+    make(tmp_path / "out")
+    with pytest.raises(OutputError, match=r"out: exists already"), io.whole_folder(tmp_path / "out"):
+        pytest.fail("the block ran")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_target_without_a_parent_is_refused(tmp_path):
+    with pytest.raises(OutputError, match=re.escape(f"{tmp_path / 'no'}: no such folder")):
+        io.check_output(tmp_path / "no" / "out")
+
+
+@pytest.fixture
+def summed(tmp_path) -> Path:
+    fill(tmp_path)
+    io.write_sums(tmp_path)
+    return tmp_path
+
+
+def test_sha256sum_accepts_the_sums(summed):
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=summed, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()) == (0, ["a b: OK", "sub/b: OK"])
+    io.check_sums(summed)
+
+
+@pytest.mark.parametrize("name", ["a b", "sub/b"])
+def test_a_changed_file_is_named(summed, name):
+    (summed / name).write_bytes(b"xx")
+    with pytest.raises(CheckpointError, match=re.escape(f"{summed / name}: differs from SHA256SUMS")):
+        io.check_sums(summed)
+
+
+def test_a_missing_file_is_named(summed):
+    (summed / "a b").unlink()
+    with pytest.raises(CheckpointError, match=re.escape(f"{summed / 'a b'}: listed in SHA256SUMS but missing")):
+        io.check_sums(summed)
+
+
+def test_missing_sums_are_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path}: no SHA256SUMS")):
+        io.check_sums(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../a", "/a", "sub/../../a"])
+def test_sums_of_files_outside_the_folder_are_refused(summed, name):
+    (summed / "SHA256SUMS").write_text(f"{'0' * 64}  {name}\n", "utf-8")
+    with pytest.raises(CheckpointError, match="not inside the folder"):
+        io.check_sums(summed)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"no sums\n"], ids=["no text", "no digest"])
+def test_sums_that_are_none_are_refused(summed, content):
+    (summed / "SHA256SUMS").write_bytes(content)
+    with pytest.raises(CheckpointError, match="SHA256SUMS"):
+        io.check_sums(summed)

@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import yaml
+
+from regsurgery.errors import RecipeError
+from regsurgery.recipe import Recipe, bundled_recipes, find_recipe, parse_recipe, recipe_for_model
+
+RECIPES_DATA = Path(__file__).parents[2].parent / "shared" / "recipes-data"
+MINIMAL = "schema: 1\nregister_neurons: {7: [417]}\n"
+
+
+def refusal(text: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, "some.yaml")
+    message = str(caught.value)
+    assert message.startswith("some.yaml: ")
+    assert "\n" not in message
+    return message
+
+
+def test_a_minimal_recipe_has_the_contracts_defaults():
+    assert parse_recipe(MINIMAL, "some.yaml") == Recipe(
+        register_neurons={7: (417,)}, model="", num_registers=1, mode="shift", fill="zero", prefix="keep",
+        compat="none", scale=(1.0,), provenance={},
+    )  # fmt: skip
+
+
+def test_blocks_and_neurons_are_sorted():
+    recipe = parse_recipe("schema: 1\nregister_neurons: {11: [9, 10, 2], 2: [5]}\n", "some.yaml")
+    assert list(recipe.register_neurons.items()) == [(2, (5,)), (11, (2, 9, 10))]
+    assert recipe.num_neurons == 4
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("num_register: 1", "unknown key 'num_register'; did you mean 'num_registers'?"),
+        ("fil: zero", "unknown key 'fil'; did you mean 'fill'?"),
+        ("wholly_different: 1", "unknown key 'wholly_different'"),
+        ("5: 1", "unknown key '5'"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_name(line, expected):
+    assert refusal(MINIMAL + line) == f"some.yaml: {expected}"
+
+
+@pytest.mark.parametrize("key", ["schema", "register_neurons"])
+def test_a_missing_key_is_named(key):
+    kept = [line for line in MINIMAL.splitlines() if not line.startswith(key)]
+    assert f"the key '{key}' is missing" in refusal("\n".join(kept))
+
+
+@pytest.mark.parametrize(
+    "text, key",
+    [
+        (MINIMAL + "fill: zero\nfill: mean", "fill"),
+        ("schema: 1\nregister_neurons: {7: [1], 7: [2]}", "7"),
+        ("schema: 1\nregister_neurons: {7: [1], 0x7: [2]}", "7"),
+        (MINIMAL + "provenance: {by: me, by: you}", "by"),
+    ],
+)
+def test_a_key_given_twice_is_refused(text, key):
+    message = refusal(text)
+    assert "is given twice" in message
+    assert key in message
+
+
+@pytest.mark.parametrize("schema", ["2", "0", "one", "~", "true", "'1'", "[1]"])
+def test_another_schema_is_refused(schema):
+    assert "schema" in refusal(f"schema: {schema}\nregister_neurons: {{7: [417]}}")
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        ("num_registers: two", "num_registers"),
+        ("num_registers: 1.0", "num_registers"),
+        ("num_registers: true", "num_registers"),
+        ("num_registers: -1", "num_registers"),
+        ("num_registers: 65", "num_registers"),
+        ("num_registers: 100000000000000000000", "num_registers"),
+        ("scale: big", "scale"),
+        ("scale: true", "scale"),
+        ("scale: .nan", "scale"),
+        ("scale: .inf", "scale"),
+        ("scale: [one]", "scale"),
+        ("model: 7", "model"),
+        ("model: ~", "model"),
+        ("provenance: me", "provenance"),
+        ("provenance: [me]", "provenance"),
+        ("provenance: []", "provenance"),
+        ("mode: 1", "mode"),
+        ("fill: ~", "fill"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_its_key(line, named):
+    assert named in refusal(MINIMAL + line)
+
+
+@pytest.mark.parametrize(
+    "neurons, expected",
+    [
+        ("[7, 417]", "register_neurons must be {block: [neuron, ...]}"),
+        ("417", "register_neurons must be {block: [neuron, ...]}"),
+        ("{7: 417}", "block 7"),
+        ("{7: []}", "block 7"),
+        ("{-1: [417]}", "block -1"),
+        ("{seven: [417]}", "block 'seven'"),
+        ("{true: [417]}", "block True"),
+        ("{7: [-417]}", "neuron -417 of block 7"),
+        ("{7: [1.0]}", "neuron 1.0 of block 7"),
+        ("{7: [true]}", "neuron True of block 7"),
+        ("{7: [3, 417, 3]}", "neuron 3 of block 7 is listed twice"),
+    ],
+)
+def test_a_wrong_neuron_list_is_refused_by_block_and_neuron(neurons, expected):
+    assert expected in refusal(f"schema: 1\nregister_neurons: {neurons}")
+
+
+def test_neurons_without_a_register_are_refused():
+    assert "num_registers is 0 but neurons are listed" in refusal(MINIMAL + "num_registers: 0")
+
+
+def test_no_registers_and_no_neurons_are_accepted():
+    recipe = parse_recipe("schema: 1\nregister_neurons: {}\nnum_registers: 0", "some.yaml")
+    assert (recipe.num_registers, recipe.num_neurons, recipe.scale) == (0, 0, ())
+
+
+@pytest.mark.parametrize("num_registers, scale", [(1, "[1, 2]"), (3, "[1, 2]"), (1, "[]")])
+def test_a_scale_list_of_the_wrong_length_is_refused(num_registers, scale):
+    message = refusal(MINIMAL + f"num_registers: {num_registers}\nscale: {scale}")
+    assert f"scale lists {len(yaml.safe_load(scale))} numbers for {num_registers} register(s)" in message
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("mode: shfit", "mode must be one of shift, found 'shfit'; did you mean 'shift'?"),
+        ("fill: outlier", "fill must be one of zero, mean, outliers, keep, found 'outlier'; did you mean 'outliers'?"),
+        ("prefix: fil", "prefix must be one of keep, fill, found 'fil'; did you mean 'fill'?"),
+        ("compat: referenc", "compat must be one of none, reference, found 'referenc'; did you mean 'reference'?"),
+        ("compat: [none]", "compat must be one of none, reference"),
+    ],
+)
+def test_an_unknown_option_is_refused_with_those_that_exist(line, expected):
+    assert expected in refusal(MINIMAL + line)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: [", "\x00", "a: b: c", "[" * 100_000, "a: !!python/object/apply:os.getcwd []", "? [1]\n: 2",
+     MINIMAL + "model: 2001-99-99", "schema: !!int one"],
+    ids=["open", "nul", "two colons", "deep", "python tag", "list as key", "no such day", "int that is none"],
+)  # fmt: skip
+def test_bad_yaml_is_refused(text):
+    refusal(text)
+
+
+@pytest.mark.parametrize("text", ["", "- schema: 1", "schema", "1"])
+def test_yaml_that_is_no_mapping_is_refused(text):
+    assert "expected a mapping" in refusal(text)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe({7: (417,)}),
+        Recipe({}, num_registers=0, scale=()),
+        Recipe({1: (2, 3), 10: (0,)}, model="a/b", num_registers=2, fill="outliers", prefix="fill", compat="reference",
+               scale=(0.5, 1e-07), provenance={"found_by": "Ænne: #1", "figures": {"kl": 0.25}}),
+        Recipe({1: (2,)}, num_registers=3, scale=(2.0, 2.0, 2.0)),
+    ],
+    ids=["defaults", "nothing", "everything", "common scale"],
+)  # fmt: skip
+def test_what_is_written_reads_back_equal(recipe):
+    text = recipe.to_yaml()
+    assert parse_recipe(text, "some.yaml") == recipe
+    assert yaml.safe_load(text) == recipe.as_dict()
+    assert text.startswith("schema: 1\n")
+
+
+def test_a_common_scale_follows_the_number_of_registers():
+    recipe = parse_recipe(MINIMAL + "scale: 0.5", "some.yaml").with_num_registers(4)
+    assert (recipe.num_registers, recipe.scale) == (4, (0.5, 0.5, 0.5, 0.5))
+
+
+def test_different_scales_do_not_follow_the_number_of_registers():
+    recipe = parse_recipe(MINIMAL + "num_registers: 2\nscale: [1, 2]", "some.yaml")
+    with pytest.raises(RecipeError, match="one scale per register"):
+        recipe.with_num_registers(3)
+
+
+@pytest.mark.parametrize("num_registers", [0, -1, 65])
+def test_a_number_of_registers_out_of_range_is_refused(num_registers):
+    with pytest.raises(RecipeError, match="--num-registers"):
+        parse_recipe(MINIMAL, "some.yaml").with_num_registers(num_registers)
+
+
+# --- bundled recipes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, model, num_neurons",
+    [
+        ("demo", "demo", 3),
+        ("vit-tiny", "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", 1),
+        ("dinov2-large", "facebook/dinov2-large", 50),
+        ("dinov2-large-torchhub", "facebook/dinov2-large", 45),
+    ],
+)
+def test_a_bundled_recipe_is_found_by_name(name, model, num_neurons):
+    recipe = find_recipe(name)
+    assert (recipe.model, recipe.num_neurons, recipe.num_registers) == (model, num_neurons, 1)
+    assert bundled_recipes()[name] == recipe
+
+
+def test_the_vit_tiny_recipe_has_the_measured_neuron():
+    assert find_recipe("vit-tiny").register_neurons == {7: (417,)}
+
+
+@pytest.mark.parametrize("name", ["dinov2-large", "dinov2-large-torchhub"])
+def test_a_dinov2_recipe_lists_the_published_neurons(name):
+    table = RECIPES_DATA / f"{name}.tsv"
+    if not table.is_file():
+        pytest.skip("shared/recipes-data is absent")
+    with table.open(encoding="utf-8") as file:
+        published = {(int(row["block"]), int(row["index"])) for row in csv.DictReader(file, delimiter="\t")}
+    listed = [(block, neuron) for block, neurons in find_recipe(name).register_neurons.items() for neuron in neurons]
+    assert set(listed) == published
+    assert len(listed) == len(published)
+
+
+def test_bundled_recipes_are_in_alphabetical_order():
+    assert list(bundled_recipes()) == sorted(bundled_recipes())
+
+
+def test_a_recipe_file_is_found_by_path(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(MINIMAL, "utf-8")
+    assert find_recipe(str(path)) == parse_recipe(MINIMAL, "mine.yaml")
+
+
+def test_an_error_in_a_recipe_file_names_the_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(MINIMAL + "fil: zero", "utf-8")
+    with pytest.raises(RecipeError, match=r"mine\.yaml: unknown key 'fil'"):
+        find_recipe(str(path))
+
+
+def test_a_recipe_file_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"schema: \xff\xfe")
+    with pytest.raises(RecipeError, match="not a UTF-8 text file"):
+        find_recipe(str(path))
+
+
+def test_a_misspelt_name_gets_the_nearest():
+    with pytest.raises(RecipeError, match="did you mean 'vit-tiny'"):
+        find_recipe("vit-tny")
+
+
+def test_a_wholly_unknown_name_gets_the_list():
+    with pytest.raises(RecipeError) as caught:
+        find_recipe("zzzzzzzz")
+    assert all(name in str(caught.value) for name in bundled_recipes())
+
+
+@pytest.mark.parametrize(
+    "model, name",
+    [
+        ("demo", "demo"),
+        ("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", "vit-tiny"),
+        ("facebook/dinov2-large", "dinov2-large"),
+    ],
+)
+def test_a_model_has_its_recipe_and_the_first_by_name_where_there_are_two(model, name):
+    assert recipe_for_model(model) == (name, find_recipe(name))
+
+
+@pytest.mark.parametrize("model", ["", "facebook/dinov2", "facebook/dinov2-large/"])
+def test_another_model_has_none(model):
+    assert recipe_for_model(model) is None
