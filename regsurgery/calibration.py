@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 GENERATED_SIZE = 256
 DEFAULT_GENERATED = 32
+UNREADABLE = (OSError, SyntaxError, ValueError)  # what Pillow raises on broken files
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,11 @@ class ImageSet:
         if self.paths:
             from PIL import Image as pillow
 
-            with pillow.open(self.paths[index]) as image:
-                return image.convert("RGB")
+            try:
+                with pillow.open(self.paths[index]) as image:
+                    return image.convert("RGB")
+            except UNREADABLE as error:
+                raise _unreadable(self.paths[index], error) from error
         return dead_leaves(random.Random(f"{self.seed}/{index}"))
 
     def batches(self, size: int) -> Iterator[list[Image]]:
@@ -75,14 +79,17 @@ def image_set(folder: str | os.PathLike[str] | None, num_images: int | None = No
 
 def _check_readable(paths: list[Path]) -> None:
     from PIL import Image as pillow
-    from PIL import UnidentifiedImageError
 
     for path in paths:
         try:
             with pillow.open(path) as image:
                 image.verify()
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{path}: not a readable image ({error}); remove it or give another folder") from error
+        except UNREADABLE as error:
+            raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: not a readable image ({error}); remove it or give another folder")
 
 
 def dead_leaves(rng: random.Random, size: int = GENERATED_SIZE) -> Image:

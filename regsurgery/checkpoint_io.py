@@ -88,9 +88,11 @@ def read_header(path: Path) -> SafetensorsFile:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        raise ValueError("a name is given twice")
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"the name '{name}' is given twice")
+        result[name] = value
     return result
 
 
@@ -99,7 +101,7 @@ def _entry(name: str, value: Any, fail: Callable[[str], CheckpointError]) -> Ten
         dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise fail(f"tensor '{name}' has no dtype, shape and data_offsets") from error
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise fail(f"tensor '{name}' has the unknown dtype {dtype!r}")
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
         raise fail(f"tensor '{name}' has a shape or offsets that are not whole numbers")
@@ -234,7 +236,11 @@ def check_sums(folder: Path) -> None:
     sums = folder / SUMS_NAME
     if not sums.is_file():
         raise CheckpointError(f"{folder}: no {SUMS_NAME}; it is not a folder that regsurgery wrote, or it is incomplete")
-    for line in sums.read_text("utf-8").splitlines():
+    try:
+        lines = sums.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{sums}: not a text file; patch the model again") from error
+    for line in lines:
         digest, _, name = line.partition("  ")
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -274,11 +280,15 @@ def whole_folder(target: Path) -> Iterator[Path]:
             _fsync(path)
         _fsync(partial)
         partial.rename(target.absolute())
-        _fsync(target.absolute().parent)
     except OSError as error:
         raise OutputError(f"{target}: cannot be written ({error.strerror or error}); nothing is left behind") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _fsync(target.absolute().parent)
+    except OSError as error:
+        raise OutputError(f"{target}: written whole, but the disk did not confirm it ({error.strerror or error}); "
+                          "check it with sha256sum -c SHA256SUMS") from error  # fmt: skip
 
 
 def _fsync(path: Path) -> None:

@@ -98,13 +98,14 @@ def patch(
         checkpoint_io.check_output(output)
     if format is not None and format not in backends.FORMATS:
         raise UserError(f"format {format}: not one of {', '.join(backends.FORMATS)}")
-    chosen = _choose_recipe(model, recipe, progress)
-    if num_registers is not None:
-        chosen = chosen.with_num_registers(num_registers)
+    chosen = None if recipe is None else _given_recipe(model, recipe, progress)
     pictures = image_set(images, num_images)
 
     progress.stage("load")
     loaded = load_original(model, options)
+    chosen = chosen or _bundled_recipe(model, progress)
+    if num_registers is not None:
+        chosen = chosen.with_num_registers(num_registers)
     fmt = format or loaded.library
     if fmt in backends.LIBRARIES and fmt != loaded.library:
         raise UserError(f"format {fmt}: {model} is a {loaded.library} checkpoint, which can be written as "
@@ -270,14 +271,16 @@ def _take_register_tokens(surgery: Surgery, folder: Path, fmt: str) -> None:
                 surgery.graph_module.get_parameter(surgery.plan.register_name).copy_(file.get_tensor(name))
 
 
-def _choose_recipe(model: str, recipe: str | Path | Recipe | None, progress: Progress) -> Recipe:
+def _given_recipe(model: str, recipe: str | Path | Recipe, progress: Progress) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
-    if recipe is not None:
-        chosen = find_recipe(str(recipe))
-        if chosen.model and chosen.model != model:
-            progress.say(f"note: the recipe was made for {chosen.model}")
-        return chosen
+    chosen = find_recipe(str(recipe))
+    if chosen.model and chosen.model != model:
+        progress.say(f"note: the recipe was made for {chosen.model}")
+    return chosen
+
+
+def _bundled_recipe(model: str, progress: Progress) -> Recipe:
     bundled = recipe_for_model(model)
     if bundled is None:
         raise RecipeError(f"{model}: no bundled recipe was made for it; give one with --recipe FILE "

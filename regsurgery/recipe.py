@@ -16,6 +16,7 @@ import yaml
 from regsurgery.errors import RecipeError, did_you_mean
 
 SCHEMA = 1
+MAX_REGISTERS = 64
 MODES = ("shift",)
 FILLS = ("zero", "mean", "outliers", "keep")
 PREFIXES = ("keep", "fill")
@@ -85,13 +86,18 @@ class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice; plain YAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
+        seen: set[Any] = set()
         for key_node, _ in node.value:
-            if key_node.value in seen:
+            key = self.construct_object(key_node, deep=True)
+            try:
+                twice = key in seen
+            except TypeError as error:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key '{key_node.value}' is given twice", key_node.start_mark
-                )
-            seen.add(key_node.value)
+                    None, None, "a key is a list or a mapping", key_node.start_mark
+                ) from error
+            if twice:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
 
@@ -103,7 +109,7 @@ def parse_recipe(text: str, where: str) -> Recipe:
     """
     try:
         data = yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{where}: expected a mapping with the keys {', '.join(KEYS)}")
@@ -116,14 +122,14 @@ def parse_recipe(text: str, where: str) -> Recipe:
             fail(f"unknown key '{key}'{did_you_mean(str(key), KEYS)}")
     if "schema" not in data:
         fail(f"the key 'schema' is missing; this version writes schema: {SCHEMA}")
-    if data["schema"] != SCHEMA:
+    if type(data["schema"]) is not int or data["schema"] != SCHEMA:
         fail(f"schema {data['schema']} is not known to this version of regsurgery (it reads schema {SCHEMA})")
     if "register_neurons" not in data:
         fail("the key 'register_neurons' is missing; give it as {block: [neuron, ...]}")
 
     num_registers = data.get("num_registers", 1)
-    if type(num_registers) is not int:
-        fail(f"num_registers must be a whole number, found {num_registers!r}")
+    if type(num_registers) is not int or not 0 <= num_registers <= MAX_REGISTERS:
+        fail(f"num_registers must be a whole number from 0 to {MAX_REGISTERS}, found {num_registers!r}")
     scale = data.get("scale", 1.0)
     scales = scale if isinstance(scale, list) else [scale] * num_registers
     if not all(type(factor) in (int, float) and abs(factor) < 1e6 for factor in scales):
@@ -131,7 +137,7 @@ def parse_recipe(text: str, where: str) -> Recipe:
     model = data.get("model", "")
     if not isinstance(model, str):
         fail(f"model must be text, found {model!r}")
-    provenance = data.get("provenance") or {}
+    provenance = {} if data.get("provenance") is None else data["provenance"]
     if not isinstance(provenance, dict):
         fail("provenance must be a mapping")
     recipe = Recipe(
@@ -177,8 +183,8 @@ def _checked(recipe: Recipe, where: str) -> Recipe:
         if value not in allowed:
             near = did_you_mean(str(value), list(allowed))
             raise RecipeError(f"{where}: {key} must be one of {', '.join(allowed)}, found {value!r}{near}")
-    if not 0 <= recipe.num_registers <= 64:
-        raise RecipeError(f"{where}: num_registers must be between 0 and 64, found {recipe.num_registers}")
+    if not 0 <= recipe.num_registers <= MAX_REGISTERS:
+        raise RecipeError(f"{where}: num_registers must be from 0 to {MAX_REGISTERS}, found {recipe.num_registers}")
     if recipe.num_registers == 0 and recipe.register_neurons:
         raise RecipeError(
             f"{where}: num_registers is 0 but neurons are listed; clearing them with no register to take their place "
@@ -195,7 +201,7 @@ def _checked(recipe: Recipe, where: str) -> Recipe:
 def bundled_recipes() -> dict[str, Recipe]:
     """Every recipe that ships with regsurgery, by name, in alphabetical order."""
     found = {}
-    for entry in sorted(_bundled_folder().iterdir(), key=lambda entry: entry.name):
+    for entry in sorted(_bundled_folder().iterdir(), key=lambda entry: entry.name.removesuffix(".yaml")):
         if entry.name.endswith(".yaml"):
             found[entry.name.removesuffix(".yaml")] = parse_recipe(entry.read_text("utf-8"), entry.name)
     return found

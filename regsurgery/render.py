@@ -28,12 +28,12 @@ class Screen(Progress):
         self.bar = RichProgress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             console=self.errors, transient=True,
+            disable=not self.errors.is_terminal,
         )  # fmt: skip
         self.task = self.bar.add_task("", visible=False, total=None)
 
     def __enter__(self) -> Screen:
-        if not (self.quiet or self.as_json):
-            self.bar.start()
+        self.bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+# What transformers raises on broken configs and weights.
+UNLOADABLE = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ArithmeticError, ImportError,
+              AssertionError, StrictDataclassError)  # fmt: skip
 SNIPPET = """\
 from transformers import {auto_class}
 
@@ -38,7 +42,7 @@ def load(
     import transformers
     from transformers.utils import logging
 
-    architecture = (config.get("architectures") or ["AutoModel"])[0]
+    architecture = _architecture(folder / config_name, config)
     cls = getattr(transformers, architecture, None)
     if cls is None and "auto_map" in config and not options.trust_remote_code:
         raise CheckpointError(f"{folder}: {architecture} is code that the checkpoint brings along; pass "
@@ -51,13 +55,16 @@ def load(
     logging.set_verbosity_error()
     try:
         model, info = cls.from_pretrained(
-            folder, dtype="auto", output_loading_info=True, trust_remote_code=options.trust_remote_code
-        )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+            folder, dtype="auto", output_loading_info=True, trust_remote_code=options.trust_remote_code,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except UNLOADABLE as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
     for kind, problem in (("missing_keys", "is missing"), ("mismatched_keys", "has another shape than the config says")):
         if info.get(kind):
-            name = sorted(map(str, info[kind]))[0]
+            found = info[kind][0] if isinstance(info[kind], list) else min(info[kind])
+            name = found if isinstance(found, str) else found[0]
+            name = _disk_names(model)(name) or name
             raise CheckpointError(f"{weights[0]}: tensor '{name}' {problem} ({len(info[kind])} in all); "
                                   "config and weights do not belong together")  # fmt: skip
     parameters = inspect.signature(model.forward).parameters
@@ -71,6 +78,13 @@ def load(
         preprocess_note=note, inputs=_inputs(model, own_size, "interpolate_pos_encoding" in parameters),
         name_outputs=name_outputs, disk_name=_disk_names(model), scratch=scratch,
     )  # fmt: skip
+
+
+def _architecture(config_path: Path, config: dict[str, Any]) -> str:
+    architectures = config.get("architectures") or ["AutoModel"]
+    if not isinstance(architectures, list) or not isinstance(architectures[0], str):
+        raise CheckpointError(f"{config_path}: 'architectures' must be a list of class names, found {architectures!r}")
+    return architectures[0]
 
 
 def _own_size(config: dict[str, Any], model: nn.Module) -> tuple[int, int]:
@@ -91,7 +105,11 @@ def _preprocessing(
     if (folder / "preprocessor_config.json").is_file():
         from transformers import AutoImageProcessor
 
-        processor = AutoImageProcessor.from_pretrained(folder)
+        try:
+            processor = AutoImageProcessor.from_pretrained(folder)
+        except UNLOADABLE as error:
+            raise CheckpointError(f"{folder / 'preprocessor_config.json'}: transformers cannot load it: "
+                                  f"{' '.join(str(error).split())[:300]}") from error  # fmt: skip
 
         def processed(images: list[Any]) -> Tensor:
             return processor(images=images, return_tensors="pt")["pixel_values"].to(dtype)

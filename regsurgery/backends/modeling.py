@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
@@ -26,8 +25,8 @@ def import_modeling(folder: Path) -> ModuleType:
     path = folder / FILE_NAME
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; {folder} is not a folder that regsurgery wrote")
-    spec = importlib.util.spec_from_file_location(f"regsurgery_loaded_{abs(hash(str(path)))}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = ModuleType(path.stem)
+    module.__file__ = str(path)
+    # Compiled here, not imported: an import would leave __pycache__ in the folder.
+    exec(compile(path.read_text("utf-8"), str(path), "exec"), module.__dict__)
     return module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,9 @@ def lower(surgery: Surgery) -> torch.export.ExportedProgram:
 
 def emit(surgery: Surgery, folder: Path) -> None:
     """Write `model.pt2` and `regsurgery.json`, which says what is in it."""
-    torch.export.save(lower(surgery), folder / PROGRAM_NAME)
+    archive = io.BytesIO()  # torch's own writer aborts the process where the disk is full
+    torch.export.save(lower(surgery), archive)
+    (folder / PROGRAM_NAME).write_bytes(archive.getbuffer())
     traced = surgery.traced
     inputs = [node.name for node in traced.graph_module.graph.find_nodes(op="placeholder")]
     write_json(folder / CONFIG_NAME, {

@@ -1,0 +1,250 @@
+"""The real ViT-Ti in three libraries' formats: figures, agreement, and what users do with the folders.
+
+Figures are taken by this file, from reloaded folders, with hooks on the block outputs, not by `regsurgery.verify`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import regsurgery
+from regsurgery import cli
+from regsurgery.checkpoint_io import read_header
+from regsurgery.loading import load
+from regsurgery.pipeline import PatchResult
+from tests.conftest import shared
+from tests.e2e.test_reload import run_fresh, transformers_4_python
+
+pytestmark = pytest.mark.real
+
+FOLDERS = {"transformers": "vit-tiny-transformers", "timm": "vit-tiny-timm", "open_clip": "vit-tiny-openclip"}
+BLOCK_10 = {"transformers": "vit.layers.10", "timm": "blocks.10", "open_clip": "visual.transformer.resblocks.10"}
+LIBRARIES = pytest.mark.parametrize("library", list(FOLDERS))
+
+
+@pytest.fixture(scope="module")
+def patched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, PatchResult]]:
+    root = tmp_path_factory.mktemp("real")
+    return {
+        library: (root / library, regsurgery.patch(str(shared("models", name)), root / library, recipe="vit-tiny",
+                                                   images=shared("images", "labelled"), num_images=24))
+        for library, name in FOLDERS.items()
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos() -> Tensor:
+    """All labelled photos, preprocessed once, by timm's transform for this network: `[175, 3, 224, 224]`."""
+    preprocess = load(str(shared("models", FOLDERS["timm"]))).preprocess
+    return preprocess([Image.open(path).convert("RGB") for path in sorted(shared("images", "labelled").glob("*.jpg"))])
+
+
+def logits_of(library: str, model: nn.Module, images: Tensor) -> Tensor:
+    if library == "transformers":
+        return model(images).logits
+    if library == "timm":
+        return model(images)
+    head = load_file(shared("models", FOLDERS["open_clip"], "zero_shot_head.safetensors"))
+    return model.encode_image(images) @ head["class_embeddings"].T + head["class_bias"]  # type: ignore[operator]
+
+
+@torch.no_grad()
+def run(library: str, model: nn.Module, photos: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits, and patch norms after block 10, of every photo."""
+    norms: list[Tensor] = []
+    handle = model.get_submodule(BLOCK_10[library]).register_forward_hook(
+        lambda module, args, output: norms.append((output[0] if isinstance(output, tuple) else output)[:, 1:197].norm(dim=-1))
+    )
+    logits = torch.cat([logits_of(library, model, batch) for batch in photos.split(25)])
+    handle.remove()
+    return logits, torch.cat(norms)
+
+
+@pytest.fixture(scope="module")
+def measured(patched: dict[str, tuple[Path, PatchResult]], photos: Tensor) -> dict[str, dict[str, Any]]:
+    results = {}
+    for library, name in FOLDERS.items():
+        logits, norms = run(library, load(str(shared("models", name))).model, photos)
+        new_logits, new_norms = run(library, regsurgery.load(patched[library][0]), photos)
+        results[library] = {"logits": logits, "new_logits": new_logits, "norms": norms, "new_norms": new_norms}
+    return results
+
+
+def outliers_per_image(norms: Tensor) -> float:
+    return float((norms > 5 * norms.median(dim=1, keepdim=True).values).float().sum(dim=1).mean())
+
+
+@LIBRARIES
+def test_outliers_are_gone_and_the_classes_stay(library: str, measured: dict[str, dict[str, Any]]) -> None:
+    m = measured[library]
+    kl = F.kl_div(m["new_logits"].log_softmax(-1), m["logits"].log_softmax(-1), reduction="batchmean", log_target=True)
+    same = (m["new_logits"].argmax(-1) == m["logits"].argmax(-1)).float().mean()
+    largest, new_largest = m["norms"].amax(dim=1).mean(), m["new_norms"].amax(dim=1).mean()
+    print(f"{library}: outliers {outliers_per_image(m['norms']):.2f} -> {outliers_per_image(m['new_norms']):.2f}, "
+          f"max norm {largest:.0f} -> {new_largest:.0f}, KL {kl:.4f}, same argmax {same:.3f}")  # fmt: skip
+    assert len(m["logits"]) == 175
+    assert outliers_per_image(m["norms"]) == pytest.approx(3.9, abs=0.05)
+    assert outliers_per_image(m["new_norms"]) < 0.05
+    assert float(largest) == pytest.approx(546, abs=3)
+    assert float(new_largest) == pytest.approx(28, abs=1)
+    assert float(kl) <= 0.11
+    assert float(same) >= 0.88
+
+
+def test_top_1_is_that_of_the_reference(measured: dict[str, dict[str, Any]]) -> None:
+    labels = torch.tensor([int(path.name.split("_")[0]) for path in sorted(shared("images", "labelled").glob("*.jpg"))])
+    top_1 = {key: float((measured["timm"][key].argmax(-1) == labels).float().mean()) for key in ("logits", "new_logits")}
+    assert top_1["logits"] == pytest.approx(0.806, abs=0.001)
+    assert top_1["new_logits"] == pytest.approx(0.777, abs=0.001)
+
+
+def test_the_three_patched_models_agree(measured: dict[str, dict[str, Any]]) -> None:
+    for library in ("transformers", "open_clip"):
+        difference = float((measured[library]["new_logits"] - measured["timm"]["new_logits"]).abs().max())
+        print(f"{library} - timm: {difference:.1e}")
+        assert difference <= 1e-4
+
+
+@LIBRARIES
+def test_patch_reports_what_it_did(library: str, patched: dict[str, tuple[Path, PatchResult]]) -> None:
+    folder, result = patched[library]
+    assert result.verdict.passed and result.format == library and result.output == str(folder)
+    assert result.verdict.outliers_per_image.patched < 0.05 < result.verdict.outliers_per_image.original
+    assert result.verdict.parity_max_abs <= (1e-5 if library == "open_clip" else 0)
+
+
+@LIBRARIES
+def test_original_tensors_are_byte_identical(library: str, patched: dict[str, tuple[Path, PatchResult]]) -> None:
+    (original,), folder = load(str(shared("models", FOLDERS[library]))).weights, patched[library][0]
+    before, after = read_header(original), read_header(folder / original.name)
+    old, new = original.read_bytes(), (folder / original.name).read_bytes()
+    found = {tensor.name: tensor for tensor in after.tensors}
+    for tensor in before.tensors:
+        twin = found.pop(tensor.name)
+        assert (tensor.dtype, tensor.shape) == (twin.dtype, twin.shape)
+        assert (old[before.data_start + tensor.start : before.data_start + tensor.stop]
+                == new[after.data_start + twin.start : after.data_start + twin.stop])  # fmt: skip
+    assert [name.split(".")[-1] for name in found] == ["register_tokens"]
+    assert {path.name for path in original.parent.iterdir()} <= {path.name for path in folder.iterdir()}
+
+
+@LIBRARIES
+def test_the_same_input_gives_the_same_bytes(
+    library: str, patched: dict[str, tuple[Path, PatchResult]], tmp_path: Path
+) -> None:
+    again = tmp_path / library
+    regsurgery.patch(str(shared("models", FOLDERS[library])), again, recipe="vit-tiny",
+                     images=shared("images", "labelled"), num_images=24)  # fmt: skip
+    assert (again / "SHA256SUMS").read_text() == (patched[library][0] / "SHA256SUMS").read_text()
+
+
+def fresh_jobs(patched: dict[str, tuple[Path, PatchResult]], photos: Tensor, libraries: list[str]) -> list[dict[str, Any]]:
+    text = torch.zeros(7, 77, dtype=torch.int64)
+    inputs = {"transformers": {"pixel_values": photos[:7]}, "timm": {"x": photos[:7]},
+              "open_clip": {"image": photos[:7], "text": text}}  # fmt: skip
+    return [
+        {"library": library, "folder": str(patched[library][0]), "architecture": "ViTForImageClassification",
+         "auto_class": "AutoModelForImageClassification", "output": "logits", "inputs": inputs[library]}
+        for library in libraries
+    ]  # fmt: skip
+
+
+def check_fresh(
+    results: list[dict[str, Any]], libraries: list[str], measured: dict[str, dict[str, Any]]
+) -> None:
+    head = load_file(shared("models", FOLDERS["open_clip"], "zero_shot_head.safetensors"))
+    for library, result in zip(libraries, results, strict=True):
+        assert result["problems"] == []
+        assert set(result["outputs"]) == {1, 2, 7}
+        for size, outputs in result["outputs"].items():
+            wanted = measured[library]["new_logits"][:size]
+            if library == "open_clip":  # its forward normalises the features
+                embedding = outputs["image_features"]
+                wanted = torch.linalg.lstsq(head["class_embeddings"], (wanted - head["class_bias"]).T).solution.T
+                torch.testing.assert_close(embedding, F.normalize(wanted, dim=-1), rtol=0, atol=1e-5)
+            else:
+                torch.testing.assert_close(outputs["logits"], wanted, rtol=0, atol=1e-5)
+
+
+def test_a_fresh_process_reproduces_the_figures(
+    patched: dict[str, tuple[Path, PatchResult]], photos: Tensor, measured: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    libraries = list(FOLDERS)
+    check_fresh(run_fresh(fresh_jobs(patched, photos, libraries), tmp_path / "jobs.pt"), libraries, measured)
+
+
+def test_transformers_4_reproduces_the_figures(
+    patched: dict[str, tuple[Path, PatchResult]], photos: Tensor, measured: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    jobs = fresh_jobs(patched, photos, ["transformers"])
+    check_fresh(run_fresh(jobs, tmp_path / "jobs.pt", transformers_4_python()), ["transformers"], measured)
+
+
+@pytest.mark.parametrize("version", ["4.57", "5"])
+def test_users_can_do_what_they_do_with_transformers_models(
+    version: str, patched: dict[str, tuple[Path, PatchResult]], photos: Tensor, measured: dict[str, dict[str, Any]],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    python = transformers_4_python() if version == "4.57" else sys.executable
+    torch.save({"images": photos[:7], "logits": measured["transformers"]["new_logits"][:7]}, tmp_path / "inputs.pt")
+    image = min(shared("images", "labelled").glob("*tiger_shark*"), default=min(shared("images", "labelled").iterdir()))
+    done = subprocess.run(
+        [python, str(Path(__file__).with_name("fresh_transformers.py")), str(patched["transformers"][0]),
+         str(tmp_path / "inputs.pt"), str(tmp_path), str(image)],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )  # fmt: skip
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+@LIBRARIES
+def test_a_pt2_needs_torch_alone(library: str, photos: Tensor, measured: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    regsurgery.patch(str(shared("models", FOLDERS[library])), tmp_path / "pt2", recipe="vit-tiny", format="pt2",
+                     images=shared("images", "labelled"), num_images=2)  # fmt: skip
+    torch.save(photos[:7], tmp_path / "images.pt")
+    program = (
+        "import sys\n"
+        "for name in ('regsurgery', 'transformers', 'timm', 'open_clip', 'torchvision'): sys.modules[name] = None\n"
+        "import torch\n"
+        "model, x = torch.export.load('pt2/model.pt2').module(), torch.load('images.pt')\n"
+        "text = [torch.zeros(7, 77, dtype=torch.int64)] if sys.argv[1] == 'open_clip' else []\n"
+        "with torch.no_grad():\n"
+        "    torch.save({n: dict(model(x[:n], *(t[:n] for t in text))) for n in (1, 2, 7)}, 'out.pt')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, library], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_fresh([{"problems": [], "outputs": torch.load(tmp_path / "out.pt")}], [library], measured)
+
+
+def test_verify_repeats_the_figures_of_patch(
+    patched: dict[str, tuple[Path, PatchResult]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, result = patched["timm"]
+    arguments = ["regsurgery", "verify", str(folder), "--json", "--images", str(shared("images", "labelled")), "--num-images", "24"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 0
+    assert json.loads(capsys.readouterr().out) == result.verdict.as_dict()
+
+
+def test_a_half_precision_model_stays_in_half_precision(tmp_path: Path) -> None:
+    recipe = regsurgery.Recipe({5: (3,)})
+    result = regsurgery.patch(str(shared("models", "dinov2-small")), tmp_path / "out", recipe=recipe, num_images=2)
+    (weights,) = (tmp_path / "out").glob("*.safetensors")
+    added = next(tensor for tensor in read_header(weights).tensors if tensor.name == "register_tokens")
+    assert (added.dtype, added.shape) == ("F16", (1, 1, 384))
+    assert result.verdict.outliers_per_image.original == 0
