@@ -12,10 +12,11 @@ __version__ = "0.1.0"
 __all__ = ["Recipe", "__version__", "find_recipe", "load", "patch", "verify"]
 
 if TYPE_CHECKING:
-    from regsurgery.pipeline import load, patch, verify
+    from regsurgery.patched import load
+    from regsurgery.pipeline import patch, verify
     from regsurgery.recipe import Recipe, find_recipe
 
-_WHERE = {"patch": "pipeline", "verify": "pipeline", "load": "pipeline", "Recipe": "recipe", "find_recipe": "recipe"}
+_WHERE = {"patch": "pipeline", "verify": "pipeline", "load": "patched", "Recipe": "recipe", "find_recipe": "recipe"}
 
 
 def __getattr__(name: str) -> Any:

@@ -37,10 +37,10 @@ class ImageSet:
     def image(self, index: int) -> Image:
         """The image of that number, RGB."""
         if self.paths:
-            from PIL import Image as pillow
+            import PIL.Image
 
             try:
-                with pillow.open(self.paths[index]) as image:
+                with PIL.Image.open(self.paths[index]) as image:
                     return image.convert("RGB")
             except UNREADABLE as error:
                 raise _unreadable(self.paths[index], error) from error
@@ -78,11 +78,11 @@ def image_set(folder: str | os.PathLike[str] | None, num_images: int | None = No
 
 
 def _check_readable(paths: list[Path]) -> None:
-    from PIL import Image as pillow
+    import PIL.Image
 
     for path in paths:
         try:
-            with pillow.open(path) as image:
+            with PIL.Image.open(path) as image:
                 image.verify()
         except UNREADABLE as error:
             raise _unreadable(path, error) from error
@@ -97,15 +97,15 @@ def dead_leaves(rng: random.Random, size: int = GENERATED_SIZE) -> Image:
 
     Lee, Mumford and Huang, Occlusion Models for Natural Images (IJCV 2001). Deterministic in `rng`.
     """
-    from PIL import Image as pillow
-    from PIL import ImageDraw
+    import PIL.Image
+    import PIL.ImageDraw
 
     def colour() -> tuple[int, int, int]:
         return rng.randrange(256), rng.randrange(256), rng.randrange(256)
 
     smallest, largest = size / 64, size / 2
-    image = pillow.new("RGB", (size, size), colour())
-    draw = ImageDraw.Draw(image)
+    image = PIL.Image.new("RGB", (size, size), colour())
+    draw = PIL.ImageDraw.Draw(image)
     for _ in range(600):
         u = rng.random()
         radius = (smallest**-2 - u * (smallest**-2 - largest**-2)) ** -0.5

@@ -123,8 +123,11 @@ def write_with_additions(source: SafetensorsFile, target: Path, additions: Mappi
 
     header: dict[str, Any] = {"__metadata__": dict(source.metadata)} if source.metadata else {}
     for tensor in source.tensors:
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape),
-                               "data_offsets": [tensor.start, tensor.stop]}  # fmt: skip
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [tensor.start, tensor.stop],
+        }
     end = source.tensors[-1].stop if source.tensors else 0
     added = safetensors.torch.save(dict(additions))
     (added_header_size,) = struct.unpack("<Q", added[:8])
@@ -235,7 +238,9 @@ def check_sums(folder: Path) -> None:
     """Raise `CheckpointError` for the first file that SHA256SUMS lists and that is missing or changed."""
     sums = folder / SUMS_NAME
     if not sums.is_file():
-        raise CheckpointError(f"{folder}: no {SUMS_NAME}; it is not a folder that regsurgery wrote, or it is incomplete")
+        raise CheckpointError(
+            f"{folder}: no {SUMS_NAME}; it is not a folder that regsurgery wrote, or it is incomplete"
+        )
     try:
         lines = sums.read_text("utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -287,8 +292,10 @@ def whole_folder(target: Path) -> Iterator[Path]:
     try:
         _fsync(target.absolute().parent)
     except OSError as error:
-        raise OutputError(f"{target}: written whole, but the disk did not confirm it ({error.strerror or error}); "
-                          "check it with sha256sum -c SHA256SUMS") from error  # fmt: skip
+        raise OutputError(
+            f"{target}: written whole, but the disk did not confirm it ({error.strerror or error}); "
+            "check it with sha256sum -c SHA256SUMS"
+        ) from error
 
 
 def _fsync(path: Path) -> None:

@@ -26,13 +26,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[str, typer.Argument(help="Folder, Hub id, timm:NAME, open_clip:ARCH/TAG, or demo.", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(help="Folder, Hub id, timm:NAME, open_clip:ARCH/TAG, or demo.", show_default=False)
+]
 Images = Annotated[Path | None, typer.Option("--images", help="Folder of images; dead-leaves pictures by default.")]
 NumImages = Annotated[int | None, typer.Option("--num-images", help="At most that many images.", min=1)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights (weights_only).")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the source checkpoint brings.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that the source checkpoint brings.")
+]
 Revision = Annotated[str | None, typer.Option("--revision", help="Hub revision of MODEL.")]
 
 
@@ -58,10 +62,17 @@ def patch(
 
     with Screen(as_json=as_json, quiet=quiet) as screen:
         result = pipeline.patch(
-            model, output, recipe=recipe, format=format, num_registers=num_registers, images=images,
-            num_images=num_images, dry_run=dry_run, progress=screen,
+            model,
+            output,
+            recipe=recipe,
+            format=format,
+            num_registers=num_registers,
+            images=images,
+            num_images=num_images,
+            dry_run=dry_run,
+            progress=screen,
             options=_options(allow_pickle, trust_remote_code, revision),
-        )  # fmt: skip
+        )
     screen.patched(result)
 
 
@@ -129,7 +140,9 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from regsurgery.calibration import image_set
-from regsurgery.match import NONLINEAR, Sites
-from regsurgery.passes.plan import find_node
+from regsurgery.graph import find_node
+from regsurgery.match import NONLINEAR
+from regsurgery.sites import Sites
 from regsurgery.statistics import tap, token_norms
 from regsurgery.trace import Traced
 
@@ -27,7 +28,7 @@ GAIN = 40.0  # norm that this activation writes, in median token norms
 
 
 def write_demo(folder: Path) -> dict[int, list[int]]:
-    """Write the demo checkpoint, a `ViTForImageClassification` in transformers format, and return its planted neurons."""
+    """Write the demo checkpoint, a `ViTForImageClassification` of transformers; returns its planted neurons."""
     from transformers import ViTConfig, ViTForImageClassification
     from transformers.utils import logging
 
@@ -36,13 +37,24 @@ def write_demo(folder: Path) -> dict[int, list[int]]:
     from regsurgery.trace import tensor_inputs, trace
 
     logging.disable_progress_bar()
-    config = ViTConfig(hidden_size=WIDTH, num_hidden_layers=BLOCKS, num_attention_heads=4, intermediate_size=4 * WIDTH,
-                       image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, num_labels=10)  # fmt: skip
+    config = ViTConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=4,
+        intermediate_size=4 * WIDTH,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+    )
+    config.num_labels = 10
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         ViTForImageClassification(config).save_pretrained(folder)
-    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-                 "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor), "utf-8")
     loaded = load(str(folder))
     traced = trace(loaded)

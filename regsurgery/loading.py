@@ -22,11 +22,18 @@ CONFIG_NAMES = ("open_clip_config.json", "config.json")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a checkpoint came from. `sha256` is over its weight files, in name order."""
+    """Where a checkpoint came from.
+
+    Attributes:
+        id: MODEL as the user gave it; `repo` is the Hub repository behind it, if there is one.
+        revision: the Hub commit.
+        sha256: of its weight file; of its files' digests in name order where there are several.
+    """
 
     id: str
     revision: str | None
     sha256: str
+    repo: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {"id": self.id, "revision": self.revision, "sha256": self.sha256}
@@ -92,7 +99,7 @@ def load(model_id: str, options: LoadOptions | None = None) -> Loaded:
         UnsupportedModelError: the library does not know the architecture.
     """
     options = options or LoadOptions()
-    scratch = None
+    scratch, repo = None, None
     if model_id == DEMO:
         from regsurgery.demo import write_demo
 
@@ -102,23 +109,31 @@ def load(model_id: str, options: LoadOptions | None = None) -> Loaded:
     elif Path(model_id).is_dir():
         folder, revision = Path(model_id), options.revision
     else:
-        folder, revision = _download(model_id, options)
+        repo = _repository(model_id)
+        folder, revision = _snapshot(repo, model_id, options)
 
     from regsurgery import backends
 
     library, config_name, config = read_config(folder)
     if "regsurgery" in config:
-        raise CheckpointError(f"{folder}: is patched already; patch its source "
-                              f"{config['regsurgery'].get('source', {}).get('id', '')} instead")  # fmt: skip
+        raise CheckpointError(
+            f"{folder}: is patched already; patch its source "
+            f"{config['regsurgery'].get('source', {}).get('id', '')} instead"
+        )
     weights, folder, scratch = _weights(folder, library, options, scratch)
     for path in weights:
         checkpoint_io.read_header(path)
     digests = [checkpoint_io.sha256(path) for path in weights]
-    source = Source(model_id, revision, _combined(digests))
+    source = Source(model_id, revision, _combined(digests), repo)
     return backends.library(library).load(
-        source=source, folder=folder, weights=weights, config=config, config_name=config_name, options=options,
+        source=source,
+        folder=folder,
+        weights=weights,
+        config=config,
+        config_name=config_name,
+        options=options,
         scratch=scratch,
-    )  # fmt: skip
+    )
 
 
 def read_config(folder: Path) -> tuple[str, str, dict[str, Any]]:
@@ -139,9 +154,11 @@ def read_config(folder: Path) -> tuple[str, str, dict[str, Any]]:
             return "transformers", name, config
         if "architecture" in config:
             return "timm", name, config
-        raise CheckpointError(f"{path}: neither transformers ('model_type') nor timm ('architecture') wrote this config")
-    raise CheckpointError(f"{folder}: no {' or '.join(reversed(CONFIG_NAMES))}; give a folder that transformers, timm or "
-                          "open_clip saved")  # fmt: skip
+        raise CheckpointError(
+            f"{path}: neither transformers ('model_type') nor timm ('architecture') wrote this config"
+        )
+    names = " or ".join(reversed(CONFIG_NAMES))
+    raise CheckpointError(f"{folder}: no {names}; give a folder that transformers, timm or open_clip saved")
 
 
 def _weights(
@@ -157,10 +174,14 @@ def _weights(
     if not pickled:
         raise CheckpointError(f"{folder}: has a config but no weights; {single} is missing")
     if not options.allow_pickle:
-        raise CheckpointError(f"{pickled[0]}: pickled weights can run code when loaded and are refused; convert them to "
-                              "safetensors, or pass --allow-pickle if you trust their author")  # fmt: skip
+        raise CheckpointError(
+            f"{pickled[0]}: pickled weights can run code when loaded and are refused; convert them to safetensors, or "
+            "pass --allow-pickle if you trust their author"
+        )
     if len(pickled) > 1:
-        raise CheckpointError(f"{folder}: has {len(pickled)} pickled weight files; merge them into one safetensors file")
+        raise CheckpointError(
+            f"{folder}: has {len(pickled)} pickled weight files; merge them into one safetensors file"
+        )
     scratch = scratch or tempfile.TemporaryDirectory(prefix="regsurgery-")
     converted = Path(scratch.name) / "converted"
     _convert_pickle(pickled[0], folder, converted, single)
@@ -179,7 +200,9 @@ def _convert_pickle(pickled: Path, folder: Path, converted: Path, single: str) -
         state = torch.load(pickled, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         first_line = str(error).splitlines()[0]
-        raise CheckpointError(f"{pickled}: cannot be read as plain weights ({first_line}); convert it to safetensors") from error
+        raise CheckpointError(
+            f"{pickled}: cannot be read as plain weights ({first_line}); convert it to safetensors"
+        ) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{pickled}: is not a plain state dict; convert it to safetensors")
@@ -187,8 +210,11 @@ def _convert_pickle(pickled: Path, folder: Path, converted: Path, single: str) -
     for path in folder.iterdir():
         if path.is_file() and path != pickled:
             shutil.copyfile(path, converted / path.name)
-    safetensors.torch.save_file({name: value.contiguous().clone() for name, value in state.items()},
-                                converted / single, metadata={"format": "pt"})  # fmt: skip
+    safetensors.torch.save_file(
+        {name: value.contiguous().clone() for name, value in state.items()},
+        converted / single,
+        metadata={"format": "pt"},
+    )
 
 
 def _combined(digests: list[str]) -> str:
@@ -200,22 +226,21 @@ def _combined(digests: list[str]) -> str:
 # --- ids that are not folders ---------------------------------------------------------------------------------------
 
 
-def _download(model_id: str, options: LoadOptions) -> tuple[Path, str | None]:
-    """Fetch (or find in the Hub's cache) the checkpoint of a Hub id, `timm:NAME` or `open_clip:ARCH/TAG`."""
+def _repository(model_id: str) -> str:
+    """The Hub repository of a Hub id, `timm:NAME` or `open_clip:ARCH/TAG`."""
     prefix, _, name = model_id.partition(":")
     if prefix == "timm" and name:
-        repo = _timm_repo(name)
-    elif prefix == "open_clip" and name:
-        repo = _open_clip_repo(name)
-    else:
-        repo = model_id
-    return _snapshot(repo, model_id, options)
+        return _timm_repo(name)
+    if prefix == "open_clip" and name:
+        return _open_clip_repo(name)
+    return model_id
 
 
 def _timm_repo(name: str) -> str:
     import timm
 
-    cfg = timm.models.get_pretrained_cfg(name, allow_unregistered=False) if timm.is_model(name.split(".")[0]) else None
+    known = timm.is_model(name.partition(".")[0]) and (name in timm.list_pretrained() or "." not in name)
+    cfg = timm.models.get_pretrained_cfg(name, allow_unregistered=False) if known else None
     if cfg is None:
         hint = did_you_mean(name, timm.list_pretrained())
         raise ModelNotFoundError(f"timm:{name}: timm has no pretrained model of that name{hint}")
@@ -241,7 +266,9 @@ def _snapshot(repo: str, model_id: str, options: LoadOptions) -> tuple[Path, str
     import huggingface_hub
     from huggingface_hub import errors
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"] + (["*.bin", "*.pt", "*.pth"] if options.allow_pickle else [])
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"] + (
+        ["*.bin", "*.pt", "*.pth"] if options.allow_pickle else []
+    )
     try:
         path = huggingface_hub.snapshot_download(repo, revision=options.revision, allow_patterns=patterns)
     except (errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:

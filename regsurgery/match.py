@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from regsurgery.errors import UnsupportedModelError
+from regsurgery.graph import ancestor_sets, common_path, evaluate, hint, is_ancestor, module_path, symbolic_shape
+from regsurgery.sites import Block, Sites
 from regsurgery.trace import Traced
 
 aten = torch.ops.aten
@@ -37,66 +39,24 @@ NONLINEAR = {aten.gelu.default, aten.gelu_.default, aten.silu.default, aten.silu
              aten.relu_.default, aten.sigmoid.default, aten.tanh.default, aten.hardswish.default, aten.elu.default,
              aten.leaky_relu.default, aten.erf.default, aten.softplus.default, aten.mish.default, aten.exp.default,
              aten.relu6.default, aten.hardtanh.default, aten.hardsigmoid.default}  # fmt: skip
-POINTWISE = NONLINEAR | {aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar,
-                         aten.add.Scalar, aten.neg.default, aten.rsqrt.default} | ADDS  # fmt: skip
+POINTWISE = (
+    NONLINEAR
+    | {
+        aten.mul.Tensor,
+        aten.mul.Scalar,
+        aten.mul_.Tensor,
+        aten.div.Tensor,
+        aten.pow.Tensor_Scalar,
+        aten.add.Scalar,
+        aten.neg.default,
+        aten.rsqrt.default,
+    }
+    | ADDS
+)
 SPLITS = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
 EMBEDDINGS = {aten.embedding.default}
 CONVOLUTIONS = {aten.conv2d.default, aten.convolution.default, aten.conv3d.default}
 ATTENTIONS = {aten.scaled_dot_product_attention.default, aten.softmax.int, aten._softmax.default}
-
-
-@dataclass(frozen=True)
-class Block:
-    """One transformer block; node names in the graph, module paths in the model ("" where the graph has none).
-
-    Attributes:
-        hidden: the MLP activation `[B, T, H]`, the input of the down projection.
-        down: the down projection.
-        ups: the linears that the activation is made of (two for a gated MLP with two projections).
-        output: the residual add that ends the block.
-        in_place: the activation is freshly made, read once and no view, so it may be written into.
-        attention_path: the module that computes attention; `attention_weights` are its query, key and value projections'
-            parameters.
-    """
-
-    index: int
-    hidden: str
-    down: str
-    ups: tuple[str, ...]
-    output: str
-    hidden_size: int
-    in_place: bool
-    path: str
-    down_path: str
-    attention_path: str
-    attention_weights: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Sites:
-    """Where the surgery takes place.
-
-    Attributes:
-        tokens: node of the token stream before any pre-norm, `[B, T, D]`, registers not included.
-        last: the last residual add.
-        num_prefix: prefix tokens at the beginning of `tokens`; `num_tokens` is T, `width` is D.
-        tower_path: the module that holds the patch embedding and every block.
-        insert_path: the module whose input the registers are appended to: the pre-norm or the first block.
-    """
-
-    tokens: str
-    last: str
-    blocks: tuple[Block, ...]
-    num_prefix: int
-    num_tokens: int
-    width: int
-    tower_path: str
-    insert_path: str
-
-    @property
-    def probe_block(self) -> int:
-        """The block after which outlier tokens are counted: the last but one, as in the paper."""
-        return max(0, len(self.blocks) - 2)
 
 
 def match(traced: Traced) -> Sites:
@@ -109,18 +69,21 @@ def match(traced: Traced) -> Sites:
     nodes = {node.name: node for node in graph.nodes}
     ancestors = ancestor_sets(graph)
     stream, tokens = _vision_stream(graph, nodes[traced.image], ancestors)
-    shape = _shape(tokens)
+    shape = symbolic_shape(tokens)
     if len(shape) != 3:
         _no_match(f"the token stream has {len(shape)} dimensions, expected [batch, tokens, width]", tokens)
     num_tokens, width = int(shape[1]), int(shape[2])
     for add in stream:
-        if [_hint(n) for n in _shape(add)][1:] != [num_tokens, width]:
-            _no_match(f"the stream changes its shape from {shape} to {_shape(add)}: windowed and hierarchical "
-                      "models are not supported", add)  # fmt: skip
+        if [hint(n) for n in symbolic_shape(add)][1:] != [num_tokens, width]:
+            _no_match(
+                f"the stream changes its shape from {shape} to {symbolic_shape(add)}: windowed and hierarchical "
+                "models are not supported",
+                add,
+            )
     blocks = _blocks(stream, tokens, ancestors)
     num_prefix = _count_prefix(traced, tokens)
     convolution = _patch_embedding(nodes[traced.image], tokens, ancestors)
-    tower = common_path([_path(convolution), *(block.path for block in blocks)])
+    tower = common_path([module_path(convolution), *(block.path for block in blocks)])
     return Sites(
         tokens=tokens.name,
         last=stream[-1].name,
@@ -134,36 +97,11 @@ def match(traced: Traced) -> Sites:
 
 
 def _no_match(reason: str, node: fx.Node) -> NoReturn:
-    path = _path(node)
+    path = module_path(node)
     raise UnsupportedModelError(f"no match: {reason} (node '{node.name}'{f' in {path}' if path else ''})")
 
 
 # --- the stream -----------------------------------------------------------------------------------------------------
-
-
-def ancestor_sets(graph: fx.Graph) -> dict[fx.Node, int]:
-    """For every node the set of its ancestors, itself included, as a bit mask over node positions."""
-    masks: dict[fx.Node, int] = {}
-    for position, node in enumerate(graph.nodes):
-        mask = 1 << position
-        for source in node.all_input_nodes:
-            mask |= masks[source]
-        masks[node] = mask
-    return masks
-
-
-def is_ancestor(masks: dict[fx.Node, int], ancestor: fx.Node, node: fx.Node) -> bool:
-    own_bit = 1 << (masks[ancestor].bit_length() - 1)  # a node's own bit is its highest: inputs come before it
-    return bool(masks[node] & own_bit)
-
-
-def _shape(node: fx.Node) -> torch.Size:
-    value = node.meta.get("val")
-    return value.shape if isinstance(value, Tensor) else torch.Size()
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    return size if isinstance(size, int) else size.node.hint
 
 
 def _residual_operands(node: fx.Node, masks: dict[fx.Node, int]) -> tuple[fx.Node, fx.Node] | None:
@@ -173,7 +111,7 @@ def _residual_operands(node: fx.Node, masks: dict[fx.Node, int]) -> tuple[fx.Nod
     left, right = node.args[0], node.args[1]
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
         return None
-    if not _shape(left) or _shape(left) != _shape(right):
+    if not symbolic_shape(left) or symbolic_shape(left) != symbolic_shape(right):
         return None
     left_first, right_first = is_ancestor(masks, left, right), is_ancestor(masks, right, left)
     if left_first == right_first:
@@ -203,9 +141,11 @@ def _vision_stream(graph: fx.Graph, image: fx.Node, masks: dict[fx.Node, int]) -
     vision = [
         (adds, root)
         for root, adds in streams.items()
-        if is_ancestor(masks, image, root) and len(_shape(root)) >= 3 and not _reads_token_ids(graph, root, masks)
+        if is_ancestor(masks, image, root)
+        and len(symbolic_shape(root)) >= 3
+        and not _reads_token_ids(graph, root, masks)
         and any(_mlp(add, masks) is not None for add in adds)
-    ]  # fmt: skip
+    ]
     if not vision:
         raise UnsupportedModelError(
             f"no match: none of the {len(streams)} residual stream(s) is a vision transformer's: fed by the image, "
@@ -217,10 +157,11 @@ def _vision_stream(graph: fx.Graph, image: fx.Node, masks: dict[fx.Node, int]) -
 def _reads_token_ids(graph: fx.Graph, root: fx.Node, masks: dict[fx.Node, int]) -> bool:
     inputs = graph.find_nodes(op="placeholder")
     return any(
-        node.target in EMBEDDINGS and is_ancestor(masks, node, root)
+        node.target in EMBEDDINGS
+        and is_ancestor(masks, node, root)
         and any(is_ancestor(masks, source, node.args[1]) for source in inputs)  # type: ignore[arg-type]
         for node in graph.nodes
-    )  # fmt: skip
+    )
 
 
 # --- the blocks -----------------------------------------------------------------------------------------------------
@@ -264,7 +205,7 @@ def _cone(hidden: fx.Node, stream: fx.Node, masks: dict[fx.Node, int]) -> tuple[
         if node.target in LINEARS:
             ends[node] = None
             continue
-        halved = node.target is aten.slice.Tensor and node.args[1] in (-1, len(_shape(node)) - 1)
+        halved = node.target is aten.slice.Tensor and node.args[1] in (-1, len(symbolic_shape(node)) - 1)
         getitem = node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
         if not (node.target in POINTWISE | SPLITS | NORMS | IDENTITIES or halved or getitem):
             return None
@@ -282,9 +223,11 @@ def _blocks(stream: list[fx.Node], tokens: fx.Node, masks: dict[fx.Node, int]) -
         if index == len(mlps) - 1:
             end = len(stream) - 1
         output = stream[end]
-        shape = _shape(mlp.hidden)
-        if len(shape) != 3 or _hint(shape[1]) != _hint(_shape(tokens)[1]):
-            _no_match(f"block {index}: the MLP activation is {list(shape)}, expected [batch, tokens, hidden]", mlp.hidden)
+        shape = symbolic_shape(mlp.hidden)
+        if len(shape) != 3 or hint(shape[1]) != hint(symbolic_shape(tokens)[1]):
+            _no_match(
+                f"block {index}: the MLP activation is {list(shape)}, expected [batch, tokens, hidden]", mlp.hidden
+            )
         attention = _attention(stream[start:position], masks)
         blocks.append(
             Block(
@@ -295,9 +238,9 @@ def _blocks(stream: list[fx.Node], tokens: fx.Node, masks: dict[fx.Node, int]) -
                 output=output.name,
                 hidden_size=int(shape[2]),
                 in_place=_writable(mlp.hidden),
-                path=_path(output),
-                down_path=_path(mlp.down),
-                attention_path=_path(attention) if attention is not None else "",
+                path=module_path(output),
+                down_path=module_path(mlp.down),
+                attention_path=module_path(attention) if attention is not None else "",
                 attention_weights=_projections(attention, tokens, masks),
             )
         )
@@ -349,30 +292,13 @@ def _between(start: fx.Node, end: fx.Node, masks: dict[fx.Node, int], stop: Coll
 # --- module paths ---------------------------------------------------------------------------------------------------
 
 
-def _path(node: fx.Node) -> str:
-    """Path of the innermost module whose forward made `node`."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values()]
-    return paths[-1] if paths else ""
-
-
-def common_path(paths: list[str]) -> str:
-    parts = [path.split(".") for path in paths]
-    common = []
-    for level in zip(*parts, strict=False):
-        if len(set(level)) > 1:
-            break
-        common.append(level[0])
-    return ".".join(common)
-
-
 def _insert_path(tokens: fx.Node, first: Block) -> str:
     node = tokens
     while len(node.users) == 1 and next(iter(node.users)).target in IDENTITIES:
         node = next(iter(node.users))
     users = list(node.users)
-    if len(users) == 1 and users[0].target in NORMS and not _inside(_path(users[0]), first.path):
-        return _path(users[0])
+    if len(users) == 1 and users[0].target in NORMS and not _inside(module_path(users[0]), first.path):
+        return module_path(users[0])
     return first.path
 
 
@@ -406,21 +332,8 @@ def _count_prefix(traced: Traced, tokens: fx.Node) -> int:
     finite_T = value[0].isfinite().all(dim=-1)
     num_prefix = int(finite_T.sum())
     if not bool(finite_T[:num_prefix].all()):
-        _no_match(f"tokens that do not depend on the image stand behind patches (rows {finite_T.nonzero().flatten().tolist()})",
-                  tokens)  # fmt: skip
+        rows = finite_T.nonzero().flatten().tolist()
+        _no_match(f"tokens that do not depend on the image stand behind patches (rows {rows})", tokens)
     if num_prefix == len(finite_T):
         _no_match("the tokens do not depend on the image", tokens)
     return num_prefix
-
-
-def evaluate(graph_module: fx.GraphModule, node: fx.Node, inputs: list[Tensor]) -> Tensor:
-    """Run `graph_module` up to `node` only."""
-    masks = ancestor_sets(graph_module.graph)
-    graph = fx.Graph()
-    copied: dict[fx.Node, fx.Node] = {}
-    for other in graph_module.graph.nodes:
-        if other.op == "placeholder" or (other.op != "output" and is_ancestor(masks, other, node)):
-            copied[other] = graph.node_copy(other, lambda n: copied[n])
-    graph.output(copied[node])
-    with torch.no_grad():
-        return fx.GraphModule(graph_module, graph)(*inputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import tempfile
@@ -14,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from regsurgery import backends, checkpoint_io
 from regsurgery.errors import CheckpointError, RecipeError, UserError, VerificationError
-from regsurgery.loading import Loaded, LoadOptions
+from regsurgery.loading import Loaded, LoadOptions, Source
 from regsurgery.loading import load as load_original
+from regsurgery.patched import folder_format, read_patched_config, restore_original, take_register_tokens
 from regsurgery.recipe import Recipe, bundled_recipes, find_recipe, parse_recipe, recipe_for_model
 
 if TYPE_CHECKING:
@@ -103,25 +103,31 @@ def patch(
 
     progress.stage("load")
     loaded = load_original(model, options)
-    chosen = chosen or _bundled_recipe(model, progress)
+    chosen = chosen or _bundled_recipe(loaded.source, progress)
     if num_registers is not None:
         chosen = chosen.with_num_registers(num_registers)
     fmt = format or loaded.library
     if fmt in backends.LIBRARIES and fmt != loaded.library:
-        raise UserError(f"format {fmt}: {model} is a {loaded.library} checkpoint, which can be written as "
-                        f"{loaded.library} or pt2")  # fmt: skip
+        raise UserError(
+            f"format {fmt}: {model} is a {loaded.library} checkpoint, which can be written as {loaded.library} or pt2"
+        )
     surgery = operate(loaded, chosen, progress)
     with tempfile.TemporaryDirectory() as nowhere:
         target = Path(nowhere) / "dry-run" if dry_run else output
         verdict = _write(surgery, target, fmt, pictures, progress)
     return PatchResult(
-        output=None if dry_run else str(output), mode=chosen.mode, format=fmt, recipe=chosen, verdict=verdict,
-        seconds=time.monotonic() - started, peak_rss_mb=_peak_rss_mb(),
-    )  # fmt: skip
+        output=None if dry_run else str(output),
+        mode=chosen.mode,
+        format=fmt,
+        recipe=chosen,
+        verdict=verdict,
+        seconds=time.monotonic() - started,
+        peak_rss_mb=_peak_rss_mb(),
+    )
 
 
 def operate(loaded: Loaded, recipe: Recipe, progress: Progress) -> Surgery:
-    """trace -> match -> passes."""
+    """Trace -> match -> passes."""
     from regsurgery.match import match
     from regsurgery.surgery import perform
     from regsurgery.trace import trace
@@ -151,7 +157,7 @@ def _verify_folder(surgery: Surgery, folder: Path, fmt: str, pictures: ImageSet,
     from regsurgery.verify import verify as compare
 
     progress.stage("verify", pictures.num_images)
-    module = backends.backend(fmt).reload(folder, _config(folder, fmt))
+    module = backends.backend(fmt).reload(folder, read_patched_config(folder, fmt))
     return compare(surgery, _runner(surgery, module, fmt), pictures, progress=progress.advance)
 
 
@@ -176,8 +182,8 @@ def verify(
     """Compare a patched folder against its original.
 
     The folder's files are checked against its SHA256SUMS, then its own loader file is run: a folder to be verified must
-    be one that the user trusts. A patched checkpoint holds the original's tensors unchanged, which are compared against;
-    `original` names another MODEL to compare with, and is what a `.pt2` folder (by default its recorded source) uses.
+    be one that the user trusts. A patched checkpoint holds the original's tensors unchanged and is compared with them,
+    a `.pt2` folder with its recorded source; `original` names another MODEL to compare with.
 
     Raises:
         CheckpointError: the folder is incomplete, or `original` is not what was patched.
@@ -192,7 +198,7 @@ def verify(
     progress.stage("checksums")
     checkpoint_io.check_sums(root)
     fmt = folder_format(root)
-    config = _config(root, fmt)
+    config = read_patched_config(root, fmt)
     recipe = parse_recipe((root / "recipe.yaml").read_text("utf-8"), "recipe.yaml")
     recorded = config["regsurgery"]["source"]
     with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
@@ -204,71 +210,14 @@ def verify(
         else:
             loaded = load_original(original or recorded["id"], options)
             if loaded.source.sha256 != recorded["sha256"]:
-                raise CheckpointError(f"{loaded.source.id}: its weights are not those that were patched into {root} "
-                                      "(sha256 differs); give the original with --original")  # fmt: skip
+                raise CheckpointError(
+                    f"{loaded.source.id}: its weights are not those that were patched into {root} "
+                    "(sha256 differs); give the original with --original"
+                )
         surgery = operate(loaded, recipe, progress)
         if fmt in backends.LIBRARIES:
-            _take_register_tokens(surgery, root, fmt)
+            take_register_tokens(surgery, root, fmt)
         return _verify_folder(surgery, root, fmt, pictures, progress)
-
-
-def load(folder: str | Path, *, revision: str | None = None) -> nn.Module:
-    """The patched model of a folder that regsurgery wrote, in eval mode. Runs the folder's own loader file."""
-    root = Path(folder)
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder; give one that regsurgery patch wrote")
-    fmt = folder_format(root)
-    return backends.backend(fmt).reload(root, _config(root, fmt))
-
-
-def folder_format(folder: Path) -> str:
-    """The format in which a patched folder was written."""
-    from regsurgery.loading import read_config
-
-    if (folder / backends.backend("pt2").CONFIG_NAME).is_file():
-        return "pt2"
-    library, name, config = read_config(folder)
-    if "regsurgery" not in config:
-        raise UserError(f"{folder / name}: has no 'regsurgery' entry; it is no patched checkpoint: patch it first")
-    return library
-
-
-def _config(folder: Path, fmt: str) -> dict[str, Any]:
-    return json.loads((folder / backends.backend(fmt).CONFIG_NAME).read_text("utf-8"))
-
-
-def restore_original(patched: Path, target: Path, fmt: str) -> None:
-    """Write to the new folder `target` what was patched: the config without our entries, the weights without registers."""
-    import shutil
-
-    from regsurgery.backends.modeling import FILE_NAME
-
-    backend = backends.backend(fmt)
-    target.mkdir()
-    for path in patched.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and path.name != FILE_NAME:
-            shutil.copyfile(path, target / path.name)
-    config = {key: value for key, value in _config(patched, fmt).items() if key not in ("regsurgery", "auto_map")}
-    checkpoint_io.write_json(target / backend.CONFIG_NAME, config)
-    for path in checkpoint_io.weight_files(patched, backend.WEIGHTS_NAME):
-        checkpoint_io.write_without(checkpoint_io.read_header(path), target / path.name, _is_register_tokens)
-
-
-def _is_register_tokens(name: str) -> bool:
-    from regsurgery.surgery import REGISTER_TOKENS
-
-    return name.split(".")[-1] == REGISTER_TOKENS
-
-
-def _take_register_tokens(surgery: Surgery, folder: Path, fmt: str) -> None:
-    """Give the graph the register tokens of the folder; they are zero unless somebody trained them."""
-    import torch
-    from safetensors import safe_open
-
-    for path in checkpoint_io.weight_files(folder, backends.backend(fmt).WEIGHTS_NAME):
-        with safe_open(path, framework="pt") as file, torch.no_grad():
-            for name in filter(_is_register_tokens, file.keys()):
-                surgery.graph_module.get_parameter(surgery.plan.register_name).copy_(file.get_tensor(name))
 
 
 def _given_recipe(model: str, recipe: str | Path | Recipe, progress: Progress) -> Recipe:
@@ -280,11 +229,13 @@ def _given_recipe(model: str, recipe: str | Path | Recipe, progress: Progress) -
     return chosen
 
 
-def _bundled_recipe(model: str, progress: Progress) -> Recipe:
-    bundled = recipe_for_model(model)
+def _bundled_recipe(source: Source, progress: Progress) -> Recipe:
+    bundled = recipe_for_model(source.repo or source.id)
     if bundled is None:
-        raise RecipeError(f"{model}: no bundled recipe was made for it; give one with --recipe FILE "
-                          f"(bundled: {', '.join(bundled_recipes())})")  # fmt: skip
+        raise RecipeError(
+            f"{source.id}: no bundled recipe was made for it; give one with --recipe FILE "
+            f"(bundled: {', '.join(bundled_recipes())})"
+        )
     name, chosen = bundled
     progress.say(f"recipe: {name} (bundled)")
     return chosen

@@ -78,8 +78,18 @@ class Recipe:
         return yaml.safe_dump(self.as_dict(), sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
 
 
-KEYS = ["schema", "model", "register_neurons", "num_registers", "mode", "fill", "prefix", "compat", "scale",
-        "provenance"]  # fmt: skip
+KEYS = [
+    "schema",
+    "model",
+    "register_neurons",
+    "num_registers",
+    "mode",
+    "fill",
+    "prefix",
+    "compat",
+    "scale",
+    "provenance",
+]
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -228,8 +238,10 @@ def find_recipe(name_or_path: str) -> Recipe:
     if name_or_path in bundled:
         return bundled[name_or_path]
     hint = did_you_mean(name_or_path, list(bundled))
-    raise RecipeError(f"{name_or_path}: no such recipe file, and no bundled recipe of that name{hint or '; '}"
-                      f"{'' if hint else 'bundled are ' + ', '.join(bundled)}")  # fmt: skip
+    raise RecipeError(
+        f"{name_or_path}: no such recipe file, and no bundled recipe of that name{hint or '; '}"
+        f"{'' if hint else 'bundled are ' + ', '.join(bundled)}"
+    )
 
 
 def recipe_for_model(model_id: str) -> tuple[str, Recipe] | None:

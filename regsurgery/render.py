@@ -1,4 +1,4 @@
-"""What the command line shows: one sink for people (tables, a progress bar), programs (`--json`) and nobody (`--quiet`)."""
+"""What the command line shows: one sink for people (tables, a progress bar), programs (`--json`) and `--quiet`."""
 
 from __future__ import annotations
 
@@ -26,17 +26,23 @@ class Screen(Progress):
         self.errors = Console(stderr=True, quiet=quiet or as_json, highlight=False)
         self.out = Console(quiet=quiet or as_json, highlight=False)
         self.bar = RichProgress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            console=self.errors, transient=True,
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self.errors,
+            transient=True,
             disable=not self.errors.is_terminal,
-        )  # fmt: skip
+        )
         self.task = self.bar.add_task("", visible=False, total=None)
 
     def __enter__(self) -> Screen:
         self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.bar.stop()
 
     def stage(self, name: str, total: int | None = None) -> None:
@@ -55,18 +61,30 @@ class Screen(Progress):
         where = f"wrote {result.output}" if result.output else "dry run: nothing written"
         neurons = ", ".join(f"{b}:{n}" for b, listed in result.recipe.register_neurons.items() for n in listed)
         self.out.print(f"register neurons (block:neuron): {neurons or 'none'}", soft_wrap=True, markup=False)
-        self.out.print(f"{where} ({result.format}, mode {result.mode}) in {result.seconds:.1f} s, "
-                       f"peak memory {result.peak_rss_mb:.0f} MB", soft_wrap=True, markup=False)  # fmt: skip
+        self.out.print(
+            f"{where} ({result.format}, mode {result.mode}) in {result.seconds:.1f} s, "
+            f"peak memory {result.peak_rss_mb:.0f} MB",
+            soft_wrap=True,
+            markup=False,
+        )
 
     def verified(self, verdict: Verdict) -> None:
         if self.as_json:
             print(json.dumps(verdict.as_dict(), indent=2))
         self._verdict(verdict)
-        self.out.print("passed" if verdict.passed else "FAILED: " + "; ".join(verdict.failures), soft_wrap=True, markup=False)
+        self.out.print(
+            "passed" if verdict.passed else "FAILED: " + "; ".join(verdict.failures), soft_wrap=True, markup=False
+        )
 
     def _verdict(self, verdict: Verdict) -> None:
-        table = Table("", "original", "patched", box=box.SIMPLE_HEAD, title_justify="left",
-                      title=f"after block {verdict.block}, {verdict.images}")  # fmt: skip
+        table = Table(
+            "",
+            "original",
+            "patched",
+            box=box.SIMPLE_HEAD,
+            title_justify="left",
+            title=f"after block {verdict.block}, {verdict.images}",
+        )
         for column in table.columns[1:]:
             column.justify = "right"
 

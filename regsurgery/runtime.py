@@ -157,7 +157,7 @@ def _grafted_class(mixin: type, stock: type) -> type:
 
 
 def _revive(mixin: type, stock: type) -> nn.Module:
-    cls = _grafted_class(mixin, stock)
+    cls: Any = _grafted_class(mixin, stock)
     return cls.__new__(cls)
 
 
@@ -238,7 +238,8 @@ class _StripsHiddenStates(_Grafted):
 def resolve_layout(model: nn.Module, layouts: Sequence[Mapping[str, Any]]) -> tuple[nn.Module, Mapping[str, Any]]:
     """The tower of `model` and the first of `layouts` all of whose module paths exist in it.
 
-    A checkpoint lists more than one layout where library versions name the same modules differently.
+    A checkpoint lists more than one layout where library versions name the same modules differently: first by the names
+    on disk, which are the older and the more nested ones.
 
     Raises:
         ValueError: no layout fits; the message names the first missing module of each.
@@ -248,14 +249,16 @@ def resolve_layout(model: nn.Module, layouts: Sequence[Mapping[str, Any]]) -> tu
         for tower_path in dict.fromkeys((layout["tower"], "")):
             try:
                 tower = model.get_submodule(tower_path)
-                for path in (layout["insert"], layout["strip"], *layout["down"].values()):
+                for path in (layout["insert"], layout["strip"], *layout["attentions"], *layout["down"].values()):
                     tower.get_submodule(path)
             except AttributeError as error:
                 missing.append(f"{tower_path or type(model).__name__}: {error}")
                 continue
             return tower, layout
-    raise ValueError("regsurgery: this library version lays the model out in a way the checkpoint does not know: "
-                     + "; ".join(missing))  # fmt: skip
+    raise ValueError(
+        "regsurgery: this library version lays the model out in a way the checkpoint does not know: "
+        + "; ".join(missing)
+    )
 
 
 def operate(model: nn.Module, surgery: Mapping[str, Any], *, keep_registers: bool = False) -> nn.Module:
@@ -273,8 +276,9 @@ def operate(model: nn.Module, surgery: Mapping[str, Any], *, keep_registers: boo
     num_registers = int(surgery["num_registers"])
     tower, layout = resolve_layout(model, surgery["layouts"])
     if keep_registers and tower is not model:
-        raise ValueError("keep_registers=True needs the vision tower alone, without the head around it; "
-                         "load it with AutoModel")  # fmt: skip
+        raise ValueError(
+            "keep_registers=True needs the vision tower alone, without the head around it; load it with AutoModel"
+        )
     shift = {
         "num_prefix": int(surgery["num_prefix"]),
         "scale": [float(factor) for factor in surgery["scale"]],

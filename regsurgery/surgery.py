@@ -10,13 +10,13 @@ from torch import Tensor, fx
 
 import regsurgery
 from regsurgery.errors import RecipeError
+from regsurgery.graph import common_path
 from regsurgery.loading import Loaded
-from regsurgery.match import Block, Sites, common_path
 from regsurgery.passes import Plan, apply_passes
 from regsurgery.passes.plan import plan_surgery
 from regsurgery.recipe import Recipe
+from regsurgery.sites import Block, Sites
 from regsurgery.trace import Traced
-
 
 REGISTER_TOKENS = "register_tokens"
 
@@ -42,7 +42,7 @@ class Surgery:
         """The tensors that a patched checkpoint has beside the original's, by their names on disk."""
         if not self.plan.num_registers:
             return {}
-        tower = self.config_block["layouts"][-1]["tower"]
+        tower = self.config_block["layouts"][0]["tower"]
         parameter = self.graph_module.get_parameter(self.plan.register_name)
         return {f"{tower}.{REGISTER_TOKENS}".lstrip("."): parameter.detach()}
 
@@ -63,20 +63,29 @@ def perform(loaded: Loaded, recipe: Recipe, traced: Traced, sites: Sites) -> Sur
 def check_fit(recipe: Recipe, sites: Sites) -> None:
     for block, neurons in recipe.register_neurons.items():
         if block >= len(sites.blocks):
-            raise RecipeError(f"block {block} under 'register_neurons' does not exist: the model has {len(sites.blocks)} "
-                              f"blocks, 0 to {len(sites.blocks) - 1}; is the recipe for another model?")  # fmt: skip
+            raise RecipeError(
+                f"block {block} under 'register_neurons' does not exist: the model has {len(sites.blocks)} blocks, "
+                f"0 to {len(sites.blocks) - 1}; is the recipe for another model?"
+            )
         size = sites.blocks[block].hidden_size
         for neuron in neurons:
             if neuron >= size:
-                raise RecipeError(f"neuron {neuron} of block {block} does not exist: its MLP has {size} hidden units, "
-                                  f"0 to {size - 1}; is the recipe for another model?")  # fmt: skip
+                raise RecipeError(
+                    f"neuron {neuron} of block {block} does not exist: its MLP has {size} hidden units, "
+                    f"0 to {size - 1}; is the recipe for another model?"
+                )
 
 
 def _config_block(loaded: Loaded, recipe: Recipe, sites: Sites) -> dict[str, Any]:
     collects = loaded.library == "transformers"
     in_memory = _layout(sites, recipe, collects, lambda path: path, lambda block: block.attention_path)
-    on_disk = _layout(sites, recipe, collects, lambda path: _disk_path(loaded, path),
-                      lambda block: _disk_attention_path(loaded, block))  # fmt: skip
+    on_disk = _layout(
+        sites,
+        recipe,
+        collects,
+        lambda path: _disk_path(loaded, path),
+        lambda block: _disk_attention_path(loaded, block),
+    )
     return {
         "version": regsurgery.__version__,
         "mode": recipe.mode,
@@ -90,7 +99,7 @@ def _config_block(loaded: Loaded, recipe: Recipe, sites: Sites) -> dict[str, Any
         "width": sites.width,
         "num_prefix": sites.num_prefix,
         "in_place_blocks": [str(block) for block in recipe.register_neurons if sites.blocks[block].in_place],
-        "layouts": [in_memory] if on_disk == in_memory else [in_memory, on_disk],
+        "layouts": [on_disk] if on_disk == in_memory else [on_disk, in_memory],
     }
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.exc import UserError
 from torch.utils import _pytree as pytree
 
 from regsurgery.errors import UnsupportedModelError
@@ -58,13 +59,19 @@ def trace(loaded: Loaded, image_size: tuple[int, int] | None = None) -> Traced:
     parameter = next(loaded.model.parameters())
     images = torch.zeros(EXAMPLE_BATCH, 3, height, width, dtype=parameter.dtype, device=parameter.device)
     args, kwargs = loaded.inputs(images)
-    dynamic = pytree.tree_map(lambda leaf: {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) else None, (args, kwargs))
+    dynamic = pytree.tree_map(
+        lambda leaf: {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) else None, (args, kwargs)
+    )
     try:
         with torch.no_grad(), _export_settings():
-            program = torch.export.export(loaded.model, args, kwargs, dynamic_shapes=_by_signature(*dynamic), strict=False)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, torch._dynamo.exc.UserError) as error:
+            program = torch.export.export(
+                loaded.model, args, kwargs, dynamic_shapes=_by_signature(*dynamic), strict=False
+            )
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, UserError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnsupportedModelError(f"{loaded.source.id}: torch.export cannot trace {loaded.architecture}: {reason}") from error
+        raise UnsupportedModelError(
+            f"{loaded.source.id}: torch.export cannot trace {loaded.architecture}: {reason}"
+        ) from error
 
     names = _output_names(loaded, program)
     graph_module = _plain(program, names)
@@ -82,7 +89,7 @@ def _by_signature(args: tuple, kwargs: dict) -> dict | tuple | list:
 
 @contextlib.contextmanager
 def _export_settings() -> Iterator[None]:
-    """transformers builds an all-true `[B, 1, T, T]` mask while exporting, which is added to position biases; prevent it."""
+    """Keep transformers from building an all-true `[B, 1, T, T]` mask while exporting; BEiT adds it to its biases."""
     import sys
 
     masking = sys.modules.get("transformers.masking_utils")
@@ -96,7 +103,7 @@ def _export_settings() -> Iterator[None]:
 
 
 def _output_names(loaded: Loaded, program: torch.export.ExportedProgram) -> tuple[str, ...]:
-    """Names by structure: the spec of the outputs, filled with its own leaf numbers, named as the library names them."""
+    """The outputs' spec, filled with the numbers of its leaves, named as the library names its outputs."""
     spec = program.call_spec.out_spec
     assert spec is not None
     numbered = pytree.tree_unflatten([torch.tensor(i) for i in range(spec.num_leaves)], spec)

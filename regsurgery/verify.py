@@ -21,7 +21,7 @@ from regsurgery.surgery import Surgery
 from regsurgery.trace import tensor_inputs
 
 # What a verdict needs. Outliers: below one in twenty images, or a tenth of what there were. Fidelity: an output that
-# keeps its direction; the ViT-Ti of the tests, a positional case and so a hard one, has 0.94. Parity: rounding only.
+# keeps its direction; the real ViT-Ti keeps 0.94 (image features) to 0.96 (logits). Parity: rounding only.
 MAX_OUTLIERS = 0.05
 MAX_OUTLIERS_SHARE = 0.1
 MIN_COSINE_OUTPUT = 0.8
@@ -87,8 +87,9 @@ class _Means:
     def __getitem__(self, name: str) -> float:
         return self.sums[name] / self.counts[name]
 
-    def __contains__(self, name: str) -> bool:
-        return bool(self.counts.get(name))
+    def get(self, name: str) -> float | None:
+        """The mean, or None where nothing was added."""
+        return self[name] if self.counts.get(name) else None
 
 
 def verify(
@@ -129,7 +130,9 @@ def verify(
         means.add("register", token_norms(new_taps["probe"])[:, sites.num_tokens :])
         cosine_BN = F.cosine_similarity(taps["last"][:, patches].float(), new_taps["last"][:, patches].float(), dim=-1)
         means.add("cosine patches", cosine_BN[~was_outlier_BN])
-        means.add("cosine output", F.cosine_similarity(outputs[main].flatten(1).float(), new_outputs[main].flatten(1).float()))
+        means.add(
+            "cosine output", F.cosine_similarity(outputs[main].flatten(1).float(), new_outputs[main].flatten(1).float())
+        )
         if main in LOGIT_OUTPUTS:
             means.add("kl", kl_divergence(outputs[main], new_outputs[main]))
             means.add("argmax", outputs[main].argmax(-1) == new_outputs[main].argmax(-1))
@@ -150,19 +153,33 @@ def verify(
         failures.append(f"the written model differs from the patched graph by {parity:.2e} (allowed {limit:.0e})")
     found = pair("outliers")
     if found.patched > max(MAX_OUTLIERS, MAX_OUTLIERS_SHARE * found.original):
-        failures.append(f"{found.patched:.2f} outlier tokens per image remain of {found.original:.2f}: these are not, or not "
-                        "all of, the register neurons")  # fmt: skip
+        failures.append(
+            f"{found.patched:.2f} outlier tokens per image remain of {found.original:.2f}: these are not, or not all, "
+            "of the register neurons"
+        )
     if not means["cosine output"] >= MIN_COSINE_OUTPUT:
-        failures.append(f"the output '{main}' moved too far: cosine {means['cosine output']:.3f} to the original, at least "
-                        f"{MIN_COSINE_OUTPUT} is needed")  # fmt: skip
+        failures.append(
+            f"the output '{main}' moved too far: cosine {means['cosine output']:.3f} to the original, at least "
+            f"{MIN_COSINE_OUTPUT} is needed"
+        )
     return Verdict(
-        passed=not failures, num_images=images.num_images, images=images.note, block=sites.probe_block, output=main,
-        outliers_per_image=found, max_patch_norm=pair("max"), worst_patch_norm=Pair(**worst),
-        median_patch_norm=pair("median"), register_norm=means["register"] if "register" in means else None,
-        cosine_patches=means["cosine patches"], cosine_output=means["cosine output"],
-        kl=means["kl"] if "kl" in means else None, same_argmax=means["argmax"] if "argmax" in means else None,
-        parity_max_abs=parity, failures=tuple(failures),
-    )  # fmt: skip
+        passed=not failures,
+        num_images=images.num_images,
+        images=images.note,
+        block=sites.probe_block,
+        output=main,
+        outliers_per_image=found,
+        max_patch_norm=pair("max"),
+        worst_patch_norm=Pair(**worst),
+        median_patch_norm=pair("median"),
+        register_norm=means.get("register"),
+        cosine_patches=means["cosine patches"],
+        cosine_output=means["cosine output"],
+        kl=means.get("kl"),
+        same_argmax=means.get("argmax"),
+        parity_max_abs=parity,
+        failures=tuple(failures),
+    )
 
 
 def kl_divergence(logits_BC: Tensor, new_logits_BC: Tensor) -> Tensor:

@@ -12,14 +12,15 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch  # noqa: E402
+import torch
 
-from regsurgery.calibration import image_set  # noqa: E402
-from regsurgery.demo import plant, write_demo  # noqa: E402
-from regsurgery.loading import Loaded, load  # noqa: E402
-from regsurgery.match import Sites, match  # noqa: E402
-from regsurgery.trace import Traced, tensor_inputs, trace  # noqa: E402
-from tests.picos import PICOS, Pico  # noqa: E402
+from regsurgery.calibration import image_set
+from regsurgery.demo import plant, write_demo
+from regsurgery.loading import Loaded, load
+from regsurgery.match import match
+from regsurgery.sites import Sites
+from regsurgery.trace import Traced, tensor_inputs, trace
+from tests.picos import PICOS, Pico
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 PLANTED = {1: 2, 2: 1}

@@ -28,9 +28,16 @@ def naive_shift(
 
 
 def hook(
-    model: nn.Module, *, insert: str, last: str, down: str, neurons: Mapping[int, Sequence[int]], num_registers: int,
-    num_prefix: int, scale: Sequence[float],
-) -> None:  # fmt: skip
+    model: nn.Module,
+    *,
+    insert: str,
+    last: str,
+    down: str,
+    neurons: Mapping[int, Sequence[int]],
+    num_registers: int,
+    num_prefix: int,
+    scale: Sequence[float],
+) -> None:
     """Register the hooks on `model`; registers start at zero."""
 
     def append(module: nn.Module, args: tuple, kwargs: dict) -> tuple:

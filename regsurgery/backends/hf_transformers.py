@@ -25,8 +25,18 @@ if TYPE_CHECKING:
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 # What transformers raises on broken configs and weights.
-UNLOADABLE = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ArithmeticError, ImportError,
-              AssertionError, StrictDataclassError)  # fmt: skip
+UNLOADABLE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ArithmeticError,
+    ImportError,
+    AssertionError,
+    StrictDataclassError,
+)
 SNIPPET = """\
 from transformers import {auto_class}
 
@@ -35,9 +45,15 @@ model = {auto_class}.from_pretrained("{folder}", trust_remote_code=True)
 
 
 def load(
-    *, source: Source, folder: Path, weights: tuple[Path, ...], config: dict[str, Any], config_name: str,
-    options: LoadOptions, scratch: Any,
-) -> Loaded:  # fmt: skip
+    *,
+    source: Source,
+    folder: Path,
+    weights: tuple[Path, ...],
+    config: dict[str, Any],
+    config_name: str,
+    options: LoadOptions,
+    scratch: Any,
+) -> Loaded:
     """Load a transformers folder with the class that its config names."""
     import transformers
     from transformers.utils import logging
@@ -45,8 +61,10 @@ def load(
     architecture = _architecture(folder / config_name, config)
     cls = getattr(transformers, architecture, None)
     if cls is None and "auto_map" in config and not options.trust_remote_code:
-        raise CheckpointError(f"{folder}: {architecture} is code that the checkpoint brings along; pass "
-                              "--trust-remote-code if you trust its author")  # fmt: skip
+        raise CheckpointError(
+            f"{folder}: {architecture} is code that the checkpoint brings along; pass "
+            "--trust-remote-code if you trust its author"
+        )
     if cls is None and "auto_map" in config:
         cls = transformers.AutoModel
     if cls is None:
@@ -55,29 +73,48 @@ def load(
     logging.set_verbosity_error()
     try:
         model, info = cls.from_pretrained(
-            folder, dtype="auto", output_loading_info=True, trust_remote_code=options.trust_remote_code,
+            folder,
+            dtype="auto",
+            output_loading_info=True,
+            trust_remote_code=options.trust_remote_code,
             ignore_mismatched_sizes=True,
-        )  # fmt: skip
+        )
     except UNLOADABLE as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
-    for kind, problem in (("missing_keys", "is missing"), ("mismatched_keys", "has another shape than the config says")):
+    for kind, problem in (
+        ("missing_keys", "is missing"),
+        ("mismatched_keys", "has another shape than the config says"),
+    ):
         if info.get(kind):
             found = info[kind][0] if isinstance(info[kind], list) else min(info[kind])
             name = found if isinstance(found, str) else found[0]
             name = _disk_names(model)(name) or name
-            raise CheckpointError(f"{weights[0]}: tensor '{name}' {problem} ({len(info[kind])} in all); "
-                                  "config and weights do not belong together")  # fmt: skip
+            raise CheckpointError(
+                f"{weights[0]}: tensor '{name}' {problem} ({len(info[kind])} in all); "
+                "config and weights do not belong together"
+            )
     parameters = inspect.signature(model.forward).parameters
     if "pixel_values" not in parameters:
         raise UnsupportedModelError(f"{folder}: {architecture} takes no pixel_values; it is no vision model")
     own_size = _own_size(config, model)
     preprocess, note, image_size = _preprocessing(folder, own_size, model.dtype)
     return Loaded(
-        source=source, library="transformers", architecture=architecture, folder=folder, weights=weights, config=config,
-        config_name=config_name, model=model.eval(), image_size=image_size, preprocess=preprocess,
-        preprocess_note=note, inputs=_inputs(model, own_size, "interpolate_pos_encoding" in parameters),
-        name_outputs=name_outputs, disk_name=_disk_names(model), scratch=scratch,
-    )  # fmt: skip
+        source=source,
+        library="transformers",
+        architecture=architecture,
+        folder=folder,
+        weights=weights,
+        config=config,
+        config_name=config_name,
+        model=model.eval(),
+        image_size=image_size,
+        preprocess=preprocess,
+        preprocess_note=note,
+        inputs=_inputs(model, own_size, "interpolate_pos_encoding" in parameters),
+        name_outputs=name_outputs,
+        disk_name=_disk_names(model),
+        scratch=scratch,
+    )
 
 
 def _architecture(config_path: Path, config: dict[str, Any]) -> str:
@@ -108,8 +145,10 @@ def _preprocessing(
         try:
             processor = AutoImageProcessor.from_pretrained(folder)
         except UNLOADABLE as error:
-            raise CheckpointError(f"{folder / 'preprocessor_config.json'}: transformers cannot load it: "
-                                  f"{' '.join(str(error).split())[:300]}") from error  # fmt: skip
+            raise CheckpointError(
+                f"{folder / 'preprocessor_config.json'}: transformers cannot load it: "
+                f"{' '.join(str(error).split())[:300]}"
+            ) from error
 
         def processed(images: list[Any]) -> Tensor:
             return processor(images=images, return_tensors="pt")["pixel_values"].to(dtype)
@@ -117,8 +156,14 @@ def _preprocessing(
         return processed, f"the model's own {type(processor).__name__}", _processor_size(processor) or own_size
     from torchvision.transforms import v2
 
-    plain = v2.Compose([v2.PILToTensor(), v2.Resize(own_size, antialias=True), v2.ToDtype(torch.float32, scale=True),
-                        v2.Normalize([0.5] * 3, [0.5] * 3)])  # fmt: skip
+    plain = v2.Compose(
+        [
+            v2.PILToTensor(),
+            v2.Resize(own_size, antialias=True),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize([0.5] * 3, [0.5] * 3),
+        ]
+    )
 
     def resized(images: list[Any]) -> Tensor:
         return torch.stack([plain(image) for image in images]).to(dtype)
@@ -128,7 +173,9 @@ def _preprocessing(
 
 def _processor_size(processor: Any) -> tuple[int, int] | None:
     size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-    height, width = (size.get(key) if isinstance(size, dict) else getattr(size, key, None) for key in ("height", "width"))
+    height, width = (
+        size.get(key) if isinstance(size, dict) else getattr(size, key, None) for key in ("height", "width")
+    )
     return (height, width) if height and width else None
 
 
@@ -152,12 +199,13 @@ def name_outputs(output: Any) -> dict[str, Tensor]:
     leaves, _ = pytree.tree_flatten_with_path(output)
     return {
         ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path): leaf
-        for path, leaf in leaves if isinstance(leaf, Tensor)
-    }  # fmt: skip
+        for path, leaf in leaves
+        if isinstance(leaf, Tensor)
+    }
 
 
-def _disk_names(model: nn.Module) -> Callable[[str], str | None]:
-    """transformers 5 renames keys on load; names on disk are those that its own saving would give."""
+def _disk_names(model: Any) -> Callable[[str], str | None]:
+    """Transformers 5 renames keys on load; names on disk are those that its own saving would give."""
     from transformers.core_model_loading import revert_weight_conversion
 
     state = model.state_dict()

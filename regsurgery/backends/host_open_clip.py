@@ -1,17 +1,15 @@
-"""The open_clip part of `modeling_regsurgery.py`. What follows the mark is copied into patched folders."""
+"""The open_clip part of `modeling_regsurgery.py`. Copied into patched folders behind `runtime.py`."""
 
 from __future__ import annotations
 
+import json
+import logging
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from regsurgery.runtime import _graft, _Grafted, operate
-
-# --- below: the host library's part ---
-import json  # noqa: E402
-import logging  # noqa: E402
-from pathlib import Path  # noqa: E402
 
 
 class _StripsIntermediates(_Grafted):
@@ -53,7 +51,7 @@ def load(folder: str | Path = Path(__file__).parent, **kwargs: Any) -> nn.Module
 
     folder = Path(folder)
     surgery = json.loads((folder / "open_clip_config.json").read_text("utf-8"))["regsurgery"]
-    model = stock_model(folder, **kwargs)
+    model: Any = stock_model(folder, **kwargs)
     operate(model, surgery)
     open_clip.load_checkpoint(model, str(folder / "open_clip_model.safetensors"), strict=True)
     _graft(model.visual, _StripsIntermediates)

@@ -1,33 +1,45 @@
-"""The timm part of `modeling_regsurgery.py`. What follows the mark is copied into patched folders."""
+"""The timm part of `modeling_regsurgery.py`. Copied into patched folders behind `runtime.py`."""
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from regsurgery.runtime import _graft, _Grafted, operate
 
-# --- below: the host library's part ---
-import json  # noqa: E402
-import sys  # noqa: E402
-from pathlib import Path  # noqa: E402
-
 
 class _StripsIntermediates(_Grafted):
     """`forward_intermediates` (and with it `get_intermediate_layers`) without the registers."""
 
     def forward_intermediates(
-        self, x: Tensor, indices: Any = None, return_prefix_tokens: bool = False, norm: bool = False,
-        stop_early: bool = False, output_fmt: str = "NCHW", intermediates_only: bool = False,
-        output_dict: bool = False, **kwargs: Any,
-    ) -> Any:  # fmt: skip
+        self,
+        x: Tensor,
+        indices: Any = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError("output_fmt must be NCHW or NLC")
         result = super().forward_intermediates(  # type: ignore[misc]
-            x, indices=indices, return_prefix_tokens=return_prefix_tokens, norm=norm, stop_early=stop_early,
-            output_fmt="NLC", intermediates_only=intermediates_only, output_dict=output_dict, **kwargs,
-        )  # fmt: skip
+            x,
+            indices=indices,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            stop_early=stop_early,
+            output_fmt="NLC",
+            intermediates_only=intermediates_only,
+            output_dict=output_dict,
+            **kwargs,
+        )
         height, width = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))  # type: ignore[attr-defined]
 
         def patches(y: Any) -> Any:

@@ -1,16 +1,14 @@
-"""The transformers part of `modeling_regsurgery.py`. What follows the mark is copied into patched folders."""
+"""The transformers part of `modeling_regsurgery.py`. Copied into patched folders behind `runtime.py`."""
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
+import transformers  # noqa: F401
+
 from regsurgery.runtime import operate
-
-# --- below: the host library's part ---
-import shutil  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-import transformers  # noqa: E402, F401
 
 
 class PatchedModel:
@@ -20,7 +18,7 @@ class PatchedModel:
     """
 
     def __init__(self, config: Any, *args: Any, keep_registers: bool = False, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         operate(self, config.regsurgery, keep_registers=keep_registers)  # type: ignore[arg-type]
         self.post_init()  # type: ignore[attr-defined]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from types import ModuleType
 
@@ -9,15 +10,23 @@ import regsurgery.runtime
 from regsurgery.errors import CheckpointError
 
 FILE_NAME = "modeling_regsurgery.py"
-MARK = "# --- below: the host library's part ---\n"
 
 
 def modeling_source(host: ModuleType, tail: str = "") -> str:
-    """The source of the loader file: `runtime.py`, what follows `MARK` in the host's loader module, and `tail`."""
+    """The source of the loader file: `runtime.py`, the host's loader module, and `tail`.
+
+    Of the host's module the docstring and the imports of regsurgery are left out; what it imports is above it by then.
+    """
     runtime = Path(regsurgery.runtime.__file__).read_text("utf-8")
     assert host.__file__ is not None
-    host_part = Path(host.__file__).read_text("utf-8").split(MARK, 1)[1]
-    return f"{runtime.rstrip()}\n\n\n{host_part.strip()}\n{tail}"
+    source = Path(host.__file__).read_text("utf-8")
+    lines = source.splitlines()
+    for statement in reversed(ast.parse(source).body):
+        module = statement.module or "" if isinstance(statement, ast.ImportFrom) else ""
+        docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+        if docstring or module == "__future__" or module.split(".")[0] == "regsurgery":
+            del lines[statement.lineno - 1 : statement.end_lineno]
+    return f"{runtime.rstrip()}\n\n\n{chr(10).join(lines).strip()}\n{tail}"
 
 
 def import_modeling(folder: Path) -> ModuleType:

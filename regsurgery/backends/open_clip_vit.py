@@ -30,9 +30,15 @@ preprocess = image_transform(model)
 
 
 def load(
-    *, source: Source, folder: Path, weights: tuple[Path, ...], config: dict[str, Any], config_name: str,
-    options: LoadOptions, scratch: Any,
-) -> Loaded:  # fmt: skip
+    *,
+    source: Source,
+    folder: Path,
+    weights: tuple[Path, ...],
+    config: dict[str, Any],
+    config_name: str,
+    options: LoadOptions,
+    scratch: Any,
+) -> Loaded:
     """Load an open_clip folder."""
     import open_clip
 
@@ -56,12 +62,22 @@ def load(
         return {name: value for name, value in zip(OUTPUT_NAMES, output, strict=False) if isinstance(value, Tensor)}
 
     return Loaded(
-        source=source, library="open_clip", architecture=type(model).__name__, folder=folder, weights=weights,
-        config=config, config_name=config_name, model=model.eval(), image_size=tuple(size) if isinstance(size, (tuple, list)) else (size, size),
+        source=source,
+        library="open_clip",
+        architecture=type(model).__name__,
+        folder=folder,
+        weights=weights,
+        config=config,
+        config_name=config_name,
+        model=model.eval(),
+        image_size=tuple(size) if isinstance(size, (tuple, list)) else (size, size),
         preprocess=lambda images: torch.stack([transform(image) for image in images]),
         preprocess_note="the model's own preprocess_cfg",
-        inputs=inputs, name_outputs=name_outputs, disk_name=lambda name: name, scratch=scratch,
-    )  # fmt: skip
+        inputs=inputs,
+        name_outputs=name_outputs,
+        disk_name=lambda name: name,
+        scratch=scratch,
+    )
 
 
 def emit(surgery: Surgery, folder: Path) -> None:

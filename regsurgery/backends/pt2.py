@@ -47,10 +47,16 @@ def emit(surgery: Surgery, folder: Path) -> None:
     (folder / PROGRAM_NAME).write_bytes(archive.getbuffer())
     traced = surgery.traced
     inputs = [node.name for node in traced.graph_module.graph.find_nodes(op="placeholder")]
-    write_json(folder / CONFIG_NAME, {
-        "regsurgery": surgery.config_block, "image_size": list(traced.image_size), "inputs": inputs,
-        "outputs": list(traced.output_names), "dtype": str(traced.example[0].dtype).removeprefix("torch."),
-    })  # fmt: skip
+    write_json(
+        folder / CONFIG_NAME,
+        {
+            "regsurgery": surgery.config_block,
+            "image_size": list(traced.image_size),
+            "inputs": inputs,
+            "outputs": list(traced.output_names),
+            "dtype": str(traced.example[0].dtype).removeprefix("torch."),
+        },
+    )
 
 
 def snippet(surgery: Surgery, folder: str) -> str:

@@ -28,9 +28,15 @@ model = load("{folder}")
 
 
 def load(
-    *, source: Source, folder: Path, weights: tuple[Path, ...], config: dict[str, Any], config_name: str,
-    options: LoadOptions, scratch: Any,
-) -> Loaded:  # fmt: skip
+    *,
+    source: Source,
+    folder: Path,
+    weights: tuple[Path, ...],
+    config: dict[str, Any],
+    config_name: str,
+    options: LoadOptions,
+    scratch: Any,
+) -> Loaded:
     """Load a timm folder."""
     import timm
     from timm.data.config import resolve_model_data_config
@@ -42,16 +48,25 @@ def load(
         raise CheckpointError(f"{folder}: timm cannot load it: {' '.join(str(error).split())[:300]}") from error
     dtype = _dtype(weights)
     data = resolve_model_data_config(model)
-    transform = create_transform(**data, is_training=False)
+    transform: Any = create_transform(**data, is_training=False)
     output = "logits" if getattr(model, "num_classes", 0) else "output"
     return Loaded(
-        source=source, library="timm", architecture=config["architecture"], folder=folder, weights=weights,
-        config=config, config_name=config_name, model=model.to(dtype).eval(), image_size=tuple(data["input_size"][1:]),
+        source=source,
+        library="timm",
+        architecture=config["architecture"],
+        folder=folder,
+        weights=weights,
+        config=config,
+        config_name=config_name,
+        model=model.to(dtype).eval(),
+        image_size=tuple(data["input_size"][1:]),
         preprocess=lambda images: torch.stack([transform(image.convert("RGB")) for image in images]).to(dtype),
         preprocess_note="the model's own pretrained_cfg",
-        inputs=lambda images: ((images,), {}), name_outputs=lambda value: {output: value},
-        disk_name=lambda name: name, scratch=scratch,
-    )  # fmt: skip
+        inputs=lambda images: ((images,), {}),
+        name_outputs=lambda value: {output: value},
+        disk_name=lambda name: name,
+        scratch=scratch,
+    )
 
 
 def _dtype(weights: tuple[Path, ...]) -> torch.dtype:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
-from regsurgery.match import Sites, ancestor_sets, is_ancestor
+from regsurgery.graph import ancestor_sets, find_node, is_ancestor
 from regsurgery.recipe import Recipe
+from regsurgery.sites import Sites
 
 INSERTED = "regsurgery"  # key in node.meta of every node that a pass made; its value is the pass
 ORIGINAL_SHAPE = "regsurgery_shape"  # key in node.meta: the shape before the registers, on every node of the region
@@ -48,14 +49,12 @@ def plan_surgery(sites: Sites, recipe: Recipe) -> Plan:
     return Plan(sites, recipe.num_registers, dict(recipe.register_neurons), shift)
 
 
-def find_node(graph_module: fx.GraphModule, name: str) -> fx.Node:
-    return next(node for node in graph_module.graph.nodes if node.name == name)
-
-
 def registers_node(graph_module: fx.GraphModule) -> fx.Node | None:
     """The node that `insert_registers` made: the token stream with registers."""
-    return next((n for n in graph_module.graph.nodes if n.meta.get(INSERTED) == "insert_registers"
-                 and n.op == "call_function"), None)  # fmt: skip
+    return next(
+        (n for n in graph_module.graph.nodes if n.meta.get(INSERTED) == "insert_registers" and n.op == "call_function"),
+        None,
+    )
 
 
 def register_region(graph_module: fx.GraphModule, plan: Plan) -> dict[fx.Node, None]:
@@ -66,15 +65,7 @@ def register_region(graph_module: fx.GraphModule, plan: Plan) -> dict[fx.Node, N
     masks = ancestor_sets(graph_module.graph)
     last = find_node(graph_module, plan.sites.last)
     return {
-        node: None for node in graph_module.graph.nodes
+        node: None
+        for node in graph_module.graph.nodes
         if is_ancestor(masks, start, node) and is_ancestor(masks, node, last)
-    }  # fmt: skip
-
-
-def hint(size: Any) -> int:
-    """The example value of a size that may be symbolic (the batch)."""
-    return size if isinstance(size, int) else size.node.hint
-
-
-def shape_of(value: Any) -> tuple[int, ...]:
-    return tuple(hint(size) for size in value.shape) if isinstance(value, Tensor) else ()
+    }

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from regsurgery.errors import UnsupportedModelError
-from regsurgery.passes.plan import ORIGINAL_SHAPE, PassResult, Plan, hint, register_region, registers_node, shape_of
+from regsurgery.graph import hint, shape_of
+from regsurgery.passes.plan import ORIGINAL_SHAPE, PassResult, Plan, register_region, registers_node
 
 aten = torch.ops.aten
 
@@ -27,10 +28,12 @@ POSITIONAL = {aten.select.int, aten.index.Tensor, aten.index_select.default, ate
               aten.cat.default, aten.narrow.default, aten.cumsum.default, aten.conv1d.default, aten.conv2d.default,
               aten.convolution.default, aten.unfold.default, aten.avg_pool2d.default, aten.unflatten.int,
               aten.pixel_shuffle.default, aten.constant_pad_nd.default, aten.pad.default}  # fmt: skip
-DIM_ARGUMENT = {aten.select.int: 1, aten.unflatten.int: 1, aten.split.Tensor: 2, aten.chunk.default: 2, aten.split_with_sizes.default: 2,
-                aten.unbind.int: 1, aten.narrow.default: 1, aten.index_select.default: 1, aten.cat.default: 1,
-                aten.cumsum.default: 1, aten.gather.default: 1}  # fmt: skip
-DIM_DEFAULTS = {aten.select.int: 0}
+# Which argument of them is the axis.
+DIM_ARGUMENT: dict[object, int] = {
+    aten.select.int: 1, aten.unflatten.int: 1, aten.unbind.int: 1, aten.narrow.default: 1, aten.index_select.default: 1,
+    aten.cat.default: 1, aten.cumsum.default: 1, aten.gather.default: 1,
+    aten.split.Tensor: 2, aten.chunk.default: 2, aten.split_with_sizes.default: 2,
+}  # fmt: skip
 
 
 def resize_tokens(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
@@ -38,7 +41,9 @@ def resize_tokens(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
     region = register_region(graph_module, plan)
     start = registers_node(graph_module)
     before = {node: node.meta.get("val") for node in region}
-    fake = start.meta["val"].fake_mode if start is not None else None
+    if start is None:
+        return PassResult((), "")
+    fake = start.meta["val"].fake_mode
     changed = []
     for node in region:
         if node is start:
@@ -54,9 +59,10 @@ def resize_tokens(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
             _refuse_positional(node, before)
         _propagate(node, fake)
     for node in region:
-        if isinstance(before[node], Tensor):
-            node.meta[ORIGINAL_SHAPE] = before[node].shape  # where it differs are the axes that a strip cuts
-    return PassResult(tuple(changed) or tuple(node.name for node in region), "a new token count" if region else "")
+        original = before[node]
+        if isinstance(original, Tensor):
+            node.meta[ORIGINAL_SHAPE] = original.shape  # where it differs are the axes that a strip cuts
+    return PassResult(tuple(changed) or tuple(node.name for node in region), "a new token count")
 
 
 def _refuse(node: fx.Node, reason: str) -> NoReturn:
@@ -125,10 +131,7 @@ def _reshaped(
         if not grown:
             continue
         old_volume, new_volume = _volume(old_in, axes_in), _volume(new_in, axes_in)
-        candidates = [
-            axis for axis in axes_out
-            if old_out[axis] * new_volume % old_volume == 0 and old_out[axis] > 1
-        ]  # fmt: skip
+        candidates = [axis for axis in axes_out if old_out[axis] * new_volume % old_volume == 0 and old_out[axis] > 1]
         if len(axes_in) > 1 and len(axes_out) > 1:  # e.g. [B, T] -> [B, T]: the axis of the same rank in the group
             candidates = [axis for axis in candidates if old_out[axis] == old_in[grown[0]]]
         if len(candidates) != 1:
@@ -204,7 +207,7 @@ def _refuse_positional(node: fx.Node, before: dict[fx.Node, Any]) -> None:
         rank = len(shape_of(source.meta["val"]))
         if node.target in DIM_ARGUMENT:
             position = DIM_ARGUMENT[node.target]
-            dim = node.args[position] if len(node.args) > position else DIM_DEFAULTS.get(node.target, 0)
+            dim = node.args[position] if len(node.args) > position else 0
             assert isinstance(dim, int)
             if dim % rank not in axes:
                 continue

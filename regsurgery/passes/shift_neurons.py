@@ -6,7 +6,8 @@ import torch
 from torch import fx
 
 from regsurgery import runtime
-from regsurgery.passes.plan import INSERTED, PassResult, Plan, find_node
+from regsurgery.graph import find_node
+from regsurgery.passes.plan import INSERTED, PassResult, Plan
 
 
 def shift_neurons(graph_module: fx.GraphModule, plan: Plan) -> PassResult:

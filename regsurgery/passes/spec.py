@@ -9,7 +9,8 @@ from torch import Tensor, fx
 
 from regsurgery import runtime
 from regsurgery.errors import PassError
-from regsurgery.passes.plan import INSERTED, Plan, hint, register_region
+from regsurgery.graph import hint
+from regsurgery.passes.plan import INSERTED, Plan, register_region
 
 CALLABLES = {runtime.append_registers, runtime.neuron_shift, runtime.strip_registers}
 # What export leaves of arithmetic on symbolic sizes, and the selection of one of several results.
@@ -21,8 +22,8 @@ SIZE_ARITHMETIC = {operator.getitem, operator.mul, operator.add, operator.sub, o
 def check_spec(graph_module: fx.GraphModule, plan: Plan, after: str, *, final: bool) -> None:
     """Raise `PassError`, naming the pass, where the graph breaks the spec.
 
-    Always: the graph is well formed; only placeholders, parameters, ATen operators, arithmetic on sizes and the three inserted
-    functions are in it; every inserted node is used and has a module of origin. From `resize_tokens` on: every
+    Always: the graph is well formed; only placeholders, parameters, ATen operators, arithmetic on sizes and the three
+    inserted functions are in it; every inserted node is used and has a module of origin. From `resize_tokens` on: every
     three-dimensional residual node in the region holds exactly T + R tokens. At the end: no edge leaves the region but
     through a strip.
     """

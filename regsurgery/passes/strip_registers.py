@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor, fx
+from torch import fx
+from torch._subclasses import FakeTensor
 
 from regsurgery import runtime
-from regsurgery.passes.plan import INSERTED, ORIGINAL_SHAPE, PassResult, Plan, hint, register_region
+from regsurgery.graph import hint
+from regsurgery.passes.plan import INSERTED, ORIGINAL_SHAPE, PassResult, Plan, register_region
 
 
 def strip_registers(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
@@ -15,7 +17,7 @@ def strip_registers(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
     for node in region:
         leaving = [user for user in node.users if user not in region]
         value = node.meta.get("val")
-        if not leaving or not isinstance(value, Tensor):
+        if not leaving or not isinstance(value, FakeTensor):
             continue
         old = node.meta[ORIGINAL_SHAPE]
         axes = tuple(axis for axis, size in enumerate(value.shape) if hint(size) != hint(old[axis]))

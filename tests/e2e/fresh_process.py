@@ -1,7 +1,8 @@
 """Run by tests in another process, where `import regsurgery` fails: load patched folders as a user would, run them.
 
-`python fresh_process.py MANIFEST`: MANIFEST is a torch file, a list of jobs `{library, folder, architecture, auto_class, output, inputs}`; the
-results, one a job, are saved beside it as `results.pt`: `{outputs: {batch size: {name: tensor}}, problems: [text]}`.
+`python fresh_process.py MANIFEST`: MANIFEST is a torch file, a list of jobs `{library, folder, architecture,
+auto_class, output, inputs}`; the results, one a job, are saved as `MANIFEST.results`:
+`{outputs: {batch size: {name: tensor}}, problems: [text]}`.
 Works with transformers 4.57 and 5; must import nothing of the project.
 """
 
@@ -30,8 +31,11 @@ def shape_problems(what, patched, stock):
     patched, stock = flat(patched), flat(stock)
     if patched.keys() != stock.keys():
         return [f"{what}: outputs {sorted(patched.keys() ^ stock.keys())} are not in both"]
-    return [f"{what}: {name} is {tuple(patched[name].shape)}, the original's {tuple(stock[name].shape)}"
-            for name in patched if patched[name].shape != stock[name].shape]  # fmt: skip
+    return [
+        f"{what}: {name} is {tuple(patched[name].shape)}, the original's {tuple(stock[name].shape)}"
+        for name in patched
+        if patched[name].shape != stock[name].shape
+    ]
 
 
 def run_transformers(job):
@@ -40,17 +44,23 @@ def run_transformers(job):
     auto = getattr(transformers, job["auto_class"])
     model, info = auto.from_pretrained(job["folder"], trust_remote_code=True, output_loading_info=True)
     model.eval()
-    problems = [f"{kind}: {info[kind]}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]]
+    problems = [
+        f"{kind}: {info[kind]}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]
+    ]
     outputs = {size: flat(model(**{k: v[:size] for k, v in job["inputs"].items()})) for size in BATCHES}
     every = {"output_hidden_states": True, "output_attentions": True}
-    patched = auto.from_pretrained(job["folder"], trust_remote_code=True, attn_implementation="eager").eval()
-    stock = getattr(transformers, job["architecture"]).from_pretrained(job["folder"], attn_implementation="eager").eval()
+    patched = auto.from_pretrained(job["folder"], trust_remote_code=True).eval()
+    stock = getattr(transformers, job["architecture"]).from_pretrained(job["folder"]).eval()
+    for each in (patched, stock):
+        each.set_attn_implementation("eager")
     inputs = {k: v[:2] for k, v in job["inputs"].items()}
     everything = stock(**inputs, **every)
     if not any("hidden_states" in name for name in flat(everything)):
         problems.append("hidden states were not compared")
     problems += shape_problems("forward", patched(**inputs, **every), everything)
-    problems += shape_problems("tuple", patched(**inputs, **every, return_dict=False), stock(**inputs, **every, return_dict=False))
+    problems += shape_problems(
+        "tuple", patched(**inputs, **every, return_dict=False), stock(**inputs, **every, return_dict=False)
+    )
     return outputs, problems
 
 
@@ -73,7 +83,9 @@ def run_timm(job):
         "forward_features": lambda m: m.forward_features(images[:2]),
         "forward_intermediates": lambda m: m.forward_intermediates(images[:2]),
         "forward_intermediates NLC": lambda m: m.forward_intermediates(images[:2], output_fmt="NLC", norm=True),
-        "forward_intermediates prefix": lambda m: m.forward_intermediates(images[:2], [1, 2], return_prefix_tokens=True),
+        "forward_intermediates prefix": lambda m: m.forward_intermediates(
+            images[:2], [1, 2], return_prefix_tokens=True
+        ),
         "forward_intermediates dict": lambda m: m.forward_intermediates(images[:2], output_dict=True),
         "get_intermediate_layers": lambda m: m.get_intermediate_layers(images[:2], n=3, reshape=True),
     }.items():
@@ -94,8 +106,11 @@ def run_open_clip(job):
     problems = shape_problems("encode_image", model.encode_image(images[:2]), stock.encode_image(images[:2]))
     for fmt in ("NCHW", "NLC"):
         call = {"output_fmt": fmt, "output_extra_tokens": True, "normalize_intermediates": True}
-        problems += shape_problems(f"forward_intermediates {fmt}", model.visual.forward_intermediates(images[:2], **call),
-                                   stock.visual.forward_intermediates(images[:2], **call))  # fmt: skip
+        problems += shape_problems(
+            f"forward_intermediates {fmt}",
+            model.visual.forward_intermediates(images[:2], **call),
+            stock.visual.forward_intermediates(images[:2], **call),
+        )
     return outputs, problems
 
 

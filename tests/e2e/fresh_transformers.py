@@ -41,7 +41,9 @@ with torch.no_grad():
     states = model(images, output_hidden_states=True).hidden_states
     assert len(states) == 13 and {state.shape[1] for state in states} == {197}
     assert float(states[11][:, 1:].norm(dim=-1).max()) < 60, "an outlier is left"
-    kept = AutoModel.from_pretrained(folder, trust_remote_code=True, keep_registers=True).eval()(images).last_hidden_state
+    kept = (
+        AutoModel.from_pretrained(folder, trust_remote_code=True, keep_registers=True).eval()(images).last_hidden_state
+    )
     plain = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()(images).last_hidden_state
     assert kept.shape[1] == 198
     close("keep_registers leaves the rest alone", kept[:, :197], plain, 1e-5)

@@ -51,8 +51,16 @@ def test_graph_equals_module_form_equals_hooked_reference(planted: Planted, num_
     pico, loaded = planted.pico, planted.loaded
     recipe = recipe_for(planted, num_registers)
     hooked = copy.deepcopy(loaded.model)
-    hook(hooked, insert=pico.insert, last=pico.last, down=pico.down, neurons=planted.neurons,
-         num_registers=num_registers, num_prefix=planted.sites.num_prefix, scale=recipe.scale)  # fmt: skip
+    hook(
+        hooked,
+        insert=pico.insert,
+        last=pico.last,
+        down=pico.down,
+        neurons=planted.neurons,
+        num_registers=num_registers,
+        num_prefix=planted.sites.num_prefix,
+        scale=recipe.scale,
+    )
     for size in sizes(planted):
         traced = planted.traced if size == (SIZE, SIZE) else trace(loaded, size)
         surgery = perform(loaded, recipe, traced, planted.sites if size == (SIZE, SIZE) else _sites(traced))

@@ -38,10 +38,18 @@ LIBRARIES = pytest.mark.parametrize("library", list(FOLDERS))
 def patched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, PatchResult]]:
     root = tmp_path_factory.mktemp("real")
     return {
-        library: (root / library, regsurgery.patch(str(shared("models", name)), root / library, recipe="vit-tiny",
-                                                   images=shared("images", "labelled"), num_images=24))
+        library: (
+            root / library,
+            regsurgery.patch(
+                str(shared("models", name)),
+                root / library,
+                recipe="vit-tiny",
+                images=shared("images", "labelled"),
+                num_images=24,
+            ),
+        )
         for library, name in FOLDERS.items()
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +73,9 @@ def run(library: str, model: nn.Module, photos: Tensor) -> tuple[Tensor, Tensor]
     """Logits, and patch norms after block 10, of every photo."""
     norms: list[Tensor] = []
     handle = model.get_submodule(BLOCK_10[library]).register_forward_hook(
-        lambda module, args, output: norms.append((output[0] if isinstance(output, tuple) else output)[:, 1:197].norm(dim=-1))
+        lambda module, args, output: norms.append(
+            (output[0] if isinstance(output, tuple) else output)[:, 1:197].norm(dim=-1)
+        )
     )
     logits = torch.cat([logits_of(library, model, batch) for batch in photos.split(25)])
     handle.remove()
@@ -92,8 +102,10 @@ def test_outliers_are_gone_and_the_classes_stay(library: str, measured: dict[str
     kl = F.kl_div(m["new_logits"].log_softmax(-1), m["logits"].log_softmax(-1), reduction="batchmean", log_target=True)
     same = (m["new_logits"].argmax(-1) == m["logits"].argmax(-1)).float().mean()
     largest, new_largest = m["norms"].amax(dim=1).mean(), m["new_norms"].amax(dim=1).mean()
-    print(f"{library}: outliers {outliers_per_image(m['norms']):.2f} -> {outliers_per_image(m['new_norms']):.2f}, "
-          f"max norm {largest:.0f} -> {new_largest:.0f}, KL {kl:.4f}, same argmax {same:.3f}")  # fmt: skip
+    print(
+        f"{library}: outliers {outliers_per_image(m['norms']):.2f} -> {outliers_per_image(m['new_norms']):.2f}, "
+        f"max norm {largest:.0f} -> {new_largest:.0f}, KL {kl:.4f}, same argmax {same:.3f}"
+    )
     assert len(m["logits"]) == 175
     assert outliers_per_image(m["norms"]) == pytest.approx(3.9, abs=0.05)
     assert outliers_per_image(m["new_norms"]) < 0.05
@@ -105,7 +117,9 @@ def test_outliers_are_gone_and_the_classes_stay(library: str, measured: dict[str
 
 def test_top_1_is_that_of_the_reference(measured: dict[str, dict[str, Any]]) -> None:
     labels = torch.tensor([int(path.name.split("_")[0]) for path in sorted(shared("images", "labelled").glob("*.jpg"))])
-    top_1 = {key: float((measured["timm"][key].argmax(-1) == labels).float().mean()) for key in ("logits", "new_logits")}
+    top_1 = {
+        key: float((measured["timm"][key].argmax(-1) == labels).float().mean()) for key in ("logits", "new_logits")
+    }
     assert top_1["logits"] == pytest.approx(0.806, abs=0.001)
     assert top_1["new_logits"] == pytest.approx(0.777, abs=0.001)
 
@@ -134,8 +148,10 @@ def test_original_tensors_are_byte_identical(library: str, patched: dict[str, tu
     for tensor in before.tensors:
         twin = found.pop(tensor.name)
         assert (tensor.dtype, tensor.shape) == (twin.dtype, twin.shape)
-        assert (old[before.data_start + tensor.start : before.data_start + tensor.stop]
-                == new[after.data_start + twin.start : after.data_start + twin.stop])  # fmt: skip
+        assert (
+            old[before.data_start + tensor.start : before.data_start + tensor.stop]
+            == new[after.data_start + twin.start : after.data_start + twin.stop]
+        )
     assert [name.split(".")[-1] for name in found] == ["register_tokens"]
     assert {path.name for path in original.parent.iterdir()} <= {path.name for path in folder.iterdir()}
 
@@ -145,25 +161,39 @@ def test_the_same_input_gives_the_same_bytes(
     library: str, patched: dict[str, tuple[Path, PatchResult]], tmp_path: Path
 ) -> None:
     again = tmp_path / library
-    regsurgery.patch(str(shared("models", FOLDERS[library])), again, recipe="vit-tiny",
-                     images=shared("images", "labelled"), num_images=24)  # fmt: skip
+    regsurgery.patch(
+        str(shared("models", FOLDERS[library])),
+        again,
+        recipe="vit-tiny",
+        images=shared("images", "labelled"),
+        num_images=24,
+    )
     assert (again / "SHA256SUMS").read_text() == (patched[library][0] / "SHA256SUMS").read_text()
 
 
-def fresh_jobs(patched: dict[str, tuple[Path, PatchResult]], photos: Tensor, libraries: list[str]) -> list[dict[str, Any]]:
+def fresh_jobs(
+    patched: dict[str, tuple[Path, PatchResult]], photos: Tensor, libraries: list[str]
+) -> list[dict[str, Any]]:
     text = torch.zeros(7, 77, dtype=torch.int64)
-    inputs = {"transformers": {"pixel_values": photos[:7]}, "timm": {"x": photos[:7]},
-              "open_clip": {"image": photos[:7], "text": text}}  # fmt: skip
+    inputs = {
+        "transformers": {"pixel_values": photos[:7]},
+        "timm": {"x": photos[:7]},
+        "open_clip": {"image": photos[:7], "text": text},
+    }
     return [
-        {"library": library, "folder": str(patched[library][0]), "architecture": "ViTForImageClassification",
-         "auto_class": "AutoModelForImageClassification", "output": "logits", "inputs": inputs[library]}
+        {
+            "library": library,
+            "folder": str(patched[library][0]),
+            "architecture": "ViTForImageClassification",
+            "auto_class": "AutoModelForImageClassification",
+            "output": "logits",
+            "inputs": inputs[library],
+        }
         for library in libraries
-    ]  # fmt: skip
+    ]
 
 
-def check_fresh(
-    results: list[dict[str, Any]], libraries: list[str], measured: dict[str, dict[str, Any]]
-) -> None:
+def check_fresh(results: list[dict[str, Any]], libraries: list[str], measured: dict[str, dict[str, Any]]) -> None:
     head = load_file(shared("models", FOLDERS["open_clip"], "zero_shot_head.safetensors"))
     for library, result in zip(libraries, results, strict=True):
         assert result["problems"] == []
@@ -194,26 +224,46 @@ def test_transformers_4_reproduces_the_figures(
 
 @pytest.mark.parametrize("version", ["4.57", "5"])
 def test_users_can_do_what_they_do_with_transformers_models(
-    version: str, patched: dict[str, tuple[Path, PatchResult]], photos: Tensor, measured: dict[str, dict[str, Any]],
+    version: str,
+    patched: dict[str, tuple[Path, PatchResult]],
+    photos: Tensor,
+    measured: dict[str, dict[str, Any]],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     python = transformers_4_python() if version == "4.57" else sys.executable
     torch.save({"images": photos[:7], "logits": measured["transformers"]["new_logits"][:7]}, tmp_path / "inputs.pt")
     image = min(shared("images", "labelled").glob("*tiger_shark*"), default=min(shared("images", "labelled").iterdir()))
     done = subprocess.run(
-        [python, str(Path(__file__).with_name("fresh_transformers.py")), str(patched["transformers"][0]),
-         str(tmp_path / "inputs.pt"), str(tmp_path), str(image)],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
+        [
+            python,
+            str(Path(__file__).with_name("fresh_transformers.py")),
+            str(patched["transformers"][0]),
+            str(tmp_path / "inputs.pt"),
+            str(tmp_path),
+            str(image),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
-    )  # fmt: skip
+    )
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
 @LIBRARIES
-def test_a_pt2_needs_torch_alone(library: str, photos: Tensor, measured: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    regsurgery.patch(str(shared("models", FOLDERS[library])), tmp_path / "pt2", recipe="vit-tiny", format="pt2",
-                     images=shared("images", "labelled"), num_images=2)  # fmt: skip
+def test_a_pt2_needs_torch_alone(
+    library: str, photos: Tensor, measured: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    regsurgery.patch(
+        str(shared("models", FOLDERS[library])),
+        tmp_path / "pt2",
+        recipe="vit-tiny",
+        format="pt2",
+        images=shared("images", "labelled"),
+        num_images=2,
+    )
     torch.save(photos[:7], tmp_path / "images.pt")
     program = (
         "import sys\n"
@@ -224,7 +274,9 @@ def test_a_pt2_needs_torch_alone(library: str, photos: Tensor, measured: dict[st
         "with torch.no_grad():\n"
         "    torch.save({n: dict(model(x[:n], *(t[:n] for t in text))) for n in (1, 2, 7)}, 'out.pt')\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, library], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program, library], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     check_fresh([{"problems": [], "outputs": torch.load(tmp_path / "out.pt")}], [library], measured)
 
@@ -233,7 +285,16 @@ def test_verify_repeats_the_figures_of_patch(
     patched: dict[str, tuple[Path, PatchResult]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, result = patched["timm"]
-    arguments = ["regsurgery", "verify", str(folder), "--json", "--images", str(shared("images", "labelled")), "--num-images", "24"]
+    arguments = [
+        "regsurgery",
+        "verify",
+        str(folder),
+        "--json",
+        "--images",
+        str(shared("images", "labelled")),
+        "--num-images",
+        "24",
+    ]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as stopped:
         cli.main()

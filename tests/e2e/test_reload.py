@@ -1,4 +1,4 @@
-"""Written folders, loaded in a fresh process without regsurgery, reproduce the graph; every public output keeps its shape."""
+"""Written folders, loaded in a fresh process without regsurgery, reproduce the graph and keep every output's shape."""
 
 from __future__ import annotations
 
@@ -31,8 +31,14 @@ def run_fresh(jobs: list[dict[str, Any]], manifest: Path, python: str = sys.exec
     script = Path(__file__).with_name("fresh_process.py")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(manifest.parent / "hf-modules")}
     environment.pop("PYTHONPATH", None)
-    done = subprocess.run([python, str(script), str(manifest)], capture_output=True, text=True, env=environment,
-                          cwd=manifest.parent, check=False)  # fmt: skip
+    done = subprocess.run(
+        [python, str(script), str(manifest)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=manifest.parent,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(f"{manifest}.results")
 
@@ -48,9 +54,13 @@ def job_for(planted: Planted, folder: Path) -> tuple[dict[str, Any], dict[str, t
         expected = surgery.graph_module(*inputs)
     auto = auto_class(planted.loaded) if planted.loaded.library == "transformers" else ""
     job = {
-        "library": planted.loaded.library, "folder": str(folder), "architecture": planted.loaded.architecture,
-        "auto_class": auto, "output": planted.traced.output_names[0], "inputs": dict(zip(names, inputs, strict=True)),
-    }  # fmt: skip
+        "library": planted.loaded.library,
+        "folder": str(folder),
+        "architecture": planted.loaded.architecture,
+        "auto_class": auto,
+        "output": planted.traced.output_names[0],
+        "inputs": dict(zip(names, inputs, strict=True)),
+    }
     return job, expected
 
 
@@ -64,7 +74,9 @@ def reloaded(
 
     @functools.cache
     def run(python: str) -> dict[str, Any]:
-        ids = [name for name, (job, _) in written.items() if python == sys.executable or job["library"] == "transformers"]
+        ids = [
+            name for name, (job, _) in written.items() if python == sys.executable or job["library"] == "transformers"
+        ]
         results = run_fresh([written[name][0] for name in ids], root / f"manifest-{len(ids)}.pt", python)
         return {name: (result, written[name][1]) for name, result in zip(ids, results, strict=True)}
 

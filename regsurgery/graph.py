@@ -1,0 +1,74 @@
+"""Questions that matching and passes put to an fx graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+
+def ancestor_sets(graph: fx.Graph) -> dict[fx.Node, int]:
+    """For every node the set of its ancestors, itself included, as a bit mask over node positions."""
+    masks: dict[fx.Node, int] = {}
+    for position, node in enumerate(graph.nodes):
+        mask = 1 << position
+        for source in node.all_input_nodes:
+            mask |= masks[source]
+        masks[node] = mask
+    return masks
+
+
+def is_ancestor(masks: dict[fx.Node, int], ancestor: fx.Node, node: fx.Node) -> bool:
+    own_bit = 1 << (masks[ancestor].bit_length() - 1)  # a node's own bit is its highest: inputs come before it
+    return bool(masks[node] & own_bit)
+
+
+def find_node(graph_module: fx.GraphModule, name: str) -> fx.Node:
+    return next(node for node in graph_module.graph.nodes if node.name == name)
+
+
+def symbolic_shape(node: fx.Node) -> torch.Size:
+    """The shape of a node's value, with a symbolic batch; empty where the value is no tensor."""
+    value = node.meta.get("val")
+    return value.shape if isinstance(value, Tensor) else torch.Size()
+
+
+def hint(size: Any) -> int:
+    """The example value of a size that may be symbolic (the batch)."""
+    return size if isinstance(size, int) else size.node.hint
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    return tuple(hint(size) for size in value.shape) if isinstance(value, Tensor) else ()
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module whose forward made `node`."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    return paths[-1] if paths else ""
+
+
+def common_path(paths: list[str]) -> str:
+    """The longest path that all of `paths` begin with."""
+    parts = [path.split(".") for path in paths]
+    common = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return ".".join(common)
+
+
+def evaluate(graph_module: fx.GraphModule, node: fx.Node, inputs: list[Tensor]) -> Tensor:
+    """Run `graph_module` up to `node` only."""
+    masks = ancestor_sets(graph_module.graph)
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for other in graph_module.graph.nodes:
+        if other.op == "placeholder" or (other.op != "output" and is_ancestor(masks, other, node)):
+            copied[other] = graph.node_copy(other, lambda n: copied[n])
+    graph.output(copied[node])
+    with torch.no_grad():
+        return fx.GraphModule(graph_module, graph)(*inputs)

@@ -1,0 +1,75 @@
+"""Reading patched folders: their format, their module, and the original that they still hold."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regsurgery import backends, checkpoint_io
+from regsurgery.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from regsurgery.surgery import Surgery
+
+
+def load(folder: str | Path) -> nn.Module:
+    """The patched model of a folder that regsurgery wrote, in eval mode. Runs the folder's own loader file."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; give one that regsurgery patch wrote")
+    fmt = folder_format(root)
+    return backends.backend(fmt).reload(root, read_patched_config(root, fmt))
+
+
+def folder_format(folder: Path) -> str:
+    """The format in which a patched folder was written."""
+    from regsurgery.loading import read_config
+
+    if (folder / backends.backend("pt2").CONFIG_NAME).is_file():
+        return "pt2"
+    library, name, config = read_config(folder)
+    if "regsurgery" not in config:
+        raise UserError(f"{folder / name}: has no 'regsurgery' entry; it is no patched checkpoint: patch it first")
+    return library
+
+
+def read_patched_config(folder: Path, fmt: str) -> dict[str, Any]:
+    return json.loads((folder / backends.backend(fmt).CONFIG_NAME).read_text("utf-8"))
+
+
+def restore_original(patched: Path, target: Path, fmt: str) -> None:
+    """Write to the new folder `target` what was patched: config and weights without our additions."""
+    from regsurgery.backends.modeling import FILE_NAME
+
+    backend = backends.backend(fmt)
+    target.mkdir()
+    for path in patched.iterdir():
+        if path.is_file() and path.suffix != ".safetensors" and path.name != FILE_NAME:
+            shutil.copyfile(path, target / path.name)
+    config = {
+        key: value for key, value in read_patched_config(patched, fmt).items() if key not in ("regsurgery", "auto_map")
+    }
+    checkpoint_io.write_json(target / backend.CONFIG_NAME, config)
+    for path in checkpoint_io.weight_files(patched, backend.WEIGHTS_NAME):
+        checkpoint_io.write_without(checkpoint_io.read_header(path), target / path.name, _is_register_tokens)
+
+
+def _is_register_tokens(name: str) -> bool:
+    from regsurgery.surgery import REGISTER_TOKENS
+
+    return name.split(".")[-1] == REGISTER_TOKENS
+
+
+def take_register_tokens(surgery: Surgery, folder: Path, fmt: str) -> None:
+    """Give the graph the register tokens of the folder; they are zero unless somebody trained them."""
+    import torch
+    from safetensors import safe_open
+
+    for path in checkpoint_io.weight_files(folder, backends.backend(fmt).WEIGHTS_NAME):
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            for name in filter(_is_register_tokens, file.keys()):
+                surgery.graph_module.get_parameter(surgery.plan.register_name).copy_(file.get_tensor(name))

@@ -1,0 +1,59 @@
+"""Where the surgery takes place: what the matcher finds. Names of graph nodes and paths of modules, no objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block; node names in the graph, module paths in the model ("" where the graph has none).
+
+    Attributes:
+        hidden: the MLP activation `[B, T, H]`, the input of the down projection.
+        down: the down projection.
+        ups: the linears that the activation is made of (two for a gated MLP with two projections).
+        output: the residual add that ends the block.
+        in_place: the activation is freshly made, read once and no view, so it may be written into.
+        attention_path: the module that computes attention.
+        attention_weights: parameters of its query, key and value projections.
+    """
+
+    index: int
+    hidden: str
+    down: str
+    ups: tuple[str, ...]
+    output: str
+    hidden_size: int
+    in_place: bool
+    path: str
+    down_path: str
+    attention_path: str
+    attention_weights: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Where the surgery takes place.
+
+    Attributes:
+        tokens: node of the token stream before any pre-norm, `[B, T, D]`, registers not included.
+        last: the last residual add.
+        num_prefix: prefix tokens at the beginning of `tokens`; `num_tokens` is T, `width` is D.
+        tower_path: the module that holds the patch embedding and every block.
+        insert_path: the module whose input the registers are appended to: the pre-norm or the first block.
+    """
+
+    tokens: str
+    last: str
+    blocks: tuple[Block, ...]
+    num_prefix: int
+    num_tokens: int
+    width: int
+    tower_path: str
+    insert_path: str
+
+    @property
+    def probe_block(self) -> int:
+        """The block after which outlier tokens are counted: the last but one, as in the paper."""
+        return max(0, len(self.blocks) - 2)

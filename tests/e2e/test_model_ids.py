@@ -1,0 +1,76 @@
+"""MODEL is also a Hub id, `timm:NAME` or `open_clip:ARCH/TAG`: the real client, offline, over a filled cache."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from regsurgery.errors import ModelNotFoundError
+from regsurgery.loading import _open_clip_repo, _timm_repo
+from tests.conftest import shared
+
+TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def cached(home: Path, repo: str, folder: Path) -> None:
+    """Put `folder` into the Hub's cache below `home`, as a download of `repo` would have."""
+    root = home / "hub" / f"models--{repo.replace('/', '--')}"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(COMMIT)
+    shutil.copytree(folder, root / "snapshots" / COMMIT)
+
+
+def patch(model: str, home: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = Path(sys.executable).parent / "regsurgery"
+    return subprocess.run(
+        [str(command), "patch", model, "-o", "out", "--num-images", "2", *arguments],
+        env={**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_hub_id_is_patched_from_the_cache(demo_folder: Path, tmp_path: Path) -> None:
+    cached(tmp_path / "home", "someone/pico-vit", demo_folder)
+    done = patch("someone/pico-vit", tmp_path / "home", tmp_path, "--recipe", "demo")
+    assert done.returncode == 0, done.stderr
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"Source: `someone/pico-vit`, revision `{COMMIT}`" in card
+
+
+def test_a_hub_id_without_a_bundled_recipe_asks_for_one(demo_folder: Path, tmp_path: Path) -> None:
+    cached(tmp_path / "home", "someone/pico-vit", demo_folder)
+    done = patch("someone/pico-vit", tmp_path / "home", tmp_path)
+    assert done.returncode == 2
+    assert "someone/pico-vit: no bundled recipe was made for it; give one with --recipe" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("model", [f"timm:{TINY}", f"timm/{TINY}"])
+def test_the_bundled_recipe_is_found_for_its_model(model: str, tmp_path: Path) -> None:
+    cached(tmp_path / "home", f"timm/{TINY}", shared("models", "vit-tiny-timm"))
+    done = patch(model, tmp_path / "home", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "recipe: vit-tiny (bundled)" in done.stderr
+    assert "7:417" in done.stdout
+
+
+def test_names_of_libraries_lead_to_hub_repositories() -> None:
+    assert _timm_repo("vit_small_patch14_dinov2.lvd142m") == "timm/vit_small_patch14_dinov2.lvd142m"
+    assert _open_clip_repo("ViT-B-16/laion2b_s34b_b88k") == "laion/CLIP-ViT-B-16-laion2B-s34B-b88K"
+
+
+def test_a_misspelt_library_name_gets_the_nearest_one() -> None:
+    with pytest.raises(ModelNotFoundError, match=r"did you mean 'vit_small_patch14_dinov2\.lvd142m'"):
+        _timm_repo("vit_small_patch14_dinov2.lvd124m")
+    with pytest.raises(ModelNotFoundError, match=r"did you mean 'ViT-B-16/"):
+        _open_clip_repo("ViT-B-16/laion2b_s34b_b88")
