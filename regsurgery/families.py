@@ -32,6 +32,7 @@ FAMILIES = (
     Family("CLIP", "transformers", ("CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPModel"), True),
     Family("ViT", "timm", ("vit_*_patch*",), True),
     Family("DINOv2", "timm", ("vit_*_patch14_dinov2", "vit_giant_patch14_dinov2"), True),
+    Family("CLIP", "timm", ("vit_*_patch*_clip_*",), True),
     Family("CLIP", "open_clip", ("VisionTransformer",), False),
 )
 

@@ -40,15 +40,31 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model ready for tracing, and the files it came from.
+class Checkpoint:
+    """The files of a model, checked but not loaded.
 
     Attributes:
         library: `transformers`, `timm` or `open_clip`.
-        architecture: class or entry-point name, as the config has it.
-        folder: the checkpoint folder; read only.
+        folder: the checkpoint folder; read only. `scratch` keeps it alive where it is a temporary one.
         weights: its safetensors files.
         config: the library's own config file, parsed; `config_name` is that file's name.
+    """
+
+    source: Source
+    library: str
+    folder: Path
+    weights: tuple[Path, ...]
+    config: Mapping[str, Any]
+    config_name: str
+    scratch: tempfile.TemporaryDirectory[str] | None
+
+
+@dataclass(frozen=True)
+class Loaded(Checkpoint):
+    """A model ready for tracing, and the files it came from.
+
+    Attributes:
+        architecture: class or entry-point name, as the config has it.
         model: the stock model in the checkpoint's dtype, on the CPU, in eval mode.
         image_size: (height, width) in pixels that the model was made for.
         preprocess: the model's own preprocessing, images -> `[B, 3, height, width]` in the model's dtype.
@@ -59,13 +75,7 @@ class Loaded:
             of its own for it (a part of a fused one).
     """
 
-    source: Source
-    library: str
     architecture: str
-    folder: Path
-    weights: tuple[Path, ...]
-    config: Mapping[str, Any]
-    config_name: str
     model: nn.Module
     image_size: tuple[int, int]
     preprocess: Callable[[list[Image]], Tensor]
@@ -73,7 +83,6 @@ class Loaded:
     inputs: Callable[[Tensor], tuple[tuple[Any, ...], dict[str, Any]]]
     name_outputs: Callable[[Any], dict[str, Tensor]]
     disk_name: Callable[[str], str | None]
-    scratch: tempfile.TemporaryDirectory[str] | None = None
 
     def call(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """Run `model`, a stock or patched model of this checkpoint's kind, on `images` `[B, 3, H, W]`."""
@@ -125,15 +134,8 @@ def load(model_id: str, options: LoadOptions | None = None) -> Loaded:
         checkpoint_io.read_header(path)
     digests = [checkpoint_io.sha256(path) for path in weights]
     source = Source(model_id, revision, _combined(digests), repo)
-    return backends.library(library).load(
-        source=source,
-        folder=folder,
-        weights=weights,
-        config=config,
-        config_name=config_name,
-        options=options,
-        scratch=scratch,
-    )
+    checkpoint = Checkpoint(source, library, folder, weights, config, config_name, scratch)
+    return backends.library(library).load(checkpoint, options)
 
 
 def read_config(folder: Path) -> tuple[str, str, dict[str, Any]]:

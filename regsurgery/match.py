@@ -151,7 +151,15 @@ def _vision_stream(graph: fx.Graph, image: fx.Node, masks: dict[fx.Node, int]) -
             f"no match: none of the {len(streams)} residual stream(s) is a vision transformer's: fed by the image, "
             "with an MLP on the stream"
         )
-    return max(vision, key=lambda found: len(found[0]))
+    adds, root = max(vision, key=lambda found: len(found[0]))
+    for other, _ in vision:
+        if other is not adds and is_ancestor(masks, other[-1], root):
+            _no_match(
+                "the image passes through another residual stream with an MLP first; hierarchical models are not "
+                "supported",
+                root,
+            )
+    return adds, root
 
 
 def _reads_token_ids(graph: fx.Graph, root: fx.Node, masks: dict[fx.Node, int]) -> bool:
@@ -229,6 +237,12 @@ def _blocks(stream: list[fx.Node], tokens: fx.Node, masks: dict[fx.Node, int]) -
                 f"block {index}: the MLP activation is {list(shape)}, expected [batch, tokens, hidden]", mlp.hidden
             )
         attention = _attention(stream[start:position], masks)
+        if attention is None:
+            _no_match(
+                f"block {index}: no attention adds to the token stream before the MLP; windowed and hierarchical "
+                "models are not supported",
+                output,
+            )
         blocks.append(
             Block(
                 index=index,
@@ -240,7 +254,7 @@ def _blocks(stream: list[fx.Node], tokens: fx.Node, masks: dict[fx.Node, int]) -
                 in_place=_writable(mlp.hidden),
                 path=module_path(output),
                 down_path=module_path(mlp.down),
-                attention_path=module_path(attention) if attention is not None else "",
+                attention_path=module_path(attention),
                 attention_weights=_projections(attention, tokens, masks),
             )
         )
@@ -267,10 +281,8 @@ def _attention(adds: Iterable[fx.Node], masks: dict[fx.Node, int]) -> fx.Node | 
     return None
 
 
-def _projections(attention: fx.Node | None, tokens: fx.Node, masks: dict[fx.Node, int]) -> tuple[str, ...]:
+def _projections(attention: fx.Node, tokens: fx.Node, masks: dict[fx.Node, int]) -> tuple[str, ...]:
     """Weights of the linears nearest above `attention`: its query, key and value projections."""
-    if attention is None:
-        return ()
     linears = [node for node in _between(tokens, attention, masks, stop=LINEARS) if node.target in LINEARS]
     weights = [node.args[1] for node in linears]
     return tuple(sorted(str(weight.target) for weight in weights if isinstance(weight, fx.Node)))

@@ -117,7 +117,7 @@ def _layout(
         "tower": tower,
         "insert": relative(rename(sites.insert_path)),
         "strip": blocks[-1],
-        "attentions": [relative(attention(block)) for block in sites.blocks if block.attention_path],
+        "attentions": [relative(attention(block)) for block in sites.blocks],
         "collectors": _collectors(blocks[0]) if collects else [],
         "down": {str(block): relative(rename(sites.blocks[block].down_path)) for block in recipe.register_neurons},
     }

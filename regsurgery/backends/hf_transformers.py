@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from regsurgery.backends import host_transformers
-from regsurgery.backends.modeling import FILE_NAME, import_modeling, modeling_source
-from regsurgery.checkpoint_io import write_json, write_weights
+from regsurgery.backends.modeling import FILE_NAME, import_modeling, modeling_source, write_folder
 from regsurgery.errors import CheckpointError, UnsupportedModelError
 from regsurgery.families import TEXT_CONFIG_KEY
-from regsurgery.loading import Loaded, LoadOptions, Source
+from regsurgery.loading import Checkpoint, Loaded, LoadOptions
 
 if TYPE_CHECKING:
     from regsurgery.surgery import Surgery
@@ -44,21 +43,13 @@ model = {auto_class}.from_pretrained("{folder}", trust_remote_code=True)
 """
 
 
-def load(
-    *,
-    source: Source,
-    folder: Path,
-    weights: tuple[Path, ...],
-    config: dict[str, Any],
-    config_name: str,
-    options: LoadOptions,
-    scratch: Any,
-) -> Loaded:
+def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     """Load a transformers folder with the class that its config names."""
+    folder, config = checkpoint.folder, checkpoint.config
     import transformers
     from transformers.utils import logging
 
-    architecture = _architecture(folder / config_name, config)
+    architecture = _architecture(folder / checkpoint.config_name, config)
     cls = getattr(transformers, architecture, None)
     if cls is None and "auto_map" in config and not options.trust_remote_code:
         raise CheckpointError(
@@ -68,7 +59,9 @@ def load(
     if cls is None and "auto_map" in config:
         cls = transformers.AutoModel
     if cls is None:
-        raise UnsupportedModelError(f"{folder / config_name}: this version of transformers has no {architecture}")
+        raise UnsupportedModelError(
+            f"{folder / checkpoint.config_name}: this version of transformers has no {architecture}"
+        )
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
@@ -90,7 +83,7 @@ def load(
             name = found if isinstance(found, str) else found[0]
             name = _disk_names(model)(name) or name
             raise CheckpointError(
-                f"{weights[0]}: tensor '{name}' {problem} ({len(info[kind])} in all); "
+                f"{checkpoint.weights[0]}: tensor '{name}' {problem} ({len(info[kind])} in all); "
                 "config and weights do not belong together"
             )
     parameters = inspect.signature(model.forward).parameters
@@ -99,13 +92,8 @@ def load(
     own_size = _own_size(config, model)
     preprocess, note, image_size = _preprocessing(folder, own_size, model.dtype)
     return Loaded(
-        source=source,
-        library="transformers",
+        **vars(checkpoint),
         architecture=architecture,
-        folder=folder,
-        weights=weights,
-        config=config,
-        config_name=config_name,
         model=model.eval(),
         image_size=image_size,
         preprocess=preprocess,
@@ -113,18 +101,17 @@ def load(
         inputs=_inputs(model, own_size, "interpolate_pos_encoding" in parameters),
         name_outputs=name_outputs,
         disk_name=_disk_names(model),
-        scratch=scratch,
     )
 
 
-def _architecture(config_path: Path, config: dict[str, Any]) -> str:
+def _architecture(config_path: Path, config: Mapping[str, Any]) -> str:
     architectures = config.get("architectures") or ["AutoModel"]
     if not isinstance(architectures, list) or not isinstance(architectures[0], str):
         raise CheckpointError(f"{config_path}: 'architectures' must be a list of class names, found {architectures!r}")
     return architectures[0]
 
 
-def _own_size(config: dict[str, Any], model: nn.Module) -> tuple[int, int]:
+def _own_size(config: Mapping[str, Any], model: nn.Module) -> tuple[int, int]:
     """(height, width) of the position embedding."""
     vision = getattr(model.config, "vision_config", model.config)
     size = getattr(vision, "image_size", None)
@@ -228,10 +215,8 @@ def emit(surgery: Surgery, folder: Path) -> None:
     loaded = surgery.loaded
     classes = _auto_classes(loaded)
     tail = "".join(CLASS.format(name=name) for name in dict.fromkeys(classes.values()))
-    (folder / FILE_NAME).write_text(modeling_source(host_transformers, tail), "utf-8")
     auto_map = {auto: f"{Path(FILE_NAME).stem}.{name}" for auto, name in classes.items()}
-    write_json(folder / CONFIG_NAME, {**loaded.config, "auto_map": auto_map, "regsurgery": surgery.config_block})
-    write_weights(loaded.weights, folder, surgery.new_tensors())
+    write_folder(surgery, folder, CONFIG_NAME, modeling_source(host_transformers, tail), auto_map=auto_map)
 
 
 def _auto_classes(loaded: Loaded) -> dict[str, str]:

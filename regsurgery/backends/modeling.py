@@ -5,9 +5,14 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import regsurgery.runtime
+from regsurgery.checkpoint_io import write_json, write_weights
 from regsurgery.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from regsurgery.surgery import Surgery
 
 FILE_NAME = "modeling_regsurgery.py"
 
@@ -27,6 +32,14 @@ def modeling_source(host: ModuleType, tail: str = "") -> str:
         if docstring or module == "__future__" or module.split(".")[0] == "regsurgery":
             del lines[statement.lineno - 1 : statement.end_lineno]
     return f"{runtime.rstrip()}\n\n\n{chr(10).join(lines).strip()}\n{tail}"
+
+
+def write_folder(surgery: Surgery, folder: Path, config_name: str, source: str, **entries: Any) -> None:
+    """Write the loader file, the original config with `entries` and ours, and the weights with the register tokens."""
+    (folder / FILE_NAME).write_text(source, "utf-8")
+    config = {**surgery.loaded.config, **entries, "regsurgery": surgery.config_block}
+    write_json(folder / config_name, config)
+    write_weights(surgery.loaded.weights, folder, surgery.new_tensors())
 
 
 def import_modeling(folder: Path) -> ModuleType:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from regsurgery.backends import host_open_clip
-from regsurgery.backends.modeling import FILE_NAME, import_modeling, modeling_source
-from regsurgery.checkpoint_io import write_json, write_weights
+from regsurgery.backends.modeling import import_modeling, modeling_source, write_folder
 from regsurgery.errors import CheckpointError
-from regsurgery.loading import Loaded, LoadOptions, Source
+from regsurgery.loading import Checkpoint, Loaded, LoadOptions
 
 if TYPE_CHECKING:
     from regsurgery.surgery import Surgery
@@ -29,22 +28,14 @@ preprocess = image_transform(model)
 """
 
 
-def load(
-    *,
-    source: Source,
-    folder: Path,
-    weights: tuple[Path, ...],
-    config: dict[str, Any],
-    config_name: str,
-    options: LoadOptions,
-    scratch: Any,
-) -> Loaded:
+def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     """Load an open_clip folder."""
+    folder = checkpoint.folder
     import open_clip
 
     try:
         model: Any = host_open_clip.stock_model(folder)
-        open_clip.load_checkpoint(model, str(weights[0]), strict=True)
+        open_clip.load_checkpoint(model, str(checkpoint.weights[0]), strict=True)
     except (RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise CheckpointError(f"{folder}: open_clip cannot load it: {' '.join(str(error).split())[:300]}") from error
     transform = host_open_clip.image_transform(model)
@@ -62,13 +53,8 @@ def load(
         return {name: value for name, value in zip(OUTPUT_NAMES, output, strict=False) if isinstance(value, Tensor)}
 
     return Loaded(
-        source=source,
-        library="open_clip",
+        **vars(checkpoint),
         architecture=type(model).__name__,
-        folder=folder,
-        weights=weights,
-        config=config,
-        config_name=config_name,
         model=model.eval(),
         image_size=tuple(size) if isinstance(size, (tuple, list)) else (size, size),
         preprocess=lambda images: torch.stack([transform(image) for image in images]),
@@ -76,15 +62,12 @@ def load(
         inputs=inputs,
         name_outputs=name_outputs,
         disk_name=lambda name: name,
-        scratch=scratch,
     )
 
 
 def emit(surgery: Surgery, folder: Path) -> None:
     """Write config, weights and `modeling_regsurgery.py`."""
-    (folder / FILE_NAME).write_text(modeling_source(host_open_clip), "utf-8")
-    write_json(folder / CONFIG_NAME, {**surgery.loaded.config, "regsurgery": surgery.config_block})
-    write_weights(surgery.loaded.weights, folder, surgery.new_tensors())
+    write_folder(surgery, folder, CONFIG_NAME, modeling_source(host_open_clip))
 
 
 def snippet(surgery: Surgery, folder: str) -> str:
@@ -93,6 +76,4 @@ def snippet(surgery: Surgery, folder: str) -> str:
 
 def reload(folder: Path, config: dict[str, Any]) -> nn.Module:
     """The patched model of `folder`, built by the folder's own file."""
-    model = import_modeling(folder).load(folder)
-    assert isinstance(model, nn.Module)
-    return model
+    return import_modeling(folder).load(folder)

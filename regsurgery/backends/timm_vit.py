@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from regsurgery.backends import host_timm
-from regsurgery.backends.modeling import FILE_NAME, import_modeling, modeling_source
-from regsurgery.checkpoint_io import write_json, write_weights
+from regsurgery.backends.modeling import import_modeling, modeling_source, write_folder
 from regsurgery.errors import CheckpointError
-from regsurgery.loading import Loaded, LoadOptions, Source
+from regsurgery.loading import Checkpoint, Loaded, LoadOptions
 
 if TYPE_CHECKING:
     from regsurgery.surgery import Surgery
@@ -27,17 +26,9 @@ model = load("{folder}")
 """
 
 
-def load(
-    *,
-    source: Source,
-    folder: Path,
-    weights: tuple[Path, ...],
-    config: dict[str, Any],
-    config_name: str,
-    options: LoadOptions,
-    scratch: Any,
-) -> Loaded:
+def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     """Load a timm folder."""
+    folder = checkpoint.folder
     import timm
     from timm.data.config import resolve_model_data_config
     from timm.data.transforms_factory import create_transform
@@ -46,18 +37,13 @@ def load(
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except (RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise CheckpointError(f"{folder}: timm cannot load it: {' '.join(str(error).split())[:300]}") from error
-    dtype = _dtype(weights)
+    dtype = _dtype(checkpoint.weights)
     data = resolve_model_data_config(model)
     transform: Any = create_transform(**data, is_training=False)
     output = "logits" if getattr(model, "num_classes", 0) else "output"
     return Loaded(
-        source=source,
-        library="timm",
-        architecture=config["architecture"],
-        folder=folder,
-        weights=weights,
-        config=config,
-        config_name=config_name,
+        **vars(checkpoint),
+        architecture=checkpoint.config["architecture"],
         model=model.to(dtype).eval(),
         image_size=tuple(data["input_size"][1:]),
         preprocess=lambda images: torch.stack([transform(image.convert("RGB")) for image in images]).to(dtype),
@@ -65,7 +51,6 @@ def load(
         inputs=lambda images: ((images,), {}),
         name_outputs=lambda value: {output: value},
         disk_name=lambda name: name,
-        scratch=scratch,
     )
 
 
@@ -79,9 +64,7 @@ def _dtype(weights: tuple[Path, ...]) -> torch.dtype:
 
 def emit(surgery: Surgery, folder: Path) -> None:
     """Write config, weights and `modeling_regsurgery.py`."""
-    (folder / FILE_NAME).write_text(modeling_source(host_timm), "utf-8")
-    write_json(folder / CONFIG_NAME, {**surgery.loaded.config, "regsurgery": surgery.config_block})
-    write_weights(surgery.loaded.weights, folder, surgery.new_tensors())
+    write_folder(surgery, folder, CONFIG_NAME, modeling_source(host_timm))
 
 
 def snippet(surgery: Surgery, folder: str) -> str:
@@ -90,6 +73,4 @@ def snippet(surgery: Surgery, folder: str) -> str:
 
 def reload(folder: Path, config: dict[str, Any]) -> nn.Module:
     """The patched model of `folder`, built by the folder's own file."""
-    model = import_modeling(folder).load(folder)
-    assert isinstance(model, nn.Module)
-    return model
+    return import_modeling(folder).load(folder)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +15,15 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from regsurgery.calibration import dead_leaves
+from regsurgery.checkpoint_io import write_sums
+from regsurgery.cli import main
+from regsurgery.emit import emit
 from regsurgery.recipe import Recipe
 from regsurgery.runtime import operate
 from regsurgery.surgery import Surgery, perform
 from regsurgery.trace import tensor_inputs, trace
 from tests.conftest import Planted
-from tests.picos import OTHER_SIZES, SIZE
+from tests.picos import OTHER_SIZES, PICOS, SIZE, Pico
 from tests.reference import hook
 
 
@@ -126,3 +133,21 @@ def test_every_option_agrees_between_graph_and_module_form(planted: Planted) -> 
         assert largest_difference(graph, module) <= planted.pico.tolerance
         assert all(largest_difference(graph, other) > 0 for other in seen)
         seen.append(graph)
+
+
+def test_a_folder_whose_outliers_are_left_fails_verification(
+    planted_picos: Callable[[Pico], Planted], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    planted = planted_picos(next(pico for pico in PICOS if pico.id == "hf-vit"))
+    wrong = Recipe({0: (5,)})
+    surgery = perform(planted.loaded, wrong, planted.traced, planted.sites)
+    with emit(surgery, tmp_path / "wrong", "transformers") as folder:
+        write_sums(folder)
+    monkeypatch.setattr(sys, "argv", ["regsurgery", "verify", str(tmp_path / "wrong"), "--json", "--num-images", "8"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    verdict = json.loads(capsys.readouterr().out)
+    assert stopped.value.code == 1
+    assert not verdict["passed"] and "outlier tokens per image remain" in verdict["failures"][0]
+    assert verdict["outliers_per_image"]["patched"] == pytest.approx(verdict["outliers_per_image"]["original"], rel=0.2)
