@@ -1,7 +1,7 @@
 """regsurgery: rewrite Vision Transformer checkpoints so that outlier tokens are gone.
 
-Public API: `patch`, `verify`, `load`, `find_recipe`, `Recipe`. Importing the package is cheap; torch and the model
-libraries are imported on first use.
+Public API: `doctor`, `patch`, `verify`, `load`, `find_recipe`, `Recipe`. Importing the package is cheap;
+torch and the model libraries are imported on first use.
 """
 
 from __future__ import annotations
@@ -9,14 +9,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "__version__", "find_recipe", "load", "patch", "verify"]
+__all__ = ["Recipe", "__version__", "doctor", "find_recipe", "load", "patch", "verify"]
 
 if TYPE_CHECKING:
     from regsurgery.patched import load
-    from regsurgery.pipeline import patch, verify
+    from regsurgery.pipeline import doctor, patch, verify
     from regsurgery.recipe import Recipe, find_recipe
 
-_WHERE = {"patch": "pipeline", "verify": "pipeline", "load": "patched", "Recipe": "recipe", "find_recipe": "recipe"}
+_WHERE = {
+    "doctor": "pipeline",
+    "patch": "pipeline",
+    "verify": "pipeline",
+    "load": "patched",
+    "Recipe": "recipe",
+    "find_recipe": "recipe",
+}
 
 
 def __getattr__(name: str) -> Any:

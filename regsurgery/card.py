@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from regsurgery.surgery import Surgery
-from regsurgery.verify import Verdict
+from regsurgery.verification import Verdict
 
 
 def model_card(surgery: Surgery, fmt: str, verdict: Verdict, snippet: str) -> str:

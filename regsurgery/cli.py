@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from regsurgery import __version__
-from regsurgery.errors import EXIT_VERIFICATION_FAILED, RegsurgeryError
+from regsurgery.errors import EXIT_NOTHING_TO_FIX, EXIT_VERIFICATION_FAILED, RegsurgeryError
 
 if TYPE_CHECKING:
     from regsurgery.loading import LoadOptions
@@ -38,6 +38,29 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that the source checkpoint brings.")
 ]
 Revision = Annotated[str | None, typer.Option("--revision", help="Hub revision of MODEL.")]
+
+
+@app.command(epilog="Example: regsurgery doctor demo")
+def doctor(
+    model: Model,
+    images: Images = None,
+    num_images: NumImages = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Is there anything to fix in MODEL, where does it start, and is surgery the cure?"""
+    from regsurgery import pipeline
+    from regsurgery.render import Screen
+
+    options = _options(allow_pickle, trust_remote_code, revision)
+    with Screen(as_json=as_json, quiet=quiet) as screen:
+        diagnosis = pipeline.doctor(model, images=images, num_images=num_images, options=options, progress=screen)
+    screen.diagnosed(diagnosis)
+    if diagnosis.verdict != "register_neurons":
+        raise typer.Exit(EXIT_NOTHING_TO_FIX)
 
 
 @app.command(epilog="Example: regsurgery patch demo -o demo-patched")

@@ -10,7 +10,7 @@ from pathlib import Path
 from regsurgery import backends, checkpoint_io
 from regsurgery.card import model_card
 from regsurgery.surgery import Surgery
-from regsurgery.verify import Verdict
+from regsurgery.verification import Verdict
 
 RECIPE_NAME = "recipe.yaml"
 CARD_NAME = "README.md"

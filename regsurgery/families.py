@@ -39,6 +39,9 @@ FAMILIES = (
 # transformers: the example inputs a model needs beside pixel_values, by the config key that says it has a text tower.
 TEXT_CONFIG_KEY = "text_config"
 
+# Where libraries say how many register tokens a model was trained with.
+REGISTER_KEYS = ("num_register_tokens", "num_reg_tokens", "reg_tokens")
+
 # Outputs from which verification takes the figure "output" (first match wins), and those that are logits over classes.
 LOGIT_OUTPUTS = ("logits",)
 MAIN_OUTPUTS = ("logits", "image_embeds", "image_features", "pooler_output", "output", "last_hidden_state")

@@ -1,4 +1,4 @@
-"""`patch` and `verify`, aloud: recipe + checkpoint -> load -> trace -> match -> passes -> verify -> emit."""
+"""`doctor`, `patch` and `verify`, aloud: recipe + checkpoint -> load -> trace -> match -> passes -> verify -> emit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regsurgery import backends, checkpoint_io
-from regsurgery.errors import CheckpointError, RecipeError, UserError, VerificationError
+from regsurgery.errors import CheckpointError, RecipeError, UnsupportedModelError, UserError, VerificationError
 from regsurgery.loading import Loaded, LoadOptions, Source
 from regsurgery.loading import load as load_original
 from regsurgery.patched import folder_format, read_patched_config, restore_original, take_register_tokens
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from regsurgery.calibration import ImageSet
+    from regsurgery.diagnosis import Diagnosis
     from regsurgery.surgery import Surgery
-    from regsurgery.verify import Verdict
+    from regsurgery.verification import Verdict
 
 
 class Progress:
@@ -126,6 +127,40 @@ def patch(
     )
 
 
+def doctor(
+    model: str,
+    *,
+    images: str | Path | None = None,
+    num_images: int | None = None,
+    options: LoadOptions | None = None,
+    progress: Progress | None = None,
+) -> Diagnosis:
+    """Whether `model` has outlier tokens, where they start and what causes them. A model that cannot be matched is a
+    diagnosis too: `unsupported`, with the reason.
+
+    Raises:
+        UserError: the model cannot be found or loaded, or the images cannot be read.
+    """
+    from regsurgery.calibration import image_set
+    from regsurgery.diagnosis import Diagnosis, diagnose
+    from regsurgery.match import match
+    from regsurgery.trace import trace
+
+    progress = progress or Progress()
+    pictures = image_set(images, num_images)
+    progress.stage("load")
+    try:
+        loaded = load_original(model, options)
+        progress.stage("trace")
+        traced = trace(loaded)
+        sites = match(traced)
+    except UnsupportedModelError as error:
+        return Diagnosis("unsupported", str(error), pictures.note, pictures.num_images)
+    progress.say(f"preprocessing: {loaded.preprocess_note}; images: {pictures.note}")
+    progress.stage("norms", pictures.num_images)
+    return diagnose(loaded, traced, sites, pictures, progress=progress.advance)
+
+
 def operate(loaded: Loaded, recipe: Recipe, progress: Progress) -> Surgery:
     """Trace -> match -> passes."""
     from regsurgery.match import match
@@ -154,7 +189,7 @@ def _write(surgery: Surgery, target: Path, fmt: str, pictures: ImageSet, progres
 
 
 def _verify_folder(surgery: Surgery, folder: Path, fmt: str, pictures: ImageSet, progress: Progress) -> Verdict:
-    from regsurgery.verify import verify as compare
+    from regsurgery.verification import verify as compare
 
     progress.stage("verify", pictures.num_images)
     module = backends.backend(fmt).reload(folder, read_patched_config(folder, fmt))

@@ -13,9 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from regsurgery.diagnosis import Diagnosis
 from regsurgery.pipeline import PatchResult, Progress
 from regsurgery.recipe import Recipe
-from regsurgery.verify import Pair, Verdict
+from regsurgery.verification import Pair, Verdict
+
+BAR_WIDTH = 16
 
 
 class Screen(Progress):
@@ -75,6 +78,31 @@ class Screen(Progress):
         self.out.print(
             "passed" if verdict.passed else "FAILED: " + "; ".join(verdict.failures), soft_wrap=True, markup=False
         )
+
+    def diagnosed(self, diagnosis: Diagnosis) -> None:
+        if self.as_json:
+            print(json.dumps(diagnosis.as_dict(), indent=2))
+        if diagnosis.blocks and diagnosis.tokens is not None:
+            rows = [("tokens", diagnosis.tokens), *((str(i), block) for i, block in enumerate(diagnosis.blocks))]
+            table = Table("block", "median", "p99", "max", "max/median", "outliers", "", box=box.SIMPLE_HEAD)
+            for column in table.columns[1:6]:
+                column.justify = "right"
+            highest = max(norms.max_over_median for _, norms in rows)
+            for name, norms in rows:
+                bar = "█" * max(1, round(BAR_WIDTH * norms.max_over_median / highest))
+                table.add_row(
+                    name,
+                    f"{norms.median:.1f}",
+                    f"{norms.p99:.1f}",
+                    f"{norms.max:.1f}",
+                    f"{norms.max_over_median:.1f}",
+                    f"{norms.outliers:.2f}",
+                    bar,
+                )
+            self.out.print(f"patch norms after each block, {diagnosis.images}", soft_wrap=True, markup=False)
+            self.out.print(table)
+        fix = "" if diagnosis.verdict == "register_neurons" else "nothing to fix: "
+        self.out.print(f"{diagnosis.verdict}: {fix}{diagnosis.reason}", soft_wrap=True, markup=False)
 
     def _verdict(self, verdict: Verdict) -> None:
         table = Table(

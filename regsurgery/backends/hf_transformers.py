@@ -175,6 +175,8 @@ def _inputs(model: nn.Module, own_size: tuple[int, int], interpolates: bool) -> 
             kwargs["interpolate_pos_encoding"] = True
         if text is not None:
             ids = torch.arange(1, 9, device=images.device).clamp(max=text.vocab_size - 1)
+            if isinstance(getattr(text, "eos_token_id", None), int):
+                ids[-1] = text.eos_token_id  # where CLIP pools
             kwargs["input_ids"] = ids.expand(images.shape[0], -1)
         return (), kwargs
 

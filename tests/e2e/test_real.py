@@ -1,6 +1,6 @@
 """The real ViT-Ti in three libraries' formats: figures, agreement, and what users do with the folders.
 
-Figures are taken by this file, from reloaded folders, with hooks on the block outputs, not by `regsurgery.verify`.
+Figures are taken by this file, from reloaded folders, with hooks on the block outputs, not by the verification.
 """
 
 from __future__ import annotations

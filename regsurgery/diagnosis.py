@@ -1,0 +1,188 @@
+"""Is there anything to fix, where does it start, and is surgery the cure? Norms over images -> `Diagnosis`.
+
+An **outlier** is a patch whose norm exceeds both median + 10 robust standard deviations and 3 times the median of its
+image and block. The first bound adapts to how narrow the bulk is (1.4826 x the median absolute deviation); the second
+keeps a skewed but one-peaked distribution from being called bimodal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regsurgery.calibration import ImageSet
+from regsurgery.families import REGISTER_KEYS
+from regsurgery.loading import Loaded
+from regsurgery.sites import Sites
+from regsurgery.statistics import tap, token_norms
+from regsurgery.trace import Traced, tensor_inputs
+
+ROBUST_DEVIATIONS = 10.0
+MIN_RATIO = 3.0
+MIN_OUTLIERS = 0.25  # per image; fewer than one in four images is nothing to operate on
+EMERGED_SHARE = 0.5  # of the outliers after the last but one block; from so many on they have emerged
+POSITIONAL_SHARE = 0.8  # of all outliers at the few places where they sit most often
+EMBEDDED_SHARE = 0.5  # of the last blocks' outliers that the position embedding has at the same places
+
+VERDICTS = ("register_neurons", "none", "already_registered", "position_embedding", "unsupported")
+
+
+@dataclass(frozen=True)
+class BlockNorms:
+    """L2 norms of the patches after one block, or before block 0: means over the images of each image's figure."""
+
+    median: float
+    p99: float
+    max: float
+    outliers: float
+
+    @property
+    def max_over_median(self) -> float:
+        return self.max / self.median
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `doctor` found.
+
+    Attributes:
+        verdict: one of `VERDICTS`; `reason` says why, in words.
+        positional: whether the outliers sit at the same places in every image; None without outliers.
+        emergence_block: the first block of those, up to the last but one, after all of which there are at least half as
+            many outliers as after the last but one; None without outliers.
+        outliers_per_image: after the last but one block.
+        tokens: the norms before block 0; `blocks` those after each block. Empty for an unsupported model.
+    """
+
+    verdict: str
+    reason: str
+    images: str
+    num_images: int
+    positional: bool | None = None
+    emergence_block: int | None = None
+    outliers_per_image: float = 0.0
+    tokens: BlockNorms | None = None
+    blocks: tuple[BlockNorms, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "verdict": self.verdict,
+            "positional": self.positional,
+            "emergence_block": self.emergence_block,
+            "outliers_per_image": self.outliers_per_image,
+            "max_over_median": [block.max_over_median for block in self.blocks],
+            "reason": self.reason,
+            "images": self.images,
+            "num_images": self.num_images,
+            "tokens": asdict(self.tokens) if self.tokens else None,
+            "blocks": [asdict(block) for block in self.blocks],
+        }
+
+
+def robust_outliers(norms_BN: Tensor) -> Tensor:
+    """Which patches are outliers by the definition above, bool `[B, N]`."""
+    median_B1 = norms_BN.median(dim=1, keepdim=True).values
+    deviation_B1 = 1.4826 * (norms_BN - median_B1).abs().median(dim=1, keepdim=True).values
+    return norms_BN > torch.maximum(median_B1 + ROBUST_DEVIATIONS * deviation_B1, MIN_RATIO * median_B1)
+
+
+class _Sums:
+    """Running sums of one place in the network; constant in the number of images."""
+
+    def __init__(self) -> None:
+        self.figures = torch.zeros(4, dtype=torch.float64)
+        self.hits_N: Tensor | int = 0
+        self.num_images = 0
+
+    def add(self, norms_BN: Tensor) -> None:
+        found_BN = robust_outliers(norms_BN)
+        per_image = (
+            norms_BN.median(dim=1).values,
+            norms_BN.quantile(0.99, dim=1),
+            norms_BN.amax(dim=1),
+            found_BN.sum(1),
+        )
+        self.figures += torch.stack([values.double().sum() for values in per_image])
+        self.hits_N = self.hits_N + found_BN.sum(dim=0)
+        self.num_images += len(norms_BN)
+
+    def norms(self) -> BlockNorms:
+        return BlockNorms(*(self.figures / self.num_images).tolist())
+
+
+def diagnose(
+    loaded: Loaded,
+    traced: Traced,
+    sites: Sites,
+    images: ImageSet,
+    *,
+    batch_size: int = 8,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Diagnosis:
+    """Run the original over `images` and read the norms of its patches after every block."""
+    nodes = {"tokens": sites.tokens, **{str(block.index): block.output for block in sites.blocks}}
+    tapped = tap(traced.graph_module, nodes)
+    sums = {name: _Sums() for name in nodes}
+    for batch in images.batches(batch_size):
+        with torch.no_grad():
+            _, taps = tapped(*tensor_inputs(loaded, loaded.preprocess(batch)))
+        for name, value in taps.items():
+            sums[name].add(token_norms(value)[:, sites.num_prefix :])
+        progress(len(batch))
+    return _conclude(loaded, sites, sums, images)
+
+
+def _conclude(loaded: Loaded, sites: Sites, sums: dict[str, _Sums], images: ImageSet) -> Diagnosis:
+    tokens, blocks = sums["tokens"].norms(), tuple(sums[str(block.index)].norms() for block in sites.blocks)
+    probe, last = sites.probe_block, sums[str(sites.probe_block)]
+    found = blocks[probe].outliers
+    common = {"images": images.note, "num_images": images.num_images, "outliers_per_image": found, "tokens": tokens,
+              "blocks": blocks}  # fmt: skip
+    registers = trained_registers(loaded, sites)
+    if registers:
+        return Diagnosis("already_registered", f"the model was trained with {registers} register tokens", **common)
+    if found < MIN_OUTLIERS:
+        largest = max(block.max_over_median for block in blocks)
+        reason = f"{found:.2f} outlier tokens per image; the largest patch of a block is at most {largest:.1f} medians"
+        return Diagnosis("none", reason, **common)
+    emergence = probe
+    while emergence > 0 and blocks[emergence - 1].outliers >= max(MIN_OUTLIERS, EMERGED_SHARE * found):
+        emergence -= 1
+    positional = _share_at_common_places(last) >= POSITIONAL_SHARE
+    where = "at the same places in every image" if positional else "at places that the content decides"
+    facts = {"positional": positional, "emergence_block": emergence, **common}
+    if emergence == 0 and _shared_places(sums["tokens"], last) >= EMBEDDED_SHARE:
+        reason = (
+            f"{found:.2f} outlier tokens per image, {where}: they are there before block 0, in the position embedding"
+        )
+        return Diagnosis("position_embedding", reason, **facts)
+    reason = f"{found:.2f} outlier tokens per image from block {emergence} on, {where}"
+    return Diagnosis("register_neurons", reason, **facts)
+
+
+def trained_registers(loaded: Loaded, sites: Sites) -> int:
+    """How many register tokens the model was trained with: by its config or, failing that, its attributes; mostly 0."""
+    vision = getattr(getattr(loaded.model, "config", None), "vision_config", getattr(loaded.model, "config", None))
+    for holder in (vision, loaded.model, getattr(loaded.model, "visual", None)):
+        for key in REGISTER_KEYS:
+            value = getattr(holder, key, None)
+            if isinstance(value, int) and 0 < value < sites.num_tokens:
+                return value
+    return 0
+
+
+def _share_at_common_places(sums: _Sums) -> float:
+    """Share of all outliers that sit at the k most frequent places, k outliers being usual in an image."""
+    assert isinstance(sums.hits_N, Tensor)
+    usual = max(1, round(sums.norms().outliers))
+    return float(sums.hits_N.topk(usual).values.sum() / sums.hits_N.sum())
+
+
+def _shared_places(early: _Sums, late: _Sums) -> float:
+    """Share of the late outliers that sit where early ones do in the same number of images."""
+    assert isinstance(early.hits_N, Tensor) and isinstance(late.hits_N, Tensor)
+    return float(torch.minimum(early.hits_N, late.hits_N).sum() / late.hits_N.sum())
