@@ -65,6 +65,7 @@ REGISTERED = {
         "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", **VIT, num_register_tokens=4
     ),
     "timm": _timm("vit_small_patch14_reg4_dinov2", num_classes=0),
+    "DINOv3": _transformers("DINOv3ViTModel", "DINOv3ViTConfig", **VIT, intermediate_size=128, num_register_tokens=4),
 }
 
 
