@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ EMERGED_SHARE = 0.5  # of the outliers after the last but one block; from so man
 POSITIONAL_SHARE = 0.8  # of all outliers at the few places where they sit most often
 EMBEDDED_SHARE = 0.5  # of the last blocks' outliers that the position embedding has at the same places
 
-VERDICTS = ("register_neurons", "none", "already_registered", "position_embedding", "unsupported")
+Cause = Literal["register_neurons", "none", "already_registered", "position_embedding", "unsupported"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Diagnosis:
     """What `doctor` found.
 
     Attributes:
-        verdict: one of `VERDICTS`; `reason` says why, in words.
+        verdict: the cause; `reason` says why, in words.
         positional: whether the outliers sit at the same places in every image; None without outliers.
         emergence_block: the first block of those, up to the last but one, after all of which there are at least half as
             many outliers as after the last but one; None without outliers.
@@ -58,7 +58,7 @@ class Diagnosis:
         tokens: the norms before block 0; `blocks` those after each block. Empty for an unsupported model.
     """
 
-    verdict: str
+    verdict: Cause
     reason: str
     images: str
     num_images: int

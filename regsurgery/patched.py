@@ -18,11 +18,17 @@ if TYPE_CHECKING:
 
 def load(folder: str | Path) -> nn.Module:
     """The patched model of a folder that regsurgery wrote, in eval mode. Runs the folder's own loader file."""
+    root = existing_folder(folder)
+    fmt = folder_format(root)
+    return backends.backend(fmt).reload(root, read_patched_config(root, fmt))
+
+
+def existing_folder(folder: str | Path) -> Path:
+    """`folder` as a path; `UserError` where there is none."""
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give one that regsurgery patch wrote")
-    fmt = folder_format(root)
-    return backends.backend(fmt).reload(root, read_patched_config(root, fmt))
+    return root
 
 
 def folder_format(folder: Path) -> str:

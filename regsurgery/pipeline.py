@@ -15,7 +15,13 @@ from regsurgery import backends, checkpoint_io
 from regsurgery.errors import CheckpointError, RecipeError, UnsupportedModelError, UserError, VerificationError
 from regsurgery.loading import Loaded, LoadOptions, Source
 from regsurgery.loading import load as load_original
-from regsurgery.patched import folder_format, read_patched_config, restore_original, take_register_tokens
+from regsurgery.patched import (
+    existing_folder,
+    folder_format,
+    read_patched_config,
+    restore_original,
+    take_register_tokens,
+)
 from regsurgery.recipe import Recipe, bundled_recipes, find_recipe, parse_recipe, recipe_for_model
 
 if TYPE_CHECKING:
@@ -23,7 +29,9 @@ if TYPE_CHECKING:
 
     from regsurgery.calibration import ImageSet
     from regsurgery.diagnosis import Diagnosis
+    from regsurgery.sites import Sites
     from regsurgery.surgery import Surgery
+    from regsurgery.trace import Traced
     from regsurgery.verification import Verdict
 
 
@@ -143,17 +151,13 @@ def doctor(
     """
     from regsurgery.calibration import image_set
     from regsurgery.diagnosis import Diagnosis, diagnose
-    from regsurgery.match import match
-    from regsurgery.trace import trace
 
     progress = progress or Progress()
     pictures = image_set(images, num_images)
     progress.stage("load")
     try:
         loaded = load_original(model, options)
-        progress.stage("trace")
-        traced = trace(loaded)
-        sites = match(traced)
+        traced, sites = _locate(loaded, progress)
     except UnsupportedModelError as error:
         return Diagnosis("unsupported", str(error), pictures.note, pictures.num_images)
     progress.say(f"preprocessing: {loaded.preprocess_note}; images: {pictures.note}")
@@ -163,16 +167,22 @@ def doctor(
 
 def operate(loaded: Loaded, recipe: Recipe, progress: Progress) -> Surgery:
     """Trace -> match -> passes."""
-    from regsurgery.match import match
     from regsurgery.surgery import perform
+
+    traced, sites = _locate(loaded, progress)
+    progress.stage("surgery")
+    return perform(loaded, recipe, traced, sites)
+
+
+def _locate(loaded: Loaded, progress: Progress) -> tuple[Traced, Sites]:
+    """Trace -> match."""
+    from regsurgery.match import match
     from regsurgery.trace import trace
 
     progress.stage("trace")
     traced = trace(loaded)
     progress.stage("match")
-    sites = match(traced)
-    progress.stage("surgery")
-    return perform(loaded, recipe, traced, sites)
+    return traced, match(traced)
 
 
 def _write(surgery: Surgery, target: Path, fmt: str, pictures: ImageSet, progress: Progress) -> Verdict:
@@ -226,9 +236,7 @@ def verify(
     from regsurgery.calibration import image_set
 
     progress = progress or Progress()
-    root = Path(folder)
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder; give one that regsurgery patch wrote")
+    root = existing_folder(folder)
     pictures = image_set(images, num_images)
     progress.stage("checksums")
     checkpoint_io.check_sums(root)

@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FILLS = ("zero", "mean", "outliers", "keep")
-
 
 def append_registers(tokens_BTD: Tensor, register_tokens_1RD: Tensor) -> Tensor:
     """`[B, T, D]` and `[1, R, D]` to `[B, T + R, D]`: the registers go behind the patches, in the tokens' dtype."""

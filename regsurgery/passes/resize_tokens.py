@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from regsurgery.errors import UnsupportedModelError
-from regsurgery.graph import hint, shape_of
+from regsurgery.graph import hint, module_path, shape_of
 from regsurgery.passes.plan import ORIGINAL_SHAPE, PassResult, Plan, register_region, registers_node
 
 aten = torch.ops.aten
@@ -66,8 +66,8 @@ def resize_tokens(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
 
 
 def _refuse(node: fx.Node, reason: str) -> NoReturn:
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    where = f" in {stack[-1][0]}" if stack else ""
+    path = module_path(node)
+    where = f" in {path}" if path else ""
     raise UnsupportedModelError(f"no room for a register: {reason} (node '{node.name}', {node.target}{where})")
 
 

@@ -18,6 +18,7 @@ from regsurgery.calibration import dead_leaves
 from regsurgery.checkpoint_io import write_sums
 from regsurgery.cli import main
 from regsurgery.emit import emit
+from regsurgery.match import match
 from regsurgery.recipe import Recipe
 from regsurgery.runtime import operate
 from regsurgery.surgery import Surgery, perform
@@ -70,7 +71,7 @@ def test_graph_equals_module_form_equals_hooked_reference(planted: Planted, num_
     )
     for size in sizes(planted):
         traced = planted.traced if size == (SIZE, SIZE) else trace(loaded, size)
-        surgery = perform(loaded, recipe, traced, planted.sites if size == (SIZE, SIZE) else _sites(traced))
+        surgery = perform(loaded, recipe, traced, planted.sites if size == (SIZE, SIZE) else match(traced))
         patched = module_form(planted, surgery)
         images = pictures(3, size)
         with torch.no_grad():
@@ -84,12 +85,6 @@ def test_graph_equals_module_form_equals_hooked_reference(planted: Planted, num_
             if graph[name].ndim and graph[name].shape[0] == 3 and "per" not in name:
                 rows = torch.cat([single[name] for single in one_by_one])
                 torch.testing.assert_close(rows, graph[name], rtol=1e-4, atol=1e-5)
-
-
-def _sites(traced):  # type: ignore[no-untyped-def]
-    from regsurgery.match import match
-
-    return match(traced)
 
 
 def test_no_registers_and_no_neurons_change_nothing(planted: Planted) -> None:

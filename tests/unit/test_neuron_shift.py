@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from regsurgery.runtime import FILLS, neuron_shift
+from regsurgery.recipe import FILLS
+from regsurgery.runtime import neuron_shift
 
 NEURONS = [2, 5, 6]
 SCALES = {1: [1.5], 4: [1.0, -0.5, 2.0, 0.0]}
