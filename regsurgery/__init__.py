@@ -1,6 +1,6 @@
 """regsurgery: rewrite Vision Transformer checkpoints so that outlier tokens are gone.
 
-Public API: `doctor`, `patch`, `verify`, `load`, `find_recipe`, `Recipe`. Importing the package is cheap;
+Public API: `doctor`, `find`, `patch`, `verify`, `load`, `find_recipe`, `Recipe`. Importing the package is cheap;
 torch and the model libraries are imported on first use.
 """
 
@@ -9,15 +9,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "__version__", "doctor", "find_recipe", "load", "patch", "verify"]
+__all__ = ["Recipe", "__version__", "doctor", "find", "find_recipe", "load", "patch", "verify"]
 
 if TYPE_CHECKING:
     from regsurgery.patched import load
-    from regsurgery.pipeline import doctor, patch, verify
+    from regsurgery.pipeline import doctor, find, patch, verify
     from regsurgery.recipe import Recipe, find_recipe
 
 _WHERE = {
     "doctor": "pipeline",
+    "find": "pipeline",
     "patch": "pipeline",
     "verify": "pipeline",
     "load": "patched",

@@ -1,114 +1,163 @@
-"""Images in: a folder of pictures, or dead-leaves pictures where none are given."""
+"""Images in: chosen from a source, decoded and preprocessed in worker processes, handed out in batches."""
 
 from __future__ import annotations
 
+import itertools
 import os
-import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from regsurgery.errors import UserError
+from regsurgery.image_sources import UNREADABLE, Generated, Item, Source, decode, open_source
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-GENERATED_SIZE = 256
 DEFAULT_GENERATED = 32
-UNREADABLE = (OSError, SyntaxError, ValueError)  # what Pillow raises on broken files
+MIN_IMAGES = 4  # readable ones in what the user gave
+IN_PROCESS = 32  # images up to which worker processes are not worth their start
+MAX_WORKERS = 8
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images by number; decoded when asked for.
+    """Images of one source, decoded when asked for.
 
     Attributes:
         note: one line that says what they are.
-        paths: the files, or () where the images are generated.
+        source, chosen: the images are the numbers `chosen` of `source`, ascending.
+        say: is told of every broken image, once.
+        broken: name -> reason of the images that could not be read so far.
     """
 
     note: str
-    num_images: int
-    paths: tuple[Path, ...] = ()
-    seed: int = 0
+    source: Source
+    chosen: range | tuple[int, ...]
+    say: Callable[[str], None] = lambda line: None
+    broken: dict[str, str] = field(default_factory=dict)
 
-    def image(self, index: int) -> Image:
-        """The image of that number, RGB."""
-        if self.paths:
-            import PIL.Image
+    @property
+    def num_images(self) -> int:
+        return len(self.chosen)
 
-            try:
-                with PIL.Image.open(self.paths[index]) as image:
-                    return image.convert("RGB")
-            except UNREADABLE as error:
-                raise _unreadable(self.paths[index], error) from error
-        return dead_leaves(random.Random(f"{self.seed}/{index}"))
+    def some(self, count: int) -> ImageSet:
+        """At most `count` of these images: evenly spread, or the first where the source can only be streamed."""
+        if count >= len(self.chosen):
+            return self
+        if self.source.random_access:
+            return replace(self, chosen=tuple(self.chosen[i * len(self.chosen) // count] for i in range(count)))
+        return replace(self, chosen=self.chosen[:count])
 
-    def batches(self, size: int) -> Iterator[list[Image]]:
-        for start in range(0, self.num_images, size):
-            yield [self.image(index) for index in range(start, min(start + size, self.num_images))]
+    def batches(self, size: int, preprocess: Callable[[list[Image]], Tensor]) -> Iterator[Tensor]:
+        """All images, `size` at a time; see `numbered_batches`."""
+        for _, batch in self.numbered_batches(size, preprocess):
+            yield batch
+
+    def numbered_batches(
+        self, size: int, preprocess: Callable[[list[Image]], Tensor], *, first: int = 0, step: int = 1
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The batches numbered `first`, `first + step`, ... as tensors `[B, 3, H, W]`, with their numbers.
+
+        A broken image is left out of its batch, told of and remembered; the other batches stay what they were. A batch
+        without readable images is left out.
+
+        Raises:
+            UserError: at the end, if fewer than `MIN_IMAGES` of the images could be read.
+        """
+        import torch
+
+        for number, decoded in zip(itertools.count(first, step), self._decoded(size, preprocess, first, step)):
+            for name, reason in (entry for entry in decoded if isinstance(entry, tuple)):
+                if name not in self.broken:
+                    self.broken[name] = reason
+                    self.say(f"skipped {name}: {reason}")
+            pixels = [entry for entry in decoded if not isinstance(entry, tuple)]
+            if pixels:
+                yield number, torch.stack(pixels)
+        if self.broken and len(self.chosen) - len(self.broken) < MIN_IMAGES:
+            raise self.too_few()
+
+    def too_few(self) -> UserError:
+        examples = "; ".join(f"{name}: not a readable image ({reason})" for name, reason in self.broken.items())
+        return UserError(
+            f"{len(self.chosen) - len(self.broken)} readable images, at least {MIN_IMAGES} are needed: {examples[:500]}"
+        )
+
+    def _decoded(
+        self, size: int, preprocess: Callable[[list[Image]], Tensor], first: int, step: int
+    ) -> Iterator[list[Any]]:
+        """For each batch its decoded images `[3, H, W]`, or (name, reason) for what cannot be read."""
+        import multiprocessing
+
+        from torch.utils.data import DataLoader
+
+        read = _Reader(preprocess)
+        batches = itertools.islice(_grouped(self.source.items(self.chosen), size), first, None, step)
+        workers = min(MAX_WORKERS, max(1, (os.cpu_count() or 1) - 1))
+        if len(self.chosen) <= IN_PROCESS or "fork" not in multiprocessing.get_all_start_methods():
+            for batch in batches:
+                yield [read[item] for item in batch]
+            return
+        # The items themselves are the "indices" that the loader sends to its workers, a bounded number ahead.
+        yield from DataLoader(
+            read,  # type: ignore[arg-type]
+            batch_sampler=batches,  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=list,
+            multiprocessing_context="fork",
+        )
 
 
-def image_set(folder: str | os.PathLike[str] | None, num_images: int | None = None) -> ImageSet:
-    """The images below `folder` (recursively, in name order), or dead-leaves pictures where it is None.
+class _Reader:
+    """Item -> its pixels `[3, H, W]`, or its name and why it cannot be read. Runs in the workers."""
+
+    def __init__(self, preprocess: Callable[[list[Image]], Tensor]) -> None:
+        self.preprocess = preprocess
+
+    def __getitem__(self, item: Item) -> Tensor | tuple[str, str]:
+        name, content = item
+        try:
+            image = decode(content)
+        except UNREADABLE as error:
+            return name, " ".join(str(error).split())
+        return self.preprocess([image])[0]
+
+
+def _grouped(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    while batch := list(itertools.islice(items, size)):
+        yield batch
+
+
+def image_set(
+    where: str | os.PathLike[str] | None,
+    num_images: int | None = None,
+    *,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> ImageSet:
+    """The images in `where`, or dead-leaves pictures where it is None.
 
     Args:
-        num_images: at most that many, evenly spread over the folder; by default all, or `DEFAULT_GENERATED`.
+        where: a folder of image files (recursively, in name order), of parquet or arrow files or of WebDataset tars, or
+            one such file.
+        num_images: at most that many, see `ImageSet.some`; by default all, or `DEFAULT_GENERATED`.
+        seed: of the dead-leaves pictures.
 
     Raises:
-        UserError: no such folder, no readable image in it, or a broken image file.
+        UserError: nothing there, no image in it, or fewer than `MIN_IMAGES`.
     """
     if num_images is not None and num_images < 1:
         raise UserError(f"{num_images} images were asked for; at least one is needed")
-    if folder is None:
+    if where is None:
         count = num_images or DEFAULT_GENERATED
-        return ImageSet(f"{count} generated dead-leaves pictures (no --images given)", count)
-    root = Path(folder)
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder of images")
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not paths:
-        raise UserError(f"{root}: no images in it (looked for {', '.join(sorted(SUFFIXES))})")
-    if num_images is not None and num_images < len(paths):
-        paths = [paths[index * len(paths) // num_images] for index in range(num_images)]
-    _check_readable(paths)
-    return ImageSet(f"{len(paths)} images of {root.name}", len(paths), tuple(paths))
-
-
-def _check_readable(paths: list[Path]) -> None:
-    import PIL.Image
-
-    for path in paths:
-        try:
-            with PIL.Image.open(path) as image:
-                image.verify()
-        except UNREADABLE as error:
-            raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: not a readable image ({error}); remove it or give another folder")
-
-
-def dead_leaves(rng: random.Random, size: int = GENERATED_SIZE) -> Image:
-    """Discs of random colour that occlude each other, their radii by an inverse cubic law: natural-image statistics.
-
-    Lee, Mumford and Huang, Occlusion Models for Natural Images (IJCV 2001). Deterministic in `rng`.
-    """
-    import PIL.Image
-    import PIL.ImageDraw
-
-    def colour() -> tuple[int, int, int]:
-        return rng.randrange(256), rng.randrange(256), rng.randrange(256)
-
-    smallest, largest = size / 64, size / 2
-    image = PIL.Image.new("RGB", (size, size), colour())
-    draw = PIL.ImageDraw.Draw(image)
-    for _ in range(600):
-        u = rng.random()
-        radius = (smallest**-2 - u * (smallest**-2 - largest**-2)) ** -0.5
-        x, y = rng.uniform(0, size), rng.uniform(0, size)
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour())
-    return image
+        note = f"{count} generated dead-leaves pictures (no --images given)"
+        return ImageSet(note, Generated(count, seed), range(count))
+    root = Path(where)
+    source = open_source(root)
+    if len(source) < MIN_IMAGES:
+        raise UserError(f"{root}: {len(source)} images in it, at least {MIN_IMAGES} are needed")
+    images = ImageSet("", source, range(len(source)), say).some(num_images or len(source))
+    return replace(images, note=f"{images.num_images} images of {root.name}")

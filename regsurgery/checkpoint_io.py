@@ -260,11 +260,33 @@ def check_output(target: Path) -> None:
     """Raise `OutputError` where `target` cannot become a new folder."""
     if target.exists() or target.is_symlink():
         raise OutputError(f"{target}: exists already; choose another folder with -o, or remove it first")
+    check_parent(target)
+
+
+def check_parent(target: Path) -> None:
+    """Raise `OutputError` where nothing can be written beside `target`."""
     parent = target.absolute().parent
     if not parent.is_dir():
         raise OutputError(f"{parent}: no such folder to write {target.name} into; create it first")
     if not os.access(parent, os.W_OK):
         raise OutputError(f"{parent}: not writable; choose another folder with -o")
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write `content` to `path` whole or not at all; a file that is there is replaced.
+
+    Raises:
+        OutputError: the disk is full or not writable.
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        _fsync(partial)
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from regsurgery import __version__
-from regsurgery.errors import EXIT_NOTHING_TO_FIX, EXIT_VERIFICATION_FAILED, RegsurgeryError
+from regsurgery.errors import EXIT_NOTHING_TO_FIX, EXIT_VERIFICATION_FAILED, NothingToFixError, RegsurgeryError
 
 if TYPE_CHECKING:
     from regsurgery.loading import LoadOptions
+    from regsurgery.render import Screen
 
 app = typer.Typer(
     name="regsurgery",
@@ -29,7 +32,16 @@ app = typer.Typer(
 Model = Annotated[
     str, typer.Argument(help="Folder, Hub id, timm:NAME, open_clip:ARCH/TAG, or demo.", show_default=False)
 ]
-Images = Annotated[Path | None, typer.Option("--images", help="Folder of images; dead-leaves pictures by default.")]
+Images = Annotated[
+    Path | None,
+    typer.Option(
+        "--images", help="Folder of images, parquet or arrow files or WebDataset tars; dead-leaves pictures by default."
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of generated pictures and random controls.")]
+DeviceMap = Annotated[
+    str | None, typer.Option("--device-map", help="Where the model runs: auto (accelerate), cuda, ...; CPU by default.")
+]
 NumImages = Annotated[int | None, typer.Option("--num-images", help="At most that many images.", min=1)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
@@ -48,6 +60,7 @@ def doctor(
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
+    device_map: DeviceMap = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -55,12 +68,42 @@ def doctor(
     from regsurgery import pipeline
     from regsurgery.render import Screen
 
-    options = _options(allow_pickle, trust_remote_code, revision)
+    options = _options(allow_pickle, trust_remote_code, revision, device_map)
     with Screen(as_json=as_json, quiet=quiet) as screen:
         diagnosis = pipeline.doctor(model, images=images, num_images=num_images, options=options, progress=screen)
     screen.diagnosed(diagnosis)
     if diagnosis.verdict != "register_neurons":
         raise typer.Exit(EXIT_NOTHING_TO_FIX)
+
+
+@app.command(epilog="Example: regsurgery find demo -o demo.yaml")
+def find(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Recipe file to write.")] = Path("recipe.yaml"),
+    images: Images = None,
+    num_images: NumImages = None,
+    seed: Seed = 0,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
+    device_map: DeviceMap = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find the register neurons of MODEL and write a recipe."""
+    from regsurgery import pipeline
+    from regsurgery.distributed import is_first_process
+    from regsurgery.render import Screen
+
+    options = _options(allow_pickle, trust_remote_code, revision, device_map)
+    with Screen(as_json=as_json, quiet=quiet or not is_first_process()) as screen, _nothing_to_fix(screen):
+        found = pipeline.find(
+            model, output, images=images, num_images=num_images, seed=seed, options=options, progress=screen
+        )
+    if is_first_process():
+        screen.found(found, output)
+    if not found.selection.suppressed:
+        raise typer.Exit(EXIT_VERIFICATION_FAILED)
 
 
 @app.command(epilog="Example: regsurgery patch demo -o demo-patched")
@@ -72,6 +115,7 @@ def patch(
     num_registers: Annotated[int | None, typer.Option("--num-registers", help="Register tokens.", min=1)] = None,
     images: Images = None,
     num_images: NumImages = None,
+    seed: Seed = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything, but write nothing.")] = False,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -79,11 +123,11 @@ def patch(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Patch MODEL: surgery by a recipe, verification, a new checkpoint folder."""
+    """Patch MODEL: find its register neurons (or take a recipe), surgery, verification, a new checkpoint folder."""
     from regsurgery import pipeline
     from regsurgery.render import Screen
 
-    with Screen(as_json=as_json, quiet=quiet) as screen:
+    with Screen(as_json=as_json, quiet=quiet) as screen, _nothing_to_fix(screen):
         result = pipeline.patch(
             model,
             output,
@@ -92,6 +136,7 @@ def patch(
             num_registers=num_registers,
             images=images,
             num_images=num_images,
+            seed=seed,
             dry_run=dry_run,
             progress=screen,
             options=_options(allow_pickle, trust_remote_code, revision),
@@ -149,10 +194,24 @@ def families(as_json: AsJson = False) -> None:
     family_table(rows)
 
 
-def _options(allow_pickle: bool, trust_remote_code: bool, revision: str | None) -> LoadOptions:
+def _options(
+    allow_pickle: bool, trust_remote_code: bool, revision: str | None, device_map: str | None = None
+) -> LoadOptions:
     from regsurgery.loading import LoadOptions
 
-    return LoadOptions(allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, revision=revision)
+    return LoadOptions(
+        allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, revision=revision, device_map=device_map
+    )
+
+
+@contextmanager
+def _nothing_to_fix(screen: Screen) -> Iterator[None]:
+    """Show the diagnosis where there is nothing to fix, and exit 3."""
+    try:
+        yield
+    except NothingToFixError as error:
+        screen.diagnosed(error.diagnosis)
+        raise typer.Exit(EXIT_NOTHING_TO_FIX) from None
 
 
 def _version(show: bool) -> None:

@@ -7,7 +7,7 @@ patches, chosen by their content, and writes a large vector into the residual st
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -58,8 +58,7 @@ def write_demo(folder: Path) -> dict[int, list[int]]:
     (folder / "preprocessor_config.json").write_text(json.dumps(processor), "utf-8")
     loaded = load(str(folder))
     traced = trace(loaded)
-    images = image_set(None, 8)
-    inputs = tensor_inputs(loaded, loaded.preprocess(next(images.batches(8))))
+    inputs = tensor_inputs(loaded, next(image_set(None, 8).batches(8, loaded.preprocess)))
     planted = plant(traced, match(traced), inputs, PLANTED)
     loaded.model.save_pretrained(folder)  # type: ignore[operator]
     return planted
@@ -67,7 +66,14 @@ def write_demo(folder: Path) -> dict[int, list[int]]:
 
 @torch.no_grad()
 def plant(
-    traced: Traced, sites: Sites, inputs: list[Tensor], counts: Mapping[int, int], *, seed: int = 0
+    traced: Traced,
+    sites: Sites,
+    inputs: list[Tensor],
+    counts: Mapping[int, int],
+    *,
+    seed: int = 0,
+    firing: float = FIRING,
+    avoid: Collection[tuple[int, int]] = (),
 ) -> dict[int, list[int]]:
     """Turn `counts[block]` random neurons of each block into content-driven register neurons, in place.
 
@@ -77,13 +83,15 @@ def plant(
 
     Args:
         inputs: the graph's inputs for the images that decide directions and thresholds.
+        firing: patches per image on which each neuron fires, on average.
+        avoid: `(block, neuron)` not to be taken.
 
     Returns:
         block -> ascending indices of its planted neurons.
     """
     generator = torch.Generator().manual_seed(seed)
     planted: dict[int, list[int]] = {}
-    for block, count in sorted(counts.items()):
+    for block, count in sorted(counts.items(), reverse=True):  # so that no neuron answers to another one's outliers
         site = sites.blocks[block]
         ups = [find_node(traced.graph_module, name) for name in site.ups]
         gate = next((up for up in ups if any(user.target in NONLINEAR for user in up.users)), ups[0])
@@ -93,8 +101,9 @@ def plant(
         _, taps = tap(traced.graph_module, {"mlp": source.name, "stream": site.output})(*inputs)
         tokens_BTD = taps["mlp"].float()
         median = float(token_norms(taps["stream"])[:, sites.num_prefix :].median())
-        directions = _directions(tokens_BTD, sites.num_prefix, count)
-        neurons = sorted(torch.randperm(site.hidden_size, generator=generator)[:count].tolist())
+        directions = _directions(tokens_BTD, sites.num_prefix, count, firing)
+        drawn = torch.randperm(site.hidden_size, generator=generator).tolist()
+        neurons = sorted([neuron for neuron in drawn if (block, neuron) not in avoid][:count])
         for neuron, (direction_D, threshold, top) in zip(neurons, directions, strict=True):
             slope = PEAK / (top - threshold)
             weight, bias = _parameters(traced.graph_module, gate)
@@ -109,7 +118,7 @@ def plant(
             out_D = torch.randn(sites.width, generator=generator)
             _parameters(traced.graph_module, down)[0][:, neuron] = out_D / out_D.norm() * (GAIN * median / PEAK)
         planted[block] = neurons
-    return planted
+    return dict(sorted(planted.items()))
 
 
 def _parameters(graph_module: fx.GraphModule, linear: fx.Node) -> tuple[Tensor, Tensor]:
@@ -122,11 +131,11 @@ def _parameter(graph_module: fx.GraphModule, node: fx.Node) -> nn.Parameter:
     return graph_module.get_parameter(str(node.target))
 
 
-def _directions(tokens_BTD: Tensor, num_prefix: int, count: int) -> list[tuple[Tensor, float, float]]:
-    """Unit directions with the threshold that `FIRING` patches an image exceed, and the largest value of all."""
+def _directions(tokens_BTD: Tensor, num_prefix: int, count: int, firing: float) -> list[tuple[Tensor, float, float]]:
+    """Unit directions with the threshold that `firing` patches an image exceed, and the largest value of all."""
     patches_ND = tokens_BTD[:, num_prefix:].flatten(0, 1)
     _, _, principal = torch.linalg.svd(patches_ND - patches_ND.mean(dim=0), full_matrices=False)
-    share = 1 - FIRING / (tokens_BTD.shape[1] - num_prefix)
+    share = 1 - firing / (tokens_BTD.shape[1] - num_prefix)
     found = []
     for axis_D in principal:
         for direction_D in (axis_D, -axis_D):

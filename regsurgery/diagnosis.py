@@ -1,14 +1,13 @@
 """Is there anything to fix, where does it start, and is surgery the cure? Norms over images -> `Diagnosis`.
 
-An **outlier** is a patch whose norm exceeds both median + 10 robust standard deviations and 3 times the median of its
-image and block. The first bound adapts to how narrow the bulk is (1.4826 x the median absolute deviation); the second
-keeps a skewed but one-peaked distribution from being called bimodal.
+Outliers are those of `statistics.robust_outliers`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -18,11 +17,9 @@ from regsurgery.calibration import ImageSet
 from regsurgery.families import REGISTER_KEYS
 from regsurgery.loading import Loaded
 from regsurgery.sites import Sites
-from regsurgery.statistics import tap, token_norms
+from regsurgery.statistics import MIN_RATIO, robust_outliers, tap, token_norms
 from regsurgery.trace import Traced, tensor_inputs
 
-ROBUST_DEVIATIONS = 10.0
-MIN_RATIO = 3.0
 MIN_OUTLIERS = 0.25  # per image; fewer than one in four images is nothing to operate on
 EMERGED_SHARE = 0.5  # of the outliers after the last but one block; from so many on they have emerged
 POSITIONAL_SHARE = 0.8  # of all outliers at the few places where they sit most often
@@ -54,6 +51,8 @@ class Diagnosis:
         positional: whether the outliers sit at the same places in every image; None without outliers.
         emergence_block: the first block of those, up to the last but one, after all of which there are at least half as
             many outliers as after the last but one; None without outliers.
+        settled_block: the last block, up to the last but one, that writes to some of those outliers what would make an
+            outlier of any patch: 3 median norms. No block after it is a cause. None without outliers.
         outliers_per_image: after the last but one block.
         tokens: the norms before block 0; `blocks` those after each block. Empty for an unsupported model.
     """
@@ -64,6 +63,7 @@ class Diagnosis:
     num_images: int
     positional: bool | None = None
     emergence_block: int | None = None
+    settled_block: int | None = None
     outliers_per_image: float = 0.0
     tokens: BlockNorms | None = None
     blocks: tuple[BlockNorms, ...] = ()
@@ -73,6 +73,7 @@ class Diagnosis:
             "verdict": self.verdict,
             "positional": self.positional,
             "emergence_block": self.emergence_block,
+            "settled_block": self.settled_block,
             "outliers_per_image": self.outliers_per_image,
             "max_over_median": [block.max_over_median for block in self.blocks],
             "reason": self.reason,
@@ -81,13 +82,6 @@ class Diagnosis:
             "tokens": asdict(self.tokens) if self.tokens else None,
             "blocks": [asdict(block) for block in self.blocks],
         }
-
-
-def robust_outliers(norms_BN: Tensor) -> Tensor:
-    """Which patches are outliers by the definition above, bool `[B, N]`."""
-    median_B1 = norms_BN.median(dim=1, keepdim=True).values
-    deviation_B1 = 1.4826 * (norms_BN - median_B1).abs().median(dim=1, keepdim=True).values
-    return norms_BN > torch.maximum(median_B1 + ROBUST_DEVIATIONS * deviation_B1, MIN_RATIO * median_B1)
 
 
 class _Sums:
@@ -106,8 +100,8 @@ class _Sums:
             norms_BN.amax(dim=1),
             found_BN.sum(1),
         )
-        self.figures += torch.stack([values.double().sum() for values in per_image])
-        self.hits_N = self.hits_N + found_BN.sum(dim=0)
+        self.figures += torch.stack([values.double().sum() for values in per_image]).cpu()
+        self.hits_N = self.hits_N + found_BN.sum(dim=0).cpu()
         self.num_images += len(norms_BN)
 
     def norms(self) -> BlockNorms:
@@ -125,22 +119,37 @@ def diagnose(
 ) -> Diagnosis:
     """Run the original over `images` and read the norms of its patches after every block."""
     nodes = {"tokens": sites.tokens, **{str(block.index): block.output for block in sites.blocks}}
-    tapped = tap(traced.graph_module, nodes)
+    tapped = tap(traced.graph_module, nodes, early_exit=True)
     sums = {name: _Sums() for name in nodes}
-    for batch in images.batches(batch_size):
+    writes = torch.zeros(sites.probe_block + 1)
+    for batch in images.batches(batch_size, loaded.preprocess):
         with torch.no_grad():
-            _, taps = tapped(*tensor_inputs(loaded, loaded.preprocess(batch)))
+            _, taps = tapped(*tensor_inputs(loaded, batch))
         for name, value in taps.items():
             sums[name].add(token_norms(value)[:, sites.num_prefix :])
+        writes += _large_writes(taps, sites)
         progress(len(batch))
-    return _conclude(loaded, sites, sums, images)
+    return _conclude(loaded, sites, sums, writes, images)
 
 
-def _conclude(loaded: Loaded, sites: Sites, sums: dict[str, _Sums], images: ImageSet) -> Diagnosis:
+def _large_writes(taps: Mapping[str, Tensor], sites: Sites) -> Tensor:
+    """For every block up to the last but one, to how many of the outliers there it writes 3 median norms or more."""
+    probe = [taps["tokens"], *(taps[str(block)] for block in range(sites.probe_block + 1))]
+    patches = [value[:, sites.num_prefix :] for value in probe]
+    outliers_BN = robust_outliers(token_norms(patches[-1]))
+    counts = []
+    for before_BND, after_BND in pairwise(patches):
+        limit_B1 = MIN_RATIO * token_norms(after_BND).median(dim=1, keepdim=True).values
+        written_BN = token_norms(after_BND - before_BND)
+        counts.append((outliers_BN & (written_BN >= limit_B1)).sum())
+    return torch.stack(counts).cpu()
+
+
+def _conclude(loaded: Loaded, sites: Sites, sums: dict[str, _Sums], writes: Tensor, images: ImageSet) -> Diagnosis:
     tokens, blocks = sums["tokens"].norms(), tuple(sums[str(block.index)].norms() for block in sites.blocks)
     probe, last = sites.probe_block, sums[str(sites.probe_block)]
     found = blocks[probe].outliers
-    common = {"images": images.note, "num_images": images.num_images, "outliers_per_image": found, "tokens": tokens,
+    common = {"images": images.note, "num_images": last.num_images, "outliers_per_image": found, "tokens": tokens,
               "blocks": blocks}  # fmt: skip
     registers = trained_registers(loaded, sites)
     if registers:
@@ -154,10 +163,12 @@ def _conclude(loaded: Loaded, sites: Sites, sums: dict[str, _Sums], images: Imag
         emergence -= 1
     positional = _share_at_common_places(last) >= POSITIONAL_SHARE
     where = "at the same places in every image" if positional else "at places that the content decides"
-    facts = {"positional": positional, "emergence_block": emergence, **common}
+    settled = max([emergence, *(block for block, count in enumerate(writes.tolist()) if count)])
+    facts = {"positional": positional, "emergence_block": emergence, "settled_block": settled, **common}
     if emergence == 0 and _shared_places(sums["tokens"], last) >= EMBEDDED_SHARE:
         reason = (
-            f"{found:.2f} outlier tokens per image, {where}: they are there before block 0, in the position embedding"
+            f"{found:.2f} outlier tokens per image, {where}: they are there before block 0, in the "
+            f"{'position' if positional else 'patch'} embedding"
         )
         return Diagnosis("position_embedding", reason, **facts)
     reason = f"{found:.2f} outlier tokens per image from block {emergence} on, {where}"

@@ -6,6 +6,11 @@ do next. The command line prints it without a traceback. Anything else is a bug 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from regsurgery.diagnosis import Diagnosis
+
 EXIT_OK = 0
 EXIT_VERIFICATION_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -46,6 +51,19 @@ class VerificationError(RegsurgeryError):
     """The patched model does not do what it must; nothing is left on disk."""
 
     exit_code = EXIT_VERIFICATION_FAILED
+
+
+class NothingToFixError(RegsurgeryError):
+    """Surgery is not the cure: there are no outliers, or no neurons cause them; `diagnosis` says which."""
+
+    exit_code = EXIT_NOTHING_TO_FIX
+
+    def __init__(self, diagnosis: Diagnosis) -> None:
+        super().__init__(diagnosis.reason)
+        self.diagnosis = diagnosis
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.diagnosis,)
 
 
 class PassError(RegsurgeryError):

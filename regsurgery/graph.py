@@ -72,3 +72,21 @@ def evaluate(graph_module: fx.GraphModule, node: fx.Node, inputs: list[Tensor]) 
     graph.output(copied[node])
     with torch.no_grad():
         return fx.GraphModule(graph_module, graph)(*inputs)
+
+
+def between(graph_module: fx.GraphModule, start: fx.Node, end: fx.Node) -> fx.GraphModule:
+    """`end` as a function of `start` alone; what else it needs must be parameters and constants."""
+    graph = fx.Graph()
+    copied = {start: graph.placeholder("start")}
+    needed, work = {end}, [end]
+    while work:
+        node = work.pop()
+        if node is not start:
+            assert node.op != "placeholder", f"{end.name} needs the input {node.name} beside {start.name}"
+            work.extend(source for source in node.all_input_nodes if source not in needed)
+            needed.update(node.all_input_nodes)
+    for node in graph_module.graph.nodes:
+        if node in needed and node is not start:
+            copied[node] = graph.node_copy(node, lambda n: copied[n])
+    graph.output(copied[end])
+    return fx.GraphModule(graph_module, graph)

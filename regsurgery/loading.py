@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regsurgery import checkpoint_io
-from regsurgery.errors import CheckpointError, ModelNotFoundError, did_you_mean
+from regsurgery.errors import CheckpointError, ModelNotFoundError, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,6 +34,11 @@ class Source:
     revision: str | None
     sha256: str
     repo: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What a recipe calls the model: its Hub repository, the name of its folder, or `demo`."""
+        return self.repo or Path(self.id).absolute().name
 
     def as_dict(self) -> dict[str, Any]:
         return {"id": self.id, "revision": self.revision, "sha256": self.sha256}
@@ -65,7 +70,7 @@ class Loaded(Checkpoint):
 
     Attributes:
         architecture: class or entry-point name, as the config has it.
-        model: the stock model in the checkpoint's dtype, on the CPU, in eval mode.
+        model: the stock model in the checkpoint's dtype, in eval mode; on the CPU if no device map was given.
         image_size: (height, width) in pixels that the model was made for.
         preprocess: the model's own preprocessing, images -> `[B, 3, height, width]` in the model's dtype.
         preprocess_note: one line that says where the preprocessing comes from.
@@ -92,11 +97,16 @@ class Loaded(Checkpoint):
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What the user allows while loading."""
+    """What the user allows while loading.
+
+    Attributes:
+        device_map: where the model goes, as accelerate has it: `auto`, or a device such as `cuda`; the CPU by default.
+    """
 
     allow_pickle: bool = False
     trust_remote_code: bool = False
     revision: str | None = None
+    device_map: str | None = None
 
 
 def load(model_id: str, options: LoadOptions | None = None) -> Loaded:
@@ -136,6 +146,28 @@ def load(model_id: str, options: LoadOptions | None = None) -> Loaded:
     source = Source(model_id, revision, _combined(digests), repo)
     checkpoint = Checkpoint(source, library, folder, weights, config, config_name, scratch)
     return backends.library(library).load(checkpoint, options)
+
+
+def place(model: nn.Module, device_map: str | None) -> nn.Module:
+    """Put a loaded model where `device_map` says; over several devices through accelerate.
+
+    Raises:
+        UserError: no such device.
+    """
+    if device_map is None:
+        return model
+    import accelerate
+    from torch import nn
+
+    # The members of a list of blocks hold residual adds, whose operands must be on one device.
+    lists = [module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+    whole = sorted({type(member).__name__ for members in lists for member in members})
+    try:
+        if device_map != "auto":
+            return model.to(device_map)
+        return accelerate.dispatch_model(model, accelerate.infer_auto_device_map(model, no_split_module_classes=whole))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(f"device map {device_map}: {' '.join(str(error).split())[:200]}") from error
 
 
 def read_config(folder: Path) -> tuple[str, str, dict[str, Any]]:

@@ -1,4 +1,8 @@
-"""`doctor`, `patch` and `verify`, aloud: recipe + checkpoint -> load -> trace -> match -> passes -> verify -> emit."""
+"""`doctor`, `find`, `patch` and `verify`, aloud.
+
+`patch` is the line: recipe (given, bundled or found) + checkpoint -> load -> trace -> match -> passes -> verify ->
+emit.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regsurgery import backends, checkpoint_io
-from regsurgery.errors import CheckpointError, RecipeError, UnsupportedModelError, UserError, VerificationError
-from regsurgery.loading import Loaded, LoadOptions, Source
+from regsurgery.errors import (
+    CheckpointError,
+    OutputError,
+    RecipeError,
+    UnsupportedModelError,
+    UserError,
+    VerificationError,
+)
+from regsurgery.loading import Loaded, LoadOptions
 from regsurgery.loading import load as load_original
 from regsurgery.patched import (
     existing_folder,
@@ -22,13 +33,15 @@ from regsurgery.patched import (
     restore_original,
     take_register_tokens,
 )
-from regsurgery.recipe import Recipe, bundled_recipes, find_recipe, parse_recipe, recipe_for_model
+from regsurgery.recipe import Recipe, find_recipe, parse_recipe, recipe_for_model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from regsurgery.calibration import ImageSet
     from regsurgery.diagnosis import Diagnosis
+    from regsurgery.distributed import Processes
+    from regsurgery.finding import Found
     from regsurgery.sites import Sites
     from regsurgery.surgery import Surgery
     from regsurgery.trace import Traced
@@ -81,6 +94,7 @@ def patch(
     num_registers: int | None = None,
     images: str | Path | None = None,
     num_images: int | None = None,
+    seed: int = 0,
     options: LoadOptions | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -89,16 +103,20 @@ def patch(
 
     Args:
         model: folder, Hub id, `timm:NAME`, `open_clip:ARCH/TAG` or `demo`.
-        recipe: a `Recipe`, a recipe file or the name of a bundled recipe; by default the bundled one for `model`.
+        recipe: a `Recipe`, a recipe file or the name of a bundled recipe. By default the bundled one for `model`, if
+            there is one and its verification passes; else the neurons are found.
         format: one of `backends.FORMATS`; by default that of the model's library.
-        images: folder of images for verification; dead-leaves pictures by default.
+        images: where images for finding and verification are, see `calibration.image_set`.
+        seed: of generated pictures.
         dry_run: do everything, but write nothing to `output`.
 
     Raises:
+        NothingToFixError: no recipe was given, and surgery is not the cure.
         UserError: the input is at fault; see `errors`.
         VerificationError: the patched model fails verification; `output` is not created.
     """
     from regsurgery.calibration import image_set
+    from regsurgery.surgery import perform
 
     started = time.monotonic()
     progress = progress or Progress()
@@ -107,32 +125,126 @@ def patch(
         checkpoint_io.check_output(output)
     if format is not None and format not in backends.FORMATS:
         raise UserError(f"format {format}: not one of {', '.join(backends.FORMATS)}")
-    chosen = None if recipe is None else _given_recipe(model, recipe, progress)
-    pictures = image_set(images, num_images)
+    given = None if recipe is None else _given_recipe(model, recipe, progress)
+    pictures = image_set(images, num_images, seed=seed, say=progress.say)
 
     progress.stage("load")
     loaded = load_original(model, options)
-    chosen = chosen or _bundled_recipe(loaded.source, progress)
-    if num_registers is not None:
-        chosen = chosen.with_num_registers(num_registers)
     fmt = format or loaded.library
     if fmt in backends.LIBRARIES and fmt != loaded.library:
         raise UserError(
             f"format {fmt}: {model} is a {loaded.library} checkpoint, which can be written as {loaded.library} or pt2"
         )
-    surgery = operate(loaded, chosen, progress)
-    with tempfile.TemporaryDirectory() as nowhere:
-        target = Path(nowhere) / "dry-run" if dry_run else output
-        verdict = _write(surgery, target, fmt, pictures, progress)
-    return PatchResult(
-        output=None if dry_run else str(output),
-        mode=chosen.mode,
-        format=fmt,
-        recipe=chosen,
-        verdict=verdict,
-        seconds=time.monotonic() - started,
-        peak_rss_mb=_peak_rss_mb(),
+    traced, sites = _locate(loaded, progress)
+    progress.say(f"preprocessing: {loaded.preprocess_note}; images: {pictures.note}")
+
+    def operate_and_write(chosen: Recipe) -> PatchResult:
+        if num_registers is not None:
+            chosen = chosen.with_num_registers(num_registers)
+        progress.stage("surgery")
+        surgery = perform(loaded, chosen, traced, sites)
+        with tempfile.TemporaryDirectory() as nowhere:
+            target = Path(nowhere) / "dry-run" if dry_run else output
+            verdict = _write(surgery, target, fmt, pictures, progress)
+        seconds = time.monotonic() - started
+        return PatchResult(None if dry_run else str(output), chosen.mode, fmt, chosen, verdict, seconds, _peak_rss_mb())
+
+    if given is not None:
+        return operate_and_write(given)
+    bundled = recipe_for_model(loaded.source.repo or loaded.source.id)
+    if bundled is not None:
+        name, chosen = bundled
+        progress.say(f"recipe: {name} (bundled)")
+        try:
+            return operate_and_write(chosen)
+        except (RecipeError, VerificationError) as error:
+            progress.say(f"recipe {name} does not fit this model ({error}); finding its register neurons instead")
+    journal = None if dry_run else output.absolute().with_name(f".{output.name}.journal")
+    return operate_and_write(_find(loaded, traced, sites, pictures, seed, journal, progress).recipe)
+
+
+def find(
+    model: str,
+    output: str | Path | None = None,
+    *,
+    images: str | Path | None = None,
+    num_images: int | None = None,
+    seed: int = 0,
+    options: LoadOptions | None = None,
+    progress: Progress | None = None,
+) -> Found:
+    """Find the register neurons of `model`: the smallest set that suppresses the outlier tokens.
+
+    Started by `torchrun` or `accelerate launch`, the processes share out the images; the first one writes.
+
+    Args:
+        output: recipe file to write. A recipe that `find` wrote there before is replaced, anything else refused. Beside
+            it lies a journal (`<output>.journal`) while the search runs; with it a killed search continues.
+        images, num_images: see `calibration.image_set`.
+        seed: of generated pictures and of the control with random neurons.
+
+    Raises:
+        NothingToFixError: there are no outlier tokens, or MLP neurons are not their cause.
+        UserError: the input is at fault; see `errors`.
+    """
+    from regsurgery.calibration import image_set
+    from regsurgery.distributed import processes
+
+    progress = progress or Progress()
+    if output is not None:
+        output = Path(output)
+        _check_recipe_output(output)
+    with processes() as group:
+        pictures = image_set(images, num_images, seed=seed, say=progress.say)
+        progress.stage("load")
+        loaded = load_original(model, options)
+        traced, sites = _locate(loaded, progress)
+        progress.say(f"preprocessing: {loaded.preprocess_note}; images: {pictures.note}")
+        journal = None if output is None else output.absolute().with_name(f"{output.name}.journal")
+        found = _find(loaded, traced, sites, pictures, seed, journal, progress, group)
+        if output is not None and group.is_first:
+            checkpoint_io.replace_file(output, found.recipe.to_yaml().encode())
+    return found
+
+
+def _find(
+    loaded: Loaded,
+    traced: Traced,
+    sites: Sites,
+    pictures: ImageSet,
+    seed: int,
+    journal: Path | None,
+    progress: Progress,
+    group: Processes | None = None,
+) -> Found:
+    from regsurgery.distributed import Processes
+    from regsurgery.finding import find as search
+
+    found = search(
+        loaded,
+        traced,
+        sites,
+        pictures,
+        seed=seed,
+        journal_path=journal,
+        processes=group or Processes(),
+        progress=progress,
     )
+    neurons = ", ".join(f"{b}:{n}" for b, listed in found.recipe.register_neurons.items() for n in listed)
+    progress.say(f"register neurons (block:neuron): {neurons}; {found.second_resolution.note}")
+    return found
+
+
+def _check_recipe_output(output: Path) -> None:
+    checkpoint_io.check_parent(output)
+    if not output.exists():
+        return
+    try:
+        ours = " find" in str(find_recipe(str(output)).provenance.get("found_by"))
+    except RecipeError:
+        ours = False
+    if not ours:
+        raise OutputError(f"{output}: exists and was not written by regsurgery find; choose another file with -o")
 
 
 def doctor(
@@ -153,7 +265,7 @@ def doctor(
     from regsurgery.diagnosis import Diagnosis, diagnose
 
     progress = progress or Progress()
-    pictures = image_set(images, num_images)
+    pictures = image_set(images, num_images, say=progress.say)
     progress.stage("load")
     try:
         loaded = load_original(model, options)
@@ -190,7 +302,6 @@ def _write(surgery: Surgery, target: Path, fmt: str, pictures: ImageSet, progres
     from regsurgery.emit import complete, emit
 
     with emit(surgery, target, fmt) as folder:
-        progress.say(f"preprocessing: {surgery.loaded.preprocess_note}; images: {pictures.note}")
         verdict = _verify_folder(surgery, folder, fmt, pictures, progress)
         if not verdict.passed:
             raise VerificationError(f"verification failed, nothing was written: {'; '.join(verdict.failures)}")
@@ -237,7 +348,7 @@ def verify(
 
     progress = progress or Progress()
     root = existing_folder(folder)
-    pictures = image_set(images, num_images)
+    pictures = image_set(images, num_images, say=progress.say)
     progress.stage("checksums")
     checkpoint_io.check_sums(root)
     fmt = folder_format(root)
@@ -267,20 +378,8 @@ def _given_recipe(model: str, recipe: str | Path | Recipe, progress: Progress) -
     if isinstance(recipe, Recipe):
         return recipe
     chosen = find_recipe(str(recipe))
-    if chosen.model and chosen.model != model:
+    if chosen.model and chosen.model not in (model, Path(model).absolute().name):
         progress.say(f"note: the recipe was made for {chosen.model}")
-    return chosen
-
-
-def _bundled_recipe(source: Source, progress: Progress) -> Recipe:
-    bundled = recipe_for_model(source.repo or source.id)
-    if bundled is None:
-        raise RecipeError(
-            f"{source.id}: no bundled recipe was made for it; give one with --recipe FILE "
-            f"(bundled: {', '.join(bundled_recipes())})"
-        )
-    name, chosen = bundled
-    progress.say(f"recipe: {name} (bundled)")
     return chosen
 
 

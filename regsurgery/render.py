@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from regsurgery.diagnosis import Diagnosis
+from regsurgery.finding import Found
 from regsurgery.pipeline import PatchResult, Progress
 from regsurgery.recipe import Recipe
 from regsurgery.verification import Pair, Verdict
@@ -62,8 +64,7 @@ class Screen(Progress):
             print(json.dumps(result.as_dict(), indent=2))
         self._verdict(result.verdict)
         where = f"wrote {result.output}" if result.output else "dry run: nothing written"
-        neurons = ", ".join(f"{b}:{n}" for b, listed in result.recipe.register_neurons.items() for n in listed)
-        self.out.print(f"register neurons (block:neuron): {neurons or 'none'}", soft_wrap=True, markup=False)
+        self._neurons(result.recipe)
         self.out.print(
             f"{where} ({result.format}, mode {result.mode}) in {result.seconds:.1f} s, "
             f"peak memory {result.peak_rss_mb:.0f} MB",
@@ -78,6 +79,45 @@ class Screen(Progress):
         self.out.print(
             "passed" if verdict.passed else "FAILED: " + "; ".join(verdict.failures), soft_wrap=True, markup=False
         )
+
+    def found(self, found: Found, output: Path) -> None:
+        if self.as_json:
+            print(json.dumps(found.as_dict(), indent=2))
+        self.out.print(f"{found.num_images} images; what shifting would do, on the pilot's images", markup=False)
+        names = ("shifted", "outliers", "max/med", "register", "cos.out", "cos.patch", "KL")
+        table = Table(*names, box=box.SIMPLE_HEAD)
+        table.columns[0].no_wrap = True
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in found.sweep:
+            trial = row.trial
+            table.add_row(
+                row.name if row.name.startswith("top") else f"{row.name.removesuffix(' (control)')} {row.num_neurons}",
+                f"{trial.outliers_per_image:.2f}",
+                f"{trial.max_over_median:.1f}",
+                "" if trial.register_norm is None else f"{trial.register_norm:.0f}",
+                f"{trial.cosine_output:.4f}",
+                f"{trial.cosine_patches:.4f}",
+                "" if trial.kl is None else f"{trial.kl:.4f}",
+            )
+        self.out.print(table)
+        self.out.print("random: as many other neurons; zeroed: the chosen ones cleared, no register", markup=False)
+        first, second = (*found.candidates, None)[:2]
+        if first is not None and second is not None:
+            self.out.print(
+                f"best candidate {first.block}:{first.neuron}, contribution {first.contribution:.3g}; "
+                f"next {second.block}:{second.neuron}, {second.contribution:.3g}",
+                markup=False,
+            )
+        self._neurons(found.recipe)
+        self.out.print(found.second_resolution.note, soft_wrap=True, markup=False)
+        if not found.selection.suppressed:
+            self.out.print("NOT suppressed: outlier tokens remain, or the register is starved", markup=False)
+        self.out.print(f"wrote {output}", soft_wrap=True, markup=False)
+
+    def _neurons(self, recipe: Recipe) -> None:
+        neurons = ", ".join(f"{b}:{n}" for b, listed in recipe.register_neurons.items() for n in listed)
+        self.out.print(f"register neurons (block:neuron): {neurons or 'none'}", soft_wrap=True, markup=False)
 
     def diagnosed(self, diagnosis: Diagnosis) -> None:
         if self.as_json:

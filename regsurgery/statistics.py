@@ -9,17 +9,23 @@ import torch
 from torch import Tensor, fx
 
 OUTLIER_FACTOR = 5.0  # a patch is an outlier above this many times the median patch norm of its image
+ROBUST_DEVIATIONS = 10.0
+MIN_RATIO = 3.0
 
 
-def tap(graph_module: fx.GraphModule, nodes: Mapping[str, str]) -> fx.GraphModule:
+def tap(graph_module: fx.GraphModule, nodes: Mapping[str, str], *, early_exit: bool = False) -> fx.GraphModule:
     """A graph module that returns `(outputs, taps)`, where `taps[key]` is the value of the node `nodes[key]`.
 
-    Parameters are shared; the original graph is not touched.
+    With `early_exit`, `outputs` is an empty dict and nothing is computed that no tap needs. Parameters are shared; the
+    original graph is not touched.
     """
     graph = copy.deepcopy(graph_module.graph)
     by_name = {node.name: node for node in graph.nodes}
     (output,) = graph.find_nodes(op="output")
-    output.args = ((output.args[0], {key: by_name[name] for key, name in nodes.items()}),)
+    outputs = {} if early_exit else output.args[0]
+    output.args = ((outputs, {key: by_name[name] for key, name in nodes.items()}),)
+    if early_exit:
+        graph.eliminate_dead_code()
     return fx.GraphModule(graph_module, graph)
 
 
@@ -31,3 +37,20 @@ def token_norms(tokens_BTD: Tensor) -> Tensor:
 def outliers(norms_BN: Tensor) -> Tensor:
     """Which patches are outliers: above `OUTLIER_FACTOR` times the median norm of their image, bool `[B, N]`."""
     return norms_BN > OUTLIER_FACTOR * norms_BN.median(dim=1, keepdim=True).values
+
+
+def robust_threshold(norms_BN: Tensor) -> Tensor:
+    """The norm above which a patch is an outlier by `robust_outliers`, `[B, 1]`."""
+    median_B1 = norms_BN.median(dim=1, keepdim=True).values
+    deviation_B1 = 1.4826 * (norms_BN - median_B1).abs().median(dim=1, keepdim=True).values
+    return torch.maximum(median_B1 + ROBUST_DEVIATIONS * deviation_B1, MIN_RATIO * median_B1)
+
+
+def robust_outliers(norms_BN: Tensor) -> Tensor:
+    """Which patches are outliers where no factor is given, bool `[B, N]`.
+
+    Their norm exceeds both median + 10 robust standard deviations and 3 times the median of their image and block. The
+    first bound adapts to how narrow the bulk is (1.4826 x the median absolute deviation); the second keeps a skewed but
+    one-peaked distribution from being called bimodal.
+    """
+    return norms_BN > robust_threshold(norms_BN)

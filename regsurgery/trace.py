@@ -45,7 +45,8 @@ class Traced:
 
 
 def tensor_inputs(loaded: Loaded, images: Tensor) -> list[Tensor]:
-    """The positional inputs of a graph traced from `loaded` for `images` `[B, 3, H, W]`."""
+    """The positional inputs of a graph traced from `loaded` for `images` `[B, 3, H, W]`, on the model's device."""
+    images = images.to(next(loaded.model.parameters()).device)
     return [leaf for leaf in pytree.tree_leaves(loaded.inputs(images)) if isinstance(leaf, Tensor)]
 
 

@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from regsurgery.calibration import ImageSet
-from regsurgery.families import LOGIT_OUTPUTS, MAIN_OUTPUTS
+from regsurgery.comparison import Means, compare, main_output, probe_nodes
 from regsurgery.statistics import outliers, tap, token_norms
 from regsurgery.surgery import Surgery
 from regsurgery.trace import tensor_inputs
@@ -73,25 +72,6 @@ class Verdict:
         return {**asdict(self), "failures": list(self.failures)}
 
 
-class _Means:
-    """Running sums over images, in float64."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.counts: dict[str, int] = {}
-
-    def add(self, name: str, values: Tensor) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + float(values.double().sum())
-        self.counts[name] = self.counts.get(name, 0) + values.numel()
-
-    def __getitem__(self, name: str) -> float:
-        return self.sums[name] / self.counts[name]
-
-    def get(self, name: str) -> float | None:
-        """The mean, or None where nothing was added."""
-        return self[name] if self.counts.get(name) else None
-
-
 def verify(
     surgery: Surgery,
     run_artefact: Callable[[list[Tensor]], dict[str, Tensor]],
@@ -107,35 +87,24 @@ def verify(
         progress: called with the number of images just done.
     """
     loaded, sites = surgery.loaded, surgery.sites
-    nodes = {"probe": sites.blocks[sites.probe_block].output, "last": sites.last}
+    nodes = probe_nodes(sites)
     original, patched = tap(surgery.traced.graph_module, nodes), tap(surgery.graph_module, nodes)
     names = surgery.traced.output_names
-    main = next((name for name in MAIN_OUTPUTS if name in names), names[0])
+    main = main_output(names)
     patches = slice(sites.num_prefix, sites.num_tokens)
-    means, worst = _Means(), {"original": 0.0, "patched": 0.0}
+    means, worst = Means(), [0.0, 0.0]
     parity, limit, finite = 0.0, 0.0, True
     shapes: set[str] = set()
-    for batch in images.batches(batch_size):
-        inputs = tensor_inputs(loaded, loaded.preprocess(batch))
+    num_images = 0
+    for batch in images.batches(batch_size, loaded.preprocess):
+        num_images += len(batch)
+        inputs = tensor_inputs(loaded, batch)
         with torch.no_grad():
             (outputs, taps), (new_outputs, new_taps) = original(*inputs), patched(*inputs)
             artefact = run_artefact(inputs)
-        was_outlier_BN = outliers(token_norms(taps["probe"])[:, patches])
-        for kind, tapped in (("original", taps), ("patched", new_taps)):
-            norms_BN = token_norms(tapped["probe"])[:, patches]
-            means.add(f"{kind} outliers", outliers(norms_BN).sum(dim=1))
-            means.add(f"{kind} max", norms_BN.amax(dim=1))
-            means.add(f"{kind} median", norms_BN.median(dim=1).values)
-            worst[kind] = max(worst[kind], float(norms_BN.max()))
-        means.add("register", token_norms(new_taps["probe"])[:, sites.num_tokens :])
-        cosine_BN = F.cosine_similarity(taps["last"][:, patches].float(), new_taps["last"][:, patches].float(), dim=-1)
-        means.add("cosine patches", cosine_BN[~was_outlier_BN])
-        means.add(
-            "cosine output", F.cosine_similarity(outputs[main].flatten(1).float(), new_outputs[main].flatten(1).float())
-        )
-        if main in LOGIT_OUTPUTS:
-            means.add("kl", kl_divergence(outputs[main], new_outputs[main]))
-            means.add("argmax", outputs[main].argmax(-1) == new_outputs[main].argmax(-1))
+        compare(means, sites, main, (outputs, taps), (new_outputs, new_taps), outliers)
+        norms = token_norms(taps["probe"])[:, patches], token_norms(new_taps["probe"])[:, patches]
+        worst = [max(before, float(norms_BN.max())) for before, norms_BN in zip(worst, norms, strict=True)]
         for name in names:
             if outputs[name].shape != artefact[name].shape:
                 shapes.add(name)
@@ -164,13 +133,13 @@ def verify(
         )
     return Verdict(
         passed=not failures,
-        num_images=images.num_images,
+        num_images=num_images,
         images=images.note,
         block=sites.probe_block,
         output=main,
         outliers_per_image=found,
         max_patch_norm=pair("max"),
-        worst_patch_norm=Pair(**worst),
+        worst_patch_norm=Pair(*worst),
         median_patch_norm=pair("median"),
         register_norm=means.get("register"),
         cosine_patches=means["cosine patches"],
@@ -180,9 +149,3 @@ def verify(
         parity_max_abs=parity,
         failures=tuple(failures),
     )
-
-
-def kl_divergence(logits_BC: Tensor, new_logits_BC: Tensor) -> Tensor:
-    """KL(original || patched) of each image's class distribution, in nats, `[B]`."""
-    log_p, log_q = logits_BC.float().log_softmax(-1), new_logits_BC.float().log_softmax(-1)
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)

@@ -69,8 +69,7 @@ def build_planted(pico: Pico, folder: Path) -> Planted:
     loaded = load(str(folder))
     traced = trace(loaded)
     sites = match(traced)
-    pictures = image_set(None, 8)
-    inputs = tensor_inputs(loaded, loaded.preprocess(next(pictures.batches(8))))
+    inputs = tensor_inputs(loaded, next(image_set(None, 8).batches(8, loaded.preprocess)))
     neurons = plant(traced, sites, inputs, PLANTED)
     (path,) = loaded.weights
     if loaded.library == "transformers":

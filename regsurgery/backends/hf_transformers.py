@@ -70,6 +70,7 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
             dtype="auto",
             output_loading_info=True,
             trust_remote_code=options.trust_remote_code,
+            device_map=options.device_map,
             ignore_mismatched_sizes=True,
         )
     except UNLOADABLE as error:
@@ -102,6 +103,11 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         name_outputs=name_outputs,
         disk_name=_disk_names(model),
     )
+
+
+def at_size(loaded: Loaded, size: tuple[int, int]) -> Loaded:
+    """`loaded` for images of another size; transformers models interpolate their position embedding by themselves."""
+    return loaded
 
 
 def _architecture(config_path: Path, config: Mapping[str, Any]) -> str:

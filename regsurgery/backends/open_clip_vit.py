@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +11,15 @@ from torch import Tensor, nn
 
 from regsurgery.backends import host_open_clip
 from regsurgery.backends.modeling import import_modeling, modeling_source, write_folder
-from regsurgery.errors import CheckpointError
-from regsurgery.loading import Checkpoint, Loaded, LoadOptions
+from regsurgery.errors import CheckpointError, UnsupportedModelError
+from regsurgery.loading import Checkpoint, Loaded, LoadOptions, place
 
 if TYPE_CHECKING:
     from regsurgery.surgery import Surgery
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
 CONFIG_NAME = "open_clip_config.json"
+UNLOADABLE = (RuntimeError, ValueError, KeyError, TypeError, AssertionError)  # what open_clip raises on broken folders
 OUTPUT_NAMES = ("image_features", "text_features", "logit_scale", "logit_bias")
 SNIPPET = """\
 import sys; sys.path.insert(0, "{folder}")
@@ -36,7 +38,7 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     try:
         model: Any = host_open_clip.stock_model(folder)
         open_clip.load_checkpoint(model, str(checkpoint.weights[0]), strict=True)
-    except (RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
+    except UNLOADABLE as error:
         raise CheckpointError(f"{folder}: open_clip cannot load it: {' '.join(str(error).split())[:300]}") from error
     transform = host_open_clip.image_transform(model)
     size = model.visual.image_size
@@ -55,7 +57,7 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     return Loaded(
         **vars(checkpoint),
         architecture=type(model).__name__,
-        model=model.eval(),
+        model=place(model.eval(), options.device_map),
         image_size=tuple(size) if isinstance(size, (tuple, list)) else (size, size),
         preprocess=lambda images: torch.stack([transform(image) for image in images]),
         preprocess_note="the model's own preprocess_cfg",
@@ -63,6 +65,23 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         name_outputs=name_outputs,
         disk_name=lambda name: name,
     )
+
+
+def at_size(loaded: Loaded, size: tuple[int, int]) -> Loaded:
+    """`loaded` for images of another size: built again at it, its position embedding resized by open_clip.
+
+    Raises:
+        UnsupportedModelError: the tower takes one size only.
+    """
+    import open_clip
+
+    reference = next(loaded.model.parameters())
+    try:
+        model: Any = host_open_clip.stock_model(loaded.folder, force_image_size=size)
+        open_clip.load_checkpoint(model, str(loaded.weights[0]), strict=True)
+    except UNLOADABLE as error:
+        raise UnsupportedModelError(f"{loaded.architecture}: takes no other image size") from error
+    return replace(loaded, model=model.to(reference).eval(), image_size=size)
 
 
 def emit(surgery: Surgery, folder: Path) -> None:

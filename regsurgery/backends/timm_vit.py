@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,14 @@ from torch import nn
 
 from regsurgery.backends import host_timm
 from regsurgery.backends.modeling import import_modeling, modeling_source, write_folder
-from regsurgery.errors import CheckpointError
-from regsurgery.loading import Checkpoint, Loaded, LoadOptions
+from regsurgery.errors import CheckpointError, UnsupportedModelError
+from regsurgery.loading import Checkpoint, Loaded, LoadOptions, place
 
 if TYPE_CHECKING:
     from regsurgery.surgery import Surgery
 
 WEIGHTS_NAME = "model.safetensors"
+UNLOADABLE = (RuntimeError, ValueError, KeyError, TypeError, AssertionError)  # what timm raises on broken folders
 CONFIG_NAME = "config.json"
 SNIPPET = """\
 import sys; sys.path.insert(0, "{folder}")
@@ -35,7 +37,7 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
 
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except (RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
+    except UNLOADABLE as error:
         raise CheckpointError(f"{folder}: timm cannot load it: {' '.join(str(error).split())[:300]}") from error
     dtype = _dtype(checkpoint.weights)
     data = resolve_model_data_config(model)
@@ -44,7 +46,7 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     return Loaded(
         **vars(checkpoint),
         architecture=checkpoint.config["architecture"],
-        model=model.to(dtype).eval(),
+        model=place(model.to(dtype).eval(), options.device_map),
         image_size=tuple(data["input_size"][1:]),
         preprocess=lambda images: torch.stack([transform(image.convert("RGB")) for image in images]).to(dtype),
         preprocess_note="the model's own pretrained_cfg",
@@ -52,6 +54,22 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         name_outputs=lambda value: {output: value},
         disk_name=lambda name: name,
     )
+
+
+def at_size(loaded: Loaded, size: tuple[int, int]) -> Loaded:
+    """`loaded` for images of another size: built again with a position embedding that is interpolated.
+
+    Raises:
+        UnsupportedModelError: the architecture takes one size only.
+    """
+    import timm
+
+    reference = next(loaded.model.parameters())
+    try:
+        model = timm.create_model(f"local-dir:{loaded.folder}", pretrained=True, dynamic_img_size=True)
+    except UNLOADABLE as error:
+        raise UnsupportedModelError(f"{loaded.architecture}: takes no other image size") from error
+    return replace(loaded, model=model.to(reference).eval(), image_size=size)
 
 
 def _dtype(weights: tuple[Path, ...]) -> torch.dtype:

@@ -18,11 +18,12 @@ def shift_neurons(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
     """
     graph = graph_module.graph
     shifted = []
-    device = next(graph_module.parameters()).device
     for block, neurons in plan.register_neurons.items():
         site = plan.sites.blocks[block]
         hidden, down = find_node(graph_module, site.hidden), find_node(graph_module, site.down)
-        index_K = torch.tensor(neurons, device=device)
+        weight = down.args[1]
+        assert isinstance(weight, fx.Node)
+        index_K = torch.tensor(neurons, device=graph_module.get_parameter(str(weight.target)).device)
         name = f"register_neurons_{block}"
         graph_module.register_buffer(name, index_K)
         with graph.inserting_before(down):

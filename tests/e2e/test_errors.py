@@ -345,7 +345,7 @@ def test_patch_and_verify_print_the_contracts_json(run, tmp_path):
     result = json.loads(patched.out)
     assert set(result) == PATCH_KEYS
     assert result["output"] == str(tmp_path / "out")
-    assert result["register_neurons"] == {"1": [55, 172], "2": [2]}
+    assert result["register_neurons"] == {"1": [25, 73], "2": [172]}
     assert set(result["verify"]) >= VERDICT_KEYS
     verified = run("verify", tmp_path / "out", "--json", *FEW)
     assert (verified.code, verified.err) == (0, "")

@@ -12,6 +12,7 @@ import pytest
 
 from regsurgery.errors import ModelNotFoundError
 from regsurgery.loading import _open_clip_repo, _timm_repo
+from regsurgery.recipe import find_recipe
 from tests.conftest import shared
 
 TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -29,7 +30,7 @@ def cached(home: Path, repo: str, folder: Path) -> None:
 def patch(model: str, home: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = Path(sys.executable).parent / "regsurgery"
     return subprocess.run(
-        [str(command), "patch", model, "-o", "out", "--num-images", "2", *arguments],
+        [str(command), "patch", model, "-o", "out", "--num-images", "8", *arguments],
         env={**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"},
         cwd=cwd,
         capture_output=True,
@@ -46,12 +47,13 @@ def test_a_hub_id_is_patched_from_the_cache(demo_folder: Path, tmp_path: Path) -
     assert f"Source: `someone/pico-vit`, revision `{COMMIT}`" in card
 
 
-def test_a_hub_id_without_a_bundled_recipe_asks_for_one(demo_folder: Path, tmp_path: Path) -> None:
+def test_the_neurons_of_a_hub_id_without_a_bundled_recipe_are_found(demo_folder: Path, tmp_path: Path) -> None:
     cached(tmp_path / "home", "someone/pico-vit", demo_folder)
     done = patch("someone/pico-vit", tmp_path / "home", tmp_path)
-    assert done.returncode == 2
-    assert "someone/pico-vit: no bundled recipe was made for it; give one with --recipe" in done.stderr
-    assert not (tmp_path / "out").exists()
+    assert done.returncode == 0, done.stderr
+    found = find_recipe(str(tmp_path / "out" / "recipe.yaml"))
+    assert found.register_neurons == find_recipe("demo").register_neurons
+    assert found.model == "someone/pico-vit"
 
 
 @pytest.mark.real

@@ -1,0 +1,5 @@
+"""`python -m regsurgery`, and so `torchrun -m regsurgery find ...`."""
+
+from regsurgery.cli import main
+
+main()

@@ -1,0 +1,69 @@
+"""The journal of a long pass over images: sums so far, so that a killed run can be continued.
+
+One safetensors file, replaced as a whole; it belongs to exactly one model, image set and division among processes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from regsurgery import checkpoint_io
+from regsurgery.scores import Sums
+
+INTERVAL = 1.0  # seconds between two entries
+
+
+class Journal:
+    """Journal at `path`, or none where it is None.
+
+    Args:
+        key: what the sums are of; entries of another key are ignored.
+        say: is told what became of an earlier journal.
+    """
+
+    def __init__(self, path: Path | None, key: str, say: Callable[[str], None]) -> None:
+        self.path, self.key, self.say = path, key, say
+        self.written = time.monotonic()
+
+    def resume(self, sums: Sums) -> tuple[int, dict[str, str]]:
+        """Read the last entry into `sums`.
+
+        Returns:
+            The number of its last batch (-1 without one), and the broken images met so far.
+        """
+        if self.path is None or not self.path.is_file():
+            return -1, {}
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                facts = json.loads((file.metadata() or {}).get("journal", "{}"))
+                if facts.get("key") != self.key:
+                    self.say(f"{self.path.name}: is of another model or other images; starting anew")
+                    return -1, {}
+                for name, tensor in sums.tensors().items():
+                    tensor.copy_(file.get_tensor(name))
+        except (SafetensorError, OSError, ValueError) as error:
+            self.say(f"{self.path.name}: cannot be read ({error}); starting anew")
+            for tensor in sums.tensors().values():
+                tensor.zero_()
+            return -1, {}
+        self.say(f"continuing {self.path.name}: {sums.num_images} images are done")
+        return int(facts["batch"]), facts["broken"]
+
+    def write(self, sums: Sums, batch: int, broken: dict[str, str], *, now: bool = False) -> None:
+        """Write an entry if the last is older than `INTERVAL` seconds, or `now`."""
+        if self.path is None or not (now or time.monotonic() - self.written >= INTERVAL):
+            return
+        from safetensors.torch import save
+
+        facts = {"key": self.key, "batch": batch, "broken": broken}
+        checkpoint_io.replace_file(self.path, save(sums.tensors(), metadata={"journal": json.dumps(facts)}))
+        self.written = time.monotonic()
+
+    def remove(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)

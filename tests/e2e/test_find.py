@@ -1,0 +1,309 @@
+"""`find`: exactly the neurons that cause the outliers; resumable; the same from any number of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import regsurgery
+from regsurgery import cli, finding
+from regsurgery.errors import OutputError, UserError
+from regsurgery.loading import LoadOptions
+from regsurgery.pipeline import Progress
+from regsurgery.recipe import find_recipe
+from tests.conftest import Planted, shared
+from tests.e2e.test_model_ids import TINY, cached, patch
+from tests.picos import PICOS, Pico, _transformers
+from tests.planting import plant_model, random_counts
+
+FORMATS = ("vit-tiny-transformers", "vit-tiny-timm", "vit-tiny-openclip")
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def as_lists(recipe: regsurgery.Recipe) -> dict[int, list[int]]:
+    return {block: list(neurons) for block, neurons in recipe.register_neurons.items()}
+
+
+# --- the real network -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("images", "num_images"), [("calibration", None), (None, None), ("calibration", 8)])
+def test_the_real_vit_has_exactly_one(name: str, images: str | None, num_images: int | None, tmp_path: Path) -> None:
+    found = regsurgery.find(
+        str(shared("models", name)),
+        tmp_path / "recipe.yaml",
+        images=shared("images", images) if images else None,
+        num_images=num_images,
+    )
+    assert as_lists(found.recipe) == {7: [417]}
+    assert found.selection.suppressed and found.second_resolution.held
+    assert found.diagnosis.emergence_block == found.diagnosis.settled_block == 7
+    first, second = found.candidates[:2]
+    assert first.contribution > 30 * second.contribution and first.activation > 15 * second.activation
+    assert find_recipe(str(tmp_path / "recipe.yaml")) == found.recipe
+    rows = {row.name: row.trial for row in found.sweep}
+    assert rows["top 0"].outliers_per_image == pytest.approx(4, abs=0.2)
+    assert rows["chosen"].outliers_per_image == rows["zeroed (control)"].outliers_per_image == 0
+    assert rows["random (control)"].outliers_per_image == rows["top 0"].outliers_per_image
+    assert rows["zeroed (control)"].cosine_patches < rows["chosen"].cosine_patches - 0.05
+    register = rows["chosen"].register_norm
+    assert register is not None and register > 400
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("seed", range(3))
+def test_the_real_neuron_is_found_whole_when_it_is_spread_over_several(seed: int, tmp_path: Path) -> None:
+    source = shared("models", "vit-tiny-timm")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    state = load_file(source / "model.safetensors")
+    rng = random.Random(seed)
+    up, bias, down = (state[f"blocks.7.mlp.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight"))
+    least_used = down.norm(dim=0).argsort()[:20].tolist()
+    parts = rng.sample([neuron for neuron in least_used if neuron != 417], rng.randint(1, 3))
+    shares = [rng.uniform(0.1, 1) for _ in range(len(parts) + 1)]
+    column = down[:, 417].clone()
+    for neuron, share in zip([417, *parts], shares, strict=True):
+        up[neuron], bias[neuron], down[:, neuron] = up[417], bias[417], column * share / sum(shares)
+    save_file(state, folder / "model.safetensors")
+    found = regsurgery.find(str(folder), num_images=16)
+    assert as_lists(found.recipe) == {7: sorted([417, *parts])}
+
+
+@pytest.mark.real
+def test_the_negative_control_gets_no_recipe_and_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(shared("models", "dinov2-small"))
+    monkeypatch.chdir(tmp_path)
+    for command in (["find", model], ["patch", model, "-o", "out"]):
+        monkeypatch.setattr(sys, "argv", ["regsurgery", *command, "--json", "--num-images", "8"])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 3
+        assert json.loads(capsys.readouterr().out)["verdict"] == "none"
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- planted ground truth -------------------------------------------------------------------------------------------
+
+WIDE = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "image_size": 96, "patch_size": 8}
+SMALL = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 224, "patch_size": 14}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_planted_neurons_are_found_among_distractors(seed: int, tmp_path: Path) -> None:
+    _transformers("ViTModel", "ViTConfig", **WIDE, intermediate_size=256)(tmp_path / "model")
+    truth = plant_model(tmp_path / "model", random_counts(seed, 6), seed)
+    found = regsurgery.find(str(tmp_path / "model"))
+    assert as_lists(found.recipe) == {block: list(neurons) for block, neurons in truth.neurons.items()}
+    assert found.selection.suppressed
+
+
+def test_planted_neurons_are_found_in_a_model_of_dinov2_small_size(tmp_path: Path) -> None:
+    _transformers("Dinov2Model", "Dinov2Config", **SMALL)(tmp_path / "model")
+    truth = plant_model(tmp_path / "model", {1: 2, 4: 3}, 0)
+    found = regsurgery.find(str(tmp_path / "model"))
+    assert as_lists(found.recipe) == {block: list(neurons) for block, neurons in truth.neurons.items()}
+
+
+@pytest.mark.parametrize("pico", PICOS, ids=lambda pico: pico.id)
+def test_planted_neurons_are_found_in_every_family(pico: Pico, planted_picos: Callable[[Pico], Planted]) -> None:
+    planted = planted_picos(pico)
+    found = regsurgery.find(str(planted.folder), num_images=16)
+    assert as_lists(found.recipe) == planted.neurons
+
+
+# --- the recipe -----------------------------------------------------------------------------------------------------
+
+
+def test_the_same_model_images_and_seed_give_the_same_bytes(demo_folder: Path, tmp_path: Path) -> None:
+    for name, seed in (("a.yaml", 0), ("b.yaml", 0), ("c.yaml", 1)):
+        regsurgery.find(str(demo_folder), tmp_path / name, num_images=16, seed=seed)
+    first, second, other = ((tmp_path / name).read_bytes() for name in ("a.yaml", "b.yaml", "c.yaml"))
+    assert first == second != other
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.yaml", "b.yaml", "c.yaml"]
+
+
+def test_a_found_recipe_is_replaced_and_any_other_file_is_not(demo_folder: Path, tmp_path: Path) -> None:
+    recipe, mine = tmp_path / "recipe.yaml", tmp_path / "mine.yaml"
+    for _ in range(2):
+        regsurgery.find(str(demo_folder), recipe, num_images=8)
+    mine.write_text("schema: 1\nregister_neurons: {1: [2]}\n")
+    with pytest.raises(OutputError, match=r"mine\.yaml: exists and was not written by regsurgery find"):
+        regsurgery.find(str(demo_folder), mine, num_images=8)
+    assert mine.read_text() == "schema: 1\nregister_neurons: {1: [2]}\n"
+
+
+def test_find_prints_the_contracts_json(
+    demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["regsurgery", "find", str(demo_folder), "--json", "--num-images", "8", "-o", str(tmp_path / "r.yaml")],
+    )
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert not stopped.value.code
+    printed = json.loads(capsys.readouterr().out)
+    keys = {"register_neurons", "emergence_block", "threshold", "num_images", "candidates", "sweep"}
+    assert keys <= set(printed)
+    expected = {str(b): list(n) for b, n in find_recipe("demo").register_neurons.items()}
+    assert printed["register_neurons"] == expected
+    assert printed["num_images"] == 8 and printed["threshold"] > 0
+    assert {"block", "index", "score"} <= set(printed["candidates"][0])
+    assert {"top_k", "outliers_per_image", "cosine_output", "cosine_patches"} <= set(printed["sweep"][0])
+
+
+def test_patch_finds_by_itself_and_writes_what_it_found(demo_folder: Path, tmp_path: Path) -> None:
+    result = regsurgery.patch(str(demo_folder), tmp_path / "out", num_images=16)
+    assert result.verdict.passed and result.recipe.register_neurons == find_recipe("demo").register_neurons
+    written = find_recipe(str(tmp_path / "out" / "recipe.yaml"))
+    assert written == result.recipe and written.provenance["sweep"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "no journal is left"
+
+
+@pytest.mark.real
+def test_a_bundled_recipe_that_does_not_fit_gives_way_to_the_search(tmp_path: Path) -> None:
+    """The id says vit_tiny, but its hidden units are in another order: 417 has become 5."""
+    source, folder = shared("models", "vit-tiny-timm"), tmp_path / "model"
+    folder.mkdir()
+    for path in source.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    state = load_file(source / "model.safetensors")
+    order = torch.arange(768)
+    order[[5, 417]] = order[[417, 5]]
+    for name, dim in (("fc1.weight", 0), ("fc1.bias", 0), ("fc2.weight", 1)):
+        state[f"blocks.7.mlp.{name}"] = state[f"blocks.7.mlp.{name}"].index_select(dim, order)
+    save_file(state, folder / "model.safetensors")
+    home = tmp_path / "home"
+    cached(home, f"timm/{TINY}", folder)
+    done = patch(f"timm:{TINY}", home, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "recipe vit-tiny does not fit this model (verification failed" in done.stderr
+    assert as_lists(find_recipe(str(tmp_path / "out" / "recipe.yaml"))) == {7: [5]}
+
+
+@pytest.mark.parametrize("pico", [PICOS[0], PICOS[8], PICOS[13]], ids=lambda pico: pico.id)
+@pytest.mark.parametrize("device_map", ["cpu", "auto"])
+def test_models_are_placed_by_a_device_map(
+    pico: Pico, device_map: str, planted_picos: Callable[[Pico], Planted]
+) -> None:
+    planted = planted_picos(pico)
+    options = LoadOptions(device_map=device_map)
+    assert as_lists(regsurgery.find(str(planted.folder), num_images=8, options=options).recipe) == planted.neurons
+    with pytest.raises(UserError, match="nonsense"):
+        regsurgery.find(str(planted.folder), num_images=8, options=LoadOptions(device_map="nonsense"))
+
+
+# --- killed, and shared out -----------------------------------------------------------------------------------------
+
+
+class Stop(BaseException):
+    pass
+
+
+class StopsAfter(Progress):
+    """Stops the search after so many images of the scoring pass; counts them."""
+
+    def __init__(self, images: int | None) -> None:
+        self.images, self.scoring, self.seen, self.lines = images, False, 0, list[str]()
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        self.scoring = name == "scores"
+
+    def advance(self, num_images: int) -> None:
+        self.seen += num_images if self.scoring else 0
+        if self.images is not None and self.seen >= self.images:
+            raise Stop
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def test_a_stopped_search_goes_on_where_it_was(
+    demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regsurgery.journal.INTERVAL", 0.0)
+    whole, resumed = tmp_path / "whole.yaml", tmp_path / "resumed.yaml"
+    regsurgery.find(str(demo_folder), whole, num_images=64)
+    with pytest.raises(Stop):
+        regsurgery.find(str(demo_folder), resumed, num_images=64, progress=StopsAfter(40))
+    assert (tmp_path / "resumed.yaml.journal").is_file() and not resumed.exists()
+    progress = StopsAfter(None)
+    added = []
+    add = finding.Scorer.add
+
+    def counted(scorer: finding.Scorer, sums: finding.Sums, images: torch.Tensor) -> None:
+        added.append(len(images) if progress.scoring else 0)
+        add(scorer, sums, images)
+
+    monkeypatch.setattr(finding.Scorer, "add", counted)
+    regsurgery.find(str(demo_folder), resumed, num_images=64, progress=progress)
+    assert "continuing resumed.yaml.journal: 40 images are done" in progress.lines
+    assert sum(added) == 64 - 40
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["resumed.yaml", "whole.yaml"]
+
+
+@pytest.mark.parametrize("damage", ["other images", "cut", "garbage"])
+def test_a_journal_that_does_not_fit_is_not_used(
+    damage: str, demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regsurgery.journal.INTERVAL", 0.0)
+    recipe, journal = tmp_path / "recipe.yaml", tmp_path / "recipe.yaml.journal"
+    with pytest.raises(Stop):
+        regsurgery.find(str(demo_folder), recipe, num_images=48, progress=StopsAfter(16))
+    if damage != "other images":
+        journal.write_bytes(journal.read_bytes()[:100] if damage == "cut" else b"garbage")
+    progress = StopsAfter(None)
+    num_images = 24 if damage == "other images" else 48
+    regsurgery.find(str(demo_folder), recipe, num_images=num_images, progress=progress)
+    assert any("starting anew" in line for line in progress.lines)
+    regsurgery.find(str(demo_folder), tmp_path / "plain.yaml", num_images=num_images)
+    assert recipe.read_bytes() == (tmp_path / "plain.yaml").read_bytes()
+
+
+def find_in_a_process(folder: Path, output: Path, *launcher: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, *launcher, "-m", "regsurgery", "find", str(folder), "-o", str(output), "-q"]
+    return subprocess.Popen([*command, "--num-images", "160"], env=ENVIRONMENT, start_new_session=True)
+
+
+def test_killed_at_any_moment_it_gives_the_same_recipe(demo_folder: Path, tmp_path: Path) -> None:
+    started = time.monotonic()
+    assert find_in_a_process(demo_folder, tmp_path / "whole.yaml").wait(120) == 0
+    duration = time.monotonic() - started
+    rng = random.Random(0)
+    output = tmp_path / "killed.yaml"
+    for _ in range(5):
+        process = find_in_a_process(demo_folder, output)
+        time.sleep(rng.uniform(0.3, 1) * duration)
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+    assert find_in_a_process(demo_folder, output).wait(120) == 0
+    assert output.read_bytes() == (tmp_path / "whole.yaml").read_bytes()
+
+
+def test_two_processes_find_the_same_as_one(demo_folder: Path, tmp_path: Path) -> None:
+    assert find_in_a_process(demo_folder, tmp_path / "one.yaml").wait(120) == 0
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    assert find_in_a_process(demo_folder, tmp_path / "two.yaml", *launcher).wait(240) == 0
+    assert (tmp_path / "two.yaml").read_bytes() == (tmp_path / "one.yaml").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.yaml", "two.yaml"]
