@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import pickle
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,50 +67,50 @@ class ImageSet:
         without readable images is left out.
 
         Raises:
-            UserError: at the end, if fewer than `MIN_IMAGES` of the images could be read.
+            UserError: a dataset file is broken; or, at the end, fewer than `MIN_IMAGES` of the images could be read.
         """
         import torch
 
+        broken_here: dict[str, str] = {}
         for number, decoded in zip(itertools.count(first, step), self._decoded(size, preprocess, first, step)):
             for name, reason in (entry for entry in decoded if isinstance(entry, tuple)):
+                broken_here[name] = reason
                 if name not in self.broken:
                     self.broken[name] = reason
                     self.say(f"skipped {name}: {reason}")
             pixels = [entry for entry in decoded if not isinstance(entry, tuple)]
             if pixels:
                 yield number, torch.stack(pixels)
-        if self.broken and len(self.chosen) - len(self.broken) < MIN_IMAGES:
-            raise self.too_few()
-
-    def too_few(self) -> UserError:
-        examples = "; ".join(f"{name}: not a readable image ({reason})" for name, reason in self.broken.items())
-        return UserError(
-            f"{len(self.chosen) - len(self.broken)} readable images, at least {MIN_IMAGES} are needed: {examples[:500]}"
-        )
+        readable = len(self.chosen) - len(broken_here)
+        if broken_here and readable < MIN_IMAGES:
+            examples = "; ".join(f"{name}: not a readable image ({reason})" for name, reason in broken_here.items())
+            count = f"{readable} of {len(self.chosen)} images can be read"
+            raise UserError(f"{count}, at least {MIN_IMAGES} are needed: {examples[:500]}")
 
     def _decoded(
         self, size: int, preprocess: Callable[[list[Image]], Tensor], first: int, step: int
     ) -> Iterator[list[Any]]:
         """For each batch its decoded images `[3, H, W]`, or (name, reason) for what cannot be read."""
-        import multiprocessing
-
+        import torch
         from torch.utils.data import DataLoader
 
         read = _Reader(preprocess)
         batches = itertools.islice(_grouped(self.source.items(self.chosen), size), first, None, step)
-        workers = min(MAX_WORKERS, max(1, (os.cpu_count() or 1) - 1))
-        if len(self.chosen) <= IN_PROCESS or "fork" not in multiprocessing.get_all_start_methods():
+        if len(self.chosen) <= IN_PROCESS or sys.platform != "linux":  # elsewhere a fork is not safe
             for batch in batches:
                 yield [read[item] for item in batch]
             return
-        # The items themselves are the "indices" that the loader sends to its workers, a bounded number ahead.
-        yield from DataLoader(
+        # The items themselves are the "indices" that the loader sends to its workers, a bounded number ahead. What
+        # comes back is pickled: tensors would pass through /dev/shm, and where that is small (64 MB in Docker), hang.
+        loader = DataLoader(
             read,  # type: ignore[arg-type]
             batch_sampler=batches,  # type: ignore[arg-type]
-            num_workers=workers,
-            collate_fn=list,
+            num_workers=min(MAX_WORKERS, max(1, len(os.sched_getaffinity(0)) - 1)),
+            collate_fn=pickle.dumps,
             multiprocessing_context="fork",
+            generator=torch.Generator(),  # the global one stays untouched
         )
+        yield from map(pickle.loads, loader)
 
 
 class _Reader:
@@ -122,7 +124,7 @@ class _Reader:
         try:
             image = decode(content)
         except UNREADABLE as error:
-            return name, " ".join(str(error).split())
+            return name, " ".join(str(error).split()) or type(error).__name__
         return self.preprocess([image])[0]
 
 
@@ -145,9 +147,10 @@ def image_set(
             one such file.
         num_images: at most that many, see `ImageSet.some`; by default all, or `DEFAULT_GENERATED`.
         seed: of the dead-leaves pictures.
+        say: is told of every broken image, once.
 
     Raises:
-        UserError: nothing there, no image in it, or fewer than `MIN_IMAGES`.
+        UserError: nothing there, no image in it, or fewer than `MIN_IMAGES`; or a broken dataset file.
     """
     if num_images is not None and num_images < 1:
         raise UserError(f"{num_images} images were asked for; at least one is needed")
@@ -158,6 +161,7 @@ def image_set(
     root = Path(where)
     source = open_source(root)
     if len(source) < MIN_IMAGES:
-        raise UserError(f"{root}: {len(source)} images in it, at least {MIN_IMAGES} are needed")
+        images = "image" if len(source) == 1 else "images"
+        raise UserError(f"{root}: {len(source)} {images} in it, at least {MIN_IMAGES} are needed")
     images = ImageSet("", source, range(len(source)), say).some(num_images or len(source))
-    return replace(images, note=f"{images.num_images} images of {root.name}")
+    return replace(images, note=f"{images.num_images} images of {Path(os.path.abspath(root)).name}")

@@ -48,9 +48,10 @@ def compare(
 ) -> None:
     """Add one batch to `means`.
 
-    Adds, for both models (`original ...`, `patched ...`): `outliers` per image, `max` and `median` patch norm and
-    the `ratio` of the two after the last but one block; `register`: the register tokens' norm there; `cosine patches` of those that
-    were no outliers, after the last block; `cosine output`; for logits `kl` in nats and `argmax`, whether it stayed.
+    Adds, for both models (`original ...`, `patched ...`): `outliers` per image, `max` and `median` patch norm and the
+    `ratio` of the two after the last but one block; `register`: the register tokens' norm there; `cosine patches` of
+    those that were no outliers, after the last block; `cosine output`; for logits `kl` in nats and `argmax`, whether it
+    stayed.
 
     Args:
         outliers: norms `[B, N]` -> which are outliers, bool `[B, N]`.

@@ -11,11 +11,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 
 from regsurgery.calibration import image_set
-from regsurgery.graph import find_node
-from regsurgery.match import NONLINEAR
+from regsurgery.mlp import mlp_of
 from regsurgery.sites import Sites
 from regsurgery.statistics import tap, token_norms
 from regsurgery.trace import Traced
@@ -90,15 +89,12 @@ def plant(
         block -> ascending indices of its planted neurons.
     """
     generator = torch.Generator().manual_seed(seed)
+    module = traced.graph_module
     planted: dict[int, list[int]] = {}
     for block, count in sorted(counts.items(), reverse=True):  # so that no neuron answers to another one's outliers
         site = sites.blocks[block]
-        ups = [find_node(traced.graph_module, name) for name in site.ups]
-        gate = next((up for up in ups if any(user.target in NONLINEAR for user in up.users)), ups[0])
-        down = find_node(traced.graph_module, site.down)
-        source = gate.args[0]
-        assert isinstance(source, fx.Node)
-        _, taps = tap(traced.graph_module, {"mlp": source.name, "stream": site.output})(*inputs)
+        mlp = mlp_of(traced, site)
+        _, taps = tap(module, {"mlp": mlp.source, "stream": site.output})(*inputs)
         tokens_BTD = taps["mlp"].float()
         median = float(token_norms(taps["stream"])[:, sites.num_prefix :].median())
         directions = _directions(tokens_BTD, sites.num_prefix, count, firing)
@@ -106,29 +102,18 @@ def plant(
         neurons = sorted([neuron for neuron in drawn if (block, neuron) not in avoid][:count])
         for neuron, (direction_D, threshold, top) in zip(neurons, directions, strict=True):
             slope = PEAK / (top - threshold)
-            weight, bias = _parameters(traced.graph_module, gate)
-            weight[neuron] = slope * direction_D
-            bias[neuron] = -slope * threshold
-            constants = [(*_parameters(traced.graph_module, up), neuron) for up in ups if up is not gate]
-            if len(weight) == 2 * site.hidden_size:
-                constants.append((weight, bias, site.hidden_size + neuron))
-            for weight, bias, row in constants:
-                weight[row] = 0
-                bias[row] = 1
+            for projection, row_D, constant in (
+                (mlp.gate, slope * direction_D, -slope * threshold),
+                (mlp.value, torch.zeros(sites.width), 1.0),
+            ):
+                if projection is not None:
+                    assert projection.bias is not None, "planting needs a linear with a bias"
+                    module.get_parameter(projection.weight)[projection.offset + neuron] = row_D
+                    module.get_parameter(projection.bias)[projection.offset + neuron] = constant
             out_D = torch.randn(sites.width, generator=generator)
-            _parameters(traced.graph_module, down)[0][:, neuron] = out_D / out_D.norm() * (GAIN * median / PEAK)
+            module.get_parameter(mlp.down)[:, neuron] = out_D / out_D.norm() * (GAIN * median / PEAK)
         planted[block] = neurons
     return dict(sorted(planted.items()))
-
-
-def _parameters(graph_module: fx.GraphModule, linear: fx.Node) -> tuple[Tensor, Tensor]:
-    weight, bias = linear.args[1:3]
-    assert isinstance(weight, fx.Node) and isinstance(bias, fx.Node), "planting needs a linear with a bias"
-    return _parameter(graph_module, weight), _parameter(graph_module, bias)
-
-
-def _parameter(graph_module: fx.GraphModule, node: fx.Node) -> nn.Parameter:
-    return graph_module.get_parameter(str(node.target))
 
 
 def _directions(tokens_BTD: Tensor, num_prefix: int, count: int, firing: float) -> list[tuple[Tensor, float, float]]:

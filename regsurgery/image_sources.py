@@ -1,7 +1,7 @@
 """Where images come from: undecoded items of a folder of pictures, of dataset files, or of a random generator.
 
 An **item** is small, picklable and not yet decoded, so that it can be handed to a worker process: `(name, content)`,
-where the content is a path, the bytes of an image file, or the seed of a generated picture.
+where the content is a path, a stretch of a tar, the bytes of an image file, or the seed of a generated picture.
 """
 
 from __future__ import annotations
@@ -9,22 +9,40 @@ from __future__ import annotations
 import hashlib
 import io
 import random
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Protocol
 
 from regsurgery.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # of the library datasets
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+KINDS = dict.fromkeys(SUFFIXES, "pictures") | {".parquet": "parquet", ".arrow": "arrow", ".tar": "tar"}
 GENERATED_SIZE = 256
-UNREADABLE = (OSError, SyntaxError, ValueError)  # what Pillow raises on broken files
+UNREADABLE = (OSError, SyntaxError, ValueError)  # what `decode` raises on broken files
 
-Item = tuple[str, Path | bytes | str]
+
+@dataclass(frozen=True)
+class Stretch:
+    """`size` bytes of a file, from `offset` on."""
+
+    path: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+Content = Path | Stretch | bytes | str
+Item = tuple[str, Content]
 
 
 class Source(Protocol):
@@ -39,35 +57,52 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def items(self, chosen: range | tuple[int, ...]) -> Iterator[Item]:
-        """The items of those numbers, which ascend."""
+        """The items of those numbers, which ascend.
+
+        Raises:
+            UserError: a dataset file turns out to be broken.
+        """
         ...
 
     def fingerprint(self) -> str:
-        """Hex digest of what the images are, as far as names, sizes and dates tell."""
+        """What the images are, as far as names, sizes and dates tell."""
         ...
 
 
 def open_source(where: Path) -> Source:
-    """The source in a folder (recursively) or file.
+    """The source in a file or in a folder (recursively, without hidden files).
+
+    Of several kinds of files the one with the most bytes counts: pictures have their table of labels beside them, and
+    datasets have a thumbnail.
 
     Raises:
-        UserError: nothing there that holds images; the message says what was looked for.
+        UserError: nothing there that holds images, and what was looked for; or a broken dataset file.
     """
     if not where.exists():
         raise UserError(f"{where}: no such folder of images")
-    files = sorted(path for path in where.rglob("*") if path.is_file()) if where.is_dir() else [where]
-    pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
-    if pictures:
-        return Pictures(tuple(pictures))
-    for suffix, builder in BUILDERS.items():
-        found = [path for path in files if path.suffix.lower() == suffix]
-        if found:
-            return Records.open(tuple(found), builder)
-    looked_for = ", ".join(sorted(SUFFIXES) + list(BUILDERS))
-    raise UserError(f"{where}: no images in it (looked for {looked_for})")
+    kinds: dict[str, list[Path]] = {}
+    for path in sorted(filter(_is_shown_file, where.rglob("*"))) if where.is_dir() else [where]:
+        if kind := KINDS.get(path.suffix.lower()):
+            kinds.setdefault(kind, []).append(path)
+    if not kinds:
+        raise UserError(f"{where}: no images in it (looked for {', '.join(KINDS)})")
+    kind = max(kinds, key=lambda kind: sum(path.stat().st_size for path in kinds[kind]))
+    paths = tuple(kinds[kind])
+    if kind == "pictures":
+        return Pictures(paths)
+    if kind == "tar":
+        return Tars.open(paths)
+    from regsurgery.image_records import Records
+
+    return Records.open(paths, kind)
 
 
-def decode(content: Path | bytes | str) -> Image:
+def _is_shown_file(path: Path) -> bool:
+    cached = path.suffix == ".arrow" and path.name.startswith("cache-")  # what the library datasets leaves beside data
+    return path.is_file() and not path.name.startswith(".") and not cached
+
+
+def decode(content: Content) -> Image:
     """The picture of an item, RGB.
 
     Raises:
@@ -77,8 +112,19 @@ def decode(content: Path | bytes | str) -> Image:
 
     if isinstance(content, str):
         return dead_leaves(random.Random(content))
-    with PIL.Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-        return image.convert("RGB")
+    if isinstance(content, Stretch):
+        content = content.read()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of damaged metadata, in files that can be read
+        try:
+            with PIL.Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+                if image.mode.startswith("I;16"):  # `convert` would clip to 255, which leaves them white
+                    return image.convert("I").point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
+                return image.convert("RGB")
+        except PIL.UnidentifiedImageError as error:
+            raise ValueError("in no image format that Pillow knows" if content != b"" else "empty") from error
+        except PIL.Image.DecompressionBombError as error:
+            raise ValueError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -96,7 +142,7 @@ class Pictures:
             yield str(self.paths[index]), self.paths[index]
 
     def fingerprint(self) -> str:
-        return _fingerprint(self.paths)
+        return fingerprint_of(self.paths)
 
 
 @dataclass(frozen=True)
@@ -119,96 +165,66 @@ class Generated:
 
 
 @dataclass(frozen=True)
-class Records:
-    """The image column of parquet, arrow or WebDataset tar files, streamed by the library datasets.
+class Tars:
+    """The first image of every sample of WebDataset tars; a sample is consecutive members alike up to the first dot.
+
+    Not read by the library datasets: that would decode the members beside the images, and refuse a tar because of them.
 
     Attributes:
-        stream: a `datasets.IterableDataset` whose only column `column` holds undecoded images.
+        members: of each image its name and where it lies.
     """
 
     paths: tuple[Path, ...]
-    stream: Any
-    column: str
-    count: int
-    random_access = False
+    members: tuple[tuple[str, Stretch], ...]
+    random_access = True
 
     @classmethod
-    def open(cls, paths: tuple[Path, ...], builder: str) -> Records:
-        try:
-            import datasets
-        except ImportError as error:
-            raise UserError(
-                f"{paths[0]}: reading {builder} files needs the library datasets: pip install 'regsurgery[data]'"
-            ) from error
-        datasets.disable_progress_bars()
-        try:
-            stream = datasets.load_dataset(builder, data_files=[str(p) for p in paths], split="train", streaming=True)
-            assert isinstance(stream, datasets.IterableDataset)
-            first = next(iter(stream.decode(False) if stream.features else stream))
-            column = _image_column(stream.features or datasets.Features(), first)
-            if column is None:
-                raise UserError(f"{paths[0]}: no column of images in it; it has {', '.join(sorted(first))}")
-            stream = stream.select_columns([column])
-            if isinstance((stream.features or {}).get(column), datasets.Image):
-                stream = stream.cast_column(column, datasets.Image(decode=False))
-            return cls(paths, stream, column, sum(_count(path) for path in paths))
-        except StopIteration as error:
-            raise UserError(f"{paths[0]}: no images in it") from error
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise UserError(
-                f"{paths[0]}: cannot be read as {builder}: {' '.join(str(error).split())[:200]}"
-            ) from error
+    def open(cls, paths: tuple[Path, ...]) -> Tars:
+        return cls(paths, tuple(member for path in paths for member in _images_of_tar(path)))
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.members)
 
     def items(self, chosen: range | tuple[int, ...]) -> Iterator[Item]:
-        wanted, last = set(chosen), max(chosen, default=-1)
-        for index, row in enumerate(self.stream):
-            if index in wanted:
-                yield f"image {index} of {self.paths[0].parent.name}", _content(row[self.column])
-            if index >= last:
-                return
+        for index in chosen:
+            name, stretch = self.members[index]
+            yield f"{stretch.path}: {name}", stretch
 
     def fingerprint(self) -> str:
-        return _fingerprint(self.paths)
+        return fingerprint_of(self.paths)
 
 
-def _image_column(features: Any, row: dict[str, Any]) -> str | None:
-    import datasets
-
-    named = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    plain = [name for name, value in row.items() if isinstance(value, bytes) or _is_image_struct(value)]
-    return next(iter(named or plain), None)
-
-
-def _is_image_struct(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("bytes"), bytes)
-
-
-def _content(value: Any) -> Path | bytes:
-    if isinstance(value, dict):
-        return value["bytes"] if value.get("bytes") is not None else Path(value["path"])
-    return value if isinstance(value, bytes) else b""
-
-
-def _count(path: Path) -> int:
-    """How many records a dataset file has, without reading their images."""
+def _images_of_tar(path: Path) -> Iterator[tuple[str, Stretch]]:
     import tarfile
 
-    if path.suffix.lower() == ".tar":
-        with tarfile.open(path) as tar:
-            return sum(Path(name).suffix.lower() in SUFFIXES for name in tar.getnames())
-    if path.suffix.lower() == ".parquet":
-        import pyarrow.parquet
+    current, has_image = None, False
+    with blamed(path, "tar", tarfile.TarError), tarfile.open(path, "r:") as tar:
+        for member in tar:
+            name = PurePosixPath(member.name)
+            sample = name.parent / name.name.partition(".")[0]
+            if sample != current:
+                current, has_image = sample, False
+            is_image = member.isreg() and name.suffix.lower() in SUFFIXES and not name.name.startswith(".")
+            if is_image and not has_image:
+                has_image = True
+                yield member.name, Stretch(path, member.offset_data, member.size)
+        # A header that makes no sense ends a tar for tarfile, as an empty block does.
+        with path.open("rb") as file:
+            file.seek(tar.offset)
+            if any(file.read(tarfile.BLOCKSIZE)):
+                raise tarfile.ReadError(f"damaged or cut off at byte {tar.offset}")
 
-        return pyarrow.parquet.ParquetFile(path).metadata.num_rows
-    import datasets
 
-    return datasets.Dataset.from_file(str(path)).num_rows
+@contextmanager
+def blamed(path: Path, kind: str, *errors: type[Exception]) -> Iterator[None]:
+    """`errors`, and those of reading at large, become a `UserError` that names the file."""
+    try:
+        yield
+    except (OSError, ValueError, *errors) as error:
+        raise UserError(f"{path}: cannot be read as {kind}: {' '.join(str(error).split())[:200]}") from error
 
 
-def _fingerprint(paths: tuple[Path, ...]) -> str:
+def fingerprint_of(paths: tuple[Path, ...]) -> str:
     facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from regsurgery.calibration import image_set
 from regsurgery.demo import GAIN, PEAK, plant
-from regsurgery.graph import find_node
 from regsurgery.loading import load
 from regsurgery.match import match
+from regsurgery.mlp import mlp_of
 from regsurgery.sites import Block, Sites
 from regsurgery.statistics import tap, token_norms
 from regsurgery.trace import Traced, tensor_inputs, trace
@@ -79,9 +79,7 @@ def at_the_prefix(traced: Traced, sites: Sites, block: Block, neuron: int, input
     """Fires at the class token only, and writes there as much as a planted neuron writes to a patch."""
     median = _median(traced, sites, block, inputs)
     up, bias, down = _parameters(traced, block)
-    source = find_node(traced.graph_module, block.ups[0]).args[0]
-    assert isinstance(source, fx.Node)
-    _, taps = tap(traced.graph_module, {"mlp": source.name})(*inputs)
+    _, taps = tap(traced.graph_module, {"mlp": mlp_of(traced, block).source})(*inputs)
     prefix_BD = taps["mlp"][:, 0]
     patches_ND = taps["mlp"][:, sites.num_prefix :].flatten(0, 1)
     direction_D = torch.nn.functional.normalize(prefix_BD.mean(dim=0) - patches_ND.mean(dim=0), dim=0)
@@ -109,7 +107,7 @@ def _median(traced: Traced, sites: Sites, block: Block, inputs: list) -> float:
 
 def _parameters(traced: Traced, block: Block) -> tuple[Tensor, Tensor, Tensor]:
     """Weight and bias of the up projection, weight of the down projection."""
-    up, down = (find_node(traced.graph_module, name) for name in (block.ups[0], block.down))
-    nodes = (*up.args[1:3], down.args[1])
-    weight, bias, column = (traced.graph_module.get_parameter(str(node.target)) for node in nodes)  # type: ignore[union-attr]
-    return weight, bias, column
+    mlp = mlp_of(traced, block)
+    assert mlp.value is None and mlp.gate.bias is not None, "distractors are for plain MLPs"
+    weight, bias, down = (traced.graph_module.get_parameter(n) for n in (mlp.gate.weight, mlp.gate.bias, mlp.down))
+    return weight, bias, down

@@ -16,7 +16,9 @@ import torch
 from PIL import Image
 
 from regsurgery import checkpoint_io, cli
+from regsurgery.calibration import image_set
 from regsurgery.demo import write_demo
+from regsurgery.image_sources import decode
 
 PROGRAM = Path(sys.executable).parent / "regsurgery"
 PARTS = ["README.md", "SHA256SUMS", "config.json", "model.safetensors", "modeling_regsurgery.py",
@@ -257,7 +259,6 @@ def test_neurons_that_are_not_the_register_neurons(run, demo, tmp_path):
     "args, named",
     [
         (["--recipe", "dmo"], "dmo: no such recipe file, and no bundled recipe of that name; did you mean 'demo'?"),
-        ([], "no bundled recipe was made for it"),
         (["--recipe", "demo", "--format", "onx"], "format onx: not one of transformers, timm, open_clip, pt2"),
         (["--recipe", "demo", "--format", "timm"], "format timm"),
         (["--recipe", "demo", "--num-registers", "65"], "--num-registers"),
@@ -269,27 +270,64 @@ def test_an_option_that_makes_no_sense(run, demo, tmp_path, args, named):
     assert everything(tmp_path) == set()
 
 
+def write_pictures(folder: Path, count: int) -> None:
+    pictures = image_set(None, count)
+    for number, (_, content) in enumerate(pictures.source.items(pictures.chosen)):
+        decode(content).save(folder / f"{number}.png")
+
+
 def cut_jpeg(path: Path) -> None:
     Image.effect_noise((200, 200), 90).save(path)
     path.write_bytes(path.read_bytes()[:-2000])
 
 
+def too_few(folder: Path) -> None:
+    write_pictures(folder, 3)
+    (folder / "a.png").write_bytes(b"garbage")
+    cut_jpeg(folder / "b.jpg")
+
+
+def a_few_bytes(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"garbage")
+
+
 IMAGES = {
-    "empty": ("readme.txt", lambda path: path.write_text("none"), "no images in it"),
-    "garbage": ("a.png", lambda path: path.write_bytes(b"garbage"), "a.png: not a readable image"),
-    "cut": ("a.jpg", cut_jpeg, "a.jpg: not a readable image"),
-}
+    "empty": (lambda folder: (folder / "readme.txt").write_text("none"), "images: no images in it"),
+    "too small": (lambda folder: write_pictures(folder, 3), "images: 3 images in it, at least 4 are needed"),
+    "too few readable": (too_few, "3 of 5 images can be read, at least 4 are needed", "images/a.png: not a readable",
+                         "images/b.jpg: not a readable image"),
+    "parquet": (lambda folder: a_few_bytes(folder, "a.parquet"), "images/a.parquet: cannot be read as parquet"),
+    "arrow": (lambda folder: a_few_bytes(folder, "a.arrow"), "images/a.arrow: cannot be read as arrow"),
+    "tar": (lambda folder: a_few_bytes(folder, "a.tar"), "images/a.tar: cannot be read as tar"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("command", ["patch", "verify"])
-@pytest.mark.parametrize("name, make, named", IMAGES.values(), ids=IMAGES)
-def test_images_that_cannot_be_read(run, demo, patched, tmp_path, command, name, make, named):
+@pytest.mark.parametrize("make, named", [(make, named) for make, *named in IMAGES.values()], ids=IMAGES)
+def test_images_that_cannot_be_read(run, demo, patched, tmp_path, command, make, named):
     images = tmp_path / "images"
     images.mkdir()
-    make(images / name)
+    make(images)
+    before = everything(tmp_path)
     args = (demo, "--recipe", "demo", "-o", tmp_path / "out") if command == "patch" else (patched,)
-    assert_refused(run(command, *args, "-q", "--images", images), images, named)
-    assert everything(tmp_path) == {images, images / name}
+    assert_refused(run(command, *args, "-q", "--images", images), images, *named)
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["patch", "verify"])
+@pytest.mark.parametrize("quiet", [False, True])
+def test_broken_images_among_others_are_skipped(run, demo, patched, tmp_path, command, quiet):
+    images = tmp_path / "images"
+    images.mkdir()
+    write_pictures(images, 4)
+    (images / "1a.png").write_bytes(b"garbage")
+    cut_jpeg(images / "9.jpg")
+    args = (demo, "--recipe", "demo", "-o", tmp_path / "out") if command == "patch" else (patched,)
+    done = run(command, *args, *(["-q"] if quiet else []), "--images", images)
+    assert done.code == 0
+    skipped = [line for line in done.err.splitlines() if "skipped" in line]
+    assert [line.split(":")[0] for line in skipped] == ([] if quiet else [f"skipped {images}/{name}" for name in
+                                                                          ("1a.png", "9.jpg")])  # fmt: skip
 
 
 @pytest.mark.parametrize("output", ["there", "no/out"])

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from regsurgery.calibration import dead_leaves
 from regsurgery.checkpoint_io import write_sums
 from regsurgery.cli import main
 from regsurgery.emit import emit
+from regsurgery.image_sources import dead_leaves
 from regsurgery.match import match
 from regsurgery.recipe import Recipe
 from regsurgery.runtime import operate
