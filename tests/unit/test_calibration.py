@@ -398,7 +398,8 @@ def tars(folder: Path, contents: list[bytes]) -> None:
 
 
 def webdataset_tars(folder: Path, contents: list[bytes]) -> None:
-    webdataset = pytest.importorskip("webdataset")
+    import webdataset
+
     with webdataset.ShardWriter(f"{folder}/shard-%06d.tar", maxcount=5, verbose=0) as writer:
         for number, content in enumerate(contents):
             writer.write({"__key__": f"{number:06}", "png": content, "json": {"n": number}, "txt": "a caption"})
