@@ -74,6 +74,22 @@ def evaluate(graph_module: fx.GraphModule, node: fx.Node, inputs: list[Tensor]) 
         return fx.GraphModule(graph_module, graph)(*inputs)
 
 
+def drop_unused(graph: fx.Graph) -> None:
+    """Erase every node that the output does not need.
+
+    `fx.Graph.eliminate_dead_code` alone keeps operators that draw random numbers, as dropout does even in eval mode,
+    and with them all blocks behind an early exit. A write in place stays where something else reads what it wrote to.
+    """
+
+    def needed(node: fx.Node) -> bool:
+        writes = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        return node.op in ("placeholder", "output") or (
+            writes and any(len(source.users) > 1 for source in node.all_input_nodes[:1])
+        )
+
+    graph.eliminate_dead_code(needed)
+
+
 def between(graph_module: fx.GraphModule, start: fx.Node, end: fx.Node) -> fx.GraphModule:
     """`end` as a function of `start` alone; what else it needs must be parameters and constants."""
     graph = fx.Graph()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from regsurgery.graph import between, find_node
+from regsurgery.graph import between, drop_unused, find_node
 from regsurgery.loading import Loaded
 from regsurgery.match import ADDS, NORMS
 from regsurgery.sites import Block, Sites
@@ -149,7 +149,7 @@ class Scorer:
                     reduced.append(graph.call_function(reduction, (node, self.patches.start, self.patches.stop)))
             sources.append(by_name[source])
         output.args = ((sums, sources, medians, by_name[self.blocks[-1].output]),)
-        graph.eliminate_dead_code()
+        drop_unused(graph)
         self.graph_module = fx.GraphModule(graph_module, graph)
 
     def new_sums(self) -> Sums:

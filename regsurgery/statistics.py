@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
+from regsurgery.graph import drop_unused
+
 OUTLIER_FACTOR = 5.0  # a patch is an outlier above this many times the median patch norm of its image
 ROBUST_DEVIATIONS = 10.0
 MIN_RATIO = 3.0
@@ -25,7 +27,7 @@ def tap(graph_module: fx.GraphModule, nodes: Mapping[str, str], *, early_exit: b
     outputs = {} if early_exit else output.args[0]
     output.args = ((outputs, {key: by_name[name] for key, name in nodes.items()}),)
     if early_exit:
-        graph.eliminate_dead_code()
+        drop_unused(graph)
     return fx.GraphModule(graph_module, graph)
 
 
