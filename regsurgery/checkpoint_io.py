@@ -190,6 +190,15 @@ def write_weights(sources: Sequence[Path], folder: Path, additions: Mapping[str,
         write_json(folder / path.name, index)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file of `tensors`, in name order."""
+    from safetensors.torch import save_file
+
+    ours = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
+    save_file(ours, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # the library writes for the owner alone
+
+
 def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
 

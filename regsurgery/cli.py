@@ -111,6 +111,10 @@ def patch(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder to write.")],
     recipe: Annotated[str | None, typer.Option("--recipe", help="Recipe file, or name of a bundled recipe.")] = None,
+    mode: Annotated[str | None, typer.Option("--mode", help="shift, native or bias; by default the recipe's.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate/--no-calibrate", help="Native mode: train the registers on the images.")
+    ] = True,
     format: Annotated[str | None, typer.Option("--format", help="transformers, timm, open_clip or pt2.")] = None,
     num_registers: Annotated[int | None, typer.Option("--num-registers", help="Register tokens.", min=1)] = None,
     images: Images = None,
@@ -132,6 +136,8 @@ def patch(
             model,
             output,
             recipe=recipe,
+            mode=mode,
+            calibrate=calibrate,
             format=format,
             num_registers=num_registers,
             images=images,

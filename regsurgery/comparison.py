@@ -28,6 +28,11 @@ class Means:
     def __getitem__(self, name: str) -> float:
         return self.sums[name] / self.counts[name]
 
+    def deviation(self, name: str) -> float | None:
+        """The standard deviation, from the mean of `NAME squared`; None where nothing was added."""
+        mean, square = self.get(name), self.get(f"{name} squared")
+        return None if mean is None or square is None else max(0.0, square - mean**2) ** 0.5
+
     def get(self, name: str) -> float | None:
         """The mean, or None where nothing was added."""
         return self[name] if self.counts.get(name) else None
@@ -44,7 +49,13 @@ def main_output(names: tuple[str, ...]) -> str:
 
 
 def compare(
-    means: Means, sites: Sites, main: str, original: Run, patched: Run, outliers: Callable[[Tensor], Tensor]
+    means: Means,
+    sites: Sites,
+    main: str,
+    original: Run,
+    patched: Run,
+    outliers: Callable[[Tensor], Tensor],
+    patched_tokens: tuple[slice, slice] | None = None,
 ) -> None:
     """Add one batch to `means`.
 
@@ -54,20 +65,26 @@ def compare(
     stayed.
 
     Args:
+        sites: of the original.
         outliers: norms `[B, N]` -> which are outliers, bool `[B, N]`.
+        patched_tokens: where patches and registers are among the patched model's tokens; by default where the passes
+            leave them.
     """
-    patches = slice(sites.num_prefix, sites.num_tokens)
     (outputs, taps), (new_outputs, new_taps) = original, patched
-    was_outlier_BN = outliers(token_norms(taps["probe"])[:, patches])
-    for kind, tapped in (("original", taps), ("patched", new_taps)):
+    new_patches, registers = patched_tokens or (sites.patches, sites.registers)
+    was_outlier_BN = outliers(token_norms(taps["probe"])[:, sites.patches])
+    for kind, tapped, patches in (("original", taps, sites.patches), ("patched", new_taps, new_patches)):
         norms_BN = token_norms(tapped["probe"])[:, patches]
         max_B, median_B = norms_BN.amax(dim=1), norms_BN.median(dim=1).values
         means.add(f"{kind} outliers", outliers(norms_BN).sum(dim=1))
         means.add(f"{kind} max", max_B)
         means.add(f"{kind} median", median_B)
         means.add(f"{kind} ratio", max_B / median_B)
-    means.add("register", token_norms(new_taps["probe"])[:, sites.num_tokens :])
-    cosine_BN = F.cosine_similarity(taps["last"][:, patches].float(), new_taps["last"][:, patches].float(), dim=-1)
+    register_norms_BR = token_norms(new_taps["probe"])[:, registers]
+    means.add("register", register_norms_BR)
+    means.add("register squared", register_norms_BR.double() ** 2)
+    last_BND, new_last_BND = taps["last"][:, sites.patches], new_taps["last"][:, new_patches]
+    cosine_BN = F.cosine_similarity(last_BND.float(), new_last_BND.float(), dim=-1)
     means.add("cosine patches", cosine_BN[~was_outlier_BN])
     output, new_output = outputs[main], new_outputs[main]
     means.add("cosine output", F.cosine_similarity(output.flatten(1).float(), new_output.flatten(1).float()))

@@ -24,16 +24,16 @@ def emit(surgery: Surgery, target: Path, fmt: str) -> Iterator[Path]:
     The block verifies what was written and calls `complete` with the verdict.
     """
     with checkpoint_io.whole_folder(target) as folder:
-        if fmt in backends.LIBRARIES:
+        if fmt == surgery.loaded.library:
             _copy_side_files(surgery.loaded.folder, folder)
-        backends.backend(fmt).emit(surgery, folder)
+        backends.backend(fmt, surgery.recipe.mode).emit(surgery, folder, target)
         (folder / RECIPE_NAME).write_text(surgery.recipe.to_yaml(), "utf-8")
         yield folder
 
 
 def complete(surgery: Surgery, folder: Path, target: Path, fmt: str, verdict: Verdict) -> None:
     """Write the model card, which has the verdict's figures, and last SHA256SUMS."""
-    snippet = backends.backend(fmt).snippet(surgery, target.name)
+    snippet = backends.backend(fmt, surgery.recipe.mode).snippet(surgery, target.name)
     (folder / CARD_NAME).write_text(model_card(surgery, fmt, verdict, snippet), "utf-8")
     checkpoint_io.write_sums(folder)
 

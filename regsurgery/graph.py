@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 
 def ancestor_sets(graph: fx.Graph) -> dict[fx.Node, int]:
@@ -106,3 +106,16 @@ def between(graph_module: fx.GraphModule, start: fx.Node, end: fx.Node) -> fx.Gr
             copied[node] = graph.node_copy(node, lambda n: copied[n])
     graph.output(copied[end])
     return fx.GraphModule(graph_module, graph)
+
+
+def set_parameter(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Set a parameter by its dotted name without touching modules that `root` shares with other graphs."""
+    *path, leaf = name.split(".")
+    module = root
+    for part in path:
+        child = getattr(module, part)
+        own = nn.Module()
+        own.__dict__.update({k: dict(v) if isinstance(v, dict) else v for k, v in child.__dict__.items()})
+        module._modules[part] = own
+        module = own
+    module.register_parameter(leaf, parameter)

@@ -20,7 +20,7 @@ def load(folder: str | Path) -> nn.Module:
     """The patched model of a folder that regsurgery wrote, in eval mode. Runs the folder's own loader file."""
     root = existing_folder(folder)
     fmt = folder_format(root)
-    return backends.backend(fmt).reload(root, read_patched_config(root, fmt))
+    return backends.backend(fmt, patched_mode(root, fmt)).reload(root, read_patched_config(root, fmt))
 
 
 def existing_folder(folder: str | Path) -> Path:
@@ -45,6 +45,11 @@ def folder_format(folder: Path) -> str:
 
 def read_patched_config(folder: Path, fmt: str) -> dict[str, Any]:
     return json.loads((folder / backends.backend(fmt).CONFIG_NAME).read_text("utf-8"))
+
+
+def patched_mode(folder: Path, fmt: str) -> str:
+    """The mode in which a patched folder was written."""
+    return read_patched_config(folder, fmt)["regsurgery"]["mode"]
 
 
 def restore_original(patched: Path, target: Path, fmt: str) -> None:

@@ -45,7 +45,12 @@ if TYPE_CHECKING:
     from regsurgery.sites import Sites
     from regsurgery.surgery import Surgery
     from regsurgery.trace import Traced
-    from regsurgery.verification import Verdict
+    from regsurgery.verification import Artefact, Verdict
+
+
+HELD_OUT_EVERY = 5  # of the user's images, every fifth is for verification alone where a mode is fitted on images
+INEXACT = 100.0  # times rounding, where a native host's norms have another eps
+GENERATED_TO_FIT = 128  # pictures to fit on where the user gives none
 
 
 class Progress:
@@ -90,6 +95,8 @@ def patch(
     output: str | Path,
     *,
     recipe: str | Path | Recipe | None = None,
+    mode: str | None = None,
+    calibrate: bool = True,
     format: str | None = None,
     num_registers: int | None = None,
     images: str | Path | None = None,
@@ -105,8 +112,12 @@ def patch(
         model: folder, Hub id, `timm:NAME`, `open_clip:ARCH/TAG` or `demo`.
         recipe: a `Recipe`, a recipe file or the name of a bundled recipe. By default the bundled one for `model`, if
             there is one and its verification passes; else the neurons are found.
-        format: one of `backends.FORMATS`; by default that of the model's library.
-        images: where images for finding and verification are, see `calibration.image_set`.
+        mode: one of `recipe.MODES`; by default the recipe's.
+        calibrate: native mode: train the register tokens and the register neurons' output columns on the images.
+        format: one of `backends.FORMATS`; by default that of the model's library, or in native mode the one of a stock
+            host.
+        images: where images for finding, fitting and verification are, see `calibration.image_set`. A mode that is
+            fitted on images is verified on others: every `HELD_OUT_EVERY`-th, or other generated pictures.
         seed: of generated pictures.
         dry_run: do everything, but write nothing to `output`.
 
@@ -116,6 +127,7 @@ def patch(
         VerificationError: the patched model fails verification; `output` is not created.
     """
     from regsurgery.calibration import image_set
+    from regsurgery.fitting import perform_native
     from regsurgery.surgery import perform
 
     started = time.monotonic()
@@ -130,22 +142,26 @@ def patch(
 
     progress.stage("load")
     loaded = load_original(model, options)
-    fmt = format or loaded.library
-    if fmt in backends.LIBRARIES and fmt != loaded.library:
-        raise UserError(
-            f"format {fmt}: {model} is a {loaded.library} checkpoint, which can be written as {loaded.library} or pt2"
-        )
     traced, sites = _locate(loaded, progress)
     progress.say(f"preprocessing: {loaded.preprocess_note}; images: {pictures.note}")
 
     def operate_and_write(chosen: Recipe) -> PatchResult:
         if num_registers is not None:
             chosen = chosen.with_num_registers(num_registers)
+        if mode is not None:
+            chosen = chosen.with_mode(mode)
+        fmt = _format(format, loaded, chosen.mode, progress)
         progress.stage("surgery")
-        surgery = perform(loaded, chosen, traced, sites)
+        if chosen.mode == "shift":
+            surgery, unseen = perform(loaded, chosen, traced, sites), pictures
+        else:
+            fit, unseen = _disjoint(images, pictures, seed)
+            surgery = perform_native(
+                loaded, chosen, traced, sites, fit, calibration=calibrate, seed=seed, progress=progress
+            )
         with tempfile.TemporaryDirectory() as nowhere:
             target = Path(nowhere) / "dry-run" if dry_run else output
-            verdict = _write(surgery, target, fmt, pictures, progress)
+            verdict = _write(surgery, target, fmt, unseen, progress)
         seconds = time.monotonic() - started
         return PatchResult(None if dry_run else str(output), chosen.mode, fmt, chosen, verdict, seconds, _peak_rss_mb())
 
@@ -161,6 +177,40 @@ def patch(
             progress.say(f"recipe {name} does not fit this model ({error}); finding its register neurons instead")
     journal = None if dry_run else output.absolute().with_name(f".{output.name}.journal")
     return operate_and_write(_find(loaded, traced, sites, pictures, seed, journal, progress).recipe)
+
+
+def _format(wanted: str | None, loaded: Loaded, mode: str, progress: Progress) -> str:
+    """The format to write: `wanted`, or the one that suits the model and the mode."""
+    from regsurgery.backends.canonical import default_host
+
+    if mode == "native":
+        fmt = wanted or default_host(loaded)
+        progress.say(f"native host: stock {fmt}" if fmt in backends.LIBRARIES else f"native as {fmt}")
+        return fmt
+    fmt = wanted or loaded.library
+    if fmt in backends.LIBRARIES and fmt != loaded.library:
+        raise UserError(
+            f"format {fmt}: {loaded.source.id} is a {loaded.library} checkpoint, which mode {mode} writes as "
+            f"{loaded.library} or pt2"
+        )
+    return fmt
+
+
+def _disjoint(images: str | Path | None, pictures: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Images to fit on, and others to verify on."""
+    from dataclasses import replace
+
+    from regsurgery.calibration import MIN_IMAGES, image_set
+
+    if images is None:
+        return image_set(None, GENERATED_TO_FIT, seed=seed + 1), pictures
+    if pictures.num_images < 2 * MIN_IMAGES:
+        raise UserError(
+            f"{images}: {pictures.num_images} images, at least {2 * MIN_IMAGES} are needed to fit on some and verify "
+            "on others"
+        )
+    fit, unseen = pictures.split(HELD_OUT_EVERY)
+    return fit, replace(unseen, note=f"{unseen.num_images} of the {pictures.note}, held out")
 
 
 def find(
@@ -310,20 +360,57 @@ def _write(surgery: Surgery, target: Path, fmt: str, pictures: ImageSet, progres
 
 
 def _verify_folder(surgery: Surgery, folder: Path, fmt: str, pictures: ImageSet, progress: Progress) -> Verdict:
+    """What was written, against the surgery's graphs."""
+    from regsurgery.verification import sides
     from regsurgery.verification import verify as compare
 
     progress.stage("verify", pictures.num_images)
-    module = backends.backend(fmt).reload(folder, read_patched_config(folder, fmt))
-    return compare(surgery, _runner(surgery, module, fmt), pictures, progress=progress.advance)
+    mode = surgery.recipe.mode
+    module = backends.backend(fmt, mode).reload(folder, read_patched_config(folder, fmt))
+    run, factor = _runner(surgery, module, folder, fmt)
+    return compare(surgery.loaded, *sides(surgery), run, pictures, parity_factor=factor, progress=progress.advance)
 
 
-def _runner(surgery: Surgery, module: nn.Module, fmt: str) -> Callable[[list[Tensor]], dict[str, Tensor]]:
+def _runner(
+    surgery: Surgery, module: nn.Module, folder: Path, fmt: str
+) -> tuple[Callable[[list[Tensor]], Artefact], float]:
+    """How the written model is run on a graph's inputs, and by what factor it may differ from the patched graph."""
+    from regsurgery.verification import Artefact
+
     if fmt not in backends.LIBRARIES:
-        return lambda inputs: module(*inputs)
-    image = [node.name for node in surgery.traced.graph_module.graph.find_nodes(op="placeholder")].index(
-        surgery.traced.image
-    )
-    return lambda inputs: surgery.loaded.call(module, inputs[image])
+
+        def run_program(inputs: list[Tensor]) -> Artefact:
+            outputs = module(*inputs)
+            return Artefact(outputs, outputs)
+
+        return run_program, 1.0
+    placeholders = surgery.traced.graph_module.graph.find_nodes(op="placeholder")
+    image = [node.name for node in placeholders].index(surgery.traced.image)
+    if surgery.recipe.mode != "native":
+
+        def run_module(inputs: list[Tensor]) -> Artefact:
+            outputs = surgery.loaded.call(module, inputs[image])
+            return Artefact(outputs, outputs)
+
+        return run_module, 1.0
+    block = read_patched_config(folder, fmt)["regsurgery"]
+    host = backends.backend(fmt, "native")
+
+    def run_host(inputs: list[Tensor]) -> Artefact:
+        outputs = host_outputs(host, module, inputs[image], block)
+        return Artefact(outputs, outputs)
+
+    return run_host, 1.0 if block["exact"] else INEXACT
+
+
+def host_outputs(host: Any, module: nn.Module, images: Tensor, block: dict[str, Any]) -> dict[str, Tensor]:
+    """The outputs of the original, as far as a stock host of native mode has them."""
+    import torch.nn.functional as F
+
+    kinds = host.outputs(module, images, block["num_registers"])
+    if "head" in kinds:
+        kinds["unit_head"] = F.normalize(kinds["head"], dim=-1)
+    return {name: kinds[kind] for name, kind in block["outputs"].items() if kind in kinds}
 
 
 def verify(

@@ -17,7 +17,7 @@ from regsurgery.errors import RecipeError, did_you_mean
 
 SCHEMA = 1
 MAX_REGISTERS = 64
-MODES = ("shift",)
+MODES = ("shift", "native", "bias")
 FILLS = ("zero", "mean", "outliers", "keep")
 PREFIXES = ("keep", "fill")
 COMPATS = ("none", "reference")
@@ -57,6 +57,10 @@ class Recipe:
             raise RecipeError("the recipe has one scale per register; change num_registers there")
         scale = (self.scale[0] if self.scale else 1.0,) * num_registers
         return _checked(replace(self, num_registers=num_registers, scale=scale), "--num-registers")
+
+    def with_mode(self, mode: str) -> Recipe:
+        """The same recipe in another mode."""
+        return _checked(replace(self, mode=mode), "--mode")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data in the order of the contract, as `to_yaml` writes it."""
@@ -200,6 +204,10 @@ def _checked(recipe: Recipe, where: str) -> Recipe:
             f"{where}: num_registers is 0 but neurons are listed; clearing them with no register to take their place "
             "harms the model: set num_registers to 1"
         )
+    if recipe.mode == "native" and (recipe.fill != "zero" or recipe.compat != "none" or len(set(recipe.scale)) > 1):
+        raise RecipeError(f"{where}: mode native needs fill: zero, compat: none and one scale for all registers")
+    if recipe.mode != "shift" and not recipe.register_neurons:
+        raise RecipeError(f"{where}: mode {recipe.mode} needs register neurons")
     if len(recipe.scale) != recipe.num_registers:
         raise RecipeError(f"{where}: scale lists {len(recipe.scale)} numbers for {recipe.num_registers} register(s)")
     return recipe

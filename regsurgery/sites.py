@@ -54,6 +54,16 @@ class Sites:
     insert_path: str
 
     @property
+    def patches(self) -> slice:
+        """The patches among the tokens."""
+        return slice(self.num_prefix, self.num_tokens)
+
+    @property
+    def registers(self) -> slice:
+        """Where the passes put registers: behind the patches."""
+        return slice(self.num_tokens, None)
+
+    @property
     def probe_block(self) -> int:
         """The block after which outlier tokens are counted: the last but one, as in the paper."""
         return max(0, len(self.blocks) - 2)

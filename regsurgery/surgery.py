@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx
@@ -26,8 +26,10 @@ class Surgery:
     """Everything that verification and the back ends need.
 
     Attributes:
-        graph_module: the patched graph, in the plain form of `trace.py`; parameters shared with `loaded.model`.
+        graph_module: the patched graph, in the plain form of `trace.py`; parameters shared with `loaded.model`, but for
+            those that `edit` replaces.
         config_block: the `regsurgery` entry of the patched checkpoint's config; plain data.
+        edit: new values of parameters, by their names in memory (native mode); the register tokens among them.
     """
 
     loaded: Loaded
@@ -37,14 +39,23 @@ class Surgery:
     plan: Plan
     graph_module: fx.GraphModule
     config_block: dict[str, Any]
+    edit: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def register_tokens(self) -> Tensor:
+        """The register tokens, `[1, R, D]`."""
+        return self.graph_module.get_parameter(self.plan.register_name).detach()
+
+    def state(self) -> dict[str, Tensor]:
+        """The state dict of the original, edited, by its names in memory; without the register tokens."""
+        return {name: self.edit.get(name, value) for name, value in self.loaded.model.state_dict().items()}
 
     def new_tensors(self) -> dict[str, Tensor]:
         """The tensors that a patched checkpoint has beside the original's, by their names on disk."""
         if not self.plan.num_registers:
             return {}
         tower = self.config_block["layouts"][0]["tower"]
-        parameter = self.graph_module.get_parameter(self.plan.register_name)
-        return {f"{tower}.{REGISTER_TOKENS}".lstrip("."): parameter.detach()}
+        return {f"{tower}.{REGISTER_TOKENS}".lstrip("."): self.register_tokens}
 
 
 def perform(loaded: Loaded, recipe: Recipe, traced: Traced, sites: Sites) -> Surgery:
@@ -76,6 +87,17 @@ def check_fit(recipe: Recipe, sites: Sites) -> None:
                 )
 
 
+def common_block(loaded: Loaded, recipe: Recipe) -> dict[str, Any]:
+    """What the `regsurgery` entry says in every mode."""
+    return {
+        "version": regsurgery.__version__,
+        "mode": recipe.mode,
+        "num_registers": recipe.num_registers,
+        "register_neurons": {str(block): list(neurons) for block, neurons in recipe.register_neurons.items()},
+        "source": loaded.source.as_dict(),
+    }
+
+
 def _config_block(loaded: Loaded, recipe: Recipe, sites: Sites) -> dict[str, Any]:
     collects = loaded.library == "transformers"
     in_memory = _layout(sites, recipe, collects, lambda path: path, lambda block: block.attention_path)
@@ -87,15 +109,11 @@ def _config_block(loaded: Loaded, recipe: Recipe, sites: Sites) -> dict[str, Any
         lambda block: _disk_attention_path(loaded, block),
     )
     return {
-        "version": regsurgery.__version__,
-        "mode": recipe.mode,
-        "num_registers": recipe.num_registers,
-        "register_neurons": {str(block): list(neurons) for block, neurons in recipe.register_neurons.items()},
+        **common_block(loaded, recipe),
         "fill": recipe.fill,
         "prefix": recipe.prefix,
         "compat": recipe.compat,
         "scale": list(recipe.scale),
-        "source": loaded.source.as_dict(),
         "width": sites.width,
         "num_prefix": sites.num_prefix,
         "in_place_blocks": [str(block) for block in recipe.register_neurons if sites.blocks[block].in_place],

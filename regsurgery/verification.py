@@ -6,18 +6,23 @@ images, and its outputs must equal the patched graph's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from regsurgery.calibration import ImageSet
 from regsurgery.comparison import Means, compare, main_output, probe_nodes
+from regsurgery.loading import Loaded
+from regsurgery.mlp import mlp_of
+from regsurgery.native import separation
+from regsurgery.recipe import Recipe
+from regsurgery.sites import Sites
 from regsurgery.statistics import outliers, tap, token_norms
 from regsurgery.surgery import Surgery
-from regsurgery.trace import tensor_inputs
+from regsurgery.trace import Traced, tensor_inputs
 
 # What a verdict needs. Outliers: below one in twenty images, or a tenth of what there were. Fidelity: an output that
 # keeps its direction; the real ViT-Ti keeps 0.94 (image features) to 0.96 (logits). Parity: rounding only.
@@ -43,6 +48,8 @@ class Verdict:
         outliers_per_image: patches above 5 times the median patch norm of their image.
         max_patch_norm: mean of each image's largest patch norm; `worst_patch_norm` is the largest of all.
         register_norm: mean norm of the register tokens in the patched model; None without registers.
+        register_norm_std: its standard deviation over the images.
+        margin: native mode: how well its detectors keep registers apart, see `native.separation`; the smallest.
         cosine_patches: mean cosine, original to patched, of the patches that were no outliers, after the last block.
         cosine_output: mean cosine of `output`.
         kl: mean KL divergence from the original's class distribution in nats; None for models without logits.
@@ -61,6 +68,8 @@ class Verdict:
     worst_patch_norm: Pair
     median_patch_norm: Pair
     register_norm: float | None
+    register_norm_std: float | None
+    margin: float | None
     cosine_patches: float
     cosine_output: float
     kl: float | None
@@ -72,26 +81,99 @@ class Verdict:
         return {**asdict(self), "failures": list(self.failures)}
 
 
+@dataclass(frozen=True)
+class Side:
+    """One of the two models: its graph, and where its tokens lie.
+
+    Attributes:
+        detectors: linear nodes and the unit of each that is native mode's detector of registers.
+    """
+
+    graph_module: fx.GraphModule
+    sites: Sites
+    patches: slice
+    registers: slice
+    detectors: tuple[tuple[str, int], ...] = ()
+
+
+def sides(surgery: Surgery) -> tuple[Side, Side]:
+    """Original and patched model of a surgery."""
+    sites, traced = surgery.sites, surgery.traced
+    original = Side(traced.graph_module, sites, sites.patches, slice(0, 0))
+    found = detectors(traced, sites, surgery.recipe) if surgery.recipe.mode == "native" else ()
+    return original, Side(surgery.graph_module, sites, sites.patches, sites.registers, found)
+
+
+def detectors(traced: Traced, sites: Sites, recipe: Recipe) -> tuple[tuple[str, int], ...]:
+    """The detector of every block: all its register neurons have the same one, but for the slope."""
+    found = []
+    for block, neurons in recipe.register_neurons.items():
+        gate = mlp_of(traced, sites.blocks[block]).gate
+        found.append((gate.node, gate.offset + neurons[0]))
+    return tuple(found)
+
+
+class _Margins:
+    """Extremes and sums of the detectors' values on registers and on all other tokens."""
+
+    def __init__(self, side: Side) -> None:
+        self.side = side
+        self.values: list[list[tuple[Tensor, Tensor]]] = [[] for _ in side.detectors]
+
+    def nodes(self) -> dict[str, str]:
+        return {f"detector {index}": node for index, (node, _) in enumerate(self.side.detectors)}
+
+    def add(self, taps: Mapping[str, Tensor]) -> None:
+        for index, (_, unit) in enumerate(self.side.detectors):
+            values_BT = taps[f"detector {index}"][..., unit].double()
+            is_register_T = torch.zeros(values_BT.shape[1], dtype=torch.bool, device=values_BT.device)
+            is_register_T[self.side.registers] = True
+            self.values[index].append((values_BT[:, is_register_T].flatten(), values_BT[:, ~is_register_T].flatten()))
+
+    def smallest(self) -> float | None:
+        margins = []
+        for kept in self.values:
+            registers_N, others_N = (torch.cat(group) for group in zip(*kept, strict=True))
+            margins.append(separation(registers_N, others_N)[0])
+        return min(margins, default=None)
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What a written model gave.
+
+    Attributes:
+        outputs: by the names of the original's outputs; not all of them where the host of native mode has not all.
+        as_graph: what must be equal to the patched graph's outputs of those names.
+    """
+
+    outputs: Mapping[str, Tensor]
+    as_graph: Mapping[str, Tensor]
+
+
 def verify(
-    surgery: Surgery,
-    run_artefact: Callable[[list[Tensor]], dict[str, Tensor]],
+    loaded: Loaded,
+    original_side: Side,
+    patched_side: Side,
+    run_artefact: Callable[[list[Tensor]], Artefact],
     images: ImageSet,
     *,
+    parity_factor: float = 1.0,
     batch_size: int = 8,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Verdict:
     """Compare the original graph, the patched graph and the artefact over `images`.
 
     Args:
-        run_artefact: positional inputs of the graph -> outputs of the artefact by name.
+        run_artefact: positional inputs of the graph -> what the artefact gives.
+        parity_factor: by how much more than rounding the artefact may differ from the patched graph.
         progress: called with the number of images just done.
     """
-    loaded, sites = surgery.loaded, surgery.sites
-    nodes = probe_nodes(sites)
-    original, patched = tap(surgery.traced.graph_module, nodes), tap(surgery.graph_module, nodes)
-    names = surgery.traced.output_names
-    main = main_output(names)
-    patches = slice(sites.num_prefix, sites.num_tokens)
+    sites = original_side.sites
+    margins = _Margins(patched_side)
+    original = tap(original_side.graph_module, probe_nodes(sites))
+    patched = tap(patched_side.graph_module, {**probe_nodes(patched_side.sites), **margins.nodes()})
+    main = ""
     means, worst = Means(), [0.0, 0.0]
     parity, limit, finite = 0.0, 0.0, True
     shapes: set[str] = set()
@@ -102,16 +184,21 @@ def verify(
         with torch.no_grad():
             (outputs, taps), (new_outputs, new_taps) = original(*inputs), patched(*inputs)
             artefact = run_artefact(inputs)
-        compare(means, sites, main, (outputs, taps), (new_outputs, new_taps), outliers)
-        norms = token_norms(taps["probe"])[:, patches], token_norms(new_taps["probe"])[:, patches]
+        shared = {name: value for name, value in outputs.items() if name in artefact.outputs}
+        main = main_output(tuple(shared))
+        shapes |= {name for name, value in shared.items() if value.shape != artefact.outputs[name].shape}
+        compared = new_outputs if main in shapes else artefact.outputs
+        tokens = (patched_side.patches, patched_side.registers)
+        compare(means, sites, main, (outputs, taps), (compared, new_taps), outliers, tokens)
+        margins.add(new_taps)
+        norms = token_norms(taps["probe"])[:, sites.patches], token_norms(new_taps["probe"])[:, patched_side.patches]
         worst = [max(before, float(norms_BN.max())) for before, norms_BN in zip(worst, norms, strict=True)]
-        for name in names:
-            if outputs[name].shape != artefact[name].shape:
-                shapes.add(name)
+        for name, value in artefact.as_graph.items():
+            if name in shapes:
                 continue
-            parity = max(parity, float((artefact[name] - new_outputs[name]).abs().max()))
-            limit = max(limit, PARITY[outputs[name].dtype] * max(1.0, float(new_outputs[name].abs().max())))
-            finite = finite and bool(artefact[name].isfinite().all())
+            parity = max(parity, float((value - new_outputs[name]).abs().max()))
+            limit = max(limit, parity_factor * PARITY[value.dtype] * max(1.0, float(new_outputs[name].abs().max())))
+        finite = finite and all(bool(value.isfinite().all()) for value in artefact.outputs.values())
         progress(len(batch))
 
     pair = lambda name: Pair(means[f"original {name}"], means[f"patched {name}"])  # noqa: E731
@@ -142,6 +229,8 @@ def verify(
         worst_patch_norm=Pair(*worst),
         median_patch_norm=pair("median"),
         register_norm=means.get("register"),
+        register_norm_std=means.deviation("register"),
+        margin=margins.smallest(),
         cosine_patches=means["cosine patches"],
         cosine_output=means["cosine output"],
         kl=means.get("kl"),

@@ -1,8 +1,9 @@
 """One file a library or format: how its checkpoints are read, and how a patched one is written.
 
 A library module has `WEIGHTS_NAME`, `load` (folder -> `Loaded`), `emit` (write the patched folder's own files),
-`reload` (a patched folder -> its module, as a user would get it) and `SNIPPET` (how to load the folder, for its card).
-A format without a library of its own (`pt2`) has `emit`, `reload` and `SNIPPET`.
+`reload` (a patched folder -> its module, as a user would get it) and `snippet` (how to load the folder, for its card).
+A format without a library of its own (`pt2`) has `emit`, `reload` and `snippet`. So has a stock host of native mode
+(`native_*`), and `outputs`, which names what the host gives.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ FORMATS = (*LIBRARIES, "pt2")
 _MODULES = {"transformers": "hf_transformers", "timm": "timm_vit", "open_clip": "open_clip_vit", "pt2": "pt2"}
 
 
+_NATIVE = {"transformers": "native_transformers", "timm": "native_timm", "open_clip": "native_open_clip", "pt2": "pt2"}
+
+
 def library(name: str) -> Any:
     """The back end of a library; see the module."""
     assert name in LIBRARIES
     return backend(name)
 
 
-def backend(name: str) -> ModuleType:
-    """The back end of a format."""
-    return importlib.import_module(f"regsurgery.backends.{_MODULES[name]}")
+def backend(name: str, mode: str = "shift") -> ModuleType:
+    """The back end of a format in a mode."""
+    modules = _NATIVE if mode == "native" else _MODULES
+    return importlib.import_module(f"regsurgery.backends.{modules[name]}")

@@ -218,7 +218,7 @@ class {name}(PatchedModel, transformers.{name}):
 '''
 
 
-def emit(surgery: Surgery, folder: Path) -> None:
+def emit(surgery: Surgery, folder: Path, target: Path) -> None:
     """Write config, weights and `modeling_regsurgery.py`."""
     loaded = surgery.loaded
     classes = _auto_classes(loaded)

@@ -84,7 +84,7 @@ def at_size(loaded: Loaded, size: tuple[int, int]) -> Loaded:
     return replace(loaded, model=model.to(reference).eval(), image_size=size)
 
 
-def emit(surgery: Surgery, folder: Path) -> None:
+def emit(surgery: Surgery, folder: Path, target: Path) -> None:
     """Write config, weights and `modeling_regsurgery.py`."""
     write_folder(surgery, folder, CONFIG_NAME, modeling_source(host_open_clip))
 

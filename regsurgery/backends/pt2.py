@@ -40,7 +40,7 @@ def lower(surgery: Surgery) -> torch.export.ExportedProgram:
     return program
 
 
-def emit(surgery: Surgery, folder: Path) -> None:
+def emit(surgery: Surgery, folder: Path, target: Path) -> None:
     """Write `model.pt2` and `regsurgery.json`, which says what is in it."""
     archive = io.BytesIO()  # torch's own writer aborts the process where the disk is full
     torch.export.save(lower(surgery), archive)

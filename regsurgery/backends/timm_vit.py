@@ -80,7 +80,7 @@ def _dtype(weights: tuple[Path, ...]) -> torch.dtype:
         return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
 
-def emit(surgery: Surgery, folder: Path) -> None:
+def emit(surgery: Surgery, folder: Path, target: Path) -> None:
     """Write config, weights and `modeling_regsurgery.py`."""
     write_folder(surgery, folder, CONFIG_NAME, modeling_source(host_timm))
 

@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 
 from regsurgery import runtime
-from regsurgery.graph import find_node
+from regsurgery.graph import find_node, set_parameter
 from regsurgery.passes.plan import INSERTED, PassResult, Plan
 
 
@@ -19,7 +19,7 @@ def insert_registers(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
     value = tokens.meta["val"]
     real = next(graph_module.parameters())
     zeros_1RD = torch.zeros(1, plan.num_registers, plan.sites.width, dtype=value.dtype, device=real.device)
-    _set_parameter(graph_module, plan.register_name, nn.Parameter(zeros_1RD))
+    set_parameter(graph_module, plan.register_name, nn.Parameter(zeros_1RD))
     with graph.inserting_after(tokens):
         parameter = graph.get_attr(plan.register_name)
     with graph.inserting_after(parameter):
@@ -33,16 +33,3 @@ def insert_registers(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
         parameter.meta["val"] = fake.from_tensor(zeros_1RD)
         appended.meta["val"] = runtime.append_registers(value, parameter.meta["val"])
     return PassResult((appended.name,), "a concatenation of the registers")
-
-
-def _set_parameter(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Set a parameter by its dotted name without touching modules that `root` shares with other graphs."""
-    *path, leaf = name.split(".")
-    module = root
-    for part in path:
-        child = getattr(module, part)
-        own = nn.Module()
-        own.__dict__.update({k: dict(v) if isinstance(v, dict) else v for k, v in child.__dict__.items()})
-        module._modules[part] = own
-        module = own
-    module.register_parameter(leaf, parameter)

@@ -1,0 +1,91 @@
+"""Native mode in open_clip: the vision tower is timm's with `reg_tokens`, the rest stays as it was.
+
+open_clip knows a timm tower by its name only, so the name is that of the folder itself (`local-dir:...`, or the Hub
+repository after a push), where timm's config.json says what the tower is.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from regsurgery.backends import host_open_clip
+from regsurgery.backends.canonical import TRUNK, canonical, config_block
+from regsurgery.backends.native_timm import tower_tensors, write_config
+from regsurgery.backends.open_clip_vit import UNLOADABLE
+from regsurgery.checkpoint_io import write_json, write_tensors
+from regsurgery.errors import CheckpointError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from regsurgery.surgery import Surgery
+
+WEIGHTS_NAME = "open_clip_model.safetensors"
+CONFIG_NAME = "open_clip_config.json"
+SNIPPET = """\
+import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{folder}")
+"""
+
+
+def emit(surgery: Surgery, folder: Path, target: Path) -> None:
+    """Write open_clip's config, timm's for the tower, and the weights; the text tower passes through."""
+    if surgery.loaded.library != "open_clip":
+        raise UnsupportedModelError(
+            f"native mode: an open_clip folder needs a text tower, which {surgery.loaded.source.id} has not in "
+            "open_clip's terms; use --format timm or transformers"
+        )
+    state = surgery.state()
+    tower = canonical(surgery.loaded, state)
+    tensors = {name: value for name, value in state.items() if not name.startswith("visual.")}
+    tensors |= {TRUNK + name: value for name, value in tower_tensors(tower, surgery.register_tokens).items()}
+    write_tensors(folder / WEIGHTS_NAME, tensors)
+    write_config(surgery, tower, folder)
+    config = json.loads(json.dumps(surgery.loaded.config))
+    vision = config["model_cfg"]["vision_cfg"]
+    config["model_cfg"]["vision_cfg"] = {
+        "image_size": vision.get("image_size", list(tower.image_size)),
+        "timm_model_name": f"local-dir:{target.absolute()}",
+        "timm_model_pretrained": False,
+        "timm_pool": tower.model_args.get("global_pool", "token"),
+        "timm_proj": None,
+    }
+    write_json(folder / CONFIG_NAME, {**config, "regsurgery": config_block(surgery, tower)})
+
+
+def snippet(surgery: Surgery, folder: str) -> str:
+    return SNIPPET.format(folder=folder)
+
+
+def reload(folder: Path, config: dict[str, Any]) -> nn.Module:
+    """The model of `folder` as stock open_clip loads it, wherever the folder has moved."""
+    import open_clip
+
+    with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
+        relocate(folder, Path(scratch), config)
+        try:
+            model: Any = host_open_clip.stock_model(scratch)
+            open_clip.load_checkpoint(model, str(folder / WEIGHTS_NAME), strict=True)
+        except UNLOADABLE as error:
+            raise CheckpointError(
+                f"{folder}: open_clip cannot load it: {' '.join(str(error).split())[:300]}"
+            ) from error
+    return model.eval()
+
+
+def relocate(folder: Path, scratch: Path, config: dict[str, Any]) -> None:
+    """Write to `scratch` the config of `folder` with the place where `folder` is now, and a link to its weights."""
+    moved = json.loads(json.dumps(config))
+    moved["model_cfg"]["vision_cfg"]["timm_model_name"] = f"local-dir:{folder.absolute()}"
+    moved.pop("regsurgery", None)
+    write_json(scratch / CONFIG_NAME, moved)
+    (scratch / WEIGHTS_NAME).symlink_to((folder / WEIGHTS_NAME).absolute())
+
+
+def outputs(model: Any, images: Tensor, num_registers: int) -> dict[str, Tensor]:
+    """What the kinds of `Canonical.outputs` are here."""
+    return {"head": model.encode_image(images)}

@@ -1,0 +1,112 @@
+"""Native mode in timm: `VisionTransformer` with `reg_tokens`, which config.json carries, so stock timm loads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from regsurgery.backends.canonical import Canonical, canonical, config_block, stock_tower
+from regsurgery.checkpoint_io import write_json, write_tensors
+from regsurgery.errors import CheckpointError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from regsurgery.surgery import Surgery
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+SNIPPET = """\
+import timm
+
+model = timm.create_model("local-dir:{folder}", pretrained=True)
+"""
+
+
+def emit(surgery: Surgery, folder: Path, target: Path) -> None:
+    """Write config and weights."""
+    tower = canonical(surgery.loaded, surgery.state())
+    write_config(surgery, tower, folder)
+    write_tensors(folder / WEIGHTS_NAME, tower_tensors(tower, surgery.register_tokens))
+
+
+def write_config(surgery: Surgery, tower: Canonical, folder: Path) -> None:
+    """Write the config that stock timm makes the tower from."""
+    args = _args(tower, surgery.plan.num_registers)
+    if surgery.loaded.library == "timm":
+        config = {**surgery.loaded.config, "model_args": args}
+    else:
+        data = {**tower.data, "num_classes": tower.num_classes, "first_conv": "patch_embed.proj", "classifier": "head"}
+        config = {
+            "architecture": tower.architecture,
+            "num_classes": tower.num_classes,
+            **({"label_names": list(tower.labels)} if tower.labels else {}),
+            "model_args": args,
+            "pretrained_cfg": data,
+        }
+    write_json(folder / CONFIG_NAME, {**config, "regsurgery": config_block(surgery, tower)})
+
+
+def _args(tower: Canonical, num_registers: int) -> dict[str, Any]:
+    args = {name: value for name, value in tower.model_args.items() if value is not None}
+    return {**args, "reg_tokens": args.get("reg_tokens", 0) + num_registers}
+
+
+def tower_tensors(tower: Canonical, register_tokens_1RD: Tensor) -> dict[str, Tensor]:
+    """The state dict of timm's tower with the registers behind those that it may have already.
+
+    Raises:
+        UnsupportedModelError: timm's tower has no place for a tensor, or wants another shape.
+    """
+    num_registers = register_tokens_1RD.shape[1]
+    stock: Any = stock_tower(tower.architecture, _args(tower, num_registers), tower.num_classes)
+    tensors = {name: value for name, value in tower.tensors.items() if name != "mask_token"}
+    if "reg_token" in tensors:
+        register_tokens_1RD = torch.cat((tensors["reg_token"], register_tokens_1RD), dim=1)
+    tensors["reg_token"] = register_tokens_1RD
+    if "pos_embed" in tensors and not stock.no_embed_class:
+        behind = stock.num_prefix_tokens - num_registers
+        position_1TD = tensors["pos_embed"]
+        zeros_1RD = position_1TD.new_zeros(1, num_registers, position_1TD.shape[-1])
+        tensors["pos_embed"] = torch.cat((position_1TD[:, :behind], zeros_1RD, position_1TD[:, behind:]), dim=1)
+    expected = stock.state_dict()
+    for name in sorted({*expected, *tensors}):
+        shapes = [tuple(state[name].shape) if name in state else "none" for state in (tensors, expected)]
+        if shapes[0] != shapes[1]:
+            raise UnsupportedModelError(
+                f"native mode: timm's {tower.architecture} cannot hold the tensor '{name}' (here {shapes[0]}, there "
+                f"{shapes[1]}); use another --format, or mode shift or bias"
+            )
+    return tensors
+
+
+def snippet(surgery: Surgery, folder: str) -> str:
+    return SNIPPET.format(folder=folder)
+
+
+def reload(folder: Path, config: dict[str, Any]) -> nn.Module:
+    """The model of `folder` as stock timm loads it, in the dtype of its weights."""
+    import timm
+    from safetensors import safe_open
+
+    try:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: timm cannot load it: {' '.join(str(error).split())[:300]}") from error
+    with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
+        dtype = file.get_tensor("reg_token").dtype
+    return model.to(dtype).eval()
+
+
+def outputs(model: Any, images: Tensor, num_registers: int) -> dict[str, Tensor]:
+    """What the kinds of `Canonical.outputs` are here."""
+    tokens_BTD = model.forward_features(images)
+    found = {"head": model.forward_head(tokens_BTD)}
+    return {**found, **token_kinds(tokens_BTD, model.num_prefix_tokens - num_registers, num_registers)}
+
+
+def token_kinds(tokens_BTD: Tensor, num_before: int, num_registers: int) -> dict[str, Tensor]:
+    """Tokens without the registers, which stand behind `num_before` prefix tokens, and the first of them."""
+    kept = torch.cat((tokens_BTD[:, :num_before], tokens_BTD[:, num_before + num_registers :]), dim=1)
+    return {"tokens": kept, "cls": kept[:, 0]}

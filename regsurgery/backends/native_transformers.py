@@ -1,0 +1,231 @@
+"""Native mode in transformers: `Dinov2WithRegisters`, with layer scale 1 where the source has none."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from regsurgery.backends.canonical import (
+    BICUBIC,
+    BILINEAR,
+    DINOV2_BLOCK,
+    SWIGLU_BLOCK,
+    VIT_STEM,
+    Canonical,
+    canonical,
+    config_block,
+    stock_tower,
+)
+from regsurgery.backends.hf_transformers import UNLOADABLE
+from regsurgery.backends.native_timm import token_kinds
+from regsurgery.checkpoint_io import write_json, write_tensors
+from regsurgery.errors import CheckpointError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from regsurgery.surgery import Surgery
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+PROCESSOR_NAME = "preprocessor_config.json"
+MODEL, CLASSIFIER = "Dinov2WithRegistersModel", "Dinov2WithRegistersForImageClassification"
+PREFIX = "dinov2_with_registers."  # of a classifier's tower
+ACTIVATIONS = {
+    "GELU": "gelu",
+    "QuickGELU": "quick_gelu",
+    "GELUTanh": "gelu_pytorch_tanh",
+    "ReLU": "relu",
+    "SiLU": "silu",
+}
+SNIPPET = """\
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("{folder}")
+"""
+
+
+def emit(surgery: Surgery, folder: Path, target: Path) -> None:
+    """Write config, weights and, if there is none yet, the preprocessor's config."""
+    tower = canonical(surgery.loaded, surgery.state())
+    stock = stock_tower(tower.architecture, tower.model_args, 0 if _is_double(tower) else tower.num_classes)
+    write_tensors(folder / WEIGHTS_NAME, _tensors(tower, stock, surgery.register_tokens))
+    write_json(folder / CONFIG_NAME, _config(surgery, tower, stock))
+    if not (folder / PROCESSOR_NAME).is_file():
+        write_json(folder / PROCESSOR_NAME, _processor(tower))
+
+
+def _is_double(tower: Canonical) -> bool:
+    """Whether the head reads CLS and mean patch, side by side, as the host's does."""
+    return (
+        bool(tower.num_classes) and tower.tensors["head.weight"].shape[1] == 2 * tower.tensors["norm.weight"].shape[0]
+    )
+
+
+def _refuse(reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"native mode: transformers' Dinov2WithRegisters {reason}; use --format timm, or mode shift or bias"
+    )
+
+
+def _config(surgery: Surgery, tower: Canonical, stock: Any) -> dict[str, Any]:
+    block = stock.blocks[0]
+    rows = tower.tensors["blocks.0.mlp.fc1.weight"].shape[0]
+    width = stock.embed_dim
+    gated = type(block.mlp).__name__ == "GluMlp"
+    activation = ACTIVATIONS.get(type(block.mlp.act).__name__)
+    sides = {*stock.patch_embed.img_size}
+    for holds, reason in (
+        (stock.has_class_token, "needs a class token"),
+        (isinstance(stock.norm_pre, nn.Identity), "has no norm before its blocks"),
+        (stock.attn_pool is None, "has no attention pooling"),
+        (isinstance(stock.fc_norm, nn.Identity), "has no norm behind its pooling"),
+        (tower.num_classes == 0 or stock.global_pool in ("token", "avg"), f"does not pool by {stock.global_pool}"),
+        (isinstance(block.attn.q_norm, nn.Identity), "does not norm queries and keys"),
+        (activation is not None and (not gated or activation == "silu"), "has another activation"),
+        (len(sides) == 1, "takes square position embeddings only"),
+        (len({*stock.patch_embed.patch_size}) == 1, "takes square patches only"),
+    ):
+        if not holds:
+            raise _refuse(reason)
+    ratios = [n for n in range(1, 17) if rows == (2 * ((int(n * width * 2 / 3) + 7) // 8 * 8) if gated else n * width)]
+    if not ratios:
+        raise _refuse(f"cannot have an MLP of {rows // 2 if gated else rows} hidden units at width {width}")
+    num_registers = surgery.plan.num_registers + stock.num_reg_tokens
+    config: dict[str, Any] = {
+        "architectures": [CLASSIFIER if tower.num_classes else MODEL],
+        "model_type": "dinov2_with_registers",
+        "hidden_size": width,
+        "num_hidden_layers": len(stock.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "mlp_ratio": ratios[0],
+        "hidden_act": activation,
+        "use_swiglu_ffn": gated,
+        "layer_norm_eps": tower.eps,
+        "image_size": sides.pop(),
+        "patch_size": stock.patch_embed.patch_size[0],
+        "num_channels": 3,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in tower.tensors,
+        "num_register_tokens": num_registers,
+        "dtype": str(surgery.register_tokens.dtype).removeprefix("torch."),
+        "regsurgery": config_block(surgery, tower),
+    }
+    if tower.num_classes:
+        names = tower.labels or tuple(f"LABEL_{i}" for i in range(tower.num_classes))
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+        config["label2id"] = {name: i for i, name in enumerate(names)}
+    return config
+
+
+def _tensors(tower: Canonical, stock: Any, register_tokens_1RD: Tensor) -> dict[str, Tensor]:
+    """The published names of `facebook/dinov2-with-registers-*`."""
+    width = stock.embed_dim
+    given = tower.tensors
+    like = given["norm.weight"]
+    position_1TD, cls_11D = given.get("pos_embed"), given.get("cls_token")
+    if position_1TD is None or cls_11D is None:
+        raise _refuse("needs a class token and a position embedding")
+    num_old = stock.num_reg_tokens
+    if stock.no_embed_class:
+        position_1TD = torch.cat((position_1TD.new_zeros(1, 1, width), position_1TD), dim=1)
+    elif num_old:  # the host gives registers no position: it goes into them
+        old_1RD = given["reg_token"] + position_1TD[:, 1 : 1 + num_old]
+        register_tokens_1RD = torch.cat((old_1RD, register_tokens_1RD), dim=1)
+        position_1TD = torch.cat((position_1TD[:, :1], position_1TD[:, 1 + num_old :]), dim=1)
+    if stock.no_embed_class and num_old:
+        register_tokens_1RD = torch.cat((given["reg_token"], register_tokens_1RD), dim=1)
+    tensors = {
+        "embeddings.cls_token": cls_11D,
+        "embeddings.mask_token": given.get("mask_token", like.new_zeros(1, width)),
+        "embeddings.register_tokens": register_tokens_1RD,
+        "embeddings.position_embeddings": position_1TD,
+        VIT_STEM["patch_embed.proj.bias"]: like.new_zeros(width),
+    }
+    gated = type(stock.blocks[0].mlp).__name__ == "GluMlp"
+    names = {**DINOV2_BLOCK, **SWIGLU_BLOCK} if gated else DINOV2_BLOCK
+    for index in range(len(stock.blocks)):
+        for scale in (1, 2):
+            tensors[f"encoder.layer.{index}.layer_scale{scale}.lambda1"] = torch.ones_like(like)
+    for name, value in given.items():
+        in_block = re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias|gamma)", name)
+        if in_block is None:
+            if (name in VIT_STEM and VIT_STEM[name] not in tensors) or name == "patch_embed.proj.bias":
+                tensors[VIT_STEM[name]] = value
+            elif not name.startswith(("head.", "cls_token", "pos_embed", "mask_token", "reg_token")):
+                raise _refuse(f"has no place for the tensor '{name}'")
+            continue
+        index, part, kind = in_block.groups()
+        if kind == "gamma":
+            tensors[f"encoder.layer.{index}.layer_scale{part[-1]}.lambda1"] = value
+        elif part == "attn.qkv":
+            for letter, chunk in zip("qkv", value.chunk(3), strict=True):
+                tensors[f"encoder.layer.{index}.{DINOV2_BLOCK[f'attn.{letter}']}.{kind}"] = chunk
+        elif part in names:
+            tensors[f"encoder.layer.{index}.{names[part]}.{kind}"] = value
+        else:
+            raise _refuse(f"has no place for the tensor '{name}'")
+    if not tower.num_classes:
+        return tensors
+    head_CD = given["head.weight"]
+    if not _is_double(tower):
+        halves = (head_CD, torch.zeros_like(head_CD))
+        head_CD = torch.cat(halves if stock.global_pool == "token" else halves[::-1], dim=1)
+    tensors = {PREFIX + name: value for name, value in tensors.items()}
+    return {**tensors, "classifier.weight": head_CD, "classifier.bias": given["head.bias"]}
+
+
+def _processor(tower: Canonical) -> dict[str, Any]:
+    _, height, width = tower.data["input_size"]
+    squash = tower.data["crop_mode"] == "squash"
+    size = {"height": height, "width": width} if squash else {"shortest_edge": int(height / tower.data["crop_pct"])}
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_resize": True,
+        "size": size,
+        "resample": BICUBIC if tower.data["interpolation"] == "bicubic" else BILINEAR,
+        "do_center_crop": not squash,
+        "crop_size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(tower.data["mean"]),
+        "image_std": list(tower.data["std"]),
+        "do_convert_rgb": True,
+    }
+
+
+def snippet(surgery: Surgery, folder: str) -> str:
+    tower = canonical(surgery.loaded, surgery.state())
+    return SNIPPET.format(
+        auto_class="AutoModelForImageClassification" if tower.num_classes else "AutoModel", folder=folder
+    )
+
+
+def reload(folder: Path, config: dict[str, Any]) -> nn.Module:
+    """The model of `folder` as stock transformers loads it."""
+    import transformers
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    cls = getattr(transformers, config["architectures"][0])
+    try:
+        model, info = cls.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    except UNLOADABLE as error:
+        raise CheckpointError(f"{folder}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
+    problems = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if problems:
+        raise CheckpointError(
+            f"{folder}: tensor '{min(map(str, problems))}' is missing or unknown; patch the model again"
+        )
+    return model.eval()
+
+
+def outputs(model: Any, images: Tensor, num_registers: int) -> dict[str, Tensor]:
+    """What the kinds of `Canonical.outputs` are here."""
+    given = model(pixel_values=images)
+    if "logits" in given:
+        return {"head": given.logits}
+    return token_kinds(given.last_hidden_state, 1 + model.config.num_register_tokens - num_registers, num_registers)

@@ -1,0 +1,271 @@
+"""Native mode: weights alone that do what the shift does, in a stock model that has register tokens.
+
+Of every register neuron the input row becomes a detector: a linear discriminant between the register tokens and all
+other tokens at the MLP's input. It fires on the register tokens alone, with the constant that the shift would have
+given them; the output column stays. The register tokens start as a marker along the discriminant, where zeros are not
+told apart well enough. Blocks are edited in order, each one seeing the edits of those before it.
+
+Shape suffixes: B batch, T tokens, R registers, D width, H hidden units, K register neurons of one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+from torch.func import functional_call
+
+from regsurgery.errors import UnsupportedModelError
+from regsurgery.graph import between, find_node
+from regsurgery.loading import Loaded
+from regsurgery.match import NORMS
+from regsurgery.mlp import Mlp, mlp_of
+from regsurgery.passes import apply_passes
+from regsurgery.passes.plan import plan_surgery
+from regsurgery.recipe import Recipe
+from regsurgery.sites import Sites
+from regsurgery.statistics import tap, token_norms
+from regsurgery.trace import Traced, tensor_inputs
+
+SHRINKAGE = 0.05  # of the pooled covariance towards a multiple of the identity
+MARKER_NORMS = (0.0, 0.6, 1.2, 1.8, 2.4, 3.6)  # norm of the register tokens, in mean token norms
+GOOD_MARGIN = 0.25  # the smallest marker that reaches it is taken
+MIN_MARGIN = 0.05
+CHUNK = 1 << 14  # tokens that are float64 at a time
+FLAT = 8.0  # a detector is at least that far below zero on every other token, where activations are flat
+
+
+@dataclass(frozen=True)
+class Native:
+    """What native mode changes in a model that has registers.
+
+    Attributes:
+        parameters: name in the graph -> its new value, whole; the register tokens `[1, R, D]` among them.
+        margin: the smallest over the blocks of (lowest register - highest other token) / (mean register - mean other
+            token), of the detectors' values on the images that they were made from.
+        marker_norm: norm of a register token.
+    """
+
+    parameters: dict[str, Tensor]
+    margin: float
+    marker_norm: float
+
+
+class NativeModel:
+    """The model of `traced` with register tokens and no shift: what every host of native mode computes.
+
+    Here the registers stand behind the patches; attention does not depend on the order of tokens.
+    """
+
+    def __init__(self, loaded: Loaded, traced: Traced, sites: Sites, recipe: Recipe) -> None:
+        self.loaded, self.traced, self.sites, self.recipe = loaded, traced, sites, recipe
+        self.mlps = {block: _editable(traced, sites, block) for block in recipe.register_neurons}
+        registers_only = Recipe({}, num_registers=recipe.num_registers, scale=recipe.scale)
+        plan = plan_surgery(sites, registers_only)
+        self.graph_module, _ = apply_passes(traced, plan)
+        self.register_name = plan.register_name
+        self.up_to = {
+            block: tap(self.graph_module, {"mlp": mlp.source}, early_exit=True) for block, mlp in self.mlps.items()
+        }
+
+    def parameter(self, parameters: Mapping[str, Tensor], name: str) -> Tensor:
+        """The value of a parameter under the changes `parameters`."""
+        return parameters.get(name, self.graph_module.get_parameter(name)).detach()
+
+    def run(self, tapped: fx.GraphModule, parameters: Mapping[str, Tensor], images: Tensor) -> tuple[dict, dict]:
+        """Run `tapped`, a tap of `graph_module`, with the changed `parameters` on images `[B, 3, H, W]`."""
+        own = {name for name, _ in tapped.named_parameters()}
+        changed = {name: value for name, value in parameters.items() if name in own}
+        return functional_call(tapped, changed, tuple(tensor_inputs(self.loaded, images)))
+
+    def mlp_inputs(
+        self, block: int, parameters: Mapping[str, Tensor], batches: Iterable[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Inputs of the MLP of `block` at the registers and at all other tokens of `batches`, `[N, D]` each."""
+        tapped, num_tokens = self.up_to[block], self.sites.num_tokens
+        inputs = [self.run(tapped, parameters, batch)[1]["mlp"].float() for batch in batches]
+        registers_ND, others_ND = (
+            torch.cat([tokens_BTD[:, part].flatten(0, 1) for tokens_BTD in inputs])
+            for part in (slice(num_tokens, None), slice(num_tokens))
+        )
+        return registers_ND, others_ND
+
+
+def _editable(traced: Traced, sites: Sites, block: int) -> Mlp:
+    """The MLP of `block`, if a constant input can give each of its hidden units any value."""
+    site = sites.blocks[block]
+    mlp = mlp_of(traced, site)
+    cone = between(
+        traced.graph_module, find_node(traced.graph_module, mlp.source), find_node(traced.graph_module, site.hidden)
+    )
+    if any(node.target in NORMS for node in cone.graph.nodes):
+        raise UnsupportedModelError(
+            f"block {block}: its MLP normalises the activation; native mode cannot set one unit"
+        )
+    for projection in (mlp.gate, mlp.value):
+        if projection is not None and projection.bias is None:
+            raise UnsupportedModelError(
+                f"block {block}: its MLP has no bias ({projection.weight}), which native mode needs; use mode shift"
+            )
+    return mlp
+
+
+@torch.no_grad()
+def closed_form(model: NativeModel, batches: Sequence[Tensor]) -> Native:
+    """The edit of `model.recipe`, made from `batches` of images `[B, 3, H, W]`.
+
+    Raises:
+        UnsupportedModelError: no marker keeps the registers apart from all other tokens.
+    """
+    constants = register_constants(model, batches)
+    first = min(model.recipe.register_neurons)
+    zeros_1RD = torch.zeros_like(model.graph_module.get_parameter(model.register_name))
+    direction_D = _discriminant(*model.mlp_inputs(first, {model.register_name: zeros_1RD}, batches))
+    unit = _mean_token_norm(model, batches)
+    native: Native | None = None
+    for factor in MARKER_NORMS:
+        trial = _edited(model, constants, (factor * unit * direction_D).to(zeros_1RD).expand_as(zeros_1RD), batches)
+        if native is None or trial.margin > native.margin:
+            native = trial
+        if native.margin >= GOOD_MARGIN:
+            break
+    assert native is not None
+    if native.margin < MIN_MARGIN:
+        raise UnsupportedModelError(
+            f"native mode: at the MLP of a target block no linear discriminant keeps the register apart from all other "
+            f"tokens (margin {native.margin:.3f}, at least {MIN_MARGIN} is needed; smallest of blocks "
+            f"{', '.join(map(str, model.recipe.register_neurons))}); give more images, or use mode shift or bias"
+        )
+    return native
+
+
+@torch.no_grad()
+def register_constants(model: NativeModel, batches: Iterable[Tensor]) -> dict[int, Tensor]:
+    """Block -> mean over the images of what the shift gives one register, split over the registers, `[K]`."""
+    recipe = model.recipe
+    one = replace(recipe, num_registers=1, scale=recipe.scale[:1])
+    shifted, results = apply_passes(model.traced, plan_surgery(model.sites, one))
+    nodes = next(result.changed for result in results if "shift" in result.due)
+    tapped = tap(shifted, dict(zip(map(str, recipe.register_neurons), nodes, strict=True)), early_exit=True)
+    sums: dict[int, Tensor] = {}
+    num_images = 0
+    for batch in batches:
+        _, taps = tapped(*tensor_inputs(model.loaded, batch))
+        num_images += len(batch)
+        for block, neurons in recipe.register_neurons.items():
+            values_K = taps[str(block)][:, -1, list(neurons)].double().sum(dim=0)
+            sums[block] = sums.get(block, 0) + values_K
+    return {block: values_K / (num_images * recipe.num_registers) for block, values_K in sums.items()}
+
+
+def _discriminant(registers_ND: Tensor, others_ND: Tensor) -> Tensor:
+    """Unit normal of Fisher's linear discriminant between two sets of tokens, float64 `[D]`.
+
+    The covariance is the mean of the two classes', shrunk.
+    """
+    means, covariances = [], []
+    for tokens_ND in (registers_ND, others_ND):
+        mean_D = tokens_ND.double().mean(dim=0)
+        means.append(mean_D)
+        chunks = tokens_ND.split(CHUNK)
+        covariances.append(sum((chunk.double() - mean_D).T @ (chunk.double() - mean_D) for chunk in chunks))
+    pooled_DD = (covariances[0] / len(registers_ND) + covariances[1] / len(others_ND)) / 2
+    pooled_DD.diagonal().add_(SHRINKAGE * float(pooled_DD.diagonal().mean()))
+    normal_D = torch.linalg.solve(pooled_DD, means[0] - means[1])
+    return normal_D / normal_D.norm()
+
+
+def _edited(
+    model: NativeModel, constants: Mapping[int, Tensor], register_tokens_1RD: Tensor, batches: Sequence[Tensor]
+) -> Native:
+    parameters = {model.register_name: register_tokens_1RD.contiguous()}
+    margins = []
+    for block, mlp in model.mlps.items():
+        registers_ND, others_ND = model.mlp_inputs(block, parameters, batches)
+        normal_D = _discriminant(registers_ND, others_ND)
+        registers_N = registers_ND.double() @ normal_D
+        others_N = torch.cat([chunk.double() @ normal_D for chunk in others_ND.split(CHUNK)])
+        margin, lowest, highest = separation(registers_N, others_N)
+        margins.append(margin)
+        threshold, mean = (lowest + highest) / 2, float(registers_N.mean())
+        parameters |= _detectors(model, block, mlp, parameters, constants[block], normal_D, threshold, mean, highest)
+    return Native(parameters, min(margins), float(token_norms(register_tokens_1RD).mean()))
+
+
+def separation(registers_N: Tensor, others_N: Tensor) -> tuple[float, float, float]:
+    """The margin between a detector's values on registers and on other tokens, the lowest and the highest of them.
+
+    The margin is (lowest register - highest other) / (mean register - mean other): it does not depend on the detector's
+    scale and offset, and is negative where the two overlap.
+    """
+    lowest, highest = float(registers_N.min()), float(others_N.max())
+    return (lowest - highest) / float(registers_N.mean() - others_N.mean()), lowest, highest
+
+
+def _detectors(
+    model: NativeModel,
+    block: int,
+    mlp: Mlp,
+    parameters: Mapping[str, Tensor],
+    constants_K: Tensor,
+    normal_D: Tensor,
+    threshold: float,
+    mean: float,
+    highest: float,
+) -> dict[str, Tensor]:
+    """New values of the parameters behind the register neurons of `block`."""
+    neurons = torch.tensor(model.recipe.register_neurons[block], device=constants_K.device)
+    projections = [projection for projection in (mlp.gate, mlp.value) if projection is not None]
+    names = {name for p in projections for name in (p.weight, p.bias) if name is not None} | {mlp.down}
+    new = {name: model.parameter(parameters, name).clone() for name in names}
+    gate, value = mlp.gate, mlp.value
+    assert gate.bias is not None
+    if value is not None:
+        assert value.bias is not None
+        new[value.weight][value.offset + neurons] = 0
+        new[value.bias][value.offset + neurons] = 1
+    reach_K = _inverse(model, block, mlp, new, constants_K.abs())
+    slope_K = torch.maximum(
+        reach_K / (mean - threshold), torch.full_like(reach_K, FLAT / max(threshold - highest, 1e-6 * abs(mean)))
+    )
+    weight, bias = new[gate.weight], new[gate.bias]
+    weight[gate.offset + neurons] = (slope_K[:, None] * normal_D).to(weight)
+    bias[gate.offset + neurons] = (-slope_K * threshold).to(bias)
+    reached_K = _activation(model, block, mlp, new, slope_K * (mean - threshold))
+    new[mlp.down][:, neurons] *= (constants_K / reached_K).to(new[mlp.down])
+    return new
+
+
+def _activation(model: NativeModel, block: int, mlp: Mlp, new: Mapping[str, Tensor], values_K: Tensor) -> Tensor:
+    """The hidden units' activations where their gates' linears give `values_K`, `[K]`."""
+    graph_module = model.traced.graph_module
+    site = model.sites.blocks[block]
+    cone = between(graph_module, find_node(graph_module, mlp.source), find_node(graph_module, site.hidden))
+    neurons = torch.tensor(model.recipe.register_neurons[block], device=values_K.device)
+    assert mlp.gate.bias is not None
+    changed = {
+        **new,
+        mlp.gate.bias: new[mlp.gate.bias].index_copy(0, mlp.gate.offset + neurons, values_K.to(new[mlp.gate.bias])),
+    }
+    own = {name for name, _ in cone.named_parameters()}
+    zeros_11D = torch.zeros(1, 1, model.sites.width, dtype=new[mlp.gate.bias].dtype, device=values_K.device)
+    hidden_11H = functional_call(cone, {name: v for name, v in changed.items() if name in own}, (zeros_11D,))
+    return hidden_11H[0, 0, neurons].double()
+
+
+def _inverse(model: NativeModel, block: int, mlp: Mlp, new: Mapping[str, Tensor], targets_K: Tensor) -> Tensor:
+    """What a gate must be for the activations `targets_K` > 0, by bisection; every activation used rises there."""
+    low_K, high_K = torch.zeros_like(targets_K), 2 * targets_K + FLAT
+    for _ in range(40):
+        middle_K = (low_K + high_K) / 2
+        below_K = _activation(model, block, mlp, new, middle_K) < targets_K
+        low_K, high_K = torch.where(below_K, middle_K, low_K), torch.where(below_K, high_K, middle_K)
+    return (low_K + high_K) / 2
+
+
+def _mean_token_norm(model: NativeModel, batches: Iterable[Tensor]) -> float:
+    tapped = tap(model.traced.graph_module, {"tokens": model.sites.tokens}, early_exit=True)
+    norms = [token_norms(tapped(*tensor_inputs(model.loaded, batch))[1]["tokens"]).flatten() for batch in batches]
+    return float(torch.cat(norms).mean())
