@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 
 from regsurgery.calibration import ImageSet
 from regsurgery.distill import STEPS, calibrate
 from regsurgery.graph import set_parameter
 from regsurgery.loading import Loaded
+from regsurgery.match import match
 from regsurgery.native import NativeModel, closed_form
+from regsurgery.passes import apply_passes
 from regsurgery.passes.plan import plan_surgery
 from regsurgery.recipe import Recipe
 from regsurgery.sites import Sites
-from regsurgery.surgery import Surgery, check_fit, common_block
-from regsurgery.trace import Traced
+from regsurgery.statistics import tap
+from regsurgery.surgery import Surgery, check_fit, common_block, perform
+from regsurgery.trace import Traced, tensor_inputs, trace
 
 if TYPE_CHECKING:
     from regsurgery.pipeline import Progress
@@ -47,9 +52,16 @@ def perform_native(
     batches = list(fit.batches(BATCH, loaded.preprocess))
     model = NativeModel(loaded, traced, sites, recipe)
     native = closed_form(model, batches)
-    facts = {"images": fit.note, "num_images": sum(map(len, batches)), "margin": native.margin,
-             "marker_norm": native.marker_norm}  # fmt: skip
-    progress.say(f"native: margin {native.margin:.2f}, marker norm {native.marker_norm:.1f}, {fit.note}")
+    facts: dict[str, Any] = {
+        "images": fit.note,
+        "num_images": sum(map(len, batches)),
+        "margin": native.margin,
+        "marker_norm": native.marker_norm,
+        "calibration": None,
+    }
+    progress.say(
+        f"native: margin {native.margin:.2f}, marker norm {native.marker_norm:.1f}, from {facts['num_images']} images"
+    )
     if calibration:
         progress.stage("calibration", STEPS)
         calibrated = calibrate(model, native, torch.cat(batches), seed=seed, progress=progress.advance)
@@ -63,16 +75,74 @@ def perform_native(
             f"calibration: loss on held-out images {calibrated.before:.4f} -> {calibrated.after:.4f} "
             f"({calibrated.steps} steps kept)"
         )
-    for name, value in native.parameters.items():
-        set_parameter(model.graph_module, name, nn.Parameter(value, requires_grad=False))
-    block = {**common_block(loaded, recipe), "width": sites.width, "num_prefix": sites.num_prefix, "native": facts}
+    plan = plan_surgery(sites, recipe)
+    block = {**common_block(loaded, recipe, plan), "width": sites.width, "num_prefix": sites.num_prefix, "fit": facts}
+    return _edited_surgery(loaded, recipe, traced, sites, model.graph_module, native.parameters, block)
+
+
+@torch.no_grad()
+def perform_bias(
+    loaded: Loaded, recipe: Recipe, traced: Traced, sites: Sites, images: ImageSet, *, progress: Progress
+) -> Surgery:
+    """Mode bias: the neurons cleared, and for every head one constant key and value.
+
+    They are given as the row of attention input that makes them: the mean over the images of what the register has
+    there after the exact shift. Projections are linear, so its key and value are the means of the register's. Jiang
+    et al., arXiv 2506.08010, "attention bias".
+
+    Raises:
+        RecipeError: a block or neuron of the recipe does not exist in the model.
+        UnsupportedModelError: an attention whose projections read no common norm.
+    """
+    surgery = perform(loaded, recipe, traced, sites)
+    blocks = surgery.plan.constant_blocks
+    fit = images.some(FIT_IMAGES)
+    one = replace(recipe, mode="shift", num_registers=1, scale=recipe.scale[:1])
+    shifted, _ = apply_passes(traced, plan_surgery(sites, one))
+    nodes = {str(block): sites.blocks[block].attention_input for block in blocks}
+    tapped = tap(shifted, nodes, early_exit=True)
+    sums_LD, num_images = torch.zeros(len(blocks), sites.width, dtype=torch.float64), 0
+    for batch in fit.batches(BATCH, loaded.preprocess):
+        _, taps = tapped(*tensor_inputs(loaded, batch))
+        sums_LD += torch.stack([taps[name][:, -1].double().sum(dim=0).cpu() for name in nodes])
+        num_images += len(batch)
+    if blocks:
+        constants_LD = surgery.graph_module.get_parameter(surgery.added_name)
+        constants_LD.copy_(sums_LD / num_images)
+    progress.say(f"bias: {len(blocks)} attentions with a constant key and value, means over {num_images} images")
+    return surgery
+
+
+def restored_native(
+    loaded: Loaded, recipe: Recipe, traced: Traced, sites: Sites, state: Mapping[str, Tensor]
+) -> Surgery:
+    """The surgery behind a program of native mode, whose tensors `state` has."""
+    graph_module = NativeModel(loaded, traced, sites, recipe).graph_module
+    edit = {name: state[name] for name, _ in graph_module.named_parameters() if name in state}
+    return _edited_surgery(loaded, recipe, traced, sites, graph_module, edit, {})
+
+
+def at_size(surgery: Surgery, size: tuple[int, int]) -> Surgery:
+    """The same native surgery, traced at another image size (height, width)."""
+    traced = trace(surgery.loaded, size)
+    sites = match(traced)
+    graph_module = NativeModel(surgery.loaded, traced, sites, surgery.recipe).graph_module
+    return _edited_surgery(
+        surgery.loaded, surgery.recipe, traced, sites, graph_module, surgery.edit, surgery.config_block
+    )
+
+
+def _edited_surgery(
+    loaded: Loaded,
+    recipe: Recipe,
+    traced: Traced,
+    sites: Sites,
+    graph_module: fx.GraphModule,
+    edit: Mapping[str, Tensor],
+    config_block: dict[str, Any],
+) -> Surgery:
+    for name, value in edit.items():
+        set_parameter(graph_module, name, nn.Parameter(value, requires_grad=False))
     return Surgery(
-        loaded,
-        recipe,
-        traced,
-        sites,
-        plan_surgery(sites, recipe),
-        model.graph_module,
-        block,
-        edit=native.parameters,
+        loaded, recipe, traced, sites, plan_surgery(sites, recipe), graph_module, config_block, edit=dict(edit)
     )

@@ -109,8 +109,11 @@ class LoadOptions:
     device_map: str | None = None
 
 
-def load(model_id: str, options: LoadOptions | None = None) -> Loaded:
+def load(model_id: str, options: LoadOptions | None = None, *, native: bool = False) -> Loaded:
     """Load MODEL: a folder, a Hub id, `timm:NAME`, `open_clip:ARCH/TAG`, or `demo`.
+
+    Args:
+        native: MODEL is a folder of native mode, a stock checkpoint; others that are patched are refused.
 
     Raises:
         ModelNotFoundError: nothing answers to the id, or it cannot be reached.
@@ -134,7 +137,7 @@ def load(model_id: str, options: LoadOptions | None = None) -> Loaded:
     from regsurgery import backends
 
     library, config_name, config = read_config(folder)
-    if "regsurgery" in config:
+    if "regsurgery" in config and not native:
         raise CheckpointError(
             f"{folder}: is patched already; patch its source "
             f"{config['regsurgery'].get('source', {}).get('id', '')} instead"

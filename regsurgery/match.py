@@ -236,13 +236,14 @@ def _blocks(stream: list[fx.Node], tokens: fx.Node, masks: dict[fx.Node, int]) -
             _no_match(
                 f"block {index}: the MLP activation is {list(shape)}, expected [batch, tokens, hidden]", mlp.hidden
             )
-        attention = _attention(stream[start:position], masks)
-        if attention is None:
+        found = _attention(stream[start:position], masks)
+        if found is None:
             _no_match(
                 f"block {index}: no attention adds to the token stream before the MLP; windowed and hierarchical "
                 "models are not supported",
                 output,
             )
+        attention, branch = found
         blocks.append(
             Block(
                 index=index,
@@ -256,6 +257,8 @@ def _blocks(stream: list[fx.Node], tokens: fx.Node, masks: dict[fx.Node, int]) -
                 down_path=module_path(mlp.down),
                 attention_path=module_path(attention),
                 attention_weights=_projections(attention, tokens, masks),
+                attention_input=_attention_input(attention, tokens, masks),
+                attention_output=branch.name,
             )
         )
         start = position + 1
@@ -270,15 +273,25 @@ def _writable(hidden: fx.Node) -> bool:
     return len(node.users) == 1 and node.target in POINTWISE
 
 
-def _attention(adds: Iterable[fx.Node], masks: dict[fx.Node, int]) -> fx.Node | None:
-    """The node that computes attention on the branch of one of `adds`, or None."""
+def _attention(adds: Iterable[fx.Node], masks: dict[fx.Node, int]) -> tuple[fx.Node, fx.Node] | None:
+    """The node that computes attention on the branch of one of `adds`, and that branch, or None."""
     for add in adds:
         operands = _residual_operands(add, masks)
         assert operands is not None
         found = next((node for node in _between(*operands, masks) if node.target in ATTENTIONS), None)
         if found is not None:
-            return found
+            return found, operands[1]
     return None
+
+
+def _attention_input(attention: fx.Node, tokens: fx.Node, masks: dict[fx.Node, int]) -> str:
+    """The norm that all projections nearest above `attention` read, or "" where there is no such one."""
+    norms = set()
+    for node in _between(tokens, attention, masks, stop=LINEARS):
+        if node.target in LINEARS:
+            source = _back(node.all_input_nodes[0], IDENTITIES | {aten.transpose.int, aten.permute.default})
+            norms.add(source.name if source.target in NORMS else "")
+    return norms.pop() if len(norms) == 1 else ""
 
 
 def _projections(attention: fx.Node, tokens: fx.Node, masks: dict[fx.Node, int]) -> tuple[str, ...]:

@@ -66,21 +66,21 @@ def restore_original(patched: Path, target: Path, fmt: str) -> None:
     }
     checkpoint_io.write_json(target / backend.CONFIG_NAME, config)
     for path in checkpoint_io.weight_files(patched, backend.WEIGHTS_NAME):
-        checkpoint_io.write_without(checkpoint_io.read_header(path), target / path.name, _is_register_tokens)
+        checkpoint_io.write_without(checkpoint_io.read_header(path), target / path.name, _is_ours)
 
 
-def _is_register_tokens(name: str) -> bool:
-    from regsurgery.surgery import REGISTER_TOKENS
+def _is_ours(name: str) -> bool:
+    from regsurgery.surgery import ATTENTION_CONSTANTS, REGISTER_TOKENS
 
-    return name.split(".")[-1] == REGISTER_TOKENS
+    return name.split(".")[-1] in (REGISTER_TOKENS, ATTENTION_CONSTANTS)
 
 
-def take_register_tokens(surgery: Surgery, folder: Path, fmt: str) -> None:
-    """Give the graph the register tokens of the folder; they are zero unless somebody trained them."""
+def take_our_tensors(surgery: Surgery, folder: Path, fmt: str) -> None:
+    """Give the graph the folder's register tokens (zero unless somebody trained them) or attention constants."""
     import torch
     from safetensors import safe_open
 
     for path in checkpoint_io.weight_files(folder, backends.backend(fmt).WEIGHTS_NAME):
         with safe_open(path, framework="pt") as file, torch.no_grad():
-            for name in filter(_is_register_tokens, file.keys()):
-                surgery.graph_module.get_parameter(surgery.plan.register_name).copy_(file.get_tensor(name))
+            for name in filter(_is_ours, file.keys()):
+                surgery.graph_module.get_parameter(surgery.added_name).copy_(file.get_tensor(name))

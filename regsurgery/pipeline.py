@@ -10,7 +10,6 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,13 +30,11 @@ from regsurgery.patched import (
     folder_format,
     read_patched_config,
     restore_original,
-    take_register_tokens,
+    take_our_tensors,
 )
 from regsurgery.recipe import Recipe, find_recipe, parse_recipe, recipe_for_model
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from regsurgery.calibration import ImageSet
     from regsurgery.diagnosis import Diagnosis
     from regsurgery.distributed import Processes
@@ -45,11 +42,10 @@ if TYPE_CHECKING:
     from regsurgery.sites import Sites
     from regsurgery.surgery import Surgery
     from regsurgery.trace import Traced
-    from regsurgery.verification import Artefact, Verdict
+    from regsurgery.verification import Verdict
 
 
 HELD_OUT_EVERY = 5  # of the user's images, every fifth is for verification alone where a mode is fitted on images
-INEXACT = 100.0  # times rounding, where a native host's norms have another eps
 GENERATED_TO_FIT = 128  # pictures to fit on where the user gives none
 
 
@@ -127,7 +123,7 @@ def patch(
         VerificationError: the patched model fails verification; `output` is not created.
     """
     from regsurgery.calibration import image_set
-    from regsurgery.fitting import perform_native
+    from regsurgery.fitting import perform_bias, perform_native
     from regsurgery.surgery import perform
 
     started = time.monotonic()
@@ -150,15 +146,19 @@ def patch(
             chosen = chosen.with_num_registers(num_registers)
         if mode is not None:
             chosen = chosen.with_mode(mode)
-        fmt = _format(format, loaded, chosen.mode, progress)
+        fmt = _format(format, loaded, chosen, progress)
         progress.stage("surgery")
+        unseen = pictures
         if chosen.mode == "shift":
-            surgery, unseen = perform(loaded, chosen, traced, sites), pictures
+            surgery = perform(loaded, chosen, traced, sites)
         else:
             fit, unseen = _disjoint(images, pictures, seed)
-            surgery = perform_native(
-                loaded, chosen, traced, sites, fit, calibration=calibrate, seed=seed, progress=progress
-            )
+            if chosen.mode == "bias":
+                surgery = perform_bias(loaded, chosen, traced, sites, fit, progress=progress)
+            else:
+                surgery = perform_native(
+                    loaded, chosen, traced, sites, fit, calibration=calibrate, seed=seed, progress=progress
+                )
         with tempfile.TemporaryDirectory() as nowhere:
             target = Path(nowhere) / "dry-run" if dry_run else output
             verdict = _write(surgery, target, fmt, unseen, progress)
@@ -179,13 +179,21 @@ def patch(
     return operate_and_write(_find(loaded, traced, sites, pictures, seed, journal, progress).recipe)
 
 
-def _format(wanted: str | None, loaded: Loaded, mode: str, progress: Progress) -> str:
-    """The format to write: `wanted`, or the one that suits the model and the mode."""
+def _format(wanted: str | None, loaded: Loaded, recipe: Recipe, progress: Progress) -> str:
+    """The format to write: `wanted`, or the one that suits the model and the mode.
+
+    Raises:
+        UserError: the mode cannot write that format.
+        UnsupportedModelError: native mode: the stock host has no room for the model.
+    """
     from regsurgery.backends.canonical import default_host
 
+    mode = recipe.mode
     if mode == "native":
         fmt = wanted or default_host(loaded)
-        progress.say(f"native host: stock {fmt}" if fmt in backends.LIBRARIES else f"native as {fmt}")
+        if fmt in backends.LIBRARIES:
+            progress.say(f"native host: {fmt}, unmodified")
+            backends.backend(fmt, mode).check(loaded, recipe.num_registers)
         return fmt
     fmt = wanted or loaded.library
     if fmt in backends.LIBRARIES and fmt != loaded.library:
@@ -350,67 +358,14 @@ def _locate(loaded: Loaded, progress: Progress) -> tuple[Traced, Sites]:
 def _write(surgery: Surgery, target: Path, fmt: str, pictures: ImageSet, progress: Progress) -> Verdict:
     """emit, with verification of what was emitted before it gets its final name."""
     from regsurgery.emit import complete, emit
+    from regsurgery.written import verify_folder
 
     with emit(surgery, target, fmt) as folder:
-        verdict = _verify_folder(surgery, folder, fmt, pictures, progress)
+        verdict = verify_folder(surgery, folder, fmt, pictures, progress)
         if not verdict.passed:
             raise VerificationError(f"verification failed, nothing was written: {'; '.join(verdict.failures)}")
         complete(surgery, folder, target, fmt, verdict)
     return verdict
-
-
-def _verify_folder(surgery: Surgery, folder: Path, fmt: str, pictures: ImageSet, progress: Progress) -> Verdict:
-    """What was written, against the surgery's graphs."""
-    from regsurgery.verification import sides
-    from regsurgery.verification import verify as compare
-
-    progress.stage("verify", pictures.num_images)
-    mode = surgery.recipe.mode
-    module = backends.backend(fmt, mode).reload(folder, read_patched_config(folder, fmt))
-    run, factor = _runner(surgery, module, folder, fmt)
-    return compare(surgery.loaded, *sides(surgery), run, pictures, parity_factor=factor, progress=progress.advance)
-
-
-def _runner(
-    surgery: Surgery, module: nn.Module, folder: Path, fmt: str
-) -> tuple[Callable[[list[Tensor]], Artefact], float]:
-    """How the written model is run on a graph's inputs, and by what factor it may differ from the patched graph."""
-    from regsurgery.verification import Artefact
-
-    if fmt not in backends.LIBRARIES:
-
-        def run_program(inputs: list[Tensor]) -> Artefact:
-            outputs = module(*inputs)
-            return Artefact(outputs, outputs)
-
-        return run_program, 1.0
-    placeholders = surgery.traced.graph_module.graph.find_nodes(op="placeholder")
-    image = [node.name for node in placeholders].index(surgery.traced.image)
-    if surgery.recipe.mode != "native":
-
-        def run_module(inputs: list[Tensor]) -> Artefact:
-            outputs = surgery.loaded.call(module, inputs[image])
-            return Artefact(outputs, outputs)
-
-        return run_module, 1.0
-    block = read_patched_config(folder, fmt)["regsurgery"]
-    host = backends.backend(fmt, "native")
-
-    def run_host(inputs: list[Tensor]) -> Artefact:
-        outputs = host_outputs(host, module, inputs[image], block)
-        return Artefact(outputs, outputs)
-
-    return run_host, 1.0 if block["exact"] else INEXACT
-
-
-def host_outputs(host: Any, module: nn.Module, images: Tensor, block: dict[str, Any]) -> dict[str, Tensor]:
-    """The outputs of the original, as far as a stock host of native mode has them."""
-    import torch.nn.functional as F
-
-    kinds = host.outputs(module, images, block["num_registers"])
-    if "head" in kinds:
-        kinds["unit_head"] = F.normalize(kinds["head"], dim=-1)
-    return {name: kinds[kind] for name, kind in block["outputs"].items() if kind in kinds}
 
 
 def verify(
@@ -426,12 +381,13 @@ def verify(
 
     The folder's files are checked against its SHA256SUMS, then its own loader file is run: a folder to be verified must
     be one that the user trusts. A patched checkpoint holds the original's tensors unchanged and is compared with them,
-    a `.pt2` folder with its recorded source; `original` names another MODEL to compare with.
+    a `.pt2` folder and one of native mode with the recorded source; `original` names another MODEL to compare with.
 
     Raises:
         CheckpointError: the folder is incomplete, or `original` is not what was patched.
     """
     from regsurgery.calibration import image_set
+    from regsurgery.written import verify_folder, verify_native
 
     progress = progress or Progress()
     root = existing_folder(folder)
@@ -444,7 +400,7 @@ def verify(
     recorded = config["regsurgery"]["source"]
     with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
         progress.stage("load")
-        if original is None and fmt in backends.LIBRARIES:
+        if original is None and fmt in backends.LIBRARIES and recipe.mode != "native":
             restored = Path(scratch) / "original"
             restore_original(root, restored, fmt)
             loaded = load_original(str(restored), options)
@@ -455,10 +411,12 @@ def verify(
                     f"{loaded.source.id}: its weights are not those that were patched into {root} "
                     "(sha256 differs); give the original with --original"
                 )
+        if recipe.mode == "native":
+            return verify_native(loaded, recipe, *_locate(loaded, progress), root, fmt, pictures, progress)
         surgery = operate(loaded, recipe, progress)
         if fmt in backends.LIBRARIES:
-            take_register_tokens(surgery, root, fmt)
-        return _verify_folder(surgery, root, fmt, pictures, progress)
+            take_our_tensors(surgery, root, fmt)
+        return verify_folder(surgery, root, fmt, pictures, progress)
 
 
 def _given_recipe(model: str, recipe: str | Path | Recipe, progress: Progress) -> Recipe:

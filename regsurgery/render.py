@@ -164,7 +164,9 @@ class Screen(Progress):
         row("largest patch norm, worst image", verdict.worst_patch_norm, 1)
         row("median patch norm", verdict.median_patch_norm, 1)
         if verdict.register_norm is not None:
-            table.add_row("register token norm", "", f"{verdict.register_norm:.1f}")
+            table.add_row("register token norm", "", f"{verdict.register_norm:.1f} ± {verdict.register_norm_std:.1f}")
+        if verdict.margin is not None:
+            table.add_row("margin of the register's detectors", "", f"{verdict.margin:.2f}")
         table.add_row(f"cosine of {verdict.output}", "1", f"{verdict.cosine_output:.4f}")
         table.add_row("cosine of patches, outliers aside", "1", f"{verdict.cosine_patches:.4f}")
         if verdict.kl is not None and verdict.same_argmax is not None:

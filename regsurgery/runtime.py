@@ -24,6 +24,12 @@ def append_registers(tokens_BTD: Tensor, register_tokens_1RD: Tensor) -> Tensor:
     return torch.cat((tokens_BTD, registers_BRD), dim=1)
 
 
+def append_constant(tokens_BTD: Tensor, constants_LD: Tensor, index: int) -> Tensor:
+    """`[B, T, D]` and row `index` of `[L, D]` to `[B, T + 1, D]`: one more row, the same for every image."""
+    constant_B1D = constants_LD[index].to(tokens_BTD.dtype).expand(tokens_BTD.shape[0], 1, -1)
+    return torch.cat((tokens_BTD, constant_B1D), dim=1)
+
+
 def strip_registers(x: Tensor, dims: Sequence[int], num_registers: int) -> Tensor:
     """`x` without its last `num_registers` entries along each of `dims`; a view."""
     for dim in dims:
@@ -212,6 +218,46 @@ class _StripsAttention(_Grafted):
         )
 
 
+class _Constants:
+    """Shares the parameter `attention_constants` of the tower with an attention module, without a second name."""
+
+    def __init__(self, tower: nn.Module, index: int) -> None:
+        self.tower, self.index = tower, index
+
+    def append(self, hidden: Tensor) -> Tensor:
+        return append_constant(hidden, self.tower.attention_constants, self.index)  # type: ignore[arg-type]
+
+
+class _AttendsToConstant(_Grafted):
+    """Attention with one more row of input, whose key and value are the constants; it is stripped from what comes out.
+
+    Query, key and value may be the same tensor or three; maps are stripped too, their rows then sum to less than 1.
+    """
+
+    _constants: _Constants
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        longer: dict[int, Tensor] = {}
+
+        def appended(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.ndim != 3:
+                return value
+            if id(value) not in longer:  # a query that is the key stays the key
+                longer[id(value)] = self._constants.append(value)
+            return longer[id(value)]
+
+        output = super().forward(  # type: ignore[misc]
+            *(appended(value) for value in args), **{name: appended(value) for name, value in kwargs.items()}
+        )
+        if not isinstance(output, tuple):
+            return strip_registers(output, (1,), 1)
+        rest = (
+            strip_registers(part, (2, 3), 1) if isinstance(part, Tensor) and part.ndim == 4 else part
+            for part in output[1:]
+        )
+        return (strip_registers(output[0], (1,), 1), *rest)
+
+
 class _StripsHiddenStates(_Grafted):
     """Strips the hidden states that a transformers encoder collects; `last_hidden_state` left the last block stripped.
 
@@ -269,7 +315,8 @@ def operate(model: nn.Module, surgery: Mapping[str, Any], *, keep_registers: boo
             tower, since a head over all tokens would take them for patches.
 
     Returns:
-        `model`, whose tower has a new parameter `register_tokens` `[1, R, D]`, zero until loaded.
+        `model`, whose tower has a new parameter, zero until loaded: `register_tokens` `[1, R, D]`, or in mode `bias`
+        `attention_constants` `[L, D]`.
     """
     num_registers = int(surgery["num_registers"])
     tower, layout = resolve_layout(model, surgery["layouts"])
@@ -288,9 +335,17 @@ def operate(model: nn.Module, surgery: Mapping[str, Any], *, keep_registers: boo
         linear = tower.get_submodule(layout["down"][block])
         in_place = block in surgery["in_place_blocks"]
         ShiftedLinear.operate(linear, list(neurons), {**shift, "in_place": in_place})  # type: ignore[arg-type]
+    like = next(tower.get_submodule(layout["strip"]).parameters())
+    if surgery["mode"] == "bias":
+        blocks = surgery["constant_blocks"]
+        zeros_LD = torch.zeros(len(blocks), int(surgery["width"]), dtype=like.dtype, device=like.device)
+        tower.register_parameter("attention_constants", nn.Parameter(zeros_LD))
+        for index, block in enumerate(blocks):
+            attention = tower.get_submodule(layout["attentions"][block])
+            _graft(attention, _AttendsToConstant, _constants=_Constants(tower, index))
+        return model
     if num_registers == 0:
         return model
-    like = next(tower.get_submodule(layout["strip"]).parameters())
     zeros_1RD = torch.zeros(1, num_registers, int(surgery["width"]), dtype=like.dtype, device=like.device)
     tower.register_parameter("register_tokens", nn.Parameter(zeros_1RD))
     _graft(tower.get_submodule(layout["insert"]), _InsertsRegisters, _registers=_Registers(tower))

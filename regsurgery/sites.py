@@ -17,6 +17,8 @@ class Block:
         in_place: the activation is freshly made, read once and no view, so it may be written into.
         attention_path: the module that computes attention.
         attention_weights: parameters of its query, key and value projections.
+        attention_input: the tokens `[B, T, D]` that they read, normed; "" where they read different ones.
+        attention_output: what attention adds to the stream.
     """
 
     index: int
@@ -30,6 +32,8 @@ class Block:
     down_path: str
     attention_path: str
     attention_weights: tuple[str, ...]
+    attention_input: str
+    attention_output: str
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from regsurgery.recipe import Recipe
 from regsurgery.sites import Block, Sites
 from regsurgery.trace import Traced
 
-REGISTER_TOKENS = "register_tokens"
+REGISTER_TOKENS, ATTENTION_CONSTANTS = "register_tokens", "attention_constants"
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,18 @@ class Surgery:
         """The state dict of the original, edited, by its names in memory; without the register tokens."""
         return {name: self.edit.get(name, value) for name, value in self.loaded.model.state_dict().items()}
 
+    @property
+    def added_name(self) -> str:
+        """The parameter of the graph that the original has not."""
+        return self.plan.constants_name if self.plan.constant_blocks else self.plan.register_name
+
     def new_tensors(self) -> dict[str, Tensor]:
         """The tensors that a patched checkpoint has beside the original's, by their names on disk."""
-        if not self.plan.num_registers:
+        if not self.plan.num_added:
             return {}
         tower = self.config_block["layouts"][0]["tower"]
-        return {f"{tower}.{REGISTER_TOKENS}".lstrip("."): self.register_tokens}
+        name = ATTENTION_CONSTANTS if self.plan.constant_blocks else REGISTER_TOKENS
+        return {f"{tower}.{name}".lstrip("."): self.graph_module.get_parameter(self.added_name).detach()}
 
 
 def perform(loaded: Loaded, recipe: Recipe, traced: Traced, sites: Sites) -> Surgery:
@@ -68,7 +74,7 @@ def perform(loaded: Loaded, recipe: Recipe, traced: Traced, sites: Sites) -> Sur
     check_fit(recipe, sites)
     plan = plan_surgery(sites, recipe)
     graph_module, _ = apply_passes(traced, plan)
-    return Surgery(loaded, recipe, traced, sites, plan, graph_module, _config_block(loaded, recipe, sites))
+    return Surgery(loaded, recipe, traced, sites, plan, graph_module, _config_block(loaded, recipe, sites, plan))
 
 
 def check_fit(recipe: Recipe, sites: Sites) -> None:
@@ -87,18 +93,18 @@ def check_fit(recipe: Recipe, sites: Sites) -> None:
                 )
 
 
-def common_block(loaded: Loaded, recipe: Recipe) -> dict[str, Any]:
+def common_block(loaded: Loaded, recipe: Recipe, plan: Plan) -> dict[str, Any]:
     """What the `regsurgery` entry says in every mode."""
     return {
         "version": regsurgery.__version__,
         "mode": recipe.mode,
-        "num_registers": recipe.num_registers,
+        "num_registers": plan.num_registers,
         "register_neurons": {str(block): list(neurons) for block, neurons in recipe.register_neurons.items()},
         "source": loaded.source.as_dict(),
     }
 
 
-def _config_block(loaded: Loaded, recipe: Recipe, sites: Sites) -> dict[str, Any]:
+def _config_block(loaded: Loaded, recipe: Recipe, sites: Sites, plan: Plan) -> dict[str, Any]:
     collects = loaded.library == "transformers"
     in_memory = _layout(sites, recipe, collects, lambda path: path, lambda block: block.attention_path)
     on_disk = _layout(
@@ -109,11 +115,12 @@ def _config_block(loaded: Loaded, recipe: Recipe, sites: Sites) -> dict[str, Any
         lambda block: _disk_attention_path(loaded, block),
     )
     return {
-        **common_block(loaded, recipe),
+        **common_block(loaded, recipe, plan),
         "fill": recipe.fill,
         "prefix": recipe.prefix,
         "compat": recipe.compat,
-        "scale": list(recipe.scale),
+        "scale": plan.shift["scale"],
+        "constant_blocks": list(plan.constant_blocks),
         "width": sites.width,
         "num_prefix": sites.num_prefix,
         "in_place_blocks": [str(block) for block in recipe.register_neurons if sites.blocks[block].in_place],

@@ -86,9 +86,11 @@ class Side:
     """One of the two models: its graph, and where its tokens lie.
 
     Attributes:
+        loaded: what the graph was traced from; says how it is called.
         detectors: linear nodes and the unit of each that is native mode's detector of registers.
     """
 
+    loaded: Loaded
     graph_module: fx.GraphModule
     sites: Sites
     patches: slice
@@ -98,10 +100,10 @@ class Side:
 
 def sides(surgery: Surgery) -> tuple[Side, Side]:
     """Original and patched model of a surgery."""
-    sites, traced = surgery.sites, surgery.traced
-    original = Side(traced.graph_module, sites, sites.patches, slice(0, 0))
+    sites, traced, loaded = surgery.sites, surgery.traced, surgery.loaded
+    original = Side(loaded, traced.graph_module, sites, sites.patches, slice(0, 0))
     found = detectors(traced, sites, surgery.recipe) if surgery.recipe.mode == "native" else ()
-    return original, Side(surgery.graph_module, sites, sites.patches, sites.registers, found)
+    return original, Side(loaded, surgery.graph_module, sites, sites.patches, sites.registers, found)
 
 
 def detectors(traced: Traced, sites: Sites, recipe: Recipe) -> tuple[tuple[str, int], ...]:
@@ -152,12 +154,12 @@ class Artefact:
 
 
 def verify(
-    loaded: Loaded,
     original_side: Side,
     patched_side: Side,
-    run_artefact: Callable[[list[Tensor]], Artefact],
+    run_artefact: Callable[[Tensor], Artefact],
     images: ImageSet,
     *,
+    parity: tuple[float, float] = (0.0, 0.0),
     parity_factor: float = 1.0,
     batch_size: int = 8,
     progress: Callable[[int], None] = lambda done: None,
@@ -165,7 +167,8 @@ def verify(
     """Compare the original graph, the patched graph and the artefact over `images`.
 
     Args:
-        run_artefact: positional inputs of the graph -> what the artefact gives.
+        run_artefact: images `[B, 3, H, W]` -> what the artefact gives.
+        parity: a difference between artefact and graph that was measured before, and its limit.
         parity_factor: by how much more than rounding the artefact may differ from the patched graph.
         progress: called with the number of images just done.
     """
@@ -175,15 +178,16 @@ def verify(
     patched = tap(patched_side.graph_module, {**probe_nodes(patched_side.sites), **margins.nodes()})
     main = ""
     means, worst = Means(), [0.0, 0.0]
-    parity, limit, finite = 0.0, 0.0, True
+    difference, limit = parity
+    finite = True
     shapes: set[str] = set()
     num_images = 0
-    for batch in images.batches(batch_size, loaded.preprocess):
+    for batch in images.batches(batch_size, original_side.loaded.preprocess):
         num_images += len(batch)
-        inputs = tensor_inputs(loaded, batch)
         with torch.no_grad():
-            (outputs, taps), (new_outputs, new_taps) = original(*inputs), patched(*inputs)
-            artefact = run_artefact(inputs)
+            outputs, taps = original(*tensor_inputs(original_side.loaded, batch))
+            new_outputs, new_taps = patched(*tensor_inputs(patched_side.loaded, batch))
+            artefact = run_artefact(batch)
         shared = {name: value for name, value in outputs.items() if name in artefact.outputs}
         main = main_output(tuple(shared))
         shapes |= {name for name, value in shared.items() if value.shape != artefact.outputs[name].shape}
@@ -196,7 +200,7 @@ def verify(
         for name, value in artefact.as_graph.items():
             if name in shapes:
                 continue
-            parity = max(parity, float((value - new_outputs[name]).abs().max()))
+            difference = max(difference, float((value - new_outputs[name]).abs().max()))
             limit = max(limit, parity_factor * PARITY[value.dtype] * max(1.0, float(new_outputs[name].abs().max())))
         finite = finite and all(bool(value.isfinite().all()) for value in artefact.outputs.values())
         progress(len(batch))
@@ -205,8 +209,8 @@ def verify(
     failures = [f"the output '{name}' changed its shape" for name in sorted(shapes)]
     if not finite:
         failures.append("the patched model returns NaN or infinity")
-    if parity > limit:
-        failures.append(f"the written model differs from the patched graph by {parity:.2e} (allowed {limit:.0e})")
+    if difference > limit:
+        failures.append(f"the written model differs from the patched graph by {difference:.2e} (allowed {limit:.0e})")
     found = pair("outliers")
     if found.patched > max(MAX_OUTLIERS, MAX_OUTLIERS_SHARE * found.original):
         failures.append(
@@ -235,6 +239,6 @@ def verify(
         cosine_output=means["cosine output"],
         kl=means.get("kl"),
         same_argmax=means.get("argmax"),
-        parity_max_abs=parity,
+        parity_max_abs=difference,
         failures=tuple(failures),
     )

@@ -65,6 +65,19 @@ def plant_model(folder: Path, counts: Mapping[int, int], seed: int) -> Truth:
     return Truth({block: tuple(neurons) for block, neurons in planted.items()}, distractors)
 
 
+def plant_only(folder: Path, counts: Mapping[int, int], seed: int) -> dict[int, tuple[int, ...]]:
+    """Plant register neurons and nothing else into the transformers checkpoint `folder`; gated MLPs too."""
+    loaded = load(str(folder))
+    traced = trace(loaded)
+    sites = match(traced)
+    pictures = image_set(None, PLANTING_IMAGES)
+    inputs = tensor_inputs(loaded, next(pictures.batches(PLANTING_IMAGES, loaded.preprocess)))
+    firing = min(2.0, OUTLIERS / sum(counts.values()))
+    planted = plant(traced, sites, inputs, counts, seed=seed, firing=firing)
+    loaded.model.save_pretrained(folder)  # type: ignore[operator]
+    return {block: tuple(neurons) for block, neurons in planted.items()}
+
+
 def everywhere(traced: Traced, sites: Sites, block: Block, neuron: int, inputs: list) -> None:
     """Large at every token, twice the planted peak: adds the same vector, of the median token norm, everywhere."""
     median = _median(traced, sites, block, inputs)

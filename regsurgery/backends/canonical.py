@@ -334,7 +334,7 @@ def _trunk(
     """A timm tower; a linear projection after it becomes its head."""
     from timm.models.vision_transformer import VisionTransformer
 
-    trunk: Any = visual.trunk
+    trunk = visual.trunk
     if type(trunk) is not VisionTransformer:
         raise _no_host(loaded, f"its tower, timm's {type(trunk).__name__}, takes no reg_tokens")
     tensors = {name.removeprefix(TRUNK): value for name, value in state.items() if name.startswith(TRUNK)}
@@ -346,7 +346,8 @@ def _trunk(
     if "head.weight" in tensors and "head.bias" not in tensors:
         tensors["head.bias"] = tensors["head.weight"].new_zeros(len(tensors["head.weight"]))
     args = {"global_pool": trunk.global_pool}
-    return loaded.config["model_cfg"]["vision_cfg"]["timm_model_name"], args, trunk.blocks[0].norm1.eps, tensors
+    eps: Any = trunk.blocks[0].norm1.eps  # type: ignore[union-attr]
+    return loaded.config["model_cfg"]["vision_cfg"]["timm_model_name"], args, eps, tensors
 
 
 def _tower(
@@ -389,4 +390,4 @@ def stock_tower(architecture: str, model_args: Mapping[str, Any], num_classes: i
     import timm
 
     with torch.device("meta"):
-        return timm.create_model(architecture, num_classes=num_classes, **model_args)
+        return timm.create_model(architecture, **{**model_args, "num_classes": num_classes})

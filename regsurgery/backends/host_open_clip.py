@@ -54,7 +54,8 @@ def load(folder: str | Path = Path(__file__).parent, **kwargs: Any) -> nn.Module
     model: Any = stock_model(folder, **kwargs)
     operate(model, surgery)
     open_clip.load_checkpoint(model, str(folder / "open_clip_model.safetensors"), strict=True)
-    _graft(model.visual, _StripsIntermediates)
+    if surgery["num_registers"]:
+        _graft(model.visual, _StripsIntermediates)
     return model.eval()
 
 

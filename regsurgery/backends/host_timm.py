@@ -69,9 +69,11 @@ def load(folder: str | Path = Path(__file__).parent, **kwargs: Any) -> nn.Module
     model = timm.create_model(f"local-dir:{folder}", pretrained=False, **kwargs)
     model.to(next(value.dtype for value in state.values() if value.is_floating_point()))
     resize = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    tokens = {name: state.pop(name) for name in list(state) if name.endswith("register_tokens")}
+    added = ("register_tokens", "attention_constants")
+    tokens = {name: state.pop(name) for name in list(state) if name.endswith(added)}
     state = state if resize is None else resize(state, model)
     operate(model, surgery)
     model.load_state_dict({**state, **tokens}, strict=True)
-    _graft(model, _StripsIntermediates)
+    if surgery["num_registers"]:
+        _graft(model, _StripsIntermediates)
     return model.eval()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from regsurgery.backends import host_open_clip
+from regsurgery.backends import host_open_clip, native_timm
 from regsurgery.backends.canonical import TRUNK, canonical, config_block
 from regsurgery.backends.native_timm import tower_tensors, write_config
 from regsurgery.backends.open_clip_vit import UNLOADABLE
@@ -21,6 +21,7 @@ from regsurgery.checkpoint_io import write_json, write_tensors
 from regsurgery.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
+    from regsurgery.loading import Loaded
     from regsurgery.surgery import Surgery
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -32,13 +33,18 @@ model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{folder}
 """
 
 
+def check(loaded: Loaded, num_registers: int) -> None:
+    """Raise `UnsupportedModelError` where open_clip cannot hold the model; asked before any fitting."""
+    if loaded.library != "open_clip":
+        raise UnsupportedModelError(
+            f"native mode: an open_clip folder needs a text tower, which {loaded.source.id} has not in open_clip's "
+            "terms; use --format timm or transformers"
+        )
+    native_timm.check(loaded, num_registers)
+
+
 def emit(surgery: Surgery, folder: Path, target: Path) -> None:
     """Write open_clip's config, timm's for the tower, and the weights; the text tower passes through."""
-    if surgery.loaded.library != "open_clip":
-        raise UnsupportedModelError(
-            f"native mode: an open_clip folder needs a text tower, which {surgery.loaded.source.id} has not in "
-            "open_clip's terms; use --format timm or transformers"
-        )
     state = surgery.state()
     tower = canonical(surgery.loaded, state)
     tensors = {name: value for name, value in state.items() if not name.startswith("visual.")}

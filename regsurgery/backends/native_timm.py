@@ -13,6 +13,7 @@ from regsurgery.checkpoint_io import write_json, write_tensors
 from regsurgery.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
+    from regsurgery.loading import Loaded
     from regsurgery.surgery import Surgery
 
 WEIGHTS_NAME = "model.safetensors"
@@ -29,6 +30,18 @@ def emit(surgery: Surgery, folder: Path, target: Path) -> None:
     tower = canonical(surgery.loaded, surgery.state())
     write_config(surgery, tower, folder)
     write_tensors(folder / WEIGHTS_NAME, tower_tensors(tower, surgery.register_tokens))
+
+
+def check(loaded: Loaded, num_registers: int) -> None:
+    """Raise `UnsupportedModelError` where timm cannot hold the model; asked before any fitting."""
+    tower = canonical(loaded, loaded.model.state_dict())
+    tower_tensors(tower, blank_registers(tower, num_registers))
+
+
+def blank_registers(tower: Canonical, num_registers: int) -> Tensor:
+    """Zero register tokens, `[1, R, D]`."""
+    norm_D = tower.tensors["blocks.0.norm1.weight"]
+    return norm_D.new_zeros(1, num_registers, len(norm_D))
 
 
 def write_config(surgery: Surgery, tower: Canonical, folder: Path) -> None:

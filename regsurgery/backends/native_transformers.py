@@ -21,11 +21,12 @@ from regsurgery.backends.canonical import (
     stock_tower,
 )
 from regsurgery.backends.hf_transformers import UNLOADABLE
-from regsurgery.backends.native_timm import token_kinds
+from regsurgery.backends.native_timm import blank_registers, token_kinds
 from regsurgery.checkpoint_io import write_json, write_tensors
 from regsurgery.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
+    from regsurgery.loading import Loaded
     from regsurgery.surgery import Surgery
 
 WEIGHTS_NAME = "model.safetensors"
@@ -50,17 +51,29 @@ model = {auto_class}.from_pretrained("{folder}")
 def emit(surgery: Surgery, folder: Path, target: Path) -> None:
     """Write config, weights and, if there is none yet, the preprocessor's config."""
     tower = canonical(surgery.loaded, surgery.state())
-    stock = stock_tower(tower.architecture, tower.model_args, 0 if _is_double(tower) else tower.num_classes)
-    write_tensors(folder / WEIGHTS_NAME, _tensors(tower, stock, surgery.register_tokens))
-    write_json(folder / CONFIG_NAME, _config(surgery, tower, stock))
+    config, tensors = _contents(tower, surgery.register_tokens)
+    write_tensors(folder / WEIGHTS_NAME, tensors)
+    write_json(folder / CONFIG_NAME, {**config, "regsurgery": config_block(surgery, tower)})
     if not (folder / PROCESSOR_NAME).is_file():
         write_json(folder / PROCESSOR_NAME, _processor(tower))
+
+
+def check(loaded: Loaded, num_registers: int) -> None:
+    """Raise `UnsupportedModelError` where transformers cannot hold the model; asked before any fitting."""
+    tower = canonical(loaded, loaded.model.state_dict())
+    _contents(tower, blank_registers(tower, num_registers))
+
+
+def _contents(tower: Canonical, register_tokens_1RD: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    stock = stock_tower(tower.architecture, tower.model_args, 0 if _is_double(tower) else tower.num_classes)
+    return _config(tower, stock, register_tokens_1RD), _tensors(tower, stock, register_tokens_1RD)
 
 
 def _is_double(tower: Canonical) -> bool:
     """Whether the head reads CLS and mean patch, side by side, as the host's does."""
     return (
-        bool(tower.num_classes) and tower.tensors["head.weight"].shape[1] == 2 * tower.tensors["norm.weight"].shape[0]
+        bool(tower.num_classes)
+        and tower.tensors["head.weight"].shape[1] == 2 * tower.tensors["blocks.0.norm1.weight"].shape[0]
     )
 
 
@@ -70,7 +83,7 @@ def _refuse(reason: str) -> UnsupportedModelError:
     )
 
 
-def _config(surgery: Surgery, tower: Canonical, stock: Any) -> dict[str, Any]:
+def _config(tower: Canonical, stock: Any, register_tokens_1RD: Tensor) -> dict[str, Any]:
     block = stock.blocks[0]
     rows = tower.tensors["blocks.0.mlp.fc1.weight"].shape[0]
     width = stock.embed_dim
@@ -93,7 +106,6 @@ def _config(surgery: Surgery, tower: Canonical, stock: Any) -> dict[str, Any]:
     ratios = [n for n in range(1, 17) if rows == (2 * ((int(n * width * 2 / 3) + 7) // 8 * 8) if gated else n * width)]
     if not ratios:
         raise _refuse(f"cannot have an MLP of {rows // 2 if gated else rows} hidden units at width {width}")
-    num_registers = surgery.plan.num_registers + stock.num_reg_tokens
     config: dict[str, Any] = {
         "architectures": [CLASSIFIER if tower.num_classes else MODEL],
         "model_type": "dinov2_with_registers",
@@ -108,9 +120,8 @@ def _config(surgery: Surgery, tower: Canonical, stock: Any) -> dict[str, Any]:
         "patch_size": stock.patch_embed.patch_size[0],
         "num_channels": 3,
         "qkv_bias": "blocks.0.attn.qkv.bias" in tower.tensors,
-        "num_register_tokens": num_registers,
-        "dtype": str(surgery.register_tokens.dtype).removeprefix("torch."),
-        "regsurgery": config_block(surgery, tower),
+        "num_register_tokens": register_tokens_1RD.shape[1] + stock.num_reg_tokens,
+        "dtype": str(register_tokens_1RD.dtype).removeprefix("torch."),
     }
     if tower.num_classes:
         names = tower.labels or tuple(f"LABEL_{i}" for i in range(tower.num_classes))
@@ -123,7 +134,7 @@ def _tensors(tower: Canonical, stock: Any, register_tokens_1RD: Tensor) -> dict[
     """The published names of `facebook/dinov2-with-registers-*`."""
     width = stock.embed_dim
     given = tower.tensors
-    like = given["norm.weight"]
+    like = given["blocks.0.norm1.weight"]
     position_1TD, cls_11D = given.get("pos_embed"), given.get("cls_token")
     if position_1TD is None or cls_11D is None:
         raise _refuse("needs a class token and a position embedding")

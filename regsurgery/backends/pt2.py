@@ -64,9 +64,18 @@ def snippet(surgery: Surgery, folder: str) -> str:
     return SNIPPET.format(folder=folder, inputs=", ".join(inputs), outputs=", ".join(surgery.traced.output_names))
 
 
+def state(folder: Path) -> dict[str, Any]:
+    """The program's tensors by their names in the graph."""
+    return dict(_load(folder).state_dict)
+
+
 def reload(folder: Path, config: dict[str, Any]) -> nn.Module:
     """The program as a module: positional tensors in, a dict of tensors out."""
+    return _load(folder).module()
+
+
+def _load(folder: Path) -> torch.export.ExportedProgram:
     try:
-        return torch.export.load(folder / PROGRAM_NAME).module()
+        return torch.export.load(folder / PROGRAM_NAME)
     except (RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(f"{folder / PROGRAM_NAME}: torch cannot load it: {str(error).splitlines()[0]}") from error

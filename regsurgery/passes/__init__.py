@@ -11,6 +11,7 @@ import copy
 from torch import fx
 
 from regsurgery.errors import PassError
+from regsurgery.passes.insert_constants import insert_constants
 from regsurgery.passes.insert_registers import insert_registers
 from regsurgery.passes.plan import PassResult, Plan
 from regsurgery.passes.resize_tokens import resize_tokens
@@ -19,10 +20,11 @@ from regsurgery.passes.spec import check_spec
 from regsurgery.passes.strip_registers import strip_registers
 from regsurgery.trace import Traced
 
-# Registers first, since the region of longer tensors begins at them. Then the token counts that export wrote as
-# literals into the region, so that every node in it has its true shape. The shift needs those shapes and leaves them as
-# they are. Strips last: they sit on the edges that leave the region, which only then have a value of the wrong length.
-PIPELINE = (insert_registers, resize_tokens, shift_neurons, strip_registers)
+# Registers, or constants, first, since the regions of longer tensors begin at them. Then the token counts that export
+# wrote as literals into a region, so that every node in it has its true shape. The shift needs those shapes and leaves
+# them as they are. Strips last: they sit on the edges that leave a region, which only then have a value of the wrong
+# length.
+PIPELINE = (insert_registers, insert_constants, resize_tokens, shift_neurons, strip_registers)
 
 __all__ = ["PIPELINE", "PassResult", "Plan", "apply_passes"]
 

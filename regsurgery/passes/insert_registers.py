@@ -7,7 +7,7 @@ from torch import fx, nn
 
 from regsurgery import runtime
 from regsurgery.graph import find_node, set_parameter
-from regsurgery.passes.plan import INSERTED, PassResult, Plan
+from regsurgery.passes.plan import INSERTED, REGION_END, PassResult, Plan
 
 
 def insert_registers(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
@@ -28,6 +28,7 @@ def insert_registers(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
     for node in (parameter, appended):
         node.meta["nn_module_stack"] = tokens.meta.get("nn_module_stack", {})
         node.meta[INSERTED] = "insert_registers"
+    appended.meta[REGION_END] = plan.sites.last
     fake = value.fake_mode
     with fake:
         parameter.meta["val"] = fake.from_tensor(zeros_1RD)

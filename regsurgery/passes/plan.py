@@ -13,21 +13,37 @@ from regsurgery.recipe import Recipe
 from regsurgery.sites import Sites
 
 INSERTED = "regsurgery"  # key in node.meta of every node that a pass made; its value is the pass
+REGION_END = "regsurgery_end"  # key in node.meta of a concatenation: the last node before which it is stripped again
 ORIGINAL_SHAPE = "regsurgery_shape"  # key in node.meta: the shape before the registers, on every node of the region
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sites and recipe, resolved into what the passes need. Made by `plan_surgery`."""
+    """Sites and recipe, resolved into what the passes need. Made by `plan_surgery`.
+
+    Attributes:
+        num_registers: register tokens on the stream; none in mode `bias`.
+        constant_blocks: blocks whose attention gets a constant (mode `bias`).
+    """
 
     sites: Sites
     num_registers: int
     register_neurons: Mapping[int, tuple[int, ...]]
     shift: Mapping[str, Any]
+    constant_blocks: tuple[int, ...] = ()
+
+    @property
+    def num_added(self) -> int:
+        """Rows that a concatenation adds."""
+        return self.num_registers or len(self.constant_blocks[:1])
 
     @property
     def register_name(self) -> str:
         return f"{self.sites.tower_path}.register_tokens".lstrip(".")
+
+    @property
+    def constants_name(self) -> str:
+        return f"{self.sites.tower_path}.attention_constants".lstrip(".")
 
 
 @dataclass(frozen=True)
@@ -39,33 +55,42 @@ class PassResult:
 
 
 def plan_surgery(sites: Sites, recipe: Recipe) -> Plan:
+    bias = recipe.mode == "bias"
     shift = {
         "num_prefix": sites.num_prefix,
-        "scale": list(recipe.scale),
+        "scale": [] if bias else list(recipe.scale),
         "fill": recipe.fill,
         "fill_prefix": recipe.prefix == "fill",
         "one_peak": recipe.compat == "reference",
     }
+    if bias:
+        blocks = tuple(range(constant_start(recipe), len(sites.blocks)))
+        return Plan(sites, 0, dict(recipe.register_neurons), shift, blocks)
     return Plan(sites, recipe.num_registers, dict(recipe.register_neurons), shift)
 
 
-def registers_node(graph_module: fx.GraphModule) -> fx.Node | None:
-    """The node that `insert_registers` made: the token stream with registers."""
-    return next(
-        (n for n in graph_module.graph.nodes if n.meta.get(INSERTED) == "insert_registers" and n.op == "call_function"),
-        None,
-    )
+def constant_start(recipe: Recipe) -> int:
+    """The first block whose attention gets a constant in mode `bias`: the first one that saw a filled register."""
+    return min(recipe.register_neurons) + 1
+
+
+def concatenations(graph_module: fx.GraphModule) -> list[fx.Node]:
+    """The nodes that add rows to a tensor: registers on the stream, constants in attentions."""
+    return [node for node in graph_module.graph.nodes if REGION_END in node.meta]
 
 
 def register_region(graph_module: fx.GraphModule, plan: Plan) -> dict[fx.Node, None]:
-    """Descendants of the inserted registers that are ancestors of the last residual add, in graph order."""
-    start = registers_node(graph_module)
-    if start is None:
+    """Descendants of each concatenation that are ancestors of its end (the last residual add), in graph order."""
+    starts = concatenations(graph_module)
+    if not starts:
         return {}
     masks = ancestor_sets(graph_module.graph)
-    last = find_node(graph_module, plan.sites.last)
+    ends = [find_node(graph_module, start.meta[REGION_END]) for start in starts]
     return {
         node: None
         for node in graph_module.graph.nodes
-        if is_ancestor(masks, start, node) and is_ancestor(masks, node, last)
+        if any(
+            is_ancestor(masks, start, node) and is_ancestor(masks, node, end)
+            for start, end in zip(starts, ends, strict=True)
+        )
     }

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from regsurgery.errors import UnsupportedModelError
 from regsurgery.graph import hint, module_path, shape_of
-from regsurgery.passes.plan import ORIGINAL_SHAPE, PassResult, Plan, register_region, registers_node
+from regsurgery.passes.plan import ORIGINAL_SHAPE, PassResult, Plan, concatenations, register_region
 
 aten = torch.ops.aten
 
@@ -39,14 +39,14 @@ DIM_ARGUMENT: dict[object, int] = {
 def resize_tokens(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
     """Re-propagate shapes over the region and patch the token counts in it; see the module."""
     region = register_region(graph_module, plan)
-    start = registers_node(graph_module)
+    starts = concatenations(graph_module)
     before = {node: node.meta.get("val") for node in region}
-    if start is None:
+    if not starts:
         return PassResult((), "")
-    fake = start.meta["val"].fake_mode
+    fake = starts[0].meta["val"].fake_mode
     changed = []
     for node in region:
-        if node is start:
+        if node in starts:
             before[node] = node.all_input_nodes[0].meta["val"]
             continue
         if node.target in RESHAPES:

@@ -12,7 +12,7 @@ from regsurgery.errors import PassError
 from regsurgery.graph import hint
 from regsurgery.passes.plan import INSERTED, Plan, register_region
 
-CALLABLES = {runtime.append_registers, runtime.neuron_shift, runtime.strip_registers}
+CALLABLES = {runtime.append_registers, runtime.append_constant, runtime.neuron_shift, runtime.strip_registers}
 # What export leaves of arithmetic on symbolic sizes, and the selection of one of several results.
 SIZE_ARITHMETIC = {operator.getitem, operator.mul, operator.add, operator.sub, operator.floordiv, operator.mod,
                    operator.eq, operator.ge, operator.le, operator.gt, operator.lt, operator.ne,
@@ -43,7 +43,7 @@ def check_spec(graph_module: fx.GraphModule, plan: Plan, after: str, *, final: b
         if INSERTED in node.meta and "nn_module_stack" not in node.meta:
             raise fail("an inserted node without a module stack", node)
     region = register_region(graph_module, plan)
-    if after != "insert_registers":
+    if after not in ("insert_registers", "insert_constants"):
         stream = {plan.sites.last, *(block.output for block in plan.sites.blocks)}
         expected = plan.sites.num_tokens + plan.num_registers
         for node in region:

@@ -24,12 +24,12 @@ def strip_registers(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
         if not axes:
             continue
         with graph_module.graph.inserting_after(node):
-            strip = graph_module.graph.call_function(runtime.strip_registers, (node, axes, plan.num_registers))
+            strip = graph_module.graph.call_function(runtime.strip_registers, (node, axes, plan.num_added))
         for user in leaving:
             user.replace_input_with(node, strip)
         strip.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
         strip.meta[INSERTED] = "strip_registers"
         with value.fake_mode:
-            strip.meta["val"] = runtime.strip_registers(value, axes, plan.num_registers)
+            strip.meta["val"] = runtime.strip_registers(value, axes, plan.num_added)
         stripped.append(strip.name)
     return PassResult(tuple(stripped), "a strip at the exits" if region else "")

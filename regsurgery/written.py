@@ -1,0 +1,147 @@
+"""A written folder against its original: what is run, and what it is compared with."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regsurgery import backends
+from regsurgery.backends import native_open_clip
+from regsurgery.calibration import ImageSet
+from regsurgery.errors import CheckpointError
+from regsurgery.fitting import at_size, restored_native
+from regsurgery.loading import Loaded
+from regsurgery.loading import load as load_original
+from regsurgery.match import match
+from regsurgery.patched import read_patched_config
+from regsurgery.recipe import Recipe
+from regsurgery.sites import Sites
+from regsurgery.surgery import Surgery
+from regsurgery.trace import Traced, tensor_inputs, trace
+from regsurgery.verification import PARITY, Artefact, Side, Verdict, detectors, sides, verify
+
+if TYPE_CHECKING:
+    from regsurgery.pipeline import Progress
+
+INEXACT = 100.0  # times rounding, where a native host's norms have another eps
+
+
+def verify_folder(surgery: Surgery, folder: Path, fmt: str, pictures: ImageSet, progress: Progress) -> Verdict:
+    """What was written, run as a user would, against the surgery's graphs."""
+    progress.stage("verify", pictures.num_images)
+    mode = surgery.recipe.mode
+    config = read_patched_config(folder, fmt)
+    module = backends.backend(fmt, mode).reload(folder, config)
+    if mode == "native" and fmt in backends.LIBRARIES:
+        return _verify_host(surgery, module, config["regsurgery"], fmt, pictures, progress)
+
+    def run(images: Tensor) -> Artefact:
+        if fmt in backends.LIBRARIES:
+            outputs = surgery.loaded.call(module, images)
+        else:
+            outputs = module(*tensor_inputs(surgery.loaded, images))
+        return Artefact(outputs, outputs)
+
+    return verify(*sides(surgery), run, pictures, progress=progress.advance)
+
+
+def _verify_host(
+    surgery: Surgery, module: nn.Module, block: dict[str, Any], fmt: str, pictures: ImageSet, progress: Progress
+) -> Verdict:
+    """A stock host of native mode against the edited graph.
+
+    Hosts interpolate position embeddings each in their own way, so outputs are compared at the size that needs none.
+    """
+    host = backends.backend(fmt, "native")
+    factor = 1.0 if block["exact"] else INEXACT
+    own_size = (block["image_size"][0], block["image_size"][1])
+    parity = (0.0, 0.0)
+    same_size = own_size == surgery.traced.image_size
+    if not same_size:
+        parity = _parity_at(surgery, lambda images: _host_outputs(host, module, images, block), own_size, pictures)
+
+    def run(images: Tensor) -> Artefact:
+        outputs = _host_outputs(host, module, images, block)
+        return Artefact(outputs, outputs if same_size else {})
+
+    return verify(
+        *sides(surgery),
+        run,
+        pictures,
+        parity=(parity[0], factor * parity[1]),
+        parity_factor=factor,
+        progress=progress.advance,
+    )
+
+
+@torch.no_grad()
+def _parity_at(
+    surgery: Surgery, run: Callable[[Tensor], dict[str, Tensor]], size: tuple[int, int], pictures: ImageSet
+) -> tuple[float, float]:
+    """Largest difference between edited graph and host at an image size, and what rounding allows."""
+    resized = at_size(surgery, size)
+    batch = next(pictures.some(2).batches(2, surgery.loaded.preprocess))
+    images = F.interpolate(batch.float(), size, mode="bicubic", antialias=True).to(batch.dtype)
+    expected, given = resized.graph_module(*tensor_inputs(surgery.loaded, images)), run(images)
+    worst, limit = 0.0, 0.0
+    for name, value in given.items():
+        worst = max(worst, float((value - expected[name]).abs().max()))
+        limit = max(limit, PARITY[value.dtype] * max(1.0, float(expected[name].abs().max())))
+    return worst, limit
+
+
+def _host_outputs(host: Any, module: nn.Module, images: Tensor, block: dict[str, Any]) -> dict[str, Tensor]:
+    """The outputs of the original, as far as a stock host of native mode has them."""
+    kinds = host.outputs(module, images, block["num_registers"])
+    if "head" in kinds:
+        kinds["unit_head"] = F.normalize(kinds["head"], dim=-1)
+    return {name: kinds[kind] for name, kind in block["outputs"].items() if kind in kinds}
+
+
+def verify_native(
+    loaded: Loaded,
+    recipe: Recipe,
+    traced: Traced,
+    sites: Sites,
+    root: Path,
+    fmt: str,
+    pictures: ImageSet,
+    progress: Progress,
+) -> Verdict:
+    """A folder of native mode, which is a stock checkpoint: it is loaded, traced and matched as one."""
+    config = read_patched_config(root, fmt)
+    block = config["regsurgery"]
+    if fmt not in backends.LIBRARIES:
+        surgery = restored_native(loaded, recipe, traced, sites, backends.backend(fmt).state(root))
+        return verify_folder(surgery, root, fmt, pictures, progress)
+    with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
+        if fmt == "open_clip":
+            native_open_clip.relocate(root, Path(scratch), config)
+        stock = load_original(scratch if fmt == "open_clip" else str(root), native=True)
+        stock_traced = trace(stock, traced.image_size)
+    stock_sites = match(stock_traced)
+    behind = sites.num_prefix + block["num_registers"]
+    if stock_sites.num_prefix != behind:
+        raise CheckpointError(f"{root}: has {stock_sites.num_prefix} prefix tokens, expected {behind}; patch it again")
+    original = Side(loaded, traced.graph_module, sites, sites.patches, slice(0, 0))
+    patched = Side(
+        stock,
+        stock_traced.graph_module,
+        stock_sites,
+        stock_sites.patches,
+        slice(sites.num_prefix, behind),
+        detectors(stock_traced, stock_sites, recipe),
+    )
+    host = backends.backend(fmt, "native")
+
+    def run(images: Tensor) -> Artefact:
+        return Artefact(_host_outputs(host, stock.model, images, block), stock.call(stock.model, images))
+
+    progress.stage("verify", pictures.num_images)
+    return verify(original, patched, run, pictures, progress=progress.advance)
