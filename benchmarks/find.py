@@ -80,22 +80,20 @@ def main() -> None:
     ):
         folder = Path(scratch) / args.model
         planted = fresh.submit(write_model, args.model, folder).result()
-        speed = fresh.submit(measure_speed, folder, planted, args.images, args.rounds).result()
-        block = speed["settled_block"]
-        counts = (args.few, args.many) if sys.platform == "linux" else ()
-        memory = [fresh.submit(measure_memory, folder, block, count).result() for count in counts]
-    figures = {
-        "model": args.model,
-        "machine": {
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "load_average": [round(load_before, 2), round(os.getloadavg()[0], 2)],
-        },
-        "planted": planted,
-        **speed,
-        "memory": memory,
-    }
+        figures: dict[str, Any] = {"model": args.model, "planted": planted}
+        if args.part == "memory":  # time is that of an earlier run
+            figures = json.loads(args.json.read_text("utf-8"))
+        else:
+            figures |= fresh.submit(measure_speed, folder, planted, args.images, args.rounds).result()
+            figures["machine"] = {
+                "cores": os.cpu_count(),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "load_average": [round(load_before, 2), round(os.getloadavg()[0], 2)],
+            }
+        counts = (args.few, args.many) if sys.platform == "linux" and args.part != "time" else ()
+        block = figures["settled_block"]
+        figures["memory"] = [fresh.submit(measure_memory, folder, block, count).result() for count in counts]
     print(_table(figures))
     if args.json:
         args.json.write_text(json.dumps(_rounded(figures), indent=2) + "\n", "utf-8")
@@ -109,6 +107,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=10, help="rounds of a, p, b, c (default: %(default)s)")
     parser.add_argument("--few", type=int, default=100, help="images of the first memory run (default: %(default)s)")
     parser.add_argument("--many", type=int, default=2000, help="images of the second one (default: %(default)s)")
+    parser.add_argument(
+        "--part", choices=("all", "time", "memory"), default="all",
+        help="memory: measure that anew and take the rest from --json (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     return parser.parse_args()
 

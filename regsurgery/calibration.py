@@ -23,7 +23,6 @@ DEFAULT_GENERATED = 32
 MIN_IMAGES = 4  # readable ones in what the user gave
 IN_PROCESS = 32  # images up to which worker processes are not worth their start
 MAX_WORKERS = 8
-TRIM_EVERY = 8  # batches
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,7 @@ class ImageSet:
                     self.say(f"skipped {name}: {reason}")
             if len(pixels):
                 yield number, pixels
-            if number // step % TRIM_EVERY == TRIM_EVERY - 1:
-                _trim_heap()
+            _trim_heap()
         readable = len(self.chosen) - len(broken_here)
         if broken_here and readable < MIN_IMAGES:
             examples = "; ".join(f"{name}: not a readable image ({reason})" for name, reason in broken_here.items())

@@ -135,7 +135,7 @@ CLIP_BLOCK = {
     "attn.v": "self_attn.v_proj", "attn.proj": "self_attn.out_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
 }  # fmt: skip
 VIT_STEM = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings",
-            "mask_token": "embeddings.mask_token",
+            "mask_token": "embeddings.mask_token", "reg_token": "embeddings.distillation_token",
             "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
             "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
             "norm.weight": "layernorm.weight", "norm.bias": "layernorm.bias"}  # fmt: skip
@@ -165,6 +165,8 @@ class _Published:
 PUBLISHED = {
     "ViTModel": _Published(VIT_STEM, VIT_BLOCK, {"last_hidden_state": "tokens"}),
     "ViTForImageClassification": _Published(VIT_STEM, VIT_BLOCK, {"logits": "head"}),
+    "DeiTModel": _Published(VIT_STEM, VIT_BLOCK, {"last_hidden_state": "tokens"}),
+    "DeiTForImageClassification": _Published(VIT_STEM, VIT_BLOCK, {"logits": "head"}),
     "Dinov2Model": _Published(VIT_STEM, DINOV2_BLOCK, {"last_hidden_state": "tokens", "pooler_output": "cls"}),
     "Dinov2ForImageClassification": _Published(VIT_STEM, DINOV2_BLOCK, {"logits": "head"}),
     "CLIPVisionModel": _Published(CLIP_STEM, CLIP_BLOCK, {"pooler_output": "cls"}),
@@ -202,6 +204,7 @@ def _from_transformers(loaded: Loaded, state: Mapping[str, Tensor]) -> Canonical
         "pre_norm": "norm_pre.weight" in tensors,
         "act_layer": _activation(loaded, "silu" if swiglu else config.hidden_act),
         "dynamic_img_size": True,
+        "reg_tokens": 1 if "reg_token" in tensors else 0,  # a distillation token is a register with a position
     }
     entry = TIMM_ENTRY.get(eps, TIMM_ENTRY[1e-6])
     if swiglu:  # the entry point whose MLP is gated; timm configs cannot name an MLP class
@@ -239,7 +242,7 @@ def _timm_names(
     tensors: dict[str, Tensor] = {}
     notes: dict[str, None] = {}
     for name, value in on_disk.items():
-        short = re.sub(r"^(vit|dinov2|vision_model)\.", "", name)
+        short = re.sub(r"^(vit|deit|dinov2|vision_model)\.", "", name)
         in_block = re.fullmatch(r"encoder\.layers?\.(\d+)\.(.+)\.(weight|bias)", short)
         scale = re.fullmatch(r"encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1", short)
         left = next((what for start, what in LEFT_BEHIND.items() if short.startswith(start)), None)

@@ -162,7 +162,7 @@ def _tensors(tower: Canonical, stock: Any, register_tokens_1RD: Tensor) -> dict[
     for name, value in given.items():
         in_block = re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias|gamma)", name)
         if in_block is None:
-            if (name in VIT_STEM and VIT_STEM[name] not in tensors) or name == "patch_embed.proj.bias":
+            if name.startswith(("patch_embed.", "norm.")) and name in VIT_STEM:
                 tensors[VIT_STEM[name]] = value
             elif not name.startswith(("head.", "cls_token", "pos_embed", "mask_token", "reg_token")):
                 raise _refuse(f"has no place for the tensor '{name}'")

@@ -17,12 +17,13 @@ from torch import Tensor
 import regsurgery
 from regsurgery import cli, verification
 from regsurgery.calibration import image_set
-from regsurgery.errors import CheckpointError, RecipeError, UnsupportedModelError, UserError
+from regsurgery.errors import CheckpointError, RecipeError, UnsupportedModelError, UserError, VerificationError
 from regsurgery.loading import load
 from regsurgery.recipe import Recipe, find_recipe
-from tests.conftest import Planted, shared
+from tests.conftest import Planted, build_planted, shared
 from tests.e2e.test_real import photos as photos
-from tests.picos import CLIP_VISION, PICOS, VIT, Pico, _transformers
+from tests.e2e.test_reload import transformers_4_python
+from tests.picos import CLIP_VISION, PICOS, VIT, Pico, _open_clip, _timm, _transformers
 from tests.planting import plant_only, random_counts
 
 STOCK = Path(__file__).parent / "stock_native.py"
@@ -34,7 +35,7 @@ BLOCKS = {
 
 
 def in_stock_libraries(
-    tmp_path: Path, pixels: Tensor, models: dict[str, tuple[str, Path, str, int]]
+    tmp_path: Path, pixels: Tensor, models: dict[str, tuple[str, Path, str, int]], python: str = sys.executable
 ) -> dict[str, dict[str, Tensor]]:
     """`models`: name -> (library, folder, module path of the last but one block, prefix tokens)."""
     manifest = tmp_path / "manifest"
@@ -43,7 +44,7 @@ def in_stock_libraries(
         for name, (library, folder, block, patches) in models.items()
     }
     torch.save({"pixels": pixels, "models": jobs}, manifest)
-    subprocess.run([sys.executable, str(STOCK), str(manifest)], check=True, cwd=tmp_path)
+    subprocess.run([python, str(STOCK), str(manifest)], check=True, cwd=tmp_path)
     return torch.load(f"{manifest}.results")
 
 
@@ -222,6 +223,80 @@ def test_planted_sets_are_gone_or_the_margin_is_too_small(kind: str, seed: int, 
     assert result.verdict.outliers_per_image.patched <= 0.05
 
 
+@pytest.mark.parametrize("architecture", ["DeiTModel", "DeiTForImageClassification"])
+@pytest.mark.parametrize("fmt", ["transformers", "timm"])
+def test_a_distillation_token_becomes_a_register_of_its_own(architecture: str, fmt: str, tmp_path: Path) -> None:
+    # Its class token starts as zeros, whose norm is all eps: timm has no 1e-12.
+    config = {**WIDE, "image_size": 64, "num_labels": 10, "layer_norm_eps": 1e-6}
+    _transformers(architecture, "DeiTConfig", **config, intermediate_size=256)(tmp_path / "model")
+    neurons = plant_only(tmp_path / "model", {1: 2, 3: 1}, 0)
+    result = regsurgery.patch(
+        str(tmp_path / "model"), tmp_path / "out", recipe=Recipe(neurons), mode="native", calibrate=False, format=fmt
+    )
+    assert result.verdict.outliers_per_image.patched <= 0.05 < 1 < result.verdict.outliers_per_image.original
+    assert result.verdict.parity_max_abs < 1e-4
+    assert regsurgery.verify(tmp_path / "out", num_images=8).passed
+
+
+TOWERS = {
+    "deit3": (_timm("deit3_small_patch16_224", init_values=1.0), ("timm", "transformers")),
+    "siglip": (_timm("vit_base_patch16_siglip_224", num_classes=0), ("timm",)),
+    "reg4": (_timm("vit_tiny_patch16_224", reg_tokens=4), ("timm", "transformers")),
+    "open_clip over timm": (
+        _open_clip(timm_model_name="vit_tiny_patch16_224", timm_pool="token", image_size=224),
+        ("open_clip", "timm"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(TOWERS))
+def test_other_towers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification, "MIN_COSINE_OUTPUT", -1.0)
+    build, hosts = TOWERS[name]
+    planted = build_planted(Pico(name, build, "", "", ""), tmp_path / "model")
+    recipe = Recipe({block: tuple(neurons) for block, neurons in planted.neurons.items()})
+    for fmt in hosts:
+        result = regsurgery.patch(
+            str(tmp_path / "model"), tmp_path / fmt, recipe=recipe, mode="native", calibrate=False, format=fmt,
+            num_images=16,
+        )  # fmt: skip
+        assert result.verdict.outliers_per_image.patched <= 0.05 < 1 < result.verdict.outliers_per_image.original
+        assert regsurgery.verify(tmp_path / fmt, num_images=8).passed
+
+
+@pytest.mark.parametrize("fmt", ["transformers", "timm"])
+def test_a_position_embedding_of_another_size_than_the_images(fmt: str, tmp_path: Path) -> None:
+    """As DINOv2 has it: made for 518 px, run at 224; hosts interpolate differently, but keep the embedding whole."""
+    _transformers("Dinov2Model", "Dinov2Config", **WIDE)(tmp_path / "model")
+    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 64, "width": 64}}
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(processor))
+    neurons = plant_only(tmp_path / "model", {1: 2, 3: 1}, 0)
+    result = regsurgery.patch(
+        str(tmp_path / "model"), tmp_path / "out", recipe=Recipe(neurons), mode="native", calibrate=False, format=fmt
+    )
+    assert result.verdict.outliers_per_image.patched <= 0.05 < 1 < result.verdict.outliers_per_image.original
+    assert 0 < result.verdict.parity_max_abs < 1e-4
+    name = {"transformers": "embeddings.position_embeddings", "timm": "pos_embed"}[fmt]
+    assert load_file(tmp_path / "out" / "model.safetensors")[name].shape[1] == 1 + (fmt == "timm") + 12 * 12
+    before, after = (load_file(tmp_path / each / "model.safetensors") for each in ("model", "out"))
+    assert torch.equal(before["embeddings.position_embeddings"][:, -144:], after[name][:, -144:])
+
+
+def test_a_host_that_computes_something_else_fails_verification(
+    demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from regsurgery.backends import canonical
+
+    query = canonical.VIT_BLOCK["attn.q"]
+    monkeypatch.setitem(canonical.VIT_BLOCK, "attn.q", canonical.VIT_BLOCK["attn.v"])
+    monkeypatch.setitem(canonical.VIT_BLOCK, "attn.v", query)
+    with pytest.raises(VerificationError, match="differs from the patched graph"):
+        regsurgery.patch(
+            str(demo_folder), tmp_path / "out", recipe="demo", mode="native", calibrate=False, num_images=8
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- what a folder is -----------------------------------------------------------------------------------------------
 
 
@@ -269,6 +344,14 @@ def test_only_the_neurons_rows_and_columns_and_the_registers_change(demo_folder:
     model = AutoModelForImageClassification.from_pretrained(demo_native)
     assert type(model).__name__ == "Dinov2WithRegistersForImageClassification"
     assert model.config.num_register_tokens == 1
+
+
+def test_transformers_4_loads_the_same(demo_folder: Path, demo_native: Path, tmp_path: Path) -> None:
+    pixels = next(image_set(None, 8).batches(8, load(str(demo_folder)).preprocess))
+    model = {"demo": ("transformers", demo_native, "dinov2_with_registers.encoder.layer.2", 2)}
+    now = in_stock_libraries(tmp_path, pixels, model)["demo"]
+    then = in_stock_libraries(tmp_path, pixels, model, transformers_4_python())["demo"]
+    assert float((now["output"] - then["output"]).abs().max()) <= 1e-5
 
 
 @pytest.mark.parametrize("fmt", ["transformers", "timm"])
