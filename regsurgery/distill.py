@@ -21,7 +21,9 @@ from regsurgery.native import Native, NativeModel
 from regsurgery.statistics import outliers, tap, token_norms
 from regsurgery.trace import tensor_inputs
 
-REGISTER_RATE = 0.05  # of Adam, for the register tokens
+# Rates of Adam at the beginning; they fall to 0 on a cosine.
+REGISTER_RATE = 0.02  # for the register tokens, in their root mean square
+MIN_REGISTER_RATE = 0.05
 COLUMN_RATE = 0.02  # for the output columns
 STEPS = 60
 STEP_IMAGES = 24  # images behind one step
@@ -73,12 +75,14 @@ def calibrate(
         losses = [len(chunk) * float(loss(chunk, parameters)) for chunk in held_out.split(PASS_IMAGES)]
         return sum(losses) / num_held_out
 
+    size = float(trained.register_tokens.detach().square().mean().sqrt())
     optimiser = torch.optim.Adam(
         [
-            {"params": [trained.register_tokens], "lr": REGISTER_RATE},
+            {"params": [trained.register_tokens], "lr": max(MIN_REGISTER_RATE, REGISTER_RATE * size)},
             {"params": list(trained.columns.values()), "lr": COLUMN_RATE},
         ]
     )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
     before = after = validate()
     best, kept, queue = native, 0, torch.empty(0, dtype=torch.int64)
     for step in range(1, STEPS + 1):
@@ -89,6 +93,7 @@ def calibrate(
         for chunk in chosen.split(PASS_IMAGES):
             (loss(chunk, trained.parameters()) * len(chunk) / len(chosen)).backward()
         optimiser.step()
+        schedule.step()
         progress(1)
         if step % CHECK_EVERY:
             continue

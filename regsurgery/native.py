@@ -30,8 +30,10 @@ from regsurgery.statistics import tap, token_norms
 from regsurgery.trace import Traced, tensor_inputs
 
 SHRINKAGE = 0.05  # of the pooled covariance towards a multiple of the identity
-MARKER_NORMS = (0.0, 0.6, 1.2, 1.8, 2.4, 3.6)  # norm of the register tokens, in mean token norms
-GOOD_MARGIN = 0.25  # the smallest marker that reaches it is taken
+# Norm of the register tokens, in mean token norms. The smallest whose margin is nearly the largest is taken. A large
+# marker costs no fidelity (ViT-Ti: KL 0.106 at 2, 0.105 at 8), and it alone holds on images unlike those of the fit.
+MARKER_NORMS = (0.0, 1.0, 2.0, 4.0, 8.0)
+NEARLY = 0.02
 MIN_MARGIN = 0.05
 CHUNK = 1 << 14  # tokens that are float64 at a time
 FLAT = 8.0  # a detector is at least that far below zero on every other token, where activations are flat
@@ -124,14 +126,12 @@ def closed_form(model: NativeModel, batches: Sequence[Tensor]) -> Native:
     zeros_1RD = torch.zeros_like(model.graph_module.get_parameter(model.register_name))
     direction_D = _discriminant(*model.mlp_inputs(first, {model.register_name: zeros_1RD}, batches))
     unit = _mean_token_norm(model, batches)
-    native: Native | None = None
-    for factor in MARKER_NORMS:
-        trial = _edited(model, constants, (factor * unit * direction_D).to(zeros_1RD).expand_as(zeros_1RD), batches)
-        if native is None or trial.margin > native.margin:
-            native = trial
-        if native.margin >= GOOD_MARGIN:
-            break
-    assert native is not None
+    trials = [
+        _edited(model, constants, (factor * unit * direction_D).to(zeros_1RD).expand_as(zeros_1RD), batches)
+        for factor in MARKER_NORMS
+    ]
+    largest = max(trial.margin for trial in trials)
+    native = next(trial for trial in trials if trial.margin >= largest - NEARLY)
     if native.margin < MIN_MARGIN:
         raise UnsupportedModelError(
             f"native mode: at the MLP of a target block no linear discriminant keeps the register apart from all other "
