@@ -348,7 +348,7 @@ def _trunk(
             raise _no_host(loaded, f"the tensor '{name}' has no place in one")
     if "head.weight" in tensors and "head.bias" not in tensors:
         tensors["head.bias"] = tensors["head.weight"].new_zeros(len(tensors["head.weight"]))
-    args = {"global_pool": trunk.global_pool}
+    args = {"global_pool": trunk.global_pool, "img_size": tuple(trunk.patch_embed.img_size)}  # type: ignore[arg-type]
     eps: Any = trunk.blocks[0].norm1.eps  # type: ignore[union-attr]
     return loaded.config["model_cfg"]["vision_cfg"]["timm_model_name"], args, eps, tensors
 

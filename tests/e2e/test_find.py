@@ -104,7 +104,7 @@ def test_the_negative_control_gets_no_recipe_and_no_folder(
 # --- planted ground truth -------------------------------------------------------------------------------------------
 
 WIDE = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "image_size": 96, "patch_size": 8}
-SMALL = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 224, "patch_size": 14}
+SMALL = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 112, "patch_size": 14}
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 import regsurgery
 from regsurgery import cli, verification
@@ -20,137 +18,11 @@ from regsurgery.calibration import image_set
 from regsurgery.errors import CheckpointError, RecipeError, UnsupportedModelError, UserError, VerificationError
 from regsurgery.loading import load
 from regsurgery.recipe import Recipe, find_recipe
-from tests.conftest import Planted, build_planted, shared
-from tests.e2e.test_real import photos as photos
+from tests.conftest import Planted, build_planted
+from tests.e2e.test_native_real import in_stock_libraries
 from tests.e2e.test_reload import transformers_4_python
 from tests.picos import CLIP_VISION, PICOS, VIT, Pico, _open_clip, _timm, _transformers
 from tests.planting import plant_only, random_counts
-
-STOCK = Path(__file__).parent / "stock_native.py"
-BLOCKS = {
-    "timm": "blocks.10",
-    "transformers": "dinov2_with_registers.encoder.layer.10",
-    "open_clip": "visual.trunk.blocks.10",
-}
-
-
-def in_stock_libraries(
-    tmp_path: Path, pixels: Tensor, models: dict[str, tuple[str, Path, str, int]], python: str = sys.executable
-) -> dict[str, dict[str, Tensor]]:
-    """`models`: name -> (library, folder, module path of the last but one block, prefix tokens)."""
-    manifest = tmp_path / "manifest"
-    jobs = {
-        name: {"library": library, "folder": str(folder), "block": block, "patches": patches}
-        for name, (library, folder, block, patches) in models.items()
-    }
-    torch.save({"pixels": pixels, "models": jobs}, manifest)
-    subprocess.run([python, str(STOCK), str(manifest)], check=True, cwd=tmp_path)
-    return torch.load(f"{manifest}.results")
-
-
-def figures(original: dict[str, Tensor], patched: dict[str, Tensor]) -> dict[str, float]:
-    logits, new_logits, norms = original["output"], patched["output"], patched["norms"]
-    return {
-        "kl": float(F.kl_div(new_logits.log_softmax(-1), logits.log_softmax(-1), reduction="batchmean",
-                             log_target=True)),
-        "same": float((new_logits.argmax(-1) == logits.argmax(-1)).float().mean()),
-        "outliers": float((norms > 5 * norms.median(dim=1, keepdim=True).values).float().sum(dim=1).mean()),
-        "worst": float(norms.max()),
-    }  # fmt: skip
-
-
-# --- the real network -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.real
-def test_the_real_vit_in_stock_timm_and_transformers(photos: Tensor, tmp_path: Path) -> None:
-    model = shared("models", "vit-tiny-timm")
-    options = {"recipe": "vit-tiny", "mode": "native", "images": shared("images", "calibration")}
-    calibrated = regsurgery.patch(str(model), tmp_path / "calibrated", **options)
-    plain = regsurgery.patch(str(model), tmp_path / "plain", calibrate=False, **options)
-    regsurgery.patch(str(model), tmp_path / "transformers", calibrate=False, format="transformers", **options)
-    results = in_stock_libraries(
-        tmp_path,
-        photos,
-        {
-            "original": ("timm", model, BLOCKS["timm"], 1),
-            "calibrated": ("timm", tmp_path / "calibrated", BLOCKS["timm"], 2),
-            "plain": ("timm", tmp_path / "plain", BLOCKS["timm"], 2),
-            "transformers": ("transformers", tmp_path / "transformers", BLOCKS["transformers"], 2),
-        },
-    )
-    original = results["original"]
-    measured = {name: figures(original, results[name]) for name in ("calibrated", "plain")}
-    print(measured)
-    assert len(original["output"]) == 175
-    assert measured["calibrated"]["kl"] <= 0.045 and measured["calibrated"]["same"] >= 0.92
-    assert measured["plain"]["kl"] <= 0.11 and measured["plain"]["same"] >= 0.88
-    for each in measured.values():
-        assert each["outliers"] <= 0.01 and each["worst"] <= 40
-    assert float((results["plain"]["output"] - results["transformers"]["output"]).abs().max()) <= 1e-4
-    for result in (calibrated, plain):
-        assert result.verdict.passed and result.mode == "native"
-        assert result.verdict.num_images == 25 and "held out" in result.verdict.images
-        assert result.verdict.margin is not None and result.verdict.margin > 0.2
-        assert result.verdict.register_norm is not None and result.verdict.register_norm > 300
-
-
-@pytest.mark.real
-def test_the_real_vit_is_one_network_in_three_stock_libraries(photos: Tensor, tmp_path: Path) -> None:
-    model = shared("models", "vit-tiny-openclip")
-    for fmt in ("open_clip", "timm", "transformers"):
-        regsurgery.patch(
-            str(model), tmp_path / fmt, recipe="vit-tiny", mode="native", calibrate=False, format=fmt,
-            images=shared("images", "calibration"), num_images=50,
-        )  # fmt: skip
-    models = {fmt: (fmt, tmp_path / fmt, block, 2) for fmt, block in BLOCKS.items()}
-    models["the trunk alone"] = ("timm", tmp_path / "open_clip", BLOCKS["timm"], 2)
-    results = in_stock_libraries(tmp_path, photos[:50], models)
-    first = results.pop("open_clip")
-    assert (first["norms"] > 5 * first["norms"].median(dim=1, keepdim=True).values).sum() <= 0.01 * 50
-    for other in results.values():
-        assert float((first["output"] - other["output"]).abs().max()) <= 1e-4
-    head = load_file(model / "zero_shot_head.safetensors")
-    logits = first["output"] @ head["class_embeddings"].T + head["class_bias"]
-    with torch.no_grad():
-        expected = load(str(model)).model.encode_image(photos[:50]) @ head["class_embeddings"].T + head["class_bias"]  # type: ignore[operator]
-    kl = F.kl_div(logits.log_softmax(-1), expected.log_softmax(-1), reduction="batchmean", log_target=True)
-    assert float(kl) <= 0.15
-    moved = tmp_path / "elsewhere"
-    (tmp_path / "open_clip").rename(moved)
-    assert regsurgery.verify(moved, images=shared("images", "labelled"), num_images=8).passed
-    assert torch.equal(regsurgery.load(moved).encode_image(photos[:2]), first["output"][:2])  # type: ignore[operator]
-
-
-@pytest.mark.real
-def test_the_real_neuron_spread_over_several_costs_the_same(tmp_path: Path) -> None:
-    """Same input rows and biases, shares of the output column that sum to 1: the closed form must not care."""
-    source = shared("models", "vit-tiny-timm")
-    folder = tmp_path / "split"
-    folder.mkdir()
-    for path in source.iterdir():
-        if path.suffix != ".safetensors":
-            (folder / path.name).write_bytes(path.read_bytes())
-    state = load_file(source / "model.safetensors")
-    up, bias, down = (state[f"blocks.7.mlp.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight"))
-    parts = [neuron for neuron in down.norm(dim=0).argsort()[:4].tolist() if neuron != 417][:3]
-    shares = [0.2, 0.4, 0.3, 0.1]
-    column = down[:, 417].clone()
-    for neuron, share in zip([417, *parts], shares, strict=True):
-        up[neuron], bias[neuron], down[:, neuron] = up[417], bias[417], column * share
-    save_file(state, folder / "model.safetensors")
-    verdicts = [
-        regsurgery.patch(
-            str(model), tmp_path / f"out{len(neurons)}", recipe=Recipe({7: tuple(sorted(neurons))}), mode="native",
-            calibrate=False, images=shared("images", "calibration"),
-        ).verdict
-        for model, neurons in ((source, [417]), (folder, [417, *parts]))
-    ]  # fmt: skip
-    whole, split = verdicts
-    assert whole.kl is not None and split.kl is not None
-    assert abs(whole.kl - split.kl) <= 0.01
-    assert split.outliers_per_image.patched <= 0.01 and split.worst_patch_norm.patched <= 40
-
 
 # --- planted ground truth -------------------------------------------------------------------------------------------
 
@@ -182,10 +54,12 @@ def test_every_planted_model_in_every_host_that_can_hold_it(
         assert result.verdict.outliers_per_image.patched <= 0.1 * result.verdict.outliers_per_image.original
         assert 0 <= result.verdict.parity_max_abs < 2e-3
         assert not (tmp_path / fmt / "modeling_regsurgery.py").exists()
-        again = regsurgery.verify(tmp_path / fmt, num_images=16)
-        assert again.passed
-        assert again.outliers_per_image.patched == pytest.approx(result.verdict.outliers_per_image.patched, abs=0.2)
-        assert again.cosine_output == pytest.approx(result.verdict.cosine_output, abs=2e-3)
+        if len(written) == 1:
+            again = regsurgery.verify(tmp_path / fmt, num_images=16)
+            assert again.passed
+            patched = result.verdict.outliers_per_image.patched
+            assert again.outliers_per_image.patched == pytest.approx(patched, abs=0.2)
+            assert again.cosine_output == pytest.approx(result.verdict.cosine_output, abs=2e-3)
     assert written == EXPECTED_HOSTS.get(pico.id, list(HOSTS[planted.loaded.library]))
 
 
@@ -207,7 +81,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_planted_sets_are_gone_or_the_margin_is_too_small(kind: str, seed: int, tmp_path: Path) -> None:
     architecture, config_class, config = KINDS[kind]
     _transformers(architecture, config_class, **config)(tmp_path / "model")
@@ -243,7 +117,7 @@ TOWERS = {
     "siglip": (_timm("vit_base_patch16_siglip_224", num_classes=0), ("timm",)),
     "reg4": (_timm("vit_tiny_patch16_224", reg_tokens=4), ("timm", "transformers")),
     "open_clip over timm": (
-        _open_clip(timm_model_name="vit_tiny_patch16_224", timm_pool="token", image_size=224),
+        _open_clip(timm_model_name="test_vit", timm_pool="token", image_size=160),
         ("open_clip", "timm"),
     ),
 }

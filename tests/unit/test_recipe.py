@@ -139,7 +139,7 @@ def test_a_scale_list_of_the_wrong_length_is_refused(num_registers, scale):
 @pytest.mark.parametrize(
     "line, expected",
     [
-        ("mode: shfit", "mode must be one of shift, found 'shfit'; did you mean 'shift'?"),
+        ("mode: shfit", "mode must be one of shift, native, bias, found 'shfit'; did you mean 'shift'?"),
         ("fill: outlier", "fill must be one of zero, mean, outliers, keep, found 'outlier'; did you mean 'outliers'?"),
         ("prefix: fil", "prefix must be one of keep, fill, found 'fil'; did you mean 'fill'?"),
         ("compat: referenc", "compat must be one of none, reference, found 'referenc'; did you mean 'reference'?"),
