@@ -38,14 +38,17 @@ def main() -> None:
     parser.add_argument(
         "--images", type=Path, required=True, help="to compare on; none of them may be among the others"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the figures there, beside those of earlier ways"
+    )
     args = parser.parse_args()
-    figures = {}
+    figures = json.loads(args.json.read_text("utf-8")) if args.json and args.json.is_file() else {}
     with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
-        for index, (name, options) in enumerate(WAYS.items()):
+        for index, name in enumerate(args.only):
             folder = Path(scratch) / str(index)
             started = time.perf_counter()
-            given = {"recipe": args.recipe, "images": args.fit_images, **options}
+            given = {"recipe": args.recipe, "images": args.fit_images, **WAYS[name]}
             regsurgery.patch(args.model, folder, **given)
             seconds = time.perf_counter() - started
             verdict = regsurgery.verify(folder, images=args.images)
