@@ -32,8 +32,8 @@ class Block:
     down_path: str
     attention_path: str
     attention_weights: tuple[str, ...]
-    attention_input: str
-    attention_output: str
+    attention_input: str = ""
+    attention_output: str = ""
 
 
 @dataclass(frozen=True)
