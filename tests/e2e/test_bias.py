@@ -108,8 +108,8 @@ def test_the_real_vit(name: str, tmp_path: Path) -> None:
         str(shared("models", name)), tmp_path / "out", recipe="vit-tiny", mode="bias",
         images=shared("images", "calibration"),
     )  # fmt: skip
-    verdict = regsurgery.verify(tmp_path / "out", images=shared("images", "labelled"), num_images=48)
+    verdict = regsurgery.verify(tmp_path / "out", images=shared("images", "labelled"), num_images=175)
     assert verdict.outliers_per_image.original == pytest.approx(3.9, abs=0.1)
     assert verdict.outliers_per_image.patched <= 0.01 and verdict.worst_patch_norm.patched <= 40
     if verdict.kl is not None:
-        assert verdict.kl <= 0.13
+        assert verdict.kl <= 0.11

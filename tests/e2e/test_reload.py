@@ -49,7 +49,7 @@ def job_for(planted: Planted, folder: Path) -> tuple[dict[str, Any], dict[str, t
     """Write the patched folder; the job for the fresh process, and what the graph gives for its inputs."""
     surgery = perform(planted.loaded, recipe_for(planted, 1), planted.traced, planted.sites)
     folder.mkdir(parents=True)
-    backends.library(planted.loaded.library).emit(surgery, folder)
+    backends.library(planted.loaded.library).emit(surgery, folder, folder)
     inputs = tensor_inputs(planted.loaded, pictures(7, (SIZE, SIZE)))
     names = [node.name for node in planted.traced.graph_module.graph.find_nodes(op="placeholder")]
     with torch.no_grad():
