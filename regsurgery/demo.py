@@ -96,7 +96,7 @@ def plant(
         mlp = mlp_of(traced, site)
         _, taps = tap(module, {"mlp": mlp.source, "stream": site.output})(*inputs)
         tokens_BTD = taps["mlp"].float()
-        median = float(token_norms(taps["stream"])[:, sites.num_prefix :].median())
+        median = float(token_norms(taps["stream"])[:, sites.patches].median())
         directions = _directions(tokens_BTD, sites.num_prefix, count, firing)
         drawn = torch.randperm(site.hidden_size, generator=generator).tolist()
         neurons = sorted([neuron for neuron in drawn if (block, neuron) not in avoid][:count])

@@ -126,7 +126,7 @@ def diagnose(
         with torch.no_grad():
             _, taps = tapped(*tensor_inputs(loaded, batch))
         for name, value in taps.items():
-            sums[name].add(token_norms(value)[:, sites.num_prefix :])
+            sums[name].add(token_norms(value)[:, sites.patches])
         writes += _large_writes(taps, sites)
         progress(len(batch))
     return _conclude(loaded, sites, sums, writes, images)
@@ -135,7 +135,7 @@ def diagnose(
 def _large_writes(taps: Mapping[str, Tensor], sites: Sites) -> Tensor:
     """For every block up to the last but one, to how many of the outliers there it writes 3 median norms or more."""
     probe = [taps["tokens"], *(taps[str(block)] for block in range(sites.probe_block + 1))]
-    patches = [value[:, sites.num_prefix :] for value in probe]
+    patches = [value[:, sites.patches] for value in probe]
     outliers_BN = robust_outliers(token_norms(patches[-1]))
     counts = []
     for before_BND, after_BND in pairwise(patches):

@@ -147,7 +147,7 @@ class _Loss:
         """What of a run the loss needs, one row an image."""
         if self.main in LOGIT_OUTPUTS:
             return (outputs[self.main],)
-        patches = slice(self.model.sites.num_prefix, self.model.sites.num_tokens)
+        patches = self.model.sites.patches
         inliers_BN = ~outliers(token_norms(taps["probe"])[:, patches])
         return outputs[self.main], taps["last"][:, patches], inliers_BN
 
@@ -158,7 +158,7 @@ class _Loss:
         original = [part[chosen.to(part.device)] for part in self.original]
         if self.main in LOGIT_OUTPUTS:
             return kl_divergence(original[0], new_output).mean()
-        patches = slice(self.model.sites.num_prefix, self.model.sites.num_tokens)
+        patches = self.model.sites.patches
         output, patches_BND, inliers_BN = original
         cosine_BN = F.cosine_similarity(patches_BND.float(), run[1]["last"][:, patches].float(), dim=-1)
         cosine_B = F.cosine_similarity(output.flatten(1).float(), new_output.flatten(1).float())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,8 +96,7 @@ def perform_bias(
     surgery = perform(loaded, recipe, traced, sites)
     blocks = surgery.plan.constant_blocks
     fit = images.some(FIT_IMAGES)
-    one = replace(recipe, mode="shift", num_registers=1, scale=recipe.scale[:1])
-    shifted, _ = apply_passes(traced, plan_surgery(sites, one))
+    shifted, _ = apply_passes(traced, plan_surgery(sites, recipe.as_single_shift()))
     nodes = {str(block): sites.blocks[block].attention_input for block in blocks}
     tapped = tap(shifted, nodes, early_exit=True)
     sums_LD, num_images = torch.zeros(len(blocks), sites.width, dtype=torch.float64), 0

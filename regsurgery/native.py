@@ -11,7 +11,8 @@ Shape suffixes: B batch, T tokens, R registers, D width, H hidden units, K regis
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -25,7 +26,7 @@ from regsurgery.mlp import Mlp, mlp_of
 from regsurgery.passes import apply_passes
 from regsurgery.passes.plan import plan_surgery
 from regsurgery.recipe import Recipe
-from regsurgery.sites import Sites
+from regsurgery.sites import Block, Sites
 from regsurgery.statistics import tap, token_norms
 from regsurgery.trace import Traced, tensor_inputs
 
@@ -63,7 +64,8 @@ class NativeModel:
 
     def __init__(self, loaded: Loaded, traced: Traced, sites: Sites, recipe: Recipe) -> None:
         self.loaded, self.traced, self.sites, self.recipe = loaded, traced, sites, recipe
-        self.mlps = {block: _editable(traced, sites, block) for block in recipe.register_neurons}
+        self.hidden_of = {block: _activation_of(traced, sites.blocks[block]) for block in recipe.register_neurons}
+        self.mlps = {block: _editable(traced, sites.blocks[block], cone) for block, cone in self.hidden_of.items()}
         registers_only = Recipe({}, num_registers=recipe.num_registers, scale=recipe.scale)
         plan = plan_surgery(sites, registers_only)
         self.graph_module, _ = apply_passes(traced, plan)
@@ -78,38 +80,46 @@ class NativeModel:
 
     def run(self, tapped: fx.GraphModule, parameters: Mapping[str, Tensor], images: Tensor) -> tuple[dict, dict]:
         """Run `tapped`, a tap of `graph_module`, with the changed `parameters` on images `[B, 3, H, W]`."""
-        own = {name for name, _ in tapped.named_parameters()}
-        changed = {name: value for name, value in parameters.items() if name in own}
-        return functional_call(tapped, changed, tuple(tensor_inputs(self.loaded, images)))
+        return _changed_call(tapped, parameters, *tensor_inputs(self.loaded, images))
 
     def mlp_inputs(
         self, block: int, parameters: Mapping[str, Tensor], batches: Iterable[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Inputs of the MLP of `block` at the registers and at all other tokens of `batches`, `[N, D]` each."""
-        tapped, num_tokens = self.up_to[block], self.sites.num_tokens
+        tapped, sites = self.up_to[block], self.sites
         inputs = [self.run(tapped, parameters, batch)[1]["mlp"].float() for batch in batches]
         registers_ND, others_ND = (
             torch.cat([tokens_BTD[:, part].flatten(0, 1) for tokens_BTD in inputs])
-            for part in (slice(num_tokens, None), slice(num_tokens))
+            for part in (sites.registers, slice(sites.num_tokens))
         )
         return registers_ND, others_ND
 
 
-def _editable(traced: Traced, sites: Sites, block: int) -> Mlp:
+def _changed_call(module: fx.GraphModule, parameters: Mapping[str, Tensor], *inputs: Any) -> Any:
+    """Call `module` with those of `parameters` that it has."""
+    own = {name for name, _ in module.named_parameters()}
+    return functional_call(module, {name: value for name, value in parameters.items() if name in own}, inputs)
+
+
+def _activation_of(traced: Traced, block: Block) -> fx.GraphModule:
+    """The hidden units `[B, T, H]` of `block` as a function of its MLP's input."""
+    graph_module = traced.graph_module
+    source = find_node(graph_module, mlp_of(traced, block).source)
+    return between(graph_module, source, find_node(graph_module, block.hidden))
+
+
+def _editable(traced: Traced, block: Block, hidden_of: fx.GraphModule) -> Mlp:
     """The MLP of `block`, if a constant input can give each of its hidden units any value."""
-    site = sites.blocks[block]
-    mlp = mlp_of(traced, site)
-    cone = between(
-        traced.graph_module, find_node(traced.graph_module, mlp.source), find_node(traced.graph_module, site.hidden)
-    )
-    if any(node.target in NORMS for node in cone.graph.nodes):
+    mlp = mlp_of(traced, block)
+    if any(node.target in NORMS for node in hidden_of.graph.nodes):
         raise UnsupportedModelError(
-            f"block {block}: its MLP normalises the activation; native mode cannot set one unit"
+            f"block {block.index}: its MLP normalises the activation; native mode cannot set one unit"
         )
     for projection in (mlp.gate, mlp.value):
         if projection is not None and projection.bias is None:
             raise UnsupportedModelError(
-                f"block {block}: its MLP has no bias ({projection.weight}), which native mode needs; use mode shift"
+                f"block {block.index}: its MLP has no bias ({projection.weight}), which native mode needs; "
+                "use mode shift"
             )
     return mlp
 
@@ -145,8 +155,7 @@ def closed_form(model: NativeModel, batches: Sequence[Tensor]) -> Native:
 def register_constants(model: NativeModel, batches: Iterable[Tensor]) -> dict[int, Tensor]:
     """Block -> mean over the images of what the shift gives one register, split over the registers, `[K]`."""
     recipe = model.recipe
-    one = replace(recipe, num_registers=1, scale=recipe.scale[:1])
-    shifted, results = apply_passes(model.traced, plan_surgery(model.sites, one))
+    shifted, results = apply_passes(model.traced, plan_surgery(model.sites, recipe.as_single_shift()))
     nodes = next(result.changed for result in results if "shift" in result.due)
     tapped = tap(shifted, dict(zip(map(str, recipe.register_neurons), nodes, strict=True)), early_exit=True)
     sums: dict[int, Tensor] = {}
@@ -240,18 +249,14 @@ def _detectors(
 
 def _activation(model: NativeModel, block: int, mlp: Mlp, new: Mapping[str, Tensor], values_K: Tensor) -> Tensor:
     """The hidden units' activations where their gates' linears give `values_K`, `[K]`."""
-    graph_module = model.traced.graph_module
-    site = model.sites.blocks[block]
-    cone = between(graph_module, find_node(graph_module, mlp.source), find_node(graph_module, site.hidden))
     neurons = torch.tensor(model.recipe.register_neurons[block], device=values_K.device)
     assert mlp.gate.bias is not None
     changed = {
         **new,
         mlp.gate.bias: new[mlp.gate.bias].index_copy(0, mlp.gate.offset + neurons, values_K.to(new[mlp.gate.bias])),
     }
-    own = {name for name, _ in cone.named_parameters()}
     zeros_11D = torch.zeros(1, 1, model.sites.width, dtype=new[mlp.gate.bias].dtype, device=values_K.device)
-    hidden_11H = functional_call(cone, {name: v for name, v in changed.items() if name in own}, (zeros_11D,))
+    hidden_11H = _changed_call(model.hidden_of[block], changed, zeros_11D)
     return hidden_11H[0, 0, neurons].double()
 
 

@@ -62,6 +62,10 @@ class Recipe:
         """The same recipe in another mode."""
         return _checked(replace(self, mode=mode), "--mode")
 
+    def as_single_shift(self) -> Recipe:
+        """The same neurons shifted onto one register: what modes native and bias take their constants from."""
+        return replace(self, mode="shift", num_registers=1, scale=self.scale[:1])
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data in the order of the contract, as `to_yaml` writes it."""
         scales = set(self.scale)

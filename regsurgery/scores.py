@@ -131,7 +131,7 @@ class Scorer:
     def __init__(
         self, loaded: Loaded, traced: Traced, sites: Sites, last_block: int, patched: fx.GraphModule | None = None
     ) -> None:
-        self.loaded, self.patches = loaded, slice(sites.num_prefix, sites.num_tokens)
+        self.loaded, self.patches = loaded, sites.patches
         graph_module = patched or traced.graph_module
         self.blocks = sites.blocks[: last_block + 1]
         self.cones = [_cone(traced.graph_module, block) for block in self.blocks]

@@ -122,7 +122,7 @@ class Trials:
         """The original's MLP activations at all patches P of the images, `[P, H]`, and `column_norms`, `[H]`."""
         site = self.sites.blocks[block]
         runs = self._run(tap(self.traced.graph_module, {"hidden": site.hidden}, early_exit=True))
-        patches = [taps["hidden"][:, self.sites.num_prefix :].flatten(0, 1).float() for _, taps in runs]
+        patches = [taps["hidden"][:, self.sites.patches].flatten(0, 1).float() for _, taps in runs]
         activation_PH = torch.cat(patches)
         return activation_PH, column_norms(self.traced, site).to(activation_PH)
 
@@ -138,7 +138,7 @@ class Trials:
         return [graph_module(*inputs) for inputs in self.inputs]
 
     def _patch_norms(self, stream_BTD: Tensor) -> Tensor:
-        return token_norms(stream_BTD)[:, self.sites.num_prefix : self.sites.num_tokens]
+        return token_norms(stream_BTD)[:, self.sites.patches]
 
     def _glance(self, runs: Sequence[Run]) -> Glance:
         means = Means()
@@ -146,7 +146,7 @@ class Trials:
             norms_BN = self._patch_norms(taps["stream"])
             means.add("outliers", robust_outliers(norms_BN).sum(dim=1))
             means.add("excess", (norms_BN / norms_BN.median(dim=1, keepdim=True).values)[mask_BN])
-            means.add("register", token_norms(taps["stream"])[:, self.sites.num_tokens :])
+            means.add("register", token_norms(taps["stream"])[:, self.sites.registers])
         return Glance(means["outliers"], means.get("excess") or 0.0, means.get("register") or 0.0)
 
     def _compare(self, runs: Sequence[Run]) -> Trial:
