@@ -71,7 +71,8 @@ def compare(
             leave them.
     """
     (outputs, taps), (new_outputs, new_taps) = original, patched
-    new_patches, registers = patched_tokens or (sites.patches, sites.registers)
+    num_registers = new_taps["probe"].shape[1] - sites.num_tokens
+    new_patches, registers = patched_tokens or sites.patched(num_registers)
     was_outlier_BN = outliers(token_norms(taps["probe"])[:, sites.patches])
     for kind, tapped, patches in (("original", taps, sites.patches), ("patched", new_taps, new_patches)):
         norms_BN = token_norms(tapped["probe"])[:, patches]

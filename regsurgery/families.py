@@ -39,6 +39,14 @@ FAMILIES = (
 # transformers: the example inputs a model needs beside pixel_values, by the config key that says it has a text tower.
 TEXT_CONFIG_KEY = "text_config"
 
+# transformers: where the vision tower of a model lies that torch.export cannot trace whole, and the config key of the
+# hidden state that its language model reads.
+ENTRIES = {"LlavaForConditionalGeneration": ("model.vision_tower", "vision_feature_layer")}
+
+# transformers, by model type: an input that is drawn at random unless it is given, one number a patch; it says which
+# patches are hidden.
+NOISE_INPUTS = {"vit_mae": "noise"}
+
 # Where libraries say how many register tokens a model was trained with.
 REGISTER_KEYS = ("num_register_tokens", "num_reg_tokens", "reg_tokens")
 

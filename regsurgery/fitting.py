@@ -99,10 +99,11 @@ def perform_bias(
     shifted, _ = apply_passes(traced, plan_surgery(sites, recipe.as_single_shift()))
     nodes = {str(block): sites.blocks[block].attention_input for block in blocks}
     tapped = tap(shifted, nodes, early_exit=True)
+    _, registers = sites.patched(1)
     sums_LD, num_images = torch.zeros(len(blocks), sites.width, dtype=torch.float64), 0
     for batch in fit.batches(BATCH, loaded.preprocess):
         _, taps = tapped(*tensor_inputs(loaded, batch))
-        sums_LD += torch.stack([taps[name][:, -1].double().sum(dim=0).cpu() for name in nodes])
+        sums_LD += torch.stack([taps[name][:, registers].double().sum(dim=(0, 1)).cpu() for name in nodes])
         num_images += len(batch)
     if blocks:
         constants_LD = surgery.graph_module.get_parameter(surgery.added_name)

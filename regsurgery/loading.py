@@ -78,6 +78,8 @@ class Loaded(Checkpoint):
         name_outputs: what forward returns -> its tensors by name.
         disk_name: name of a parameter in memory -> its name in the checkpoint file; None where the file has no tensor
             of its own for it (a part of a fused one).
+        entry: path of the module that is traced and called, "" for the whole model; a vision tower inside a model that
+            cannot be traced whole.
     """
 
     architecture: str
@@ -88,11 +90,12 @@ class Loaded(Checkpoint):
     inputs: Callable[[Tensor], tuple[tuple[Any, ...], dict[str, Any]]]
     name_outputs: Callable[[Any], dict[str, Tensor]]
     disk_name: Callable[[str], str | None]
+    entry: str = ""
 
     def call(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """Run `model`, a stock or patched model of this checkpoint's kind, on `images` `[B, 3, H, W]`."""
         args, kwargs = self.inputs(images)
-        return self.name_outputs(model(*args, **kwargs))
+        return self.name_outputs(model.get_submodule(self.entry)(*args, **kwargs))
 
 
 @dataclass(frozen=True)

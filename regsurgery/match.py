@@ -9,10 +9,12 @@ Structural only; no family name decides anything. A match that fails says why an
 3. An add is an **MLP** add if its branch leads back through dropout, layer scale and norm to a linear (the down
    projection) whose input cone is pointwise, split or norm only, holds a nonlinearity, and ends in linears.
 4. **Prefix tokens** are the rows of the tokens node that stay finite when the image is all NaN.
+5. **Placement** of the registers: see `placement.py`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
@@ -22,6 +24,7 @@ from torch import fx
 
 from regsurgery.errors import UnsupportedModelError
 from regsurgery.graph import ancestor_sets, common_path, evaluate, hint, is_ancestor, module_path, symbolic_shape
+from regsurgery.placement import place
 from regsurgery.sites import Block, Sites
 from regsurgery.trace import Traced
 
@@ -55,7 +58,7 @@ POINTWISE = (
 )
 SPLITS = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
 EMBEDDINGS = {aten.embedding.default}
-CONVOLUTIONS = {aten.conv2d.default, aten.convolution.default, aten.conv3d.default}
+CONVOLUTIONS = {aten.conv2d.default, aten.conv2d.padding, aten.convolution.default, aten.conv3d.default}
 ATTENTIONS = {aten.scaled_dot_product_attention.default, aten.softmax.int, aten._softmax.default}
 
 
@@ -72,6 +75,8 @@ def match(traced: Traced) -> Sites:
     shape = symbolic_shape(tokens)
     if len(shape) != 3:
         _no_match(f"the token stream has {len(shape)} dimensions, expected [batch, tokens, width]", tokens)
+    if isinstance(shape[0], int):
+        _no_match("all images of a batch go into one sequence of tokens", tokens)
     num_tokens, width = int(shape[1]), int(shape[2])
     for add in stream:
         if [hint(n) for n in symbolic_shape(add)][1:] != [num_tokens, width]:
@@ -84,7 +89,7 @@ def match(traced: Traced) -> Sites:
     num_prefix = _count_prefix(traced, tokens)
     convolution = _patch_embedding(nodes[traced.image], tokens, ancestors)
     tower = common_path([module_path(convolution), *(block.path for block in blocks)])
-    return Sites(
+    sites = Sites(
         tokens=tokens.name,
         last=stream[-1].name,
         blocks=tuple(blocks),
@@ -94,6 +99,7 @@ def match(traced: Traced) -> Sites:
         tower_path=tower,
         insert_path=_insert_path(tokens, blocks[0]),
     )
+    return place(traced, sites)
 
 
 def _no_match(reason: str, node: fx.Node) -> NoReturn:
@@ -159,11 +165,20 @@ def _vision_stream(graph: fx.Graph, image: fx.Node, masks: dict[fx.Node, int]) -
                 "supported",
                 root,
             )
+        # A decoder has as many tokens or more, a head that pools has one.
+        if is_ancestor(masks, adds[-1], other[0]) and 1 < _num_tokens(other[0]) < _num_tokens(root):
+            _no_match(
+                "another residual stream with fewer tokens follows; hierarchical models are not supported", other[0]
+            )
     return adds, root
 
 
+def _num_tokens(node: fx.Node) -> int:
+    return math.prod(map(hint, symbolic_shape(node)[1:-1]))
+
+
 def _reads_token_ids(graph: fx.Graph, root: fx.Node, masks: dict[fx.Node, int]) -> bool:
-    inputs = graph.find_nodes(op="placeholder")
+    inputs = [node for node in graph.find_nodes(op="placeholder") if not node.meta["val"].is_floating_point()]
     return any(
         node.target in EMBEDDINGS
         and is_ancestor(masks, node, root)

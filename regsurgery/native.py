@@ -90,7 +90,7 @@ class NativeModel:
         inputs = [self.run(tapped, parameters, batch)[1]["mlp"].float() for batch in batches]
         registers_ND, others_ND = (
             torch.cat([tokens_BTD[:, part].flatten(0, 1) for tokens_BTD in inputs])
-            for part in (sites.registers, slice(sites.num_tokens))
+            for part in (slice(sites.num_tokens, None), slice(sites.num_tokens))
         )
         return registers_ND, others_ND
 
@@ -158,13 +158,14 @@ def register_constants(model: NativeModel, batches: Iterable[Tensor]) -> dict[in
     shifted, results = apply_passes(model.traced, plan_surgery(model.sites, recipe.as_single_shift()))
     nodes = next(result.changed for result in results if "shift" in result.due)
     tapped = tap(shifted, dict(zip(map(str, recipe.register_neurons), nodes, strict=True)), early_exit=True)
+    _, registers = model.sites.patched(1)
     sums: dict[int, Tensor] = {}
     num_images = 0
     for batch in batches:
         _, taps = tapped(*tensor_inputs(model.loaded, batch))
         num_images += len(batch)
         for block, neurons in recipe.register_neurons.items():
-            values_K = taps[str(block)][:, -1, list(neurons)].double().sum(dim=0)
+            values_K = taps[str(block)][:, registers, list(neurons)].double().sum(dim=(0, 1))
             sums[block] = sums.get(block, 0) + values_K
     return {block: values_K / (num_images * recipe.num_registers) for block, values_K in sums.items()}
 

@@ -18,22 +18,41 @@ import torch
 from torch import Tensor, nn
 
 
-def append_registers(tokens_BTD: Tensor, register_tokens_1RD: Tensor) -> Tensor:
-    """`[B, T, D]` and `[1, R, D]` to `[B, T + R, D]`: the registers go behind the patches, in the tokens' dtype."""
+def insert_registers(tokens_BTD: Tensor, register_tokens_1RD: Tensor, start: int | None) -> Tensor:
+    """`[B, T, D]` and `[1, R, D]` to `[B, T + R, D]`, in the tokens' dtype.
+
+    Args:
+        start: index of the first register; None: behind the patches.
+    """
     registers_BRD = register_tokens_1RD.to(tokens_BTD.dtype).expand(tokens_BTD.shape[0], -1, -1)
-    return torch.cat((tokens_BTD, registers_BRD), dim=1)
+    if start is None:
+        return torch.cat((tokens_BTD, registers_BRD), dim=1)
+    return torch.cat((tokens_BTD[:, :start], registers_BRD, tokens_BTD[:, start:]), dim=1)
 
 
-def append_constant(tokens_BTD: Tensor, constants_LD: Tensor, index: int) -> Tensor:
+def insert_constant(tokens_BTD: Tensor, constants_LD: Tensor, index: int, start: int | None) -> Tensor:
     """`[B, T, D]` and row `index` of `[L, D]` to `[B, T + 1, D]`: one more row, the same for every image."""
-    constant_B1D = constants_LD[index].to(tokens_BTD.dtype).expand(tokens_BTD.shape[0], 1, -1)
-    return torch.cat((tokens_BTD, constant_B1D), dim=1)
+    return insert_registers(tokens_BTD, constants_LD[index].reshape(1, 1, -1), start)
 
 
-def strip_registers(x: Tensor, dims: Sequence[int], num_registers: int) -> Tensor:
-    """`x` without its last `num_registers` entries along each of `dims`; a view."""
+def strip_registers(x: Tensor, dims: Sequence[int], num_registers: int, start: int | None) -> Tensor:
+    """`x` without `num_registers` entries from `start` on (None: the last ones, a view) along each of `dims`."""
     for dim in dims:
-        x = x.narrow(dim, 0, x.shape[dim] - num_registers)
+        kept = x.shape[dim] - num_registers
+        if start is None:
+            x = x.narrow(dim, 0, kept)
+        else:
+            x = torch.cat((x.narrow(dim, 0, start), x.narrow(dim, start + num_registers, kept - start)), dim=dim)
+    return x
+
+
+def pad_registers(x: Tensor, dims: Sequence[int], num_registers: int, start: int | None) -> Tensor:
+    """`x`, a bias or mask over tokens, with entries for the registers along each of `dims`: no bias, not masked."""
+    for dim in dims:
+        first = x.shape[dim] if start is None else start
+        shape = [num_registers if axis == dim % x.ndim else size for axis, size in enumerate(x.shape)]
+        free = x.new_ones(shape) if x.dtype == torch.bool else x.new_zeros(shape)
+        x = torch.cat((x.narrow(dim, 0, first), free, x.narrow(dim, first, x.shape[dim] - first)), dim=dim)
     return x
 
 
@@ -67,6 +86,7 @@ def neuron_shift(
     index_K: Tensor,
     *,
     num_prefix: int,
+    inside_prefix: bool,
     scale: Sequence[float],
     fill: str,
     fill_prefix: bool,
@@ -76,12 +96,13 @@ def neuron_shift(
     """Move each register neuron's extreme value onto the register tokens and clear it on the patches.
 
     The neuron shift of Jiang et al., arXiv 2506.08010, Algorithm 2, separately for every item of the batch and for
-    every neuron. The last `len(scale)` tokens are the registers.
+    every neuron. `len(scale)` tokens are the registers, behind the patches or behind the prefix.
 
     Args:
         hidden_BTH: MLP activations of one block, the input of the down projection, `[B, T, H]`.
         index_K: register neurons of that block, int64 `[K]`, on the device of `hidden_BTH`.
-        num_prefix: number of prefix tokens (CLS and the like) before the patches.
+        num_prefix: number of prefix tokens (CLS and the like) before the patches, registers not counted.
+        inside_prefix: the registers stand between prefix tokens and patches, not at the end.
         scale: one factor a register; register r gets `scale[r] * peak`.
         fill: what the patches keep: `zero` 0; `mean` the mean over the patches; `outliers` only values above mean + 1
             standard deviation become the mean; `keep` unchanged.
@@ -97,18 +118,16 @@ def neuron_shift(
     values_BTK = hidden_BTH.index_select(-1, index_K)
     num_tokens = values_BTK.shape[1] - num_registers
     prefix_BPK = values_BTK.narrow(1, 0, num_prefix)
-    patches_BNK = values_BTK.narrow(1, num_prefix, num_tokens - num_prefix)
+    first_patch = num_prefix + (num_registers if inside_prefix else 0)
+    patches_BNK = values_BTK.narrow(1, first_patch, num_tokens - num_prefix)
     peak_B1K = signed_peak(values_BTK)
     if one_peak:
         peak_B1K = shared_peak(peak_B1K)
-    shifted_BTK = torch.cat(
-        (
-            filled(prefix_BPK, patches_BNK, fill) if fill_prefix else prefix_BPK,
-            filled(patches_BNK, patches_BNK, fill),
-            *(peak_B1K * factor for factor in scale),
-        ),
-        dim=1,
-    )
+    new_prefix_BPK = filled(prefix_BPK, patches_BNK, fill) if fill_prefix else prefix_BPK
+    new_patches_BNK = filled(patches_BNK, patches_BNK, fill)
+    registers = [peak_B1K * factor for factor in scale]
+    order = (*registers, new_patches_BNK) if inside_prefix else (new_patches_BNK, *registers)
+    shifted_BTK = torch.cat((new_prefix_BPK, *order), dim=1)
     if in_place and not (torch.is_grad_enabled() and hidden_BTH.requires_grad):
         return hidden_BTH.index_copy_(-1, index_K, shifted_BTK)
     return hidden_BTH.index_copy(-1, index_K, shifted_BTK)
@@ -149,8 +168,11 @@ class _Grafted:
     """Base of the classes below, each mixed in front of a stock module's own class by `_graft`."""
 
     def __reduce__(self) -> Any:
-        mixin, stock = type(self).__bases__
-        return _revive, (mixin, stock), self.__dict__
+        mixins, stock = [], type(self)
+        while issubclass(stock, _Grafted):
+            mixin, stock = stock.__bases__
+            mixins.append(mixin)
+        return _revive, (mixins[::-1], stock), self.__dict__
 
 
 def _grafted_class(mixin: type, stock: type) -> type:
@@ -160,8 +182,10 @@ def _grafted_class(mixin: type, stock: type) -> type:
     return type(stock.__name__, (mixin, stock), names)
 
 
-def _revive(mixin: type, stock: type) -> nn.Module:
-    cls: Any = _grafted_class(mixin, stock)
+def _revive(mixins: Sequence[type], stock: type) -> nn.Module:
+    cls: Any = stock
+    for mixin in mixins:
+        cls = _grafted_class(mixin, cls)
     return cls.__new__(cls)
 
 
@@ -175,11 +199,11 @@ def _graft(module: nn.Module, mixin: type, **attributes: Any) -> None:
 class _Registers:
     """Shares the parameter `register_tokens` of the tower with the module that inserts it, without a second name."""
 
-    def __init__(self, tower: nn.Module) -> None:
-        self.tower = tower
+    def __init__(self, tower: nn.Module, start: int | None) -> None:
+        self.tower, self.start = tower, start
 
-    def append(self, hidden: Tensor) -> Tensor:
-        return append_registers(hidden, self.tower.register_tokens)  # type: ignore[arg-type]
+    def insert(self, hidden: Tensor) -> Tensor:
+        return insert_registers(hidden, self.tower.register_tokens, self.start)  # type: ignore[arg-type]
 
 
 class _InsertsRegisters(_Grafted):
@@ -187,45 +211,99 @@ class _InsertsRegisters(_Grafted):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if args:
-            args = (self._registers.append(args[0]), *args[1:])
+            args = (self._registers.insert(args[0]), *args[1:])
         else:
-            kwargs["hidden_states"] = self._registers.append(kwargs["hidden_states"])
+            kwargs["hidden_states"] = self._registers.insert(kwargs["hidden_states"])
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 class _StripsRegisters(_Grafted):
     _num_registers: int
+    _start: int | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)  # type: ignore[misc]
         if isinstance(output, tuple):
-            return (strip_registers(output[0], (1,), self._num_registers), *output[1:])
-        return strip_registers(output, (1,), self._num_registers)
+            return (strip_registers(output[0], (1,), self._num_registers, self._start), *output[1:])
+        return strip_registers(output, (1,), self._num_registers, self._start)
 
 
 class _StripsAttention(_Grafted):
     """Strips the attention maps that an attention module returns beside its output; rows then sum to less than 1."""
 
     _num_registers: int
+    _start: int | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)  # type: ignore[misc]
         if not isinstance(output, tuple):
             return output
-        return tuple(
-            strip_registers(part, (2, 3), self._num_registers) if isinstance(part, Tensor) and part.ndim == 4 else part
-            for part in output
+        return tuple(_without_map(part, self._num_registers, self._start) for part in output)
+
+
+def _without_map(part: Any, num_registers: int, start: int | None) -> Any:
+    if not isinstance(part, Tensor) or part.ndim != 4:
+        return part
+    return strip_registers(part, (2, 3), num_registers, start)
+
+
+class _PadsArguments(_Grafted):
+    """Attention that is given a bias or mask over pairs of tokens, `[..., T or 1, T]`, that knows of no registers."""
+
+    _num_registers: int
+    _start: int | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        num_tokens = hidden.shape[1] - self._num_registers
+
+        def padded(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.ndim < 3 or value.shape[-1] != num_tokens:
+                return value
+            if value.shape[-2] not in (1, num_tokens):  # tokens
+                return value
+            dims = (-1,) if value.shape[-2] == 1 else (-2, -1)
+            return pad_registers(value, dims, self._num_registers, self._start)
+
+        return super().forward(  # type: ignore[misc]
+            *map(padded, args), **{name: padded(value) for name, value in kwargs.items()}
         )
+
+
+class _PadsBias(_Grafted):
+    """A module that makes a bias over pairs of tokens, `[..., T, T]`, with rows and columns for the registers."""
+
+    _num_registers: int
+    _start: int | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        bias = super().forward(*args, **kwargs)  # type: ignore[misc]
+        return pad_registers(bias, (-2, -1), self._num_registers, self._start)
+
+
+class _PadsOwnBias(_Grafted):
+    """The same for modules of timm that are not called for their bias."""
+
+    _num_registers: int
+    _start: int | None
+
+    def _get_rel_pos_bias(self) -> Tensor:
+        bias = super()._get_rel_pos_bias()  # type: ignore[misc]
+        return pad_registers(bias, (-2, -1), self._num_registers, self._start)
+
+    def get_bias(self) -> Tensor:
+        return pad_registers(super().get_bias(), (-2, -1), self._num_registers, self._start)  # type: ignore[misc]
 
 
 class _Constants:
     """Shares the parameter `attention_constants` of the tower with an attention module, without a second name."""
 
-    def __init__(self, tower: nn.Module, index: int) -> None:
-        self.tower, self.index = tower, index
+    def __init__(self, tower: nn.Module, index: int, start: int | None) -> None:
+        self.tower, self.index, self.start = tower, index, start
+        self.width = tower.attention_constants.shape[-1]  # type: ignore[index,union-attr]
 
-    def append(self, hidden: Tensor) -> Tensor:
-        return append_constant(hidden, self.tower.attention_constants, self.index)  # type: ignore[arg-type]
+    def insert(self, hidden: Tensor) -> Tensor:
+        return insert_constant(hidden, self.tower.attention_constants, self.index, self.start)  # type: ignore[arg-type]
 
 
 class _AttendsToConstant(_Grafted):
@@ -239,23 +317,21 @@ class _AttendsToConstant(_Grafted):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         longer: dict[int, Tensor] = {}
 
-        def appended(value: Any) -> Any:
-            if not isinstance(value, Tensor) or value.ndim != 3:
+        def inserted(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[-1] != self._constants.width:
                 return value
             if id(value) not in longer:  # a query that is the key stays the key
-                longer[id(value)] = self._constants.append(value)
+                longer[id(value)] = self._constants.insert(value)
             return longer[id(value)]
 
         output = super().forward(  # type: ignore[misc]
-            *(appended(value) for value in args), **{name: appended(value) for name, value in kwargs.items()}
+            *(inserted(value) for value in args), **{name: inserted(value) for name, value in kwargs.items()}
         )
+        start = self._constants.start
         if not isinstance(output, tuple):
-            return strip_registers(output, (1,), 1)
-        rest = (
-            strip_registers(part, (2, 3), 1) if isinstance(part, Tensor) and part.ndim == 4 else part
-            for part in output[1:]
-        )
-        return (strip_registers(output[0], (1,), 1), *rest)
+            return strip_registers(output, (1,), 1, start)
+        rest = (_without_map(part, 1, start) for part in output[1:])
+        return (strip_registers(output[0], (1,), 1, start), *rest)
 
 
 class _StripsHiddenStates(_Grafted):
@@ -264,6 +340,8 @@ class _StripsHiddenStates(_Grafted):
     How many tokens a hidden state should have is read off `last_hidden_state` of the same output, so that stripping
     twice (in the encoder and in the model around it) changes nothing.
     """
+
+    _start: int | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         as_tuple = kwargs.get("return_dict") is False
@@ -274,7 +352,8 @@ class _StripsHiddenStates(_Grafted):
         if states is not None:
             num_tokens = output.last_hidden_state.shape[1]
             output["hidden_states"] = tuple(
-                state if state is None else state.narrow(1, 0, num_tokens) for state in states
+                state if state is None else strip_registers(state, (1,), state.shape[1] - num_tokens, self._start)
+                for state in states
             )
         return output.to_tuple() if as_tuple else output
 
@@ -290,7 +369,8 @@ def resolve_layout(model: nn.Module, layouts: Sequence[Mapping[str, Any]]) -> tu
     """
     missing = []
     for layout in layouts:
-        for tower_path in dict.fromkeys((layout["tower"], "")):
+        parts = layout["tower"].split(".")
+        for tower_path in (".".join(parts[depth:]) for depth in range(len(parts) + 1)):
             try:
                 tower = model.get_submodule(tower_path)
                 for path in (layout["insert"], layout["strip"], *layout["attentions"], *layout["down"].values()):
@@ -326,6 +406,7 @@ def operate(model: nn.Module, surgery: Mapping[str, Any], *, keep_registers: boo
         )
     shift = {
         "num_prefix": int(surgery["num_prefix"]),
+        "inside_prefix": surgery["placement"] == "prefix",
         "scale": [float(factor) for factor in surgery["scale"]],
         "fill": surgery["fill"],
         "fill_prefix": surgery["prefix"] == "fill",
@@ -336,23 +417,55 @@ def operate(model: nn.Module, surgery: Mapping[str, Any], *, keep_registers: boo
         in_place = block in surgery["in_place_blocks"]
         ShiftedLinear.operate(linear, list(neurons), {**shift, "in_place": in_place})  # type: ignore[arg-type]
     like = next(tower.get_submodule(layout["strip"]).parameters())
+    start = shift["num_prefix"] if shift["inside_prefix"] else None
     if surgery["mode"] == "bias":
         blocks = surgery["constant_blocks"]
         zeros_LD = torch.zeros(len(blocks), int(surgery["width"]), dtype=like.dtype, device=like.device)
         tower.register_parameter("attention_constants", nn.Parameter(zeros_LD))
+        _make_room(tower, [layout["attentions"][block] for block in blocks], layout, 1, start)
         for index, block in enumerate(blocks):
             attention = tower.get_submodule(layout["attentions"][block])
-            _graft(attention, _AttendsToConstant, _constants=_Constants(tower, index))
+            _graft(attention, _AttendsToConstant, _constants=_Constants(tower, index, start))
         return model
     if num_registers == 0:
         return model
     zeros_1RD = torch.zeros(1, num_registers, int(surgery["width"]), dtype=like.dtype, device=like.device)
     tower.register_parameter("register_tokens", nn.Parameter(zeros_1RD))
-    _graft(tower.get_submodule(layout["insert"]), _InsertsRegisters, _registers=_Registers(tower))
+    _graft(tower.get_submodule(layout["insert"]), _InsertsRegisters, _registers=_Registers(tower, start))
+    where: dict[str, Any] = {"_num_registers": num_registers, "_start": start}
     if not keep_registers:
-        _graft(tower.get_submodule(layout["strip"]), _StripsRegisters, _num_registers=num_registers)
+        _graft(tower.get_submodule(layout["strip"]), _StripsRegisters, **where)
         for path in layout["collectors"]:
-            _graft(tower.get_submodule(path), _StripsHiddenStates)
+            _graft(tower.get_submodule(path), _StripsHiddenStates, _start=start)
     for path in layout["attentions"]:
-        _graft(tower.get_submodule(path), _StripsAttention, _num_registers=num_registers)
+        _graft(tower.get_submodule(path), _StripsAttention, **where)
+    _make_room(tower, layout["attentions"], layout, num_registers, start)
     return model
+
+
+def _make_room(
+    tower: nn.Module, attentions: Sequence[str], layout: Mapping[str, Any], num_added: int, start: int | None
+) -> None:
+    """Let attention that knows positions, or has biases over pairs of tokens, take more tokens.
+
+    A bias is made inside the attention, or given to it.
+    """
+    where: dict[str, Any] = {"_num_registers": num_added, "_start": start}
+    everywhere = layout["attentions"]
+    given = [path for path in layout["biases"] if not any(_inside(path, each) for each in everywhere)]
+    for attention in attentions:
+        module = tower.get_submodule(attention)
+        if start is not None and hasattr(module, "num_prefix_tokens"):  # timm's attention with rotary positions
+            module.num_prefix_tokens += num_added  # type: ignore[operator]
+        for path in layout["biases"]:
+            if _inside(path, attention):
+                maker = tower.get_submodule(path)
+                maker = getattr(maker, "rel_pos", maker)
+                own = hasattr(maker, "_get_rel_pos_bias") or hasattr(maker, "get_bias")
+                _graft(maker, _PadsOwnBias if own else _PadsBias, **where)
+        if given:
+            _graft(module, _PadsArguments, **where)
+
+
+def _inside(path: str, module: str) -> bool:
+    return path == module or path.startswith(f"{module}.")

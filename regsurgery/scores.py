@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from regsurgery.graph import between, drop_unused, find_node
+from regsurgery.graph import between, drop_unused, find_node, symbolic_shape
 from regsurgery.loading import Loaded
 from regsurgery.match import ADDS, NORMS
 from regsurgery.sites import Block, Sites
@@ -131,7 +131,7 @@ class Scorer:
     def __init__(
         self, loaded: Loaded, traced: Traced, sites: Sites, last_block: int, patched: fx.GraphModule | None = None
     ) -> None:
-        self.loaded, self.patches = loaded, sites.patches
+        self.loaded = loaded
         graph_module = patched or traced.graph_module
         self.blocks = sites.blocks[: last_block + 1]
         self.cones = [_cone(traced.graph_module, block) for block in self.blocks]
@@ -139,6 +139,8 @@ class Scorer:
         graph = copy.deepcopy(graph_module.graph)
         by_name = {node.name: node for node in graph.nodes}
         (output,) = graph.find_nodes(op="output")
+        num_tokens = symbolic_shape(by_name[self.blocks[0].hidden])[1]
+        self.patches, _ = sites.patched(int(num_tokens) - sites.num_tokens)
         sums, sources, medians = [], [], []
         for block, (source, _) in zip(self.blocks, self.cones, strict=True):
             for node, reduced, reduction in (

@@ -45,7 +45,9 @@ class Sites:
         last: the last residual add.
         num_prefix: prefix tokens at the beginning of `tokens`; `num_tokens` is T, `width` is D.
         tower_path: the module that holds the patch embedding and every block.
-        insert_path: the module whose input the registers are appended to: the pre-norm or the first block.
+        insert_path: the module whose input the registers are added to: the pre-norm or the first block.
+        placement: where registers go: `end`, behind the patches, or `prefix`, behind the prefix tokens, for attention
+            that tells patches by their position.
     """
 
     tokens: str
@@ -56,16 +58,24 @@ class Sites:
     width: int
     tower_path: str
     insert_path: str
+    placement: str = "end"
 
     @property
     def patches(self) -> slice:
-        """The patches among the tokens."""
+        """The patches among the tokens of the original."""
         return slice(self.num_prefix, self.num_tokens)
 
     @property
-    def registers(self) -> slice:
-        """Where the passes put registers: behind the patches."""
-        return slice(self.num_tokens, None)
+    def register_start(self) -> int | None:
+        """The index of the first register among the tokens; None where registers are at the end."""
+        return self.num_prefix if self.placement == "prefix" else None
+
+    def patched(self, num_registers: int) -> tuple[slice, slice]:
+        """The patches and the registers among the tokens of a patched model."""
+        if self.placement == "prefix":
+            first_patch = self.num_prefix + num_registers
+            return slice(first_patch, self.num_tokens + num_registers), slice(self.num_prefix, first_patch)
+        return self.patches, slice(self.num_tokens, self.num_tokens + num_registers)
 
     @property
     def probe_block(self) -> int:

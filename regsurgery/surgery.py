@@ -12,7 +12,7 @@ import regsurgery
 from regsurgery.errors import RecipeError
 from regsurgery.graph import common_path
 from regsurgery.loading import Loaded
-from regsurgery.passes import Plan, apply_passes
+from regsurgery.passes import Plan, apply_passes, padded_modules
 from regsurgery.passes.plan import plan_surgery
 from regsurgery.recipe import Recipe
 from regsurgery.sites import Block, Sites
@@ -74,7 +74,9 @@ def perform(loaded: Loaded, recipe: Recipe, traced: Traced, sites: Sites) -> Sur
     check_fit(recipe, sites)
     plan = plan_surgery(sites, recipe)
     graph_module, _ = apply_passes(traced, plan)
-    return Surgery(loaded, recipe, traced, sites, plan, graph_module, _config_block(loaded, recipe, sites, plan))
+    return Surgery(
+        loaded, recipe, traced, sites, plan, graph_module, _config_block(loaded, recipe, sites, plan, graph_module)
+    )
 
 
 def check_fit(recipe: Recipe, sites: Sites) -> None:
@@ -104,12 +106,16 @@ def common_block(loaded: Loaded, recipe: Recipe, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _config_block(loaded: Loaded, recipe: Recipe, sites: Sites, plan: Plan) -> dict[str, Any]:
+def _config_block(
+    loaded: Loaded, recipe: Recipe, sites: Sites, plan: Plan, graph_module: fx.GraphModule
+) -> dict[str, Any]:
     collects = loaded.library == "transformers"
-    in_memory = _layout(sites, recipe, collects, lambda path: path, lambda block: block.attention_path)
+    biases = padded_modules(graph_module)
+    in_memory = _layout(sites, recipe, biases, collects, lambda path: path, lambda block: block.attention_path)
     on_disk = _layout(
         sites,
         recipe,
+        biases,
         collects,
         lambda path: _disk_path(loaded, path),
         lambda block: _disk_attention_path(loaded, block),
@@ -123,13 +129,19 @@ def _config_block(loaded: Loaded, recipe: Recipe, sites: Sites, plan: Plan) -> d
         "constant_blocks": list(plan.constant_blocks),
         "width": sites.width,
         "num_prefix": sites.num_prefix,
+        "placement": sites.placement,
         "in_place_blocks": [str(block) for block in recipe.register_neurons if sites.blocks[block].in_place],
         "layouts": [on_disk] if on_disk == in_memory else [on_disk, in_memory],
     }
 
 
 def _layout(
-    sites: Sites, recipe: Recipe, collects: bool, rename: Callable[[str], str], attention: Callable[[Block], str]
+    sites: Sites,
+    recipe: Recipe,
+    biases: Sequence[str],
+    collects: bool,
+    rename: Callable[[str], str],
+    attention: Callable[[Block], str],
 ) -> dict[str, Any]:
     """Module paths of the sites, below the tower. A library's versions may name the same modules differently."""
     tower = rename(sites.tower_path)
@@ -143,6 +155,7 @@ def _layout(
         "insert": relative(rename(sites.insert_path)),
         "strip": blocks[-1],
         "attentions": [relative(attention(block)) for block in sites.blocks],
+        "biases": [relative(rename(path)) for path in biases],
         "collectors": _collectors(blocks[0]) if collects else [],
         "down": {str(block): relative(rename(sites.blocks[block].down_path)) for block in recipe.register_neurons},
     }

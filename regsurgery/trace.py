@@ -7,10 +7,12 @@ names in the model. Everything after this step works on it and knows no library.
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx
@@ -22,6 +24,8 @@ from regsurgery.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from regsurgery.loading import Loaded
 
+# What torch.export, and a model that asserts something about its inputs, raise.
+UNTRACEABLE = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, NotImplementedError, UserError)
 EXAMPLE_BATCH = 11  # above 1, which export would specialise; a prime, so that no token count is taken for a batch
 
 
@@ -64,11 +68,11 @@ def trace(loaded: Loaded, image_size: tuple[int, int] | None = None) -> Traced:
         lambda leaf: {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) else None, (args, kwargs)
     )
     try:
-        with torch.no_grad(), _export_settings():
+        with torch.no_grad(), _export_settings(), _entered(loaded):
             program = torch.export.export(
                 loaded.model, args, kwargs, dynamic_shapes=_by_signature(*dynamic), strict=False
             )
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, UserError) as error:
+    except UNTRACEABLE as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError(
             f"{loaded.source.id}: torch.export cannot trace {loaded.architecture}: {reason}"
@@ -84,6 +88,22 @@ def trace(loaded: Loaded, image_size: tuple[int, int] | None = None) -> Traced:
     return Traced(graph_module, image, (height, width), example, names)
 
 
+@contextlib.contextmanager
+def _entered(loaded: Loaded) -> Iterator[None]:
+    """Let the model's forward be that of its entry; parameters and modules keep their names in the whole model."""
+    if not loaded.entry:
+        yield
+        return
+    entry = loaded.model.get_submodule(loaded.entry)
+
+    @functools.wraps(entry.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return entry(*args, **kwargs)
+
+    with mock.patch.object(loaded.model, "forward", forward):
+        yield
+
+
 def _by_signature(args: tuple, kwargs: dict) -> dict | tuple | list:
     return kwargs if not args else args if not kwargs else (*args, *kwargs.values())
 
@@ -97,8 +117,6 @@ def _export_settings() -> Iterator[None]:
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")
         if masking is not None and hasattr(masking, "is_torchdynamo_exporting"):
-            from unittest import mock
-
             stack.enter_context(mock.patch.object(masking, "is_torchdynamo_exporting", lambda: False))
         yield
 

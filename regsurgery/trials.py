@@ -138,15 +138,21 @@ class Trials:
         return [graph_module(*inputs) for inputs in self.inputs]
 
     def _patch_norms(self, stream_BTD: Tensor) -> Tensor:
-        return token_norms(stream_BTD)[:, self.sites.patches]
+        return self._token_norms(stream_BTD)[0]
+
+    def _token_norms(self, stream_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Norms of patches and of registers, of which there may be none."""
+        norms_BT = token_norms(stream_BTD)
+        patches, registers = self.sites.patched(norms_BT.shape[1] - self.sites.num_tokens)
+        return norms_BT[:, patches], norms_BT[:, registers]
 
     def _glance(self, runs: Sequence[Run]) -> Glance:
         means = Means()
         for (_, taps), mask_BN in zip(runs, self.outliers_BN, strict=True):
-            norms_BN = self._patch_norms(taps["stream"])
+            norms_BN, register_norms_BR = self._token_norms(taps["stream"])
             means.add("outliers", robust_outliers(norms_BN).sum(dim=1))
             means.add("excess", (norms_BN / norms_BN.median(dim=1, keepdim=True).values)[mask_BN])
-            means.add("register", token_norms(taps["stream"])[:, self.sites.registers])
+            means.add("register", register_norms_BR)
         return Glance(means["outliers"], means.get("excess") or 0.0, means.get("register") or 0.0)
 
     def _compare(self, runs: Sequence[Run]) -> Trial:

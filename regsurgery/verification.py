@@ -103,7 +103,7 @@ def sides(surgery: Surgery) -> tuple[Side, Side]:
     sites, traced, loaded = surgery.sites, surgery.traced, surgery.loaded
     original = Side(loaded, traced.graph_module, sites, sites.patches, slice(0, 0))
     found = detectors(traced, sites, surgery.recipe) if surgery.recipe.mode == "native" else ()
-    return original, Side(loaded, surgery.graph_module, sites, sites.patches, sites.registers, found)
+    return original, Side(loaded, surgery.graph_module, sites, *sites.patched(surgery.plan.num_registers), found)
 
 
 def detectors(traced: Traced, sites: Sites, recipe: Recipe) -> tuple[tuple[str, int], ...]:

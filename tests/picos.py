@@ -22,7 +22,16 @@ OTHER_SIZES = ((24, 40), (56, 72))
 
 @dataclass(frozen=True)
 class Pico:
-    """`build(folder)` writes a checkpoint; `insert`, `last` and `down` are module paths, `{}` is the block."""
+    """`build(folder)` writes a checkpoint; `insert`, `last` and `down` are module paths, `{}` is the block.
+
+    Attributes:
+        prefix: prefix tokens.
+        inside: registers stand inside the prefix; `prefixed` are then modules that count the prefix themselves.
+        bias: modules that make a bias over pairs of tokens.
+        masked: attentions that are given a mask over tokens.
+        collector: the module that returns all hidden states, where the model's outputs are made of them.
+        core: goes through the slower tests too.
+    """
 
     id: str
     build: Callable[[Path], None]
@@ -32,6 +41,13 @@ class Pico:
     hidden: int = 4 * WIDTH
     any_size: bool = True
     tolerance: float = 0.0  # of the eager module against the graph
+    prefix: int = 1
+    inside: bool = False
+    prefixed: str = ""
+    bias: str = ""
+    masked: str = ""
+    collector: str | None = None
+    core: bool = True
 
 
 def _transformers(architecture: str, config_class: str, prefix: str = "", **config: Any) -> Callable[[Path], None]:
@@ -63,6 +79,7 @@ CLIP = {"text_config": CLIP_TEXT, "vision_config": CLIP_VISION, "projection_dim"
 def _timm(entry: str, num_classes: int = 10, **args: Any) -> Callable[[Path], None]:
     args = {"embed_dim": WIDTH, "depth": BLOCKS, "num_heads": HEADS, "img_size": SIZE, "patch_size": PATCH,
             "dynamic_img_size": True, **args}  # fmt: skip
+    args = {name: value for name, value in args.items() if value is not None}
 
     def build(folder: Path) -> None:
         import timm
@@ -77,7 +94,7 @@ def _timm(entry: str, num_classes: int = 10, **args: Any) -> Callable[[Path], No
     return build
 
 
-def _open_clip(quick_gelu: bool = False, **vision: Any) -> Callable[[Path], None]:
+def _open_clip(quick_gelu: bool = False, *, coca: bool = False, **vision: Any) -> Callable[[Path], None]:
     def build(folder: Path) -> None:
         import open_clip
 
@@ -91,6 +108,10 @@ def _open_clip(quick_gelu: bool = False, **vision: Any) -> Callable[[Path], None
             },
             "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
         }  # fmt: skip
+        if coca:
+            config["model_cfg"]["custom_text"] = True
+            config["model_cfg"]["multimodal_cfg"] = {"context_length": 8, "vocab_size": 99, "width": 32, "heads": 2,
+                                                     "layers": 2, "mlp_ratio": 4}  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "open_clip_config.json").write_text(json.dumps(config))
         model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
@@ -100,7 +121,7 @@ def _open_clip(quick_gelu: bool = False, **vision: Any) -> Callable[[Path], None
     return build
 
 
-PICOS = (
+CORE = (
     Pico("hf-vit", _transformers("ViTModel", "ViTConfig", **VIT, intermediate_size=4 * WIDTH),
          "layers.0", "layers.3", "layers.{}.mlp.fc2"),
     Pico("hf-vit-classes", _transformers("ViTForImageClassification", "ViTConfig", **VIT_CLASSES),
@@ -119,7 +140,7 @@ PICOS = (
          "vision_model.pre_layrnorm", "vision_model.encoder.layers.3", "vision_model.encoder.layers.{}.mlp.fc2"),
     Pico("timm-vit", _timm("vit_tiny_patch16_224"), "blocks.0", "blocks.3", "blocks.{}.mlp.fc2"),
     Pico("timm-vit-mean", _timm("vit_tiny_patch16_224", global_pool="avg", class_token=False),
-         "blocks.0", "blocks.3", "blocks.{}.mlp.fc2"),
+         "blocks.0", "blocks.3", "blocks.{}.mlp.fc2", prefix=0),
     Pico("timm-dinov2", _timm("vit_small_patch14_dinov2", num_classes=0, init_values=1.0),
          "blocks.0", "blocks.3", "blocks.{}.mlp.fc2"),
     Pico("timm-dinov2-swiglu", _timm("vit_giant_patch14_dinov2", num_classes=0, mlp_ratio=8.0, init_values=1.0),
@@ -134,3 +155,110 @@ PICOS = (
          "visual.transformer.resblocks.3", "visual.transformer.resblocks.{}.mlp.c_proj", any_size=False,
          tolerance=EAGER_FAST_PATH),
 )  # fmt: skip
+
+
+INNER = {"intermediate_size": 4 * WIDTH}
+FLAT = ("layers.0", "layers.3", "layers.{}.mlp.fc2")
+ENCODER = ("encoder.layers.0", "encoder.layers.3", "encoder.layers.{}.mlp.fc2")
+TIMM = ("blocks.0", "blocks.3", "blocks.{}.mlp.fc2")
+SIGLIP_TEXT = {**{name: value for name, value in CLIP_TEXT.items() if name != "projection_dim"},
+               "hidden_size": WIDTH, "max_position_embeddings": 16, "projection_size": WIDTH}  # fmt: skip
+LLAVA = {"vision_config": {**CLIP_VISION, "model_type": "clip_vision_model"},
+         "text_config": {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                         "num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": 100},
+         "image_token_index": 99, "image_seq_length": (SIZE // PATCH) ** 2}  # fmt: skip
+
+
+def _below(path: str, *modules: str) -> tuple[str, ...]:
+    return tuple(f"{path}.{module}" for module in modules)
+
+
+def _other(name: str, architecture: str, config_class: str, paths: tuple[str, ...], **options: Any) -> Pico:
+    """A transformers model of one image size; `config`, beyond `VIT`, is among the options."""
+    config = {**VIT, **INNER, **options.pop("config", {})}
+    build = _transformers(architecture, config_class, **{k: v for k, v in config.items() if v is not None})
+    return Pico(f"hf-{name}", build, *paths, any_size=False, core=False, **options)
+
+
+def _other_timm(name: str, entry: str, **options: Any) -> Pico:
+    build = _timm(entry, **options.pop("args", {}))
+    down = options.pop("down", TIMM[2])
+    return Pico(f"timm-{name}", build, options.pop("insert", TIMM[0]), TIMM[1], down, any_size=False, core=False,
+                **options)  # fmt: skip
+
+
+def _other_open_clip(name: str, paths: tuple[str, ...], tolerance: float = EAGER_FAST_PATH, **vision: Any) -> Pico:
+    return Pico(f"open-clip-{name}", _open_clip(**vision), *paths, any_size=False, tolerance=tolerance, core=False)
+
+
+ONE_SIZE = {"dynamic_img_size": None}  # timm models that take no such argument
+TOWER = _below("visual", "ln_pre", "transformer.resblocks.3", "transformer.resblocks.{}.mlp.c_proj")
+
+# The families beside those of `CORE`.
+OTHERS = (
+    _other("metaclip2-vision", "MetaClip2VisionModel", "MetaClip2VisionConfig", ("pre_layrnorm", *ENCODER[1:]),
+           config=CLIP_VISION),
+    _other("dinov2-backbone", "Dinov2Backbone", "Dinov2Config",
+           ("encoder.layer.0", "encoder.layer.3", "encoder.layer.{}.mlp.fc2"),
+           config={"intermediate_size": None, "out_features": ["stage2", "stage4"]}, collector="encoder"),
+    _other("deit", "DeiTModel", "DeiTConfig", FLAT, prefix=2),
+    _other("mae", "ViTMAEModel", "ViTMAEConfig", FLAT, config={"mask_ratio": 0.0}),
+    _other("mae-pretraining", "ViTMAEForPreTraining", "ViTMAEConfig", _below("vit", *FLAT),
+           config={"decoder_hidden_size": 32, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 2,
+                   "decoder_intermediate_size": 64, "mask_ratio": 0.25}),
+    _other("msn", "ViTMSNModel", "ViTMSNConfig", FLAT),
+    _other("ijepa", "IJepaModel", "IJepaConfig", FLAT, prefix=0),
+    _other("beit", "BeitModel", "BeitConfig", FLAT, config={"use_absolute_position_embeddings": True}),
+    _other("beit-relative", "BeitModel", "BeitConfig", FLAT, config={"use_relative_position_bias": True},
+           bias="layers.{}.relative_position_bias"),
+    _other("beit-shared", "BeitForImageClassification", "BeitConfig", _below("beit", *FLAT),
+           config={"use_shared_relative_position_bias": True, "num_labels": 5}, bias="beit.shared_position_bias"),
+    _other("data2vec", "Data2VecVisionModel", "Data2VecVisionConfig",
+           ("encoder.layer.0", "encoder.layer.3", "encoder.layer.{}.output.dense"),
+           config={"use_relative_position_bias": True},
+           bias="encoder.layer.{}.attention.attention.relative_position_bias"),
+    _other("siglip-vision", "SiglipVisionModel", "SiglipVisionConfig", ENCODER, prefix=0),
+    _other("siglip", "SiglipModel", "SiglipConfig", _below("vision_model", *ENCODER), prefix=0,
+           config={**dict.fromkeys([*VIT, *INNER]), "text_config": SIGLIP_TEXT, "vision_config": {**VIT, **INNER}}),
+    _other("aimv2", "Aimv2VisionModel", "Aimv2VisionConfig", (*ENCODER[:2], "encoder.layers.{}.ffn.down_proj"),
+           prefix=0, config={"mlp_bias": True}),
+    _other("internvl", "InternVLVisionModel", "InternVLVisionConfig",
+           ("encoder.layer.0", "encoder.layer.3", "encoder.layer.{}.mlp.fc2"),
+           config={"image_size": [SIZE, SIZE], "patch_size": [PATCH, PATCH]}),
+    _other("blip", "BlipVisionModel", "BlipVisionConfig", ENCODER, config={"initializer_range": 0.02}),
+    _other("blip2", "Blip2VisionModel", "Blip2VisionConfig", ENCODER, config={"initializer_range": 0.02}),
+    _other("owlvit", "OwlViTVisionModel", "OwlViTVisionConfig",
+           _below("vision_model", "pre_layernorm", *ENCODER[1:])),
+    _other("idefics3", "Idefics3VisionTransformer", "Idefics3VisionConfig", ENCODER, prefix=0,
+           masked="encoder.layers.{}.self_attn"),
+    _other("dinov2-registers", "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig",
+           ("encoder.layer.0", "encoder.layer.3", "encoder.layer.{}.mlp.fc2"), prefix=5,
+           config={"intermediate_size": None, "num_register_tokens": 4}),
+    _other("dinov3", "DINOv3ViTModel", "DINOv3ViTConfig",
+           _below("model", "layer.0", "layer.3", "layer.{}.mlp.down_proj"), prefix=5, inside=True,
+           config={"num_register_tokens": 4}),
+    _other("dinov3-gated", "DINOv3ViTModel", "DINOv3ViTConfig",
+           _below("model", "layer.0", "layer.3", "layer.{}.mlp.down_proj"), prefix=5, inside=True,
+           config={"num_register_tokens": 4, "use_gated_mlp": True}),
+    _other("llava", "LlavaForConditionalGeneration", "LlavaConfig",
+           _below("model.vision_tower", "pre_layrnorm", *ENCODER[1:]),
+           config={**dict.fromkeys([*VIT, *INNER]), **LLAVA}, collector="model.vision_tower"),
+    _other_timm("deit3", "deit3_small_patch16_224", args={"init_values": 1.0}),
+    _other_timm("siglip-so400m", "vit_so400m_patch14_siglip_224", prefix=0, args={"num_classes": 0}, hidden=239),
+    _other_timm("reg4", "vit_small_patch14_reg4_dinov2", prefix=5, args={"num_classes": 0, "init_values": 1.0}),
+    _other_timm("eva02", "eva02_tiny_patch14_224", inside=True, prefixed="blocks.{}.attn",
+                args={"mlp_ratio": 4.0, "init_values": 1.0}),
+    _other_timm("dinov3", "vit_small_patch16_dinov3", inside=True, prefix=5, prefixed="blocks.{}.attn",
+                args={"num_classes": 0, "init_values": 1.0}),
+    _other_timm("pe-core", "vit_pe_core_tiny_patch16_384", insert="norm_pre", inside=True, prefixed="blocks.{}.attn",
+                args={"num_classes": 0}),
+    _other_timm("beit", "beit_base_patch16_224", bias="blocks.{}.attn",
+                args={**ONE_SIZE, "init_values": 1.0}),
+    _other_timm("relpos", "vit_relpos_small_patch16_224", prefix=0, bias="blocks.{}.attn.rel_pos",
+                args={**ONE_SIZE, "init_values": 1.0}),
+    _other_open_clip("output-tokens", TOWER, 3 * EAGER_FAST_PATH, output_tokens=True),
+    _other_open_clip("coca", TOWER, 3 * EAGER_FAST_PATH, coca=True, attentional_pool=True, attn_pooler_heads=4,
+                     output_tokens=True),
+)  # fmt: skip
+
+PICOS = (*CORE, *OTHERS)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from torch.utils import _pytree as pytree
 from regsurgery.backends import host_transformers
 from regsurgery.backends.modeling import FILE_NAME, import_modeling, modeling_source, write_folder
 from regsurgery.errors import CheckpointError, UnsupportedModelError
-from regsurgery.families import TEXT_CONFIG_KEY
+from regsurgery.families import ENTRIES, NOISE_INPUTS, TEXT_CONFIG_KEY
 from regsurgery.loading import Checkpoint, Loaded, LoadOptions
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
                 f"{checkpoint.weights[0]}: tensor '{name}' {problem} ({len(info[kind])} in all); "
                 "config and weights do not belong together"
             )
-    parameters = inspect.signature(model.forward).parameters
+    entry, feature_layer = ENTRIES.get(architecture, ("", None))
+    parameters = inspect.signature(model.get_submodule(entry).forward).parameters
     if "pixel_values" not in parameters:
         raise UnsupportedModelError(f"{folder}: {architecture} takes no pixel_values; it is no vision model")
     own_size = _own_size(config, model)
@@ -99,9 +101,10 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         image_size=image_size,
         preprocess=preprocess,
         preprocess_note=note,
-        inputs=_inputs(model, own_size, "interpolate_pos_encoding" in parameters),
-        name_outputs=name_outputs,
+        inputs=_inputs(model, own_size, parameters, collects=bool(entry)),
+        name_outputs=_features_named(model, feature_layer) if feature_layer else name_outputs,
         disk_name=_disk_names(model),
+        entry=entry,
     )
 
 
@@ -132,7 +135,7 @@ def _preprocessing(
     folder: Path, own_size: tuple[int, int], dtype: torch.dtype
 ) -> tuple[Callable[[list[Any]], Tensor], str, tuple[int, int]]:
     """The model's own preprocessing, a line that names it, and the size (height, width) that it makes."""
-    if (folder / "preprocessor_config.json").is_file():
+    if any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         from transformers import AutoImageProcessor
 
         try:
@@ -172,8 +175,11 @@ def _processor_size(processor: Any) -> tuple[int, int] | None:
     return (height, width) if height and width else None
 
 
-def _inputs(model: nn.Module, own_size: tuple[int, int], interpolates: bool) -> Any:
-    text = getattr(model.config, TEXT_CONFIG_KEY, None)
+def _inputs(model: Any, own_size: tuple[int, int], parameters: Collection[str], *, collects: bool) -> Any:
+    """Images -> the arguments of a forward with these parameters; `collects`: all hidden states are wanted."""
+    interpolates = "interpolate_pos_encoding" in parameters
+    noise = NOISE_INPUTS.get(model.config.model_type)
+    text = getattr(model.config, TEXT_CONFIG_KEY, None) if "input_ids" in parameters else None
 
     def inputs(images: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs: dict[str, Any] = {"pixel_values": images}
@@ -182,11 +188,28 @@ def _inputs(model: nn.Module, own_size: tuple[int, int], interpolates: bool) -> 
         if text is not None:
             ids = torch.arange(1, 9, device=images.device).clamp(max=text.vocab_size - 1)
             if isinstance(getattr(text, "eos_token_id", None), int):
-                ids[-1] = text.eos_token_id  # where CLIP pools
+                ids[-1] = min(text.eos_token_id, text.vocab_size - 1)  # where CLIP pools
             kwargs["input_ids"] = ids.expand(images.shape[0], -1)
+        if noise is not None:
+            num_patches = math.prod(side // model.config.patch_size for side in images.shape[-2:])
+            kwargs[noise] = torch.linspace(0, 1, num_patches, device=images.device).expand(images.shape[0], -1)
+        if collects:
+            kwargs["output_hidden_states"] = True
         return (), kwargs
 
     return inputs
+
+
+def _features_named(model: Any, feature_layer: str) -> Callable[[Any], dict[str, Tensor]]:
+    """`name_outputs`, but the hidden state that a language model reads is `image_features`."""
+    layer = getattr(model.config, feature_layer)
+
+    def named(output: Any) -> dict[str, Tensor]:
+        found = name_outputs(output)
+        read = f"hidden_states.{layer % len(output.hidden_states)}"
+        return {"image_features" if name == read else name: value for name, value in found.items()}
+
+    return named
 
 
 def name_outputs(output: Any) -> dict[str, Tensor]:

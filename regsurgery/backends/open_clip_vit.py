@@ -21,6 +21,7 @@ WEIGHTS_NAME = "open_clip_model.safetensors"
 CONFIG_NAME = "open_clip_config.json"
 UNLOADABLE = (RuntimeError, ValueError, KeyError, TypeError, AssertionError)  # what open_clip raises on broken folders
 OUTPUT_NAMES = ("image_features", "text_features", "logit_scale", "logit_bias")
+TOWER_NAMES = ("image_features", "image_tokens")
 SNIPPET = """\
 import sys; sys.path.insert(0, "{folder}")
 from modeling_regsurgery import image_transform, load
@@ -44,7 +45,12 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     size = model.visual.image_size
     context = getattr(model, "context_length", 77)
 
+    # A tower that returns its tokens as well: open_clip's CLIP cannot be called with it, CoCa adds a text decoder.
+    entry, names = ("visual", TOWER_NAMES) if getattr(model.visual, "output_tokens", False) else ("", OUTPUT_NAMES)
+
     def inputs(images: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if entry:
+            return (images,), {}
         text = torch.zeros(images.shape[0], context, dtype=torch.int64, device=images.device)
         text[:, 0] = 1
         return (images, text), {}
@@ -52,7 +58,7 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     def name_outputs(output: Any) -> dict[str, Tensor]:
         if isinstance(output, dict):
             return {name: value for name, value in output.items() if isinstance(value, Tensor)}
-        return {name: value for name, value in zip(OUTPUT_NAMES, output, strict=False) if isinstance(value, Tensor)}
+        return {name: value for name, value in zip(names, output, strict=False) if isinstance(value, Tensor)}
 
     return Loaded(
         **vars(checkpoint),
@@ -64,6 +70,7 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         inputs=inputs,
         name_outputs=name_outputs,
         disk_name=lambda name: name,
+        entry=entry,
     )
 
 

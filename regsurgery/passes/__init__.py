@@ -10,11 +10,13 @@ import copy
 
 from torch import fx
 
+from regsurgery import runtime
 from regsurgery.errors import PassError
+from regsurgery.graph import module_path
 from regsurgery.passes.insert_constants import insert_constants
 from regsurgery.passes.insert_registers import insert_registers
 from regsurgery.passes.plan import PassResult, Plan
-from regsurgery.passes.resize_tokens import resize_tokens
+from regsurgery.passes.resize_tokens import ADDS, resize_tokens
 from regsurgery.passes.shift_neurons import shift_neurons
 from regsurgery.passes.spec import check_spec
 from regsurgery.passes.strip_registers import strip_registers
@@ -26,7 +28,7 @@ from regsurgery.trace import Traced
 # length.
 PIPELINE = (insert_registers, insert_constants, resize_tokens, shift_neurons, strip_registers)
 
-__all__ = ["PIPELINE", "PassResult", "Plan", "apply_passes"]
+__all__ = ["PIPELINE", "PassResult", "Plan", "apply_passes", "padded_modules"]
 
 
 def apply_passes(traced: Traced, plan: Plan) -> tuple[fx.GraphModule, tuple[PassResult, ...]]:
@@ -49,3 +51,16 @@ def apply_passes(traced: Traced, plan: Plan) -> tuple[fx.GraphModule, tuple[Pass
     patched.graph.eliminate_dead_code()
     patched.recompile()
     return patched, tuple(results)
+
+
+def padded_modules(graph_module: fx.GraphModule) -> list[str]:
+    """Paths of the modules whose biases or masks `resize_tokens` padded."""
+    work = [node.args[0] for node in graph_module.graph.find_nodes(op="call_function", target=runtime.pad_registers)]
+    paths: dict[str, None] = {}
+    for node in work:
+        assert isinstance(node, fx.Node)
+        if node.target in ADDS:  # of a block's own bias and one that all blocks share
+            work.extend(node.all_input_nodes)
+        else:
+            paths[module_path(node)] = None
+    return list(paths)

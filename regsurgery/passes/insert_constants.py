@@ -1,4 +1,4 @@
-"""Append one constant row to the input of every attention: its key and value are what mode `bias` gives each head."""
+"""Put one constant row into the input of every attention: its key and value are what mode `bias` gives each head."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def insert_constants(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
     """
     if not plan.constant_blocks:
         return PassResult((), "")
-    graph = graph_module.graph
+    graph, start = graph_module.graph, plan.sites.register_start
     real = next(graph_module.parameters())
     zeros_LD = torch.zeros(len(plan.constant_blocks), plan.sites.width, dtype=real.dtype, device=real.device)
     set_parameter(graph_module, plan.constants_name, nn.Parameter(zeros_LD))
@@ -34,16 +34,16 @@ def insert_constants(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
         with graph.inserting_after(tokens):
             parameter = graph.get_attr(plan.constants_name)
         with graph.inserting_after(parameter):
-            appended = graph.call_function(runtime.append_constant, (tokens, parameter, index))
+            joined = graph.call_function(runtime.insert_constant, (tokens, parameter, index, start))
         for user in list(tokens.users):
-            if user is not appended and is_ancestor(masks, user, end):
-                user.replace_input_with(tokens, appended)
-        for node in (parameter, appended):
+            if user is not joined and is_ancestor(masks, user, end):
+                user.replace_input_with(tokens, joined)
+        for node in (parameter, joined):
             node.meta["nn_module_stack"] = tokens.meta.get("nn_module_stack", {})
             node.meta[INSERTED] = "insert_constants"
-        appended.meta[REGION_END] = end.name
+        joined.meta[REGION_END] = end.name
         with value.fake_mode:
             parameter.meta["val"] = value.fake_mode.from_tensor(zeros_LD)
-            appended.meta["val"] = runtime.append_constant(value, parameter.meta["val"], index)
-        inserted.append(appended.name)
+            joined.meta["val"] = runtime.insert_constant(value, parameter.meta["val"], index, start)
+        inserted.append(joined.name)
     return PassResult(tuple(inserted), "a constant in every attention")

@@ -1,4 +1,4 @@
-"""Append the register tokens to the token stream, before any pre-norm and after the position embedding."""
+"""Put the register tokens into the token stream, before any pre-norm and after the position embedding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from regsurgery.passes.plan import INSERTED, REGION_END, PassResult, Plan
 
 
 def insert_registers(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
-    """Add the parameter `plan.register_name` (zero, no position embedding) and concatenate it behind the patches."""
+    """Add the parameter `plan.register_name` (zero, no position embedding) and concatenate it."""
     if plan.num_registers == 0:
         return PassResult((), "")
     graph = graph_module.graph
@@ -23,14 +23,14 @@ def insert_registers(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
     with graph.inserting_after(tokens):
         parameter = graph.get_attr(plan.register_name)
     with graph.inserting_after(parameter):
-        appended = graph.call_function(runtime.append_registers, (tokens, parameter))
-    tokens.replace_all_uses_with(appended, delete_user_cb=lambda user: user is not appended)
-    for node in (parameter, appended):
+        joined = graph.call_function(runtime.insert_registers, (tokens, parameter, plan.sites.register_start))
+    tokens.replace_all_uses_with(joined, delete_user_cb=lambda user: user is not joined)
+    for node in (parameter, joined):
         node.meta["nn_module_stack"] = tokens.meta.get("nn_module_stack", {})
         node.meta[INSERTED] = "insert_registers"
-    appended.meta[REGION_END] = plan.sites.last
+    joined.meta[REGION_END] = plan.sites.last
     fake = value.fake_mode
     with fake:
         parameter.meta["val"] = fake.from_tensor(zeros_1RD)
-        appended.meta["val"] = runtime.append_registers(value, parameter.meta["val"])
-    return PassResult((appended.name,), "a concatenation of the registers")
+        joined.meta["val"] = runtime.insert_registers(value, parameter.meta["val"], plan.sites.register_start)
+    return PassResult((joined.name,), "a concatenation of the registers")

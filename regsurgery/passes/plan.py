@@ -58,6 +58,7 @@ def plan_surgery(sites: Sites, recipe: Recipe) -> Plan:
     bias = recipe.mode == "bias"
     shift = {
         "num_prefix": sites.num_prefix,
+        "inside_prefix": sites.placement == "prefix",
         "scale": [] if bias else list(recipe.scale),
         "fill": recipe.fill,
         "fill_prefix": recipe.prefix == "fill",

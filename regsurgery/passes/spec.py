@@ -12,7 +12,8 @@ from regsurgery.errors import PassError
 from regsurgery.graph import hint
 from regsurgery.passes.plan import INSERTED, Plan, register_region
 
-CALLABLES = {runtime.append_registers, runtime.append_constant, runtime.neuron_shift, runtime.strip_registers}
+CALLABLES = {runtime.insert_registers, runtime.insert_constant, runtime.pad_registers, runtime.neuron_shift,
+             runtime.strip_registers}  # fmt: skip
 # What export leaves of arithmetic on symbolic sizes, and the selection of one of several results.
 SIZE_ARITHMETIC = {operator.getitem, operator.mul, operator.add, operator.sub, operator.floordiv, operator.mod,
                    operator.eq, operator.ge, operator.le, operator.gt, operator.lt, operator.ne,
@@ -22,7 +23,7 @@ SIZE_ARITHMETIC = {operator.getitem, operator.mul, operator.add, operator.sub, o
 def check_spec(graph_module: fx.GraphModule, plan: Plan, after: str, *, final: bool) -> None:
     """Raise `PassError`, naming the pass, where the graph breaks the spec.
 
-    Always: the graph is well formed; only placeholders, parameters, ATen operators, arithmetic on sizes and the three
+    Always: the graph is well formed; only placeholders, parameters, ATen operators, arithmetic on sizes and the
     inserted functions are in it; every inserted node is used and has a module of origin. From `resize_tokens` on: every
     three-dimensional residual node in the region holds exactly T + R tokens. At the end: no edge leaves the region but
     through a strip.

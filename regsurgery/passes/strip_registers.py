@@ -12,7 +12,7 @@ from regsurgery.passes.plan import INSERTED, ORIGINAL_SHAPE, PassResult, Plan, r
 
 def strip_registers(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
     """Insert `runtime.strip_registers` on every edge from a node with registers to one outside the region."""
-    region = register_region(graph_module, plan)
+    region, start = register_region(graph_module, plan), plan.sites.register_start
     stripped = []
     for node in region:
         leaving = [user for user in node.users if user not in region]
@@ -24,12 +24,12 @@ def strip_registers(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
         if not axes:
             continue
         with graph_module.graph.inserting_after(node):
-            strip = graph_module.graph.call_function(runtime.strip_registers, (node, axes, plan.num_added))
+            strip = graph_module.graph.call_function(runtime.strip_registers, (node, axes, plan.num_added, start))
         for user in leaving:
             user.replace_input_with(node, strip)
         strip.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
         strip.meta[INSERTED] = "strip_registers"
         with value.fake_mode:
-            strip.meta["val"] = runtime.strip_registers(value, axes, plan.num_added)
+            strip.meta["val"] = runtime.strip_registers(value, axes, plan.num_added, start)
         stripped.append(strip.name)
     return PassResult(tuple(stripped), "a strip at the exits" if region else "")

@@ -15,7 +15,7 @@ import regsurgery
 from regsurgery import cli
 from regsurgery.diagnosis import robust_outliers
 from tests.conftest import PLANTED, Planted, shared
-from tests.picos import PICOS, VIT, Pico, _timm, _transformers
+from tests.picos import CORE, VIT, Pico, _timm, _transformers
 
 FORMATS = ("vit-tiny-transformers", "vit-tiny-timm", "vit-tiny-openclip")
 
@@ -48,7 +48,7 @@ def test_the_negative_control_has_nothing_to_fix(
 def test_planted_neurons_are_content_driven_and_emerge_where_they_were_planted(
     planted_picos: Callable[[Pico], Planted],
 ) -> None:
-    for pico in PICOS[:1] + PICOS[-1:]:
+    for pico in CORE[:1] + CORE[-1:]:
         diagnosis = regsurgery.doctor(str(planted_picos(pico).folder), num_images=16)
         assert diagnosis.verdict == "register_neurons"
         assert diagnosis.positional is False
@@ -56,7 +56,7 @@ def test_planted_neurons_are_content_driven_and_emerge_where_they_were_planted(
 
 
 def test_untouched_random_weights_have_nothing_to_fix(tmp_path: Path) -> None:
-    PICOS[0].build(tmp_path / "model")
+    CORE[0].build(tmp_path / "model")
     assert regsurgery.doctor(str(tmp_path / "model"), num_images=4).verdict == "none"
 
 
@@ -78,7 +78,7 @@ def test_trained_registers_are_recognised(library: str, tmp_path: Path) -> None:
 
 
 def test_a_hot_spot_in_the_position_embedding_is_no_neurons_doing(tmp_path: Path) -> None:
-    PICOS[0].build(tmp_path / "model")
+    CORE[0].build(tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     state = load_file(weights)
     state["embeddings.position_embeddings"][0, [5, 20]] += 40 * torch.randn(

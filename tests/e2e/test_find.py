@@ -24,7 +24,7 @@ from regsurgery.pipeline import Progress
 from regsurgery.recipe import find_recipe
 from tests.conftest import Planted, shared
 from tests.e2e.test_model_ids import TINY, cached, patch
-from tests.picos import PICOS, Pico, _transformers
+from tests.picos import CORE, Pico, _transformers
 from tests.planting import plant_model, random_counts
 
 FORMATS = ("vit-tiny-transformers", "vit-tiny-timm", "vit-tiny-openclip")
@@ -123,7 +123,7 @@ def test_planted_neurons_are_found_in_a_model_of_dinov2_small_size(tmp_path: Pat
     assert as_lists(found.recipe) == {block: list(neurons) for block, neurons in truth.neurons.items()}
 
 
-@pytest.mark.parametrize("pico", PICOS, ids=lambda pico: pico.id)
+@pytest.mark.parametrize("pico", CORE, ids=lambda pico: pico.id)
 def test_planted_neurons_are_found_in_every_family(pico: Pico, planted_picos: Callable[[Pico], Planted]) -> None:
     planted = planted_picos(pico)
     found = regsurgery.find(str(planted.folder), num_images=16)
@@ -201,7 +201,7 @@ def test_a_bundled_recipe_that_does_not_fit_gives_way_to_the_search(tmp_path: Pa
     assert as_lists(find_recipe(str(tmp_path / "out" / "recipe.yaml"))) == {7: [5]}
 
 
-@pytest.mark.parametrize("pico", [PICOS[0], PICOS[8], PICOS[13]], ids=lambda pico: pico.id)
+@pytest.mark.parametrize("pico", [CORE[0], CORE[8], CORE[13]], ids=lambda pico: pico.id)
 @pytest.mark.parametrize("device_map", ["cpu", "auto"])
 def test_models_are_placed_by_a_device_map(
     pico: Pico, device_map: str, planted_picos: Callable[[Pico], Planted]

@@ -21,7 +21,7 @@ from regsurgery.recipe import Recipe, find_recipe
 from tests.conftest import Planted, build_planted
 from tests.e2e.test_native_real import in_stock_libraries
 from tests.e2e.test_reload import transformers_4_python
-from tests.picos import CLIP_VISION, PICOS, VIT, Pico, _open_clip, _timm, _transformers
+from tests.picos import CLIP_VISION, CORE, VIT, Pico, _open_clip, _timm, _transformers
 from tests.planting import plant_only, random_counts
 
 # --- planted ground truth -------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ from tests.planting import plant_only, random_counts
 HOSTS = {"timm": ("timm", "transformers"), "open_clip": ("open_clip", "timm"), "transformers": ("transformers", "timm")}
 
 
-@pytest.mark.parametrize("pico", PICOS, ids=lambda pico: pico.id)
+@pytest.mark.parametrize("pico", CORE, ids=lambda pico: pico.id)
 def test_every_planted_model_in_every_host_that_can_hold_it(
     pico: Pico, planted_picos: Callable[[Pico], Planted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,7 +301,7 @@ def test_a_model_that_no_stock_host_holds_is_refused_before_any_fitting(
 ) -> None:
     with pytest.raises(UnsupportedModelError, match="needs a text tower"):
         regsurgery.patch(str(demo_folder), tmp_path / "out", recipe="demo", mode="native", format="open_clip")
-    clip = planted_picos(next(pico for pico in PICOS if pico.id == "timm-clip"))
+    clip = planted_picos(next(pico for pico in CORE if pico.id == "timm-clip"))
     with pytest.raises(UnsupportedModelError, match="has no norm before its blocks; use --format timm"):
         regsurgery.patch(
             str(clip.folder), tmp_path / "out", recipe=Recipe({1: (2,)}), mode="native", format="transformers"

@@ -68,6 +68,11 @@ def test_graph_equals_module_form_equals_hooked_reference(planted: Planted, num_
         num_registers=num_registers,
         num_prefix=planted.sites.num_prefix,
         scale=recipe.scale,
+        inside=pico.inside,
+        prefixed=pico.prefixed,
+        bias=pico.bias,
+        masked=pico.masked,
+        collector=pico.collector,
     )
     for size in sizes(planted):
         traced = planted.traced if size == (SIZE, SIZE) else trace(loaded, size)
@@ -107,12 +112,13 @@ def test_the_matcher_finds_what_a_person_would_hook(planted: Planted) -> None:
         pico.down.format(block) for block in range(len(sites.blocks))
     ]
     assert [block.hidden_size for block in sites.blocks] == [pico.hidden] * len(sites.blocks)
-    assert sites.num_prefix == (0 if pico.id == "timm-vit-mean" else 1)
+    assert sites.num_prefix == pico.prefix
+    assert sites.placement == ("prefix" if pico.inside else "end")
     assert all(block.in_place for block in sites.blocks)
 
 
 def test_every_option_agrees_between_graph_and_module_form(planted: Planted) -> None:
-    images = pictures(2, (SIZE, SIZE))
+    images = pictures(8, (SIZE, SIZE))
     seen = []
     for options in (
         {"fill": "mean"},

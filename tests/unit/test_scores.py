@@ -11,12 +11,12 @@ from regsurgery.calibration import image_set
 from regsurgery.scores import Scorer, column_norms
 from regsurgery.statistics import robust_outliers, tap, token_norms
 from tests.conftest import Planted
-from tests.picos import PICOS, Pico
+from tests.picos import CORE, Pico
 
 LAST = 2
 
 
-@pytest.mark.parametrize("pico", PICOS, ids=lambda pico: pico.id)
+@pytest.mark.parametrize("pico", CORE, ids=lambda pico: pico.id)
 def test_nothing_is_computed_behind_the_early_exit(pico: Pico, planted_picos: Callable[[Pico], Planted]) -> None:
     planted = planted_picos(pico)
     scorer = Scorer(planted.loaded, planted.traced, planted.sites, LAST)
@@ -26,9 +26,9 @@ def test_nothing_is_computed_behind_the_early_exit(pico: Pico, planted_picos: Ca
         assert [block.index for block in planted.sites.blocks if block.hidden in names] == list(range(LAST + 1))
 
 
-@pytest.mark.parametrize("index", [0, 3, 5, 13], ids=lambda index: PICOS[index].id)
+@pytest.mark.parametrize("index", [0, 3, 5, 13], ids=lambda index: CORE[index].id)
 def test_the_sums_are_those_of_a_person_with_hooks(index: int, planted_picos: Callable[[Pico], Planted]) -> None:
-    planted = planted_picos(PICOS[index])
+    planted = planted_picos(CORE[index])
     sites, loaded = planted.sites, planted.loaded
     scorer = Scorer(loaded, planted.traced, sites, LAST)
     sums = scorer.new_sums()
@@ -67,7 +67,7 @@ def _inputs(planted: Planted, batch: torch.Tensor) -> list[torch.Tensor]:
 
 
 def test_what_a_neuron_writes_includes_the_layer_scale(planted_picos: Callable[[Pico], Planted]) -> None:
-    planted = planted_picos(PICOS[2])  # DINOv2 has one
+    planted = planted_picos(CORE[2])  # DINOv2 has one
     block = planted.sites.blocks[1]
     model = planted.loaded.model
     weight = model.get_submodule(planted.pico.down.format(1)).weight

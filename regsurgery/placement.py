@@ -1,0 +1,38 @@
+"""Where the registers go: behind the patches, or inside the prefix where attention tells tokens by their position."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+from torch import fx
+
+from regsurgery.errors import UnsupportedModelError
+from regsurgery.passes.insert_registers import insert_registers
+from regsurgery.passes.plan import plan_surgery
+from regsurgery.passes.resize_tokens import PositionError, resize_tokens
+from regsurgery.recipe import Recipe
+from regsurgery.sites import Sites
+from regsurgery.trace import Traced
+
+ONE_REGISTER = Recipe({})
+
+
+def place(traced: Traced, sites: Sites) -> Sites:
+    """`sites` with the placement that the first block's attention asks for.
+
+    A register is put behind the patches of a copy of the graph, and shapes are propagated through one block. An
+    operator that takes the tokens apart there (rotary positions on the last N tokens, a split into prefix and patches)
+    would take it for a patch. Other obstacles are left to the surgery, which names them.
+    """
+    first_block = replace(sites, last=sites.blocks[0].output)
+    graph_module = fx.GraphModule(traced.graph_module, copy.deepcopy(traced.graph_module.graph))
+    plan = plan_surgery(first_block, ONE_REGISTER)
+    insert_registers(graph_module, plan)
+    try:
+        resize_tokens(graph_module, plan)
+    except PositionError:
+        return replace(sites, placement="prefix") if sites.num_prefix else sites
+    except UnsupportedModelError:
+        pass
+    return sites
