@@ -335,9 +335,9 @@ class _AttendsToConstant(_Grafted):
 
 
 class _StripsHiddenStates(_Grafted):
-    """Strips the hidden states that a transformers encoder collects; `last_hidden_state` left the last block stripped.
+    """Strips the hidden states that a transformers encoder collects; the last one left the last block stripped.
 
-    How many tokens a hidden state should have is read off `last_hidden_state` of the same output, so that stripping
+    How many tokens a hidden state should have is read off that one, so that stripping
     twice (in the encoder and in the model around it) changes nothing.
     """
 
@@ -350,7 +350,7 @@ class _StripsHiddenStates(_Grafted):
         output = super().forward(*args, **kwargs)  # type: ignore[misc]
         states = getattr(output, "hidden_states", None)
         if states is not None:
-            num_tokens = output.last_hidden_state.shape[1]
+            num_tokens = min(state.shape[1] for state in states if state is not None)
             output["hidden_states"] = tuple(
                 state if state is None else strip_registers(state, (1,), state.shape[1] - num_tokens, self._start)
                 for state in states
@@ -385,6 +385,11 @@ def resolve_layout(model: nn.Module, layouts: Sequence[Mapping[str, Any]]) -> tu
     )
 
 
+def register_start(surgery: Mapping[str, Any]) -> int | None:
+    """The index of the first register among the tokens; None where registers are at the end."""
+    return int(surgery["num_prefix"]) if surgery["placement"] == "prefix" else None
+
+
 def operate(model: nn.Module, surgery: Mapping[str, Any], *, keep_registers: bool = False) -> nn.Module:
     """Turn a stock model into its patched module form, in place.
 
@@ -417,7 +422,7 @@ def operate(model: nn.Module, surgery: Mapping[str, Any], *, keep_registers: boo
         in_place = block in surgery["in_place_blocks"]
         ShiftedLinear.operate(linear, list(neurons), {**shift, "in_place": in_place})  # type: ignore[arg-type]
     like = next(tower.get_submodule(layout["strip"]).parameters())
-    start = shift["num_prefix"] if shift["inside_prefix"] else None
+    start = register_start(surgery)
     if surgery["mode"] == "bias":
         blocks = surgery["constant_blocks"]
         zeros_LD = torch.zeros(len(blocks), int(surgery["width"]), dtype=like.dtype, device=like.device)

@@ -2,58 +2,44 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from regsurgery.runtime import _graft, _Grafted, operate
+from regsurgery.runtime import _graft, _Grafted, operate, register_start
 
 
 class _StripsIntermediates(_Grafted):
     """`forward_intermediates` (and with it `get_intermediate_layers`) without the registers."""
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: Any = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-        **kwargs: Any,
-    ) -> Any:
+    _start: int | None
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        stock = super().forward_intermediates  # type: ignore[misc]
+        given = inspect.signature(stock).bind(*args, **kwargs)
+        output_fmt, x = given.arguments.get("output_fmt", "NCHW"), given.arguments["x"]
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError("output_fmt must be NCHW or NLC")
-        result = super().forward_intermediates(  # type: ignore[misc]
-            x,
-            indices=indices,
-            return_prefix_tokens=return_prefix_tokens,
-            norm=norm,
-            stop_early=stop_early,
-            output_fmt="NLC",
-            intermediates_only=intermediates_only,
-            output_dict=output_dict,
-            **kwargs,
-        )
+        given.arguments["output_fmt"] = "NLC"
+        result = stock(*given.args, **given.kwargs)
         height, width = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))  # type: ignore[attr-defined]
 
         def patches(y: Any) -> Any:
             if isinstance(y, tuple):
                 return patches(y[0]), y[1]
-            y = y.narrow(1, 0, height * width)
+            y = y.narrow(1, 0 if self._start is None else y.shape[1] - height * width, height * width)
             if output_fmt == "NCHW":
                 y = y.reshape(y.shape[0], height, width, -1).permute(0, 3, 1, 2).contiguous()
             return y
 
-        if output_dict:
+        if isinstance(result, dict):
             result["image_intermediates"] = [patches(y) for y in result["image_intermediates"]]
             return result
-        if intermediates_only:
+        if given.arguments.get("intermediates_only"):
             return [patches(y) for y in result]
         return result[0], [patches(y) for y in result[1]]
 
@@ -75,5 +61,5 @@ def load(folder: str | Path = Path(__file__).parent, **kwargs: Any) -> nn.Module
     operate(model, surgery)
     model.load_state_dict({**state, **tokens}, strict=True)
     if surgery["num_registers"]:
-        _graft(model, _StripsIntermediates)
+        _graft(model, _StripsIntermediates, _start=register_start(surgery))
     return model.eval()

@@ -8,6 +8,7 @@ Works with transformers 4.57 and 5; must import nothing of the project.
 
 import importlib.util
 import sys
+import traceback
 
 sys.modules["regsurgery"] = None  # type: ignore[assignment]
 
@@ -47,12 +48,15 @@ def run_transformers(job):
     problems = [
         f"{kind}: {info[kind]}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]
     ]
-    outputs = {size: flat(model(**{k: v[:size] for k, v in job["inputs"].items()})) for size in BATCHES}
     every = {"output_hidden_states": True, "output_attentions": True}
+    entry = model.get_submodule(job["entry"])
+    more = {"output_hidden_states": True} if job["entry"] else {}
+    outputs = {size: flat(entry(**{k: v[:size] for k, v in job["inputs"].items()}, **more)) for size in BATCHES}
     patched = auto.from_pretrained(job["folder"], trust_remote_code=True).eval()
     stock = getattr(transformers, job["architecture"]).from_pretrained(job["folder"]).eval()
     for each in (patched, stock):
         each.set_attn_implementation("eager")
+    patched, stock = patched.get_submodule(job["entry"]), stock.get_submodule(job["entry"])
     inputs = {k: v[:2] for k, v in job["inputs"].items()}
     everything = stock(**inputs, **every)
     if not any("hidden_states" in name for name in flat(everything)):
@@ -89,6 +93,10 @@ def run_timm(job):
         "forward_intermediates dict": lambda m: m.forward_intermediates(images[:2], output_dict=True),
         "get_intermediate_layers": lambda m: m.get_intermediate_layers(images[:2], n=3, reshape=True),
     }.items():
+        if not hasattr(stock, "get_intermediate_layers") and what.endswith(("dict", "layers")):
+            continue  # not every class of timm has them
+        if what.endswith("prefix") and not getattr(stock, "num_prefix_tokens", 1):
+            continue  # stock timm fails there
         problems += shape_problems(what, call(model), call(stock))
     return outputs, problems
 
@@ -100,12 +108,20 @@ def run_open_clip(job):
     model = module.load(job["folder"])
     assert module.image_transform(model) is not None
     stock = open_clip.create_model(f"local-dir:{job['folder']}", load_weights=False).eval()
-    images, text = job["inputs"].values()
-    names = ("image_features", "text_features", "logit_scale")
-    outputs = {size: dict(zip(names, model(images[:size], text[:size]))) for size in BATCHES}  # noqa: B905
-    problems = shape_problems("encode_image", model.encode_image(images[:2]), stock.encode_image(images[:2]))
+    images, *text = job["inputs"].values()
+    names = ("image_features", "image_tokens") if job["entry"] else ("image_features", "text_features", "logit_scale")
+    entry = model.get_submodule(job["entry"])
+    outputs = {
+        size: dict(zip(names, entry(images[:size], *(t[:size] for t in text))))  # noqa: B905
+        for size in BATCHES
+    }
+    problems = []
+    if job["entry"]:
+        problems += shape_problems("visual", model.visual(images[:2]), stock.visual(images[:2]))
+    else:
+        problems += shape_problems("encode_image", model.encode_image(images[:2]), stock.encode_image(images[:2]))
     for fmt in ("NCHW", "NLC"):
-        call = {"output_fmt": fmt, "output_extra_tokens": True, "normalize_intermediates": True}
+        call = {"output_fmt": fmt, "output_extra_tokens": True, "normalize_intermediates": not job["entry"]}
         problems += shape_problems(
             f"forward_intermediates {fmt}",
             model.visual.forward_intermediates(images[:2], **call),
@@ -127,7 +143,10 @@ if __name__ == "__main__":
     manifest = sys.argv[1]
     results = []
     for job in torch.load(manifest):
-        with torch.no_grad():
-            outputs, problems = RUNNERS[job["library"]](job)
+        try:
+            with torch.no_grad():
+                outputs, problems = RUNNERS[job["library"]](job)
+        except Exception:  # one job's failure must not hide the others' results
+            outputs, problems = {}, [traceback.format_exc()]
         results.append({"outputs": outputs, "problems": problems})
     torch.save(results, f"{manifest}.results")

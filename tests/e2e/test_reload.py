@@ -55,7 +55,10 @@ def job_for(planted: Planted, folder: Path) -> tuple[dict[str, Any], dict[str, t
     with torch.no_grad():
         expected = surgery.graph_module(*inputs)
     auto = auto_class(planted.loaded) if planted.loaded.library == "transformers" else ""
+    if planted.loaded.entry == "model.vision_tower":  # the hidden state that LLaVA reads, by its own name
+        expected["hidden_states.3"] = expected.pop("image_features")
     job = {
+        "entry": planted.loaded.entry,
         "library": planted.loaded.library,
         "folder": str(folder),
         "architecture": planted.loaded.architecture,
