@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from regsurgery.errors import CheckpointError, OutputError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -204,6 +205,15 @@ def write_json(path: Path, data: Any) -> None:
 
 
 # --- folders --------------------------------------------------------------------------------------------------------
+
+
+def weights_dtype(weights: Sequence[Path]) -> torch.dtype:
+    """The dtype of the first floating-point tensor of the first file, by name; float32 where there is none."""
+    import torch
+
+    floating = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    tensors = sorted(read_header(weights[0]).tensors, key=lambda tensor: tensor.name)
+    return next((floating[tensor.dtype] for tensor in tensors if tensor.dtype in floating), torch.float32)
 
 
 def weight_files(folder: Path, single: str) -> list[Path]:

@@ -39,6 +39,7 @@ Images = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of generated pictures and random controls.")]
+Force = Annotated[bool, typer.Option("--force", help="Also find in a model that was trained with registers.")]
 DeviceMap = Annotated[
     str | None, typer.Option("--device-map", help="Where the model runs: auto (accelerate), cuda, ...; CPU by default.")
 ]
@@ -83,6 +84,7 @@ def find(
     images: Images = None,
     num_images: NumImages = None,
     seed: Seed = 0,
+    force: Force = False,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
@@ -98,7 +100,14 @@ def find(
     options = _options(allow_pickle, trust_remote_code, revision, device_map)
     with Screen(as_json=as_json, quiet=quiet or not is_first_process()) as screen, _nothing_to_fix(screen):
         found = pipeline.find(
-            model, output, images=images, num_images=num_images, seed=seed, options=options, progress=screen
+            model,
+            output,
+            images=images,
+            num_images=num_images,
+            seed=seed,
+            force=force,
+            options=options,
+            progress=screen,
         )
     if is_first_process():
         screen.found(found, output)
@@ -120,6 +129,7 @@ def patch(
     images: Images = None,
     num_images: NumImages = None,
     seed: Seed = 0,
+    force: Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything, but write nothing.")] = False,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -143,6 +153,7 @@ def patch(
             images=images,
             num_images=num_images,
             seed=seed,
+            force=force,
             dry_run=dry_run,
             progress=screen,
             options=_options(allow_pickle, trust_remote_code, revision),

@@ -114,10 +114,15 @@ def diagnose(
     sites: Sites,
     images: ImageSet,
     *,
+    force: bool = False,
     batch_size: int = 8,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Diagnosis:
-    """Run the original over `images` and read the norms of its patches after every block."""
+    """Run the original over `images` and read the norms of its patches after every block.
+
+    Args:
+        force: look for a cause in a model that was trained with registers, too.
+    """
     nodes = {"tokens": sites.tokens, **{str(block.index): block.output for block in sites.blocks}}
     tapped = tap(traced.graph_module, nodes, early_exit=True)
     sums = {name: _Sums() for name in nodes}
@@ -129,7 +134,8 @@ def diagnose(
             sums[name].add(token_norms(value)[:, sites.patches])
         writes += _large_writes(taps, sites)
         progress(len(batch))
-    return _conclude(loaded, sites, sums, writes, images)
+    registers = 0 if force else trained_registers(loaded, sites)
+    return _conclude(sites, sums, writes, images, registers)
 
 
 def _large_writes(taps: Mapping[str, Tensor], sites: Sites) -> Tensor:
@@ -145,13 +151,12 @@ def _large_writes(taps: Mapping[str, Tensor], sites: Sites) -> Tensor:
     return torch.stack(counts).cpu()
 
 
-def _conclude(loaded: Loaded, sites: Sites, sums: dict[str, _Sums], writes: Tensor, images: ImageSet) -> Diagnosis:
+def _conclude(sites: Sites, sums: dict[str, _Sums], writes: Tensor, images: ImageSet, registers: int) -> Diagnosis:
     tokens, blocks = sums["tokens"].norms(), tuple(sums[str(block.index)].norms() for block in sites.blocks)
     probe, last = sites.probe_block, sums[str(sites.probe_block)]
     found = blocks[probe].outliers
     common = {"images": images.note, "num_images": last.num_images, "outliers_per_image": found, "tokens": tokens,
               "blocks": blocks}  # fmt: skip
-    registers = trained_registers(loaded, sites)
     if registers:
         return Diagnosis("already_registered", f"the model was trained with {registers} register tokens", **common)
     if found < MIN_OUTLIERS:
@@ -183,6 +188,8 @@ def trained_registers(loaded: Loaded, sites: Sites) -> int:
             value = getattr(holder, key, None)
             if isinstance(value, int) and 0 < value < sites.num_tokens:
                 return value
+            if isinstance(value, Tensor) and value.ndim == 3:
+                return value.shape[1]
     return 0
 
 

@@ -47,8 +47,14 @@ ENTRIES = {"LlavaForConditionalGeneration": ("model.vision_tower", "vision_featu
 # patches are hidden.
 NOISE_INPUTS = {"vit_mae": "noise"}
 
+# transformers: inputs of models that no graph with a batch of images can be made of, and why.
+PACKED_INPUTS = {
+    "image_grid_thw": "it packs the patches of all images into one sequence and cuts windows out of their grids",
+    "spatial_shapes": "it takes patches of images of any aspect and resizes its position embedding image by image",
+}
+
 # Where libraries say how many register tokens a model was trained with.
-REGISTER_KEYS = ("num_register_tokens", "num_reg_tokens", "reg_tokens")
+REGISTER_KEYS = ("num_register_tokens", "num_reg_tokens", "reg_tokens", "reg_token")
 
 # Outputs from which verification takes the figure "output" (first match wins), and those that are logits over classes.
 LOGIT_OUTPUTS = ("logits",)

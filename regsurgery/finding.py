@@ -113,10 +113,11 @@ def find(
     *,
     seed: int,
     journal_path: Path | None,
+    force: bool,
     processes: Processes,
     progress: Progress,
 ) -> Found:
-    """Find the register neurons of `loaded`.
+    """Find the register neurons of `loaded`; with `force` in a model that was trained with registers, too.
 
     Raises:
         NothingToFixError: the pilot's verdict is not `register_neurons`, or no neurons are the outliers' cause.
@@ -125,7 +126,7 @@ def find(
     pilot = images.some(PILOT_IMAGES)
     progress.stage("pilot", pilot.num_images)
     diagnosis = processes.decided_by_first(
-        lambda: diagnose(loaded, traced, sites, pilot, batch_size=BATCH, progress=progress.advance)
+        lambda: diagnose(loaded, traced, sites, pilot, force=force, batch_size=BATCH, progress=progress.advance)
     )
     if diagnosis.verdict != "register_neurons":
         raise NothingToFixError(diagnosis)

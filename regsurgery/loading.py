@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regsurgery import checkpoint_io
-from regsurgery.errors import CheckpointError, ModelNotFoundError, UserError, did_you_mean
+from regsurgery.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
 DEMO = "demo"
+QUANTISED = ("I8", "U8", "F8_E4M3", "F8_E5M2")  # dtypes of quantised matrices
 CONFIG_NAMES = ("open_clip_config.json", "config.json")
 
 
@@ -121,7 +122,7 @@ def load(model_id: str, options: LoadOptions | None = None, *, native: bool = Fa
     Raises:
         ModelNotFoundError: nothing answers to the id, or it cannot be reached.
         CheckpointError: the folder has no config, no (allowed) weights, or broken weights.
-        UnsupportedModelError: the library does not know the architecture.
+        UnsupportedModelError: the library does not know the architecture, or its weights are quantised.
     """
     options = options or LoadOptions()
     scratch, repo = None, None
@@ -146,8 +147,8 @@ def load(model_id: str, options: LoadOptions | None = None, *, native: bool = Fa
             f"{config['regsurgery'].get('source', {}).get('id', '')} instead"
         )
     weights, folder, scratch = _weights(folder, library, options, scratch)
-    for path in weights:
-        checkpoint_io.read_header(path)
+    headers = [checkpoint_io.read_header(path) for path in weights]
+    _refuse_quantised(folder, config, headers)
     digests = [checkpoint_io.sha256(path) for path in weights]
     source = Source(model_id, revision, _combined(digests), repo)
     checkpoint = Checkpoint(source, library, folder, weights, config, config_name, scratch)
@@ -199,6 +200,26 @@ def read_config(folder: Path) -> tuple[str, str, dict[str, Any]]:
         )
     names = " or ".join(reversed(CONFIG_NAMES))
     raise CheckpointError(f"{folder}: no {names}; give a folder that transformers, timm or open_clip saved")
+
+
+def _refuse_quantised(
+    folder: Path, config: Mapping[str, Any], headers: Sequence[checkpoint_io.SafetensorsFile]
+) -> None:
+    """Rows of a quantised matrix share scales, so no neuron's column can be rewritten alone."""
+    settings = config.get("quantization_config")
+    matrices = (
+        f"tensor '{tensor.name}' is {tensor.dtype}"
+        for header in headers
+        for tensor in header.tensors
+        if tensor.dtype in QUANTISED and len(tensor.shape) == 2
+    )
+    method = settings.get("quant_method", "quantization_config") if isinstance(settings, dict) else None
+    reason = method or next(matrices, None)
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"{folder}: its weights are quantised ({reason}); patch the checkpoint it was made from, in float32, "
+            "bfloat16 or float16, and quantise the patched folder"
+        )
 
 
 def _weights(

@@ -300,13 +300,13 @@ def _attention(adds: Iterable[fx.Node], masks: dict[fx.Node, int]) -> tuple[fx.N
 
 
 def _attention_input(attention: fx.Node, tokens: fx.Node, masks: dict[fx.Node, int]) -> str:
-    """The norm that all projections nearest above `attention` read, or "" where there is no such one."""
-    norms = set()
-    for node in _between(tokens, attention, masks, stop=LINEARS):
-        if node.target in LINEARS:
-            source = _back(node.all_input_nodes[0], IDENTITIES | {aten.transpose.int, aten.permute.default})
-            norms.add(source.name if source.target in NORMS else "")
-    return norms.pop() if len(norms) == 1 else ""
+    """What all projections nearest above `attention` read, or "" where they read different tensors."""
+    sources = {
+        _back(node.all_input_nodes[0], IDENTITIES | {aten.transpose.int, aten.permute.default}).name
+        for node in _between(tokens, attention, masks, stop=LINEARS)
+        if node.target in LINEARS
+    }
+    return sources.pop() if len(sources) == 1 else ""
 
 
 def _projections(attention: fx.Node, tokens: fx.Node, masks: dict[fx.Node, int]) -> tuple[str, ...]:

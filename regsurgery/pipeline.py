@@ -98,6 +98,7 @@ def patch(
     images: str | Path | None = None,
     num_images: int | None = None,
     seed: int = 0,
+    force: bool = False,
     options: LoadOptions | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -115,6 +116,7 @@ def patch(
         images: where images for finding, fitting and verification are, see `calibration.image_set`. A mode that is
             fitted on images is verified on others: every `HELD_OUT_EVERY`-th, or other generated pictures.
         seed: of generated pictures.
+        force: find neurons in a model that was trained with registers, too.
         dry_run: do everything, but write nothing to `output`.
 
     Raises:
@@ -176,7 +178,7 @@ def patch(
         except (RecipeError, VerificationError) as error:
             progress.say(f"recipe {name} does not fit this model ({error}); finding its register neurons instead")
     journal = None if dry_run else output.absolute().with_name(f".{output.name}.journal")
-    return operate_and_write(_find(loaded, traced, sites, pictures, seed, journal, progress).recipe)
+    return operate_and_write(_find(loaded, traced, sites, pictures, seed, force, journal, progress).recipe)
 
 
 def _format(wanted: str | None, loaded: Loaded, recipe: Recipe, progress: Progress) -> str:
@@ -228,6 +230,7 @@ def find(
     images: str | Path | None = None,
     num_images: int | None = None,
     seed: int = 0,
+    force: bool = False,
     options: LoadOptions | None = None,
     progress: Progress | None = None,
 ) -> Found:
@@ -240,6 +243,7 @@ def find(
             it lies a journal (`<output>.journal`) while the search runs; with it a killed search continues.
         images, num_images: see `calibration.image_set`.
         seed: of generated pictures and of the control with random neurons.
+        force: search a model that was trained with registers, too.
 
     Raises:
         NothingToFixError: there are no outlier tokens, or MLP neurons are not their cause.
@@ -259,7 +263,7 @@ def find(
         traced, sites = _locate(loaded, progress)
         progress.say(f"preprocessing: {loaded.preprocess_note}; images: {pictures.note}")
         journal = None if output is None else output.absolute().with_name(f"{output.name}.journal")
-        found = _find(loaded, traced, sites, pictures, seed, journal, progress, group)
+        found = _find(loaded, traced, sites, pictures, seed, force, journal, progress, group)
         if output is not None and group.is_first:
             checkpoint_io.replace_file(output, found.recipe.to_yaml().encode())
     return found
@@ -271,6 +275,7 @@ def _find(
     sites: Sites,
     pictures: ImageSet,
     seed: int,
+    force: bool,
     journal: Path | None,
     progress: Progress,
     group: Processes | None = None,
@@ -284,6 +289,7 @@ def _find(
         sites,
         pictures,
         seed=seed,
+        force=force,
         journal_path=journal,
         processes=group or Processes(),
         progress=progress,

@@ -17,7 +17,7 @@ class Block:
         in_place: the activation is freshly made, read once and no view, so it may be written into.
         attention_path: the module that computes attention.
         attention_weights: parameters of its query, key and value projections.
-        attention_input: the tokens `[B, T, D]` that they read, normed; "" where they read different ones.
+        attention_input: the tokens `[B, T, D]` that they read, mostly normed; "" where they read different ones.
         attention_output: what attention adds to the stream.
     """
 

@@ -24,7 +24,7 @@ from regsurgery.recipe import Recipe
 from regsurgery.sites import Sites
 from regsurgery.surgery import Surgery
 from regsurgery.trace import Traced, tensor_inputs, trace
-from regsurgery.verification import PARITY, Artefact, Side, Verdict, detectors, sides, verify
+from regsurgery.verification import Artefact, Side, Verdict, detectors, rounding, sides, verify
 
 if TYPE_CHECKING:
     from regsurgery.pipeline import Progress
@@ -92,7 +92,7 @@ def _parity_at(
     worst, limit = 0.0, 0.0
     for name, value in given.items():
         worst = max(worst, float((value - expected[name]).abs().max()))
-        limit = max(limit, PARITY[value.dtype] * max(1.0, float(expected[name].abs().max())))
+        limit = max(limit, rounding(expected[name]))
     return worst, limit
 
 

@@ -157,6 +157,7 @@ CORE = (
 )  # fmt: skip
 
 
+SCALED = {"layer_scale_init_value": 1.0}  # at 0.1 planted neurons would write too little
 INNER = {"intermediate_size": 4 * WIDTH}
 FLAT = ("layers.0", "layers.3", "layers.{}.mlp.fc2")
 ENCODER = ("encoder.layers.0", "encoder.layers.3", "encoder.layers.{}.mlp.fc2")
@@ -208,14 +209,15 @@ OTHERS = (
                    "decoder_intermediate_size": 64, "mask_ratio": 0.25}),
     _other("msn", "ViTMSNModel", "ViTMSNConfig", FLAT),
     _other("ijepa", "IJepaModel", "IJepaConfig", FLAT, prefix=0),
-    _other("beit", "BeitModel", "BeitConfig", FLAT, config={"use_absolute_position_embeddings": True}),
-    _other("beit-relative", "BeitModel", "BeitConfig", FLAT, config={"use_relative_position_bias": True},
+    _other("beit", "BeitModel", "BeitConfig", FLAT, config={**SCALED, "use_absolute_position_embeddings": True}),
+    _other("beit-relative", "BeitModel", "BeitConfig", FLAT, config={**SCALED, "use_relative_position_bias": True},
            bias="layers.{}.relative_position_bias"),
     _other("beit-shared", "BeitForImageClassification", "BeitConfig", _below("beit", *FLAT),
-           config={"use_shared_relative_position_bias": True, "num_labels": 5}, bias="beit.shared_position_bias"),
+           config={**SCALED, "use_shared_relative_position_bias": True, "num_labels": 5},
+           bias="beit.shared_position_bias"),
     _other("data2vec", "Data2VecVisionModel", "Data2VecVisionConfig",
            ("encoder.layer.0", "encoder.layer.3", "encoder.layer.{}.output.dense"),
-           config={"use_relative_position_bias": True},
+           config={**SCALED, "use_relative_position_bias": True},
            bias="encoder.layer.{}.attention.attention.relative_position_bias"),
     _other("siglip-vision", "SiglipVisionModel", "SiglipVisionConfig", ENCODER, prefix=0),
     _other("siglip", "SiglipModel", "SiglipConfig", _below("vision_model", *ENCODER), prefix=0,
@@ -224,7 +226,7 @@ OTHERS = (
            prefix=0, config={"mlp_bias": True}),
     _other("internvl", "InternVLVisionModel", "InternVLVisionConfig",
            ("encoder.layer.0", "encoder.layer.3", "encoder.layer.{}.mlp.fc2"),
-           config={"image_size": [SIZE, SIZE], "patch_size": [PATCH, PATCH]}),
+           config={**SCALED, "image_size": [SIZE, SIZE], "patch_size": [PATCH, PATCH]}),
     _other("blip", "BlipVisionModel", "BlipVisionConfig", ENCODER, config={"initializer_range": 0.02}),
     _other("blip2", "Blip2VisionModel", "Blip2VisionConfig", ENCODER, config={"initializer_range": 0.02}),
     _other("owlvit", "OwlViTVisionModel", "OwlViTVisionConfig",

@@ -85,7 +85,7 @@ def hook(
     while prefixed and _has(model, prefixed.format(count)):
         model.get_submodule(prefixed.format(count)).num_prefix_tokens += num_registers  # type: ignore[operator]
         count += 1
-    for pattern, pad in ((bias, _pad_what_it_makes), (masked, _pad_what_it_takes)):
+    for pattern, pad in ((bias, pad_what_it_makes), (masked, _pad_what_it_takes)):
         paths = {pattern.format(block) for block in range(len(neurons) + 2)} if pattern else set()
         for path in paths:
             pad(model.get_submodule(path), num_registers)
@@ -99,7 +99,7 @@ def _has(model: nn.Module, path: str) -> bool:
     return True
 
 
-def _pad_what_it_makes(module: nn.Module, num_registers: int) -> None:
+def pad_what_it_makes(module: nn.Module, num_registers: int) -> None:
     """Zero bias for registers at the end; timm's modules are not called, they are asked."""
 
     def padded(bias: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from regsurgery.backends import host_transformers
 from regsurgery.backends.modeling import FILE_NAME, import_modeling, modeling_source, write_folder
 from regsurgery.errors import CheckpointError, UnsupportedModelError
-from regsurgery.families import ENTRIES, NOISE_INPUTS, TEXT_CONFIG_KEY
+from regsurgery.families import ENTRIES, NOISE_INPUTS, PACKED_INPUTS, TEXT_CONFIG_KEY
 from regsurgery.loading import Checkpoint, Loaded, LoadOptions
 
 if TYPE_CHECKING:
@@ -92,6 +92,9 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     parameters = inspect.signature(model.get_submodule(entry).forward).parameters
     if "pixel_values" not in parameters:
         raise UnsupportedModelError(f"{folder}: {architecture} takes no pixel_values; it is no vision model")
+    for name, reason in PACKED_INPUTS.items():
+        if name in parameters:
+            raise UnsupportedModelError(f"{folder}: {architecture} is not supported: {reason} (its input '{name}')")
     own_size = _own_size(config, model)
     preprocess, note, image_size = _preprocessing(folder, own_size, model.dtype)
     return Loaded(

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import regsurgery.runtime
-from regsurgery.checkpoint_io import write_json, write_weights
+from regsurgery.checkpoint_io import weights_dtype, write_json, write_weights
 from regsurgery.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -39,7 +39,10 @@ def write_folder(surgery: Surgery, folder: Path, config_name: str, source: str, 
     (folder / FILE_NAME).write_text(source, "utf-8")
     config = {**surgery.loaded.config, **entries, "regsurgery": surgery.config_block}
     write_json(folder / config_name, config)
-    write_weights(surgery.loaded.weights, folder, surgery.new_tensors())
+    dtype = weights_dtype(surgery.loaded.weights)  # open_clip runs in float32 whatever the file has
+    write_weights(
+        surgery.loaded.weights, folder, {name: value.to(dtype) for name, value in surgery.new_tensors().items()}
+    )
 
 
 def import_modeling(folder: Path) -> ModuleType:

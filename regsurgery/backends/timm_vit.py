@@ -11,6 +11,7 @@ from torch import nn
 
 from regsurgery.backends import host_timm
 from regsurgery.backends.modeling import import_modeling, modeling_source, write_folder
+from regsurgery.checkpoint_io import weights_dtype
 from regsurgery.errors import CheckpointError, UnsupportedModelError
 from regsurgery.loading import Checkpoint, Loaded, LoadOptions, place
 
@@ -39,7 +40,7 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except UNLOADABLE as error:
         raise CheckpointError(f"{folder}: timm cannot load it: {' '.join(str(error).split())[:300]}") from error
-    dtype = _dtype(checkpoint.weights)
+    dtype = weights_dtype(checkpoint.weights)
     data = resolve_model_data_config(model)
     transform: Any = create_transform(**data, is_training=False)
     output = "logits" if getattr(model, "num_classes", 0) else "output"
@@ -70,14 +71,6 @@ def at_size(loaded: Loaded, size: tuple[int, int]) -> Loaded:
     except UNLOADABLE as error:
         raise UnsupportedModelError(f"{loaded.architecture}: takes no other image size") from error
     return replace(loaded, model=model.to(reference).eval(), image_size=size)
-
-
-def _dtype(weights: tuple[Path, ...]) -> torch.dtype:
-    from safetensors import safe_open
-
-    with safe_open(weights[0], framework="pt") as file:
-        dtypes = (file.get_tensor(name).dtype for name in file.keys())  # noqa: SIM118
-        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
 
 def emit(surgery: Surgery, folder: Path, target: Path) -> None:

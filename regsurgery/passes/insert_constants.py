@@ -15,7 +15,7 @@ def insert_constants(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
     """Add the parameter `plan.constants_name` `[L, D]` (zero) and concatenate one row to each attention's input.
 
     Raises:
-        UnsupportedModelError: an attention whose projections do not all read the same norm.
+        UnsupportedModelError: an attention whose projections do not all read the same tokens.
     """
     if not plan.constant_blocks:
         return PassResult((), "")
@@ -28,7 +28,9 @@ def insert_constants(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
     for index, block in enumerate(plan.constant_blocks):
         site = plan.sites.blocks[block]
         if not site.attention_input:
-            raise UnsupportedModelError(f"mode bias: the projections of block {block}'s attention read no common norm")
+            raise UnsupportedModelError(
+                f"mode bias: the projections of block {block}'s attention read different tokens"
+            )
         tokens, end = find_node(graph_module, site.attention_input), find_node(graph_module, site.attention_output)
         value = tokens.meta["val"]
         with graph.inserting_after(tokens):

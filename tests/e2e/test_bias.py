@@ -21,7 +21,7 @@ from regsurgery.trace import tensor_inputs
 from tests.conftest import Planted, shared
 from tests.e2e.test_parity import largest_difference, module_form, pictures
 from tests.picos import PICOS, SIZE, Pico
-from tests.reference import naive_shift
+from tests.reference import naive_shift, pad_what_it_makes
 
 
 def bias_recipe(planted: Planted) -> Recipe:
@@ -31,27 +31,38 @@ def bias_recipe(planted: Planted) -> Recipe:
 def hook_bias(
     planted: Planted, model: nn.Module, constants: dict[int, Tensor], attention_path: Callable[[int], str]
 ) -> None:
-    """The reference: hooks zero the neurons, and append a row to what attention reads and cut it off what it gives."""
+    """The reference: hooks zero the neurons, and add a row to what attention reads and cut it out of what it gives."""
+    pico, num_tokens = planted.pico, planted.sites.num_tokens
+    row = pico.prefix if pico.inside else num_tokens
     for block, listed in planted.neurons.items():
 
         def clear(module: nn.Module, args: tuple, listed: list[int] = listed) -> tuple:
-            return (naive_shift(args[0], listed, 0, planted.sites.num_prefix, ()), *args[1:])
+            return (naive_shift(args[0], listed, 0, pico.prefix, ()), *args[1:])
 
         model.get_submodule(planted.pico.down.format(block)).register_forward_pre_hook(clear)
     for block, constant in constants.items():
 
         def longer(module: nn.Module, args: tuple, kwargs: dict, constant: Tensor = constant) -> tuple:
             def grown(x: object) -> object:
-                if not isinstance(x, Tensor) or x.ndim != 3:
+                if not isinstance(x, Tensor) or x.ndim < 3:
                     return x
-                return torch.cat([x, constant.expand(x.shape[0], 1, -1)], dim=1)
+                if x.ndim == 4:  # a bias or mask over pairs of tokens
+                    return torch.nn.functional.pad(x, (0, 1, 0, 1), value=bool(x.dtype == torch.bool))
+                return torch.cat([x[:, :row], constant.expand(x.shape[0], 1, -1), x[:, row:]], dim=1)
 
             return tuple(map(grown, args)), {name: grown(value) for name, value in kwargs.items()}
 
         def shorter(module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
-            return (output[0][:, :-1], *output[1:]) if isinstance(output, tuple) else output[:, :-1]
+            tokens = output[0] if isinstance(output, tuple) else output
+            tokens = torch.cat([tokens[:, :row], tokens[:, row + 1 :]], dim=1)
+            return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
         attention = model.get_submodule(attention_path(block))
+        if pico.prefixed:
+            attention.num_prefix_tokens += 1  # type: ignore[operator]
+        made_here = pico.bias.format(block).startswith(attention_path(block)) if pico.bias else False
+        if made_here:
+            pad_what_it_makes(model.get_submodule(pico.bias.format(block)), 1)
         attention.register_forward_pre_hook(longer, with_kwargs=True)
         attention.register_forward_hook(shorter)
 
@@ -77,7 +88,8 @@ def test_graph_equals_module_form_equals_hooked_reference(planted: Planted) -> N
         assert largest_difference(graph, planted.loaded.call(patched, images)) <= tolerance
         assert largest_difference(graph, planted.loaded.call(hooked, images)) <= tolerance
         without = operate(copy.deepcopy(planted.loaded.model), surgery.config_block)
-        assert largest_difference(graph, planted.loaded.call(without, images)) > 1e-4
+        size = max(float(value.abs().max()) for value in graph.values())
+        assert largest_difference(graph, planted.loaded.call(without, images)) > 1e-4 * size
 
 
 @pytest.mark.parametrize("pico", PICOS, ids=lambda pico: pico.id)

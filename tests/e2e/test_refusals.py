@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from regsurgery.errors import UnsupportedModelError
 from regsurgery.loading import load
@@ -16,6 +19,9 @@ from regsurgery.trace import trace
 from tests.picos import VIT, _timm, _transformers
 
 SMALL = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
+TINY_TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+             "vocab_size": 100}  # fmt: skip
+NO_MATCH = r"no match: .*\(node '"
 
 
 def timm_model(entry: str, **args: object) -> Callable[[Path], None]:
@@ -28,27 +34,52 @@ def timm_model(entry: str, **args: object) -> Callable[[Path], None]:
 
 
 REFUSED = {
-    "a convolutional network": (
+    "ConvNeXt, a convolutional network": (
         _transformers("ConvNextModel", "ConvNextConfig", **SMALL, image_size=64),
         r"no match: .*(no vision transformer|none of the \d+ residual stream|dimensions)",
     ),
-    "a hierarchical transformer": (
+    "ResNet, without a residual stream of tokens": (
+        timm_model("resnet10t", num_classes=4),
+        r"no match: .*(no vision transformer|none of the \d+ residual stream|dimensions)",
+    ),
+    "Swin, hierarchical": (
+        _transformers("SwinModel", "SwinConfig", embed_dim=16, image_size=64, depths=[1, 1], num_heads=[1, 1],
+                      window_size=4),
+        r"no match: .*hierarchical models are not supported \(node '",
+    ),
+    "timm's Swin": (
         timm_model("swin_tiny_patch4_window7_224", img_size=56, embed_dim=12, depths=(1, 1), num_heads=(1, 1)),
-        r"no match: .*\(node '",
+        NO_MATCH,
     ),
-    "rotary positions over the last tokens": (
-        _transformers("DINOv3ViTModel", "DINOv3ViTConfig", **VIT, intermediate_size=128, num_register_tokens=0),
-        r"no room for a register: .*by their position \(node '.*layer\.0",
+    "Hiera, hierarchical": (
+        _transformers("HieraModel", "HieraConfig", embed_dim=16, image_size=[64, 64], depths=[1, 1, 1, 1],
+                      num_heads=[1, 1, 2, 2]),
+        r"no match: .*hierarchical models are not supported \(node '.*stages\.1",
     ),
-    "rotary positions behind a prefix": (
-        timm_model("eva02_tiny_patch14_224", img_size=56, embed_dim=64, depth=2, num_heads=4),
-        r"no room for a register: .*\(node '.*blocks\.0",
+    "SAM, a stream of four dimensions": (
+        _transformers("SamVisionModel", "SamVisionConfig", **VIT, mlp_dim=256, output_channels=16,
+                      global_attn_indexes=[1], window_size=4),
+        r"no match: the token stream has 4 dimensions, expected \[batch, tokens, width\] \(node '",
     ),
-    "a relative position bias": (
-        _transformers(
-            "BeitModel", "BeitConfig", **VIT, intermediate_size=128, use_relative_position_bias=True, num_labels=2
-        ),
-        r"no room for a register: shapes do not fit any more .*\(node '",
+    "Pixtral, all images in one sequence": (
+        _transformers("PixtralVisionModel", "PixtralVisionConfig", **VIT, intermediate_size=128),
+        r"no match: all images of a batch go into one sequence of tokens \(node '.*ln_pre",
+    ),
+    "Qwen2.5-VL vision, windows that depend on the data": (
+        _transformers("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig",
+                      vision_config={"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64,
+                                     "out_hidden_size": 32},
+                      text_config={**TINY_TEXT, "num_key_value_heads": 2}),
+        r"Qwen2_5_VLForConditionalGeneration is not supported: it packs .* windows .*\(its input 'image_grid_thw'\)",
+    ),
+    "SigLIP 2 with any aspect": (
+        _transformers("Siglip2VisionModel", "Siglip2VisionConfig", num_patches=64,
+                      **{name: value for name, value in VIT.items() if name != "image_size"}, intermediate_size=128),
+        r"Siglip2VisionModel is not supported: .* image by image \(its input 'spatial_shapes'\)",
+    ),
+    "a text model": (
+        _transformers("BertModel", "BertConfig", **TINY_TEXT),
+        r"BertModel takes no pixel_values; it is no vision model",
     ),
 }  # fmt: skip
 
@@ -62,6 +93,25 @@ def test_refused_with_a_reason(kind: str, tmp_path: Path) -> None:
         traced = trace(loaded)
         perform(loaded, Recipe({0: (1,)}), traced, match(traced))
     print(refused.value)
+
+
+@pytest.mark.parametrize("how", ["config", "dtype"])
+def test_quantised_weights_are_refused_with_advice(how: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    _transformers("ViTModel", "ViTConfig", **VIT, intermediate_size=128)(folder)
+    if how == "config":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(
+            json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}})
+        )
+    else:
+        state = load_file(folder / "model.safetensors")
+        name = next(name for name in state if name.endswith("output.dense.weight"))
+        state[name] = state[name].to(torch.int8)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    reason = {"config": "bitsandbytes", "dtype": r"tensor 'encoder\..*output\.dense\.weight' is I8"}[how]
+    with pytest.raises(UnsupportedModelError, match=rf"quantised \({reason}\); patch the checkpoint it was made from"):
+        load(str(folder))
 
 
 def test_the_number_of_tokens_is_told_from_equal_sizes_by_data_flow(tmp_path: Path) -> None:
