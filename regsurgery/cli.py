@@ -6,8 +6,9 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -196,19 +197,26 @@ def recipes(as_json: AsJson = False) -> None:
 
 
 @app.command(epilog="Example: regsurgery families")
-def families(as_json: AsJson = False) -> None:
-    """List the model families that the tests hold to the parity gate."""
-    from regsurgery.families import FAMILIES
+def families(
+    as_json: AsJson = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
+) -> None:
+    """List the model families that the tests hold to the parity gate, mode by mode, and what is refused."""
+    from regsurgery.families import FAMILIES, REFUSED
 
-    rows: list[dict[str, Any]] = [
-        {"family": f.name, "library": f.library, "members": list(f.members), "any_size": f.any_size} for f in FAMILIES
-    ]
     if as_json:
-        print(json.dumps(rows, indent=2))
+        rows = [
+            {**asdict(family), "formats": {mode: family.formats(mode) for mode in ("shift", "native", "bias")}}
+            for family in FAMILIES
+        ]
+        print(json.dumps({"families": rows, "refused": [asdict(refused) for refused in REFUSED]}, indent=2))
         return
-    from regsurgery.render import family_table
+    from regsurgery.render import family_markdown, family_table
 
-    family_table(rows)
+    if markdown:
+        print(family_markdown(), end="")
+    else:
+        family_table()
 
 
 def _options(

@@ -88,10 +88,16 @@ def compare(
     cosine_BN = F.cosine_similarity(last_BND.float(), new_last_BND.float(), dim=-1)
     means.add("cosine patches", cosine_BN[~was_outlier_BN])
     output, new_output = outputs[main], new_outputs[main]
-    means.add("cosine output", F.cosine_similarity(output.flatten(1).float(), new_output.flatten(1).float()))
+    means.add("cosine output", output_cosine(output, new_output))
     if main in LOGIT_OUTPUTS:
         means.add("kl", kl_divergence(output, new_output))
         means.add("argmax", output.argmax(-1) == new_output.argmax(-1))
+
+
+def output_cosine(output: Tensor, new_output: Tensor) -> Tensor:
+    """Cosine of each image's output, `[B]`; the mean over the tokens where the output is `[B, T, D]`."""
+    cosine = F.cosine_similarity(output.float(), new_output.float(), dim=-1)
+    return cosine if cosine.ndim == 1 else cosine.flatten(1).mean(dim=1)
 
 
 def kl_divergence(logits_BC: Tensor, new_logits_BC: Tensor) -> Tensor:

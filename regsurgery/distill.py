@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regsurgery.comparison import Run, kl_divergence, main_output, probe_nodes
+from regsurgery.comparison import Run, kl_divergence, main_output, output_cosine, probe_nodes
 from regsurgery.families import LOGIT_OUTPUTS
 from regsurgery.native import Native, NativeModel
 from regsurgery.statistics import outliers, tap, token_norms
@@ -158,8 +158,8 @@ class _Loss:
         original = [part[chosen.to(part.device)] for part in self.original]
         if self.main in LOGIT_OUTPUTS:
             return kl_divergence(original[0], new_output).mean()
-        patches = self.model.sites.patches
         output, patches_BND, inliers_BN = original
+        patches, _ = self.model.sites.patched(self.model.recipe.num_registers)
         cosine_BN = F.cosine_similarity(patches_BND.float(), run[1]["last"][:, patches].float(), dim=-1)
-        cosine_B = F.cosine_similarity(output.flatten(1).float(), new_output.flatten(1).float())
+        cosine_B = output_cosine(output, new_output)
         return 2 - cosine_BN[inliers_BN].mean() - cosine_B.mean()

@@ -1,12 +1,13 @@
-"""What regsurgery knows about model families: data, no code.
+"""What regsurgery knows about model families: data.
 
-The surgery itself finds its sites in the graph and needs none of this; a family that is not listed is tried all the
-same. Listed families are the ones that the tests hold to the parity gate. Adding one: CONTRIBUTING.md.
+The surgery itself finds its sites in the graph and needs none of the matrix; a family that is not listed is tried all
+the same. The tests run over the rows here and hold every cell to what it says. Adding one: CONTRIBUTING.md.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatch
 
 
 @dataclass(frozen=True)
@@ -16,25 +17,84 @@ class Family:
     Attributes:
         name: the family, as users call it.
         library: the library whose checkpoints it covers.
-        members: transformers architectures, timm entry points or open_clip tower classes.
+        members: transformers architectures, timm entry points, or open_clip `model class/tower class`; patterns.
+        native: libraries whose stock model can hold the weights of native mode.
         any_size: whether the model takes other image sizes than the one it was made for.
+        placement: where registers go, see `Sites.placement`.
     """
 
     name: str
     library: str
     members: tuple[str, ...]
-    any_size: bool
+    native: tuple[str, ...] = ()
+    any_size: bool = True
+    placement: str = "end"
+
+    def formats(self, mode: str) -> tuple[str, ...]:
+        """What `--format` can be in `mode`."""
+        return (*self.native, "pt2") if mode == "native" else (self.library, "pt2")
 
 
+@dataclass(frozen=True)
+class Refused:
+    """Models that are refused, and why."""
+
+    name: str
+    reason: str
+
+
+TIMM_FIRST, HF_FIRST = ("timm", "transformers"), ("transformers", "timm")
+
+# A checkpoint belongs to the first row that has its architecture.
 FAMILIES = (
-    Family("ViT", "transformers", ("ViTModel", "ViTForImageClassification"), True),
-    Family("DINOv2", "transformers", ("Dinov2Model", "Dinov2ForImageClassification"), True),
-    Family("CLIP", "transformers", ("CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPModel"), True),
-    Family("ViT", "timm", ("vit_*_patch*",), True),
-    Family("DINOv2", "timm", ("vit_*_patch14_dinov2", "vit_giant_patch14_dinov2"), True),
-    Family("CLIP", "timm", ("vit_*_patch*_clip_*",), True),
-    Family("CLIP", "open_clip", ("VisionTransformer",), False),
+    Family("ViT, DeiT", "transformers",
+           ("ViTModel", "ViTForImageClassification", "DeiTModel"), HF_FIRST),
+    Family("ViT-MAE", "transformers", ("ViTMAEModel", "ViTMAEForPreTraining")),
+    Family("ViT-MSN, I-JEPA", "transformers", ("ViTMSNModel", "IJepaModel")),
+    Family("DINOv2", "transformers", ("Dinov2Model",), HF_FIRST),
+    Family("DINOv2 classifier", "transformers", ("Dinov2ForImageClassification",), ("transformers",)),
+    Family("DINOv2 backbone, with registers", "transformers", ("Dinov2Backbone", "Dinov2WithRegistersModel")),
+    Family("DINOv3", "transformers", ("DINOv3ViTModel",), placement="prefix"),
+    Family("CLIP", "transformers", ("CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPModel"), ("timm",)),
+    Family("MetaCLIP 2, OWL-ViT", "transformers", ("MetaClip2VisionModel", "OwlViTVisionModel")),
+    Family("SigLIP", "transformers", ("SiglipVisionModel", "SiglipModel")),
+    Family("AIMv2", "transformers", ("Aimv2VisionModel",), any_size=False),
+    Family("BEiT, Data2Vec", "transformers", ("BeitModel", "BeitForImageClassification", "Data2VecVisionModel")),
+    Family("InternVL vision", "transformers", ("InternVLVisionModel",)),
+    Family("BLIP, BLIP-2 vision", "transformers", ("BlipVisionModel", "Blip2VisionModel")),
+    Family("Idefics 3 vision", "transformers", ("Idefics3VisionTransformer",)),
+    Family("LLaVA, whole", "transformers", ("LlavaForConditionalGeneration",)),
+    Family("DINOv2, with registers too", "timm", ("vit_*_dinov2",), TIMM_FIRST),
+    Family("DINOv3, PE core, EVA-02", "timm", ("vit_*_dinov3*", "vit_pe_*", "eva02_*"), placement="prefix"),
+    Family("CLIP", "timm", ("vit_*_clip_*",), ("timm",)),
+    Family("SigLIP", "timm", ("vit_*_siglip*",), ("timm",)),
+    Family("ViT with relative positions", "timm", ("vit_relpos_*",), any_size=False),
+    Family("DeiT-III", "timm", ("deit3_*",), TIMM_FIRST),
+    Family("ViT", "timm", ("vit_*_patch*",), TIMM_FIRST),
+    Family("BEiT", "timm", ("beit_*",), any_size=False),
+    Family("CLIP", "open_clip", ("CLIP/VisionTransformer", "CustomTextCLIP/VisionTransformer"), ("open_clip", "timm")),
+    Family("CoCa", "open_clip", ("CoCa/VisionTransformer",)),
+    Family("over a timm tower", "open_clip", ("*/TimmModel",), ("open_clip", "timm"), any_size=False),
+)  # fmt: skip
+
+REFUSED = (
+    Refused("Swin, Hiera, SAM", "hierarchical or windowed: there is no single stream of tokens to add a register to"),
+    Refused("ConvNeXt, ResNet", "convolutional: no residual stream of tokens"),
+    Refused(
+        "Pixtral, Qwen2.5-VL vision, SigLIP 2 with any aspect", "images of a batch are packed or resized one by one"
+    ),
+    Refused("text models", "no images go in"),
+    Refused("8-bit and 4-bit checkpoints", "patch the checkpoint that was quantised, then quantise again"),
 )
+
+
+def family_of(library: str, architecture: str) -> Family | None:
+    """The row that has an architecture, or None: the model is tried all the same."""
+    for family in FAMILIES:
+        if family.library == library and any(fnmatch(architecture, member) for member in family.members):
+            return family
+    return None
+
 
 # transformers: the example inputs a model needs beside pixel_values, by the config key that says it has a text tower.
 TEXT_CONFIG_KEY = "text_config"

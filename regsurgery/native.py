@@ -59,7 +59,7 @@ class Native:
 class NativeModel:
     """The model of `traced` with register tokens and no shift: what every host of native mode computes.
 
-    Here the registers stand behind the patches; attention does not depend on the order of tokens.
+    In a host the registers may stand elsewhere: attention that hosts have does not depend on the order of tokens.
     """
 
     def __init__(self, loaded: Loaded, traced: Traced, sites: Sites, recipe: Recipe) -> None:
@@ -88,9 +88,12 @@ class NativeModel:
         """Inputs of the MLP of `block` at the registers and at all other tokens of `batches`, `[N, D]` each."""
         tapped, sites = self.up_to[block], self.sites
         inputs = [self.run(tapped, parameters, batch)[1]["mlp"].float() for batch in batches]
+        _, registers = sites.patched(self.recipe.num_registers)
+        is_register_T = torch.zeros(inputs[0].shape[1], dtype=torch.bool)
+        is_register_T[registers] = True
         registers_ND, others_ND = (
-            torch.cat([tokens_BTD[:, part].flatten(0, 1) for tokens_BTD in inputs])
-            for part in (slice(sites.num_tokens, None), slice(sites.num_tokens))
+            torch.cat([tokens_BTD[:, chosen_T].flatten(0, 1) for tokens_BTD in inputs])
+            for chosen_T in (is_register_T, ~is_register_T)
         )
         return registers_ND, others_ND
 

@@ -23,6 +23,7 @@ from regsurgery.errors import (
     UserError,
     VerificationError,
 )
+from regsurgery.families import family_of
 from regsurgery.loading import Loaded, LoadOptions
 from regsurgery.loading import load as load_original
 from regsurgery.patched import (
@@ -142,6 +143,11 @@ def patch(
     loaded = load_original(model, options)
     traced, sites = _locate(loaded, progress)
     progress.say(f"preprocessing: {loaded.preprocess_note}; images: {pictures.note}")
+    if family_of(loaded.library, loaded.architecture) is None:
+        progress.say(
+            f"{loaded.architecture} is none of the families that the tests cover (regsurgery families); its sites were "
+            "found in its graph, and what is written is verified all the same"
+        )
 
     def operate_and_write(chosen: Recipe) -> PatchResult:
         if num_registers is not None:

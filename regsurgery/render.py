@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -15,6 +14,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from regsurgery.diagnosis import Diagnosis
+from regsurgery.families import FAMILIES, REFUSED
 from regsurgery.finding import Found
 from regsurgery.pipeline import PatchResult, Progress
 from regsurgery.recipe import Recipe
@@ -184,8 +184,53 @@ def recipe_table(found: Mapping[str, Recipe]) -> None:
     Console().print(table)
 
 
-def family_table(rows: list[dict[str, Any]]) -> None:
-    table = Table("family", "library", "models", "other image sizes", box=box.SIMPLE_HEAD)
-    for row in rows:
-        table.add_row(row["family"], row["library"], ", ".join(row["members"]), "yes" if row["any_size"] else "no")
+FAMILY_COLUMNS = ("library", "family", "models", "shift, bias", "native", "other sizes", "registers")
+REFUSED_COLUMNS = ("refused", "why")
+
+
+def family_rows() -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """The support matrix as text: the cells of the families, and of what is refused."""
+    rows = [
+        (
+            family.library,
+            family.name,
+            ", ".join(family.members),
+            ", ".join(family.formats("shift")),
+            ", ".join(family.formats("native")),
+            "yes" if family.any_size else "no",
+            {"end": "at the end", "prefix": "inside the prefix"}[family.placement],
+        )
+        for family in FAMILIES
+    ]
+    return rows, [(refused.name, refused.reason) for refused in REFUSED]
+
+
+def family_table() -> None:
+    """The matrix for a terminal, with the models below the family's name."""
+    families, refused = family_rows()
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("library", "family and models", "native", "sizes", "registers"):
+        table.add_column(name, no_wrap=name in ("library", "sizes"))
+    for library, family, models, _, native, any_size, placement in families:
+        table.add_row(library, f"{family}\n[dim]{models}[/dim]", native, any_size, placement)
     Console().print(table)
+    table = Table(*REFUSED_COLUMNS, box=box.SIMPLE_HEAD)
+    for row in refused:
+        table.add_row(*row)
+    Console().print(table)
+    Console().print(
+        "Modes shift and bias write the library's own format and pt2. Sizes: other image sizes than its own."
+    )
+
+
+def family_markdown() -> str:
+    """The same as Markdown; the README has it."""
+    lines = []
+    for columns, rows in zip((FAMILY_COLUMNS, REFUSED_COLUMNS), family_rows(), strict=True):
+        lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+        for row in rows:
+            cells = [f"`{cell.replace(', ', '`, `')}`" if name == "models" else cell
+                     for name, cell in zip(columns, row, strict=True)]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)

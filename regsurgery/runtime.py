@@ -277,6 +277,8 @@ class _PadsBias(_Grafted):
     _start: int | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("dim_size") is not None:  # BEiT's and Data2Vec's: the number of tokens to interpolate to
+            kwargs["dim_size"] -= self._num_registers
         bias = super().forward(*args, **kwargs)  # type: ignore[misc]
         return pad_registers(bias, (-2, -1), self._num_registers, self._start)
 

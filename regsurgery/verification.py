@@ -51,7 +51,7 @@ class Verdict:
         register_norm_std: its standard deviation over the images.
         margin: native mode: how well its detectors keep registers apart, see `native.separation`; the smallest.
         cosine_patches: mean cosine, original to patched, of the patches that were no outliers, after the last block.
-        cosine_output: mean cosine of `output`.
+        cosine_output: mean cosine of `output`, over its tokens where it has some.
         kl: mean KL divergence from the original's class distribution in nats; None for models without logits.
         same_argmax: share of images whose first class stays; None for models without logits.
         parity_max_abs: largest absolute difference between the graph and the written artefact over all outputs.

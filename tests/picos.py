@@ -30,6 +30,7 @@ class Pico:
         bias: modules that make a bias over pairs of tokens.
         masked: attentions that are given a mask over tokens.
         collector: the module that returns all hidden states, where the model's outputs are made of them.
+        hosts: of native mode, where they are not those of the family.
         core: goes through the slower tests too.
     """
 
@@ -47,6 +48,7 @@ class Pico:
     bias: str = ""
     masked: str = ""
     collector: str | None = None
+    hosts: tuple[str, ...] | None = None
     core: bool = True
 
 
@@ -140,7 +142,7 @@ CORE = (
          "vision_model.pre_layrnorm", "vision_model.encoder.layers.3", "vision_model.encoder.layers.{}.mlp.fc2"),
     Pico("timm-vit", _timm("vit_tiny_patch16_224"), "blocks.0", "blocks.3", "blocks.{}.mlp.fc2"),
     Pico("timm-vit-mean", _timm("vit_tiny_patch16_224", global_pool="avg", class_token=False),
-         "blocks.0", "blocks.3", "blocks.{}.mlp.fc2", prefix=0),
+         "blocks.0", "blocks.3", "blocks.{}.mlp.fc2", prefix=0, hosts=("timm",)),
     Pico("timm-dinov2", _timm("vit_small_patch14_dinov2", num_classes=0, init_values=1.0),
          "blocks.0", "blocks.3", "blocks.{}.mlp.fc2"),
     Pico("timm-dinov2-swiglu", _timm("vit_giant_patch14_dinov2", num_classes=0, mlp_ratio=8.0, init_values=1.0),
@@ -153,7 +155,7 @@ CORE = (
          tolerance=EAGER_FAST_PATH),
     Pico("open-clip-no-ln-pre", _open_clip(no_ln_pre=True), "visual.transformer.resblocks.0",
          "visual.transformer.resblocks.3", "visual.transformer.resblocks.{}.mlp.c_proj", any_size=False,
-         tolerance=EAGER_FAST_PATH),
+         tolerance=EAGER_FAST_PATH, hosts=("transformers", "timm", "open_clip")),
 )  # fmt: skip
 
 
@@ -188,8 +190,10 @@ def _other_timm(name: str, entry: str, **options: Any) -> Pico:
                 **options)  # fmt: skip
 
 
-def _other_open_clip(name: str, paths: tuple[str, ...], tolerance: float = EAGER_FAST_PATH, **vision: Any) -> Pico:
-    return Pico(f"open-clip-{name}", _open_clip(**vision), *paths, any_size=False, tolerance=tolerance, core=False)
+def _other_open_clip(name: str, paths: tuple[str, ...], hidden: int = 4 * WIDTH, **options: Any) -> Pico:
+    tolerance, hosts = options.pop("tolerance", EAGER_FAST_PATH), options.pop("hosts", None)
+    return Pico(f"open-clip-{name}", _open_clip(**options), *paths, hidden=hidden, any_size=False, tolerance=tolerance,
+                core=False, hosts=hosts)  # fmt: skip
 
 
 ONE_SIZE = {"dynamic_img_size": None}  # timm models that take no such argument
@@ -258,9 +262,12 @@ OTHERS = (
                 args={**ONE_SIZE, "init_values": 1.0}),
     _other_timm("relpos", "vit_relpos_small_patch16_224", prefix=0, bias="blocks.{}.attn.rel_pos",
                 args={**ONE_SIZE, "init_values": 1.0}),
-    _other_open_clip("output-tokens", TOWER, 3 * EAGER_FAST_PATH, output_tokens=True),
-    _other_open_clip("coca", TOWER, 3 * EAGER_FAST_PATH, coca=True, attentional_pool=True, attn_pooler_heads=4,
-                     output_tokens=True),
+    _other_open_clip("output-tokens", TOWER, tolerance=3 * EAGER_FAST_PATH, hosts=(), output_tokens=True),
+    _other_open_clip("coca", TOWER, tolerance=3 * EAGER_FAST_PATH, coca=True, attentional_pool=True,
+                     attn_pooler_heads=4, output_tokens=True),
+    _other_open_clip("over-timm", _below("visual.trunk", TIMM[0], "blocks.5", TIMM[2]), hidden=192,
+                     timm_model_name="test_vit", timm_pool="token", image_size=160,
+                     hosts=("transformers", "timm", "open_clip")),
 )  # fmt: skip
 
 PICOS = (*CORE, *OTHERS)

@@ -108,7 +108,7 @@ def _from_timm(loaded: Loaded, state: Mapping[str, Tensor]) -> Canonical:
     (output,) = loaded.name_outputs(torch.empty(0))
     return Canonical(
         architecture=config["architecture"],
-        model_args=dict(config.get("model_args") or {}),
+        model_args={**(config.get("model_args") or {}), **_own_registers(model)},
         num_classes=model.num_classes,
         image_size=tuple(model.patch_embed.img_size),  # type: ignore[arg-type]
         eps=model.blocks[0].norm1.eps,  # type: ignore[union-attr]
@@ -116,6 +116,11 @@ def _from_timm(loaded: Loaded, state: Mapping[str, Tensor]) -> Canonical:
         outputs={output: "head" if model.num_classes or model.global_pool != "token" else "cls"},
         data=resolve_model_data_config(model),
     )
+
+
+def _own_registers(model: Any) -> dict[str, int]:
+    """What an entry point may have set without the config saying so."""
+    return {"reg_tokens": model.num_reg_tokens} if model.num_reg_tokens else {}
 
 
 # --- transformers ---------------------------------------------------------------------------------------------------
@@ -305,6 +310,8 @@ def _data_of_processor(loaded: Loaded) -> dict[str, Any]:
 
 def _from_open_clip(loaded: Loaded, state: Mapping[str, Tensor]) -> Canonical:
     visual: Any = loaded.model.visual
+    if loaded.entry:
+        raise _no_host(loaded, "its tower returns its tokens as well")
     if hasattr(visual, "trunk"):
         architecture, args, eps, tensors = _trunk(loaded, visual, state)
     else:
@@ -348,7 +355,11 @@ def _trunk(
             raise _no_host(loaded, f"the tensor '{name}' has no place in one")
     if "head.weight" in tensors and "head.bias" not in tensors:
         tensors["head.bias"] = tensors["head.weight"].new_zeros(len(tensors["head.weight"]))
-    args = {"global_pool": trunk.global_pool, "img_size": tuple(trunk.patch_embed.img_size)}  # type: ignore[arg-type]
+    args = {
+        "global_pool": trunk.global_pool,
+        "img_size": tuple(trunk.patch_embed.img_size),  # type: ignore[arg-type]
+        **_own_registers(trunk),
+    }
     eps: Any = trunk.blocks[0].norm1.eps  # type: ignore[union-attr]
     return loaded.config["model_cfg"]["vision_cfg"]["timm_model_name"], args, eps, tensors
 

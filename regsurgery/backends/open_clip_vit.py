@@ -62,7 +62,7 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
 
     return Loaded(
         **vars(checkpoint),
-        architecture=type(model).__name__,
+        architecture=f"{type(model).__name__}/{type(model.visual).__name__}",
         model=place(model.eval(), options.device_map),
         image_size=tuple(size) if isinstance(size, (tuple, list)) else (size, size),
         preprocess=lambda images: torch.stack([transform(image) for image in images]),

@@ -20,7 +20,7 @@ from regsurgery.runtime import operate
 from regsurgery.trace import tensor_inputs
 from tests.conftest import Planted, shared
 from tests.e2e.test_parity import largest_difference, module_form, pictures
-from tests.picos import PICOS, SIZE, Pico
+from tests.picos import PICOS, Pico
 from tests.reference import naive_shift, pad_what_it_makes
 
 
@@ -72,9 +72,9 @@ def test_graph_equals_module_form_equals_hooked_reference(planted: Planted) -> N
         planted.loaded, bias_recipe(planted), planted.traced, planted.sites, image_set(None, 8), progress=Progress()
     )
     blocks = surgery.plan.constant_blocks
-    assert blocks == (2, 3)
+    assert blocks == tuple(range(2, len(planted.sites.blocks)))
     constants = surgery.graph_module.get_parameter(surgery.added_name).detach()
-    assert constants.shape == (2, 64) and float(constants.norm(dim=1).min()) > 0
+    assert constants.shape == (len(blocks), planted.sites.width) and float(constants.norm(dim=1).min()) > 0
     hooked = copy.deepcopy(planted.loaded.model)
     layout = surgery.config_block["layouts"][-1]
     tower = f"{layout['tower']}.".lstrip(".")
@@ -82,7 +82,7 @@ def test_graph_equals_module_form_equals_hooked_reference(planted: Planted) -> N
     patched = module_form(planted, surgery)
     with torch.no_grad():
         patched.get_parameter(surgery.added_name).copy_(constants)
-        images = pictures(3, (SIZE, SIZE))
+        images = pictures(3, planted.loaded.image_size)
         graph = surgery.graph_module(*tensor_inputs(planted.loaded, images))
         tolerance = max(planted.pico.tolerance, 0)
         assert largest_difference(graph, planted.loaded.call(patched, images)) <= tolerance

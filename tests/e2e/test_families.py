@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from unittest import mock
 
@@ -17,18 +18,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import regsurgery
-from regsurgery import cli, match, trace, verification
+from regsurgery import backends, cli, match, trace, verification
 from regsurgery.backends import pt2
 from regsurgery.errors import UnsupportedModelError
+from regsurgery.families import FAMILIES, REFUSED, Family, family_of
 from regsurgery.loading import load
 from regsurgery.match import match as find_sites
 from regsurgery.recipe import Recipe
+from regsurgery.runtime import operate
 from regsurgery.surgery import perform
 from regsurgery.trace import tensor_inputs
 from tests.conftest import Planted, build_planted
 from tests.e2e.test_parity import largest_difference, module_form, pictures, recipe_for
 from tests.e2e.test_reload import transformers_4_python
-from tests.picos import PICOS, SIZE, Pico
+from tests.picos import OTHERS, PICOS, SIZE, Pico, _open_clip
 from tests.reference import hook
 
 
@@ -47,6 +50,95 @@ def hooked_model(planted: Planted, recipe: Recipe) -> torch.nn.Module:
     return model
 
 
+# --- the matrix -----------------------------------------------------------------------------------------------------
+
+
+def row_of(planted: Planted) -> Family:
+    family = family_of(planted.loaded.library, planted.loaded.architecture)
+    assert family is not None, f"no row for {planted.loaded.architecture}"
+    return family
+
+
+def hosts_of(planted: Planted) -> set[str]:
+    """The stock hosts of native mode that the matrix, or the pico, says."""
+    return set(row_of(planted).native if planted.pico.hosts is None else planted.pico.hosts)
+
+
+@pytest.mark.parametrize("pico", PICOS, ids=lambda pico: pico.id)
+def test_every_cell_is_as_the_matrix_says(pico: Pico, planted_picos: Callable[[Pico], Planted]) -> None:
+    planted = planted_picos(pico)
+    loaded, row = planted.loaded, row_of(planted)
+    assert planted.sites.placement == row.placement
+    hosts = set()
+    for name in backends.LIBRARIES:
+        try:
+            backends.backend(name, "native").check(loaded, 1)
+            hosts.add(name)
+        except UnsupportedModelError as error:
+            assert str(error).startswith("native mode: ")
+    assert hosts == hosts_of(planted)
+    size = (96, 80)
+    try:
+        other = backends.library(loaded.library).at_size(loaded, size)
+        traced = trace.trace(other, size)
+    except UnsupportedModelError as error:
+        assert not row.any_size, error
+        return
+    assert row.any_size
+    surgery = perform(other, recipe_for(planted, 1), traced, find_sites(traced))
+    images = pictures(2, size)
+    with torch.no_grad():
+        graph = surgery.graph_module(*tensor_inputs(other, images))
+        module = other.call(operate(copy.deepcopy(other.model), surgery.config_block), images)
+        assert largest_difference(graph, module) <= pico.tolerance
+
+
+def test_every_row_and_every_member_has_a_model(planted_picos: Callable[[Pico], Planted]) -> None:
+    found = [(planted.loaded.library, planted.loaded.architecture) for planted in map(planted_picos, PICOS)]
+    for row in FAMILIES:
+        for member in row.members:
+            mine = [name for library, name in found if library == row.library and fnmatch(name, member)]
+            assert any(family_of(row.library, name) is row for name in mine) or (row.library, member) in ELSEWHERE
+
+
+def test_the_readme_has_the_matrix(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["regsurgery", "families", "--markdown"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    printed = capsys.readouterr().out
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    assert f"<!-- regsurgery families --markdown -->\n{printed}<!-- end -->" in readme
+    assert printed.count("\n") > len(FAMILIES) + len(REFUSED)
+    monkeypatch.setattr(sys, "argv", ["regsurgery", "families"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    shown = capsys.readouterr().out
+    assert all(name.split(",")[0] in shown for name in ("LLaVA", "DINOv3", "Pixtral"))
+
+
+ELSEWHERE = {("open_clip", "CustomTextCLIP/VisionTransformer")}  # CLIP with a text tower of its own
+
+
+# One of each row that the slower tests do not cover.
+SAMPLES = ("metaclip2-vision", "mae", "msn", "ijepa", "beit-relative", "data2vec", "siglip-vision", "aimv2", "internvl",
+           "blip", "idefics3", "dinov3", "llava", "eva02", "relpos", "timm-beit", "coca")  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["bias", "native"])
+@pytest.mark.parametrize("pico", [p for p in OTHERS if p.id.endswith(SAMPLES)], ids=lambda pico: pico.id)
+def test_pt2_in_the_other_modes(
+    pico: Pico, mode: str, planted_picos: Callable[[Pico], Planted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "MIN_COSINE_OUTPUT", -1.0)
+    planted = planted_picos(pico)
+    recipe = Recipe({block: tuple(neurons) for block, neurons in planted.neurons.items()})
+    result = regsurgery.patch(
+        str(planted.folder), tmp_path / "out", recipe=recipe, mode=mode, format="pt2", calibrate=False, num_images=8
+    )
+    before, after = result.verdict.outliers_per_image.original, result.verdict.outliers_per_image.patched
+    assert before > 0.5 and after <= 0.1 * before
+
+
 # ViTMAE's decoder, Data2Vec and AIMv2's pooling keep to SDPA.
 SDPA_ONLY = ("hf-mae-pretraining", "hf-data2vec", "hf-aimv2")
 SWITCHABLE = [pico for pico in PICOS if pico.id.startswith("hf-") and pico.id not in SDPA_ONLY]
@@ -63,7 +155,7 @@ def test_eager_attention(pico: Pico, planted_picos: Callable[[Pico], Planted]) -
         traced = trace.trace(loaded)
         assert not any("scaled_dot_product" in node.name for node in traced.graph_module.graph.nodes), "not eager"
         surgery = perform(loaded, recipe, traced, find_sites(traced))
-        images = pictures(3, (SIZE, SIZE))
+        images = pictures(3, planted.loaded.image_size)
         with torch.no_grad():
             graph = surgery.graph_module(*tensor_inputs(loaded, images))
             assert largest_difference(graph, loaded.call(module_form(planted, surgery), images)) == 0
@@ -78,10 +170,45 @@ def test_pt2(pico: Pico, planted_picos: Callable[[Pico], Planted]) -> None:
     surgery = perform(planted.loaded, recipe_for(planted, 1), planted.traced, planted.sites)
     program = pt2.lower(surgery).module()
     for batch in (1, 5):
-        inputs = tensor_inputs(planted.loaded, pictures(batch, (SIZE, SIZE)))
+        inputs = tensor_inputs(planted.loaded, pictures(batch, planted.loaded.image_size))
         with torch.no_grad():
             difference = largest_difference(program(*inputs), surgery.graph_module(*inputs))
         assert difference <= 1e-5
+
+
+TOWERS = {  # entry point, open_clip's settings, image size, last block, whether native mode can hold it
+    "EVA-02": ("eva02_tiny_patch14_224", {"timm_pool": "token", "timm_proj": "linear"}, 224, 11, False),
+    "SigLIP": ("test_vit3", {"timm_pool": "map", "timm_proj": "none"}, 160, 8, True),
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_open_clip_over_other_timm_towers(name: str, tmp_path: Path) -> None:
+    entry, settings, size, last, native = TOWERS[name]
+    blocks = "visual.trunk.blocks."
+    inside = {"inside": True, "prefixed": blocks + "{}.attn"} if name == "EVA-02" else {}
+    pico = Pico(
+        name, _open_clip(timm_model_name=entry, image_size=size, **settings), f"{blocks}0", f"{blocks}{last}",
+        blocks + "{}.mlp.fc2", **inside,
+    )  # fmt: skip
+    pico.build(tmp_path / "model")
+    loaded = load(str(tmp_path / "model"))
+    for parameter_name, parameter in loaded.model.named_parameters():
+        if parameter_name.endswith("gamma"):
+            parameter.data.fill_(1.0)  # a layer scale of 1e-5 would hide every difference
+    traced = trace.trace(loaded)
+    planted = Planted(pico, tmp_path / "model", loaded, traced, find_sites(traced), {1: [3, 5], 4: [7]})
+    recipe = recipe_for(planted, 2)
+    surgery = perform(loaded, recipe, traced, planted.sites)
+    images = pictures(2, (size, size))
+    with torch.no_grad():
+        graph = surgery.graph_module(*tensor_inputs(loaded, images))
+        assert largest_difference(graph, loaded.call(module_form(planted, surgery), images)) <= 1e-6
+        assert largest_difference(graph, loaded.call(hooked_model(planted, recipe), images)) <= 1e-6
+        assert largest_difference(graph, loaded.call(loaded.model, images)) > 1e-5
+    if not native:
+        with pytest.raises(UnsupportedModelError, match=r"^native mode: .* takes no reg_tokens"):
+            backends.backend("open_clip", "native").check(loaded, 1)
 
 
 # --- the traps of REFERENCE.md, each with its cure removed ------------------------------------------------------------
@@ -91,7 +218,7 @@ def test_beit_is_off_by_the_mask_that_exporting_builds(planted_picos: Callable[[
     """Left to itself transformers builds an all-true mask while exporting, and BEiT adds it to its biases."""
     planted = planted_picos(by_id("hf-beit-relative"))
     loaded, recipe = planted.loaded, recipe_for(planted, 1)
-    images = pictures(3, (SIZE, SIZE))
+    images = pictures(3, planted.loaded.image_size)
     differences = []
     for cure in (nullcontext(), mock.patch.object(trace, "_export_settings", nullcontext)):
         with cure:
@@ -126,7 +253,7 @@ def test_rotary_attention_takes_no_register_at_the_end(pico: Pico, planted_picos
         perform(planted.loaded, recipe, planted.traced, at_the_end)
     if pico.prefixed:
         inside = perform(planted.loaded, recipe, planted.traced, planted.sites)
-        images = pictures(3, (SIZE, SIZE))
+        images = pictures(3, planted.loaded.image_size)
         unaware = mock.patch("regsurgery.runtime._make_room", lambda *args: None)
         with torch.no_grad(), unaware:
             graph = inside.graph_module(*tensor_inputs(planted.loaded, images))
@@ -140,7 +267,7 @@ def test_placement_does_not_matter_where_attention_knows_no_position(
     name: str, planted_picos: Callable[[Pico], Planted]
 ) -> None:
     planted = planted_picos(by_id(name))
-    images = pictures(3, (SIZE, SIZE))
+    images = pictures(3, planted.loaded.image_size)
     outputs = []
     for placement in ("end", "prefix"):
         surgery = perform(
@@ -233,7 +360,9 @@ def write_llava(folder: Path) -> Planted:
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
         additional_special_tokens=["<image>"],
     )  # fmt: skip
-    images = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    images = CLIPImageProcessor(
+        size={"height": SIZE, "width": SIZE}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
     processor = LlavaProcessor(
         image_processor=images, tokenizer=fast, patch_size=8, vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

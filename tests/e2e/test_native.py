@@ -19,9 +19,10 @@ from regsurgery.errors import CheckpointError, RecipeError, UnsupportedModelErro
 from regsurgery.loading import load
 from regsurgery.recipe import Recipe, find_recipe
 from tests.conftest import Planted, build_planted
+from tests.e2e.test_families import hosts_of
 from tests.e2e.test_native_real import in_stock_libraries
 from tests.e2e.test_reload import transformers_4_python
-from tests.picos import CLIP_VISION, CORE, VIT, Pico, _open_clip, _timm, _transformers
+from tests.picos import CLIP_VISION, CORE, PICOS, VIT, Pico, _open_clip, _timm, _transformers
 from tests.planting import plant_only, random_counts
 
 # --- planted ground truth -------------------------------------------------------------------------------------------
@@ -30,7 +31,7 @@ from tests.planting import plant_only, random_counts
 HOSTS = {"timm": ("timm", "transformers"), "open_clip": ("open_clip", "timm"), "transformers": ("transformers", "timm")}
 
 
-@pytest.mark.parametrize("pico", CORE, ids=lambda pico: pico.id)
+@pytest.mark.parametrize("pico", [*CORE, *(p for p in PICOS if p.id == "timm-reg4")], ids=lambda pico: pico.id)
 def test_every_planted_model_in_every_host_that_can_hold_it(
     pico: Pico, planted_picos: Callable[[Pico], Planted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,17 +61,8 @@ def test_every_planted_model_in_every_host_that_can_hold_it(
             patched = result.verdict.outliers_per_image.patched
             assert again.outliers_per_image.patched == pytest.approx(patched, abs=0.2)
             assert again.cosine_output == pytest.approx(result.verdict.cosine_output, abs=2e-3)
-    assert written == EXPECTED_HOSTS.get(pico.id, list(HOSTS[planted.loaded.library]))
+    assert set(written) == hosts_of(planted) & set(HOSTS[planted.loaded.library])
 
-
-EXPECTED_HOSTS = {
-    "hf-clip-vision": ["timm"],
-    "hf-clip-vision-projection": ["timm"],
-    "hf-clip": ["timm"],
-    "hf-dinov2-classes": ["transformers"],
-    "timm-vit-mean": ["timm"],
-    "timm-clip": ["timm"],
-}
 
 WIDE = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "image_size": 96, "patch_size": 8}
 KINDS = {

@@ -24,7 +24,7 @@ from regsurgery.runtime import operate
 from regsurgery.surgery import Surgery, perform
 from regsurgery.trace import tensor_inputs, trace
 from tests.conftest import Planted
-from tests.picos import OTHER_SIZES, PICOS, SIZE, Pico
+from tests.picos import OTHER_SIZES, PICOS, Pico
 from tests.reference import hook
 
 
@@ -51,7 +51,8 @@ def module_form(planted: Planted, surgery: Surgery) -> torch.nn.Module:
 
 
 def sizes(planted: Planted) -> tuple[tuple[int, int], ...]:
-    return ((SIZE, SIZE), *OTHER_SIZES) if planted.pico.any_size else ((SIZE, SIZE),)
+    own = planted.loaded.image_size
+    return (own, *OTHER_SIZES) if planted.pico.any_size else (own,)
 
 
 @pytest.mark.parametrize("num_registers", [1, 4])
@@ -75,8 +76,8 @@ def test_graph_equals_module_form_equals_hooked_reference(planted: Planted, num_
         collector=pico.collector,
     )
     for size in sizes(planted):
-        traced = planted.traced if size == (SIZE, SIZE) else trace(loaded, size)
-        surgery = perform(loaded, recipe, traced, planted.sites if size == (SIZE, SIZE) else match(traced))
+        traced = planted.traced if size == loaded.image_size else trace(loaded, size)
+        surgery = perform(loaded, recipe, traced, planted.sites if size == loaded.image_size else match(traced))
         patched = module_form(planted, surgery)
         images = pictures(3, size)
         with torch.no_grad():
@@ -94,7 +95,7 @@ def test_graph_equals_module_form_equals_hooked_reference(planted: Planted, num_
 
 def test_no_registers_and_no_neurons_change_nothing(planted: Planted) -> None:
     surgery = perform(planted.loaded, Recipe({}, num_registers=0, scale=()), planted.traced, planted.sites)
-    images = pictures(3, (SIZE, SIZE))
+    images = pictures(3, planted.loaded.image_size)
     with torch.no_grad():
         original = planted.loaded.call(planted.loaded.model, images)
         assert largest_difference(original, planted.loaded.call(module_form(planted, surgery), images)) == 0
@@ -117,8 +118,12 @@ def test_the_matcher_finds_what_a_person_would_hook(planted: Planted) -> None:
     assert all(block.in_place for block in sites.blocks)
 
 
-def test_every_option_agrees_between_graph_and_module_form(planted: Planted) -> None:
-    images = pictures(8, (SIZE, SIZE))
+@pytest.mark.parametrize("pico", [p for p in PICOS if p.core or p.inside], ids=lambda pico: pico.id)
+def test_every_option_agrees_between_graph_and_module_form(
+    pico: Pico, planted_picos: Callable[[Pico], Planted]
+) -> None:
+    planted = planted_picos(pico)
+    images = pictures(8, planted.loaded.image_size)
     seen = []
     for options in (
         {"fill": "mean"},

@@ -19,7 +19,7 @@ from regsurgery.surgery import perform
 from regsurgery.trace import tensor_inputs
 from tests.conftest import Planted
 from tests.e2e.test_parity import pictures, recipe_for
-from tests.picos import PICOS, SIZE, Pico
+from tests.picos import PICOS, Pico
 
 OTHER_PYTHON = "REGSURGERY_TRANSFORMERS4_PYTHON"  # a Python with transformers 4.57 and torch
 TOLERANCE = 1e-5
@@ -50,7 +50,7 @@ def job_for(planted: Planted, folder: Path) -> tuple[dict[str, Any], dict[str, t
     surgery = perform(planted.loaded, recipe_for(planted, 1), planted.traced, planted.sites)
     folder.mkdir(parents=True)
     backends.library(planted.loaded.library).emit(surgery, folder, folder)
-    inputs = tensor_inputs(planted.loaded, pictures(7, (SIZE, SIZE)))
+    inputs = tensor_inputs(planted.loaded, pictures(7, planted.loaded.image_size))
     names = [node.name for node in planted.traced.graph_module.graph.find_nodes(op="placeholder")]
     with torch.no_grad():
         expected = surgery.graph_module(*inputs)
