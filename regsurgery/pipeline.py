@@ -358,13 +358,16 @@ def operate(loaded: Loaded, recipe: Recipe, progress: Progress) -> Surgery:
 
 def _locate(loaded: Loaded, progress: Progress) -> tuple[Traced, Sites]:
     """Trace -> match."""
+    from regsurgery.diagnosis import trained_registers
     from regsurgery.match import match
+    from regsurgery.placement import beside_trained
     from regsurgery.trace import trace
 
     progress.stage("trace")
     traced = trace(loaded)
     progress.stage("match")
-    return traced, match(traced)
+    sites = match(traced)
+    return traced, beside_trained(sites, trained_registers(loaded, sites))
 
 
 def _write(surgery: Surgery, target: Path, fmt: str, pictures: ImageSet, progress: Progress) -> Verdict:

@@ -18,6 +18,11 @@ from regsurgery.trace import Traced
 ONE_REGISTER = Recipe({})
 
 
+def beside_trained(sites: Sites, num_trained: int) -> Sites:
+    """`sites` of a model with trained registers, if it has any: new ones stand with them, inside the prefix."""
+    return replace(sites, placement="prefix") if num_trained and sites.num_prefix else sites
+
+
 def place(traced: Traced, sites: Sites) -> Sites:
     """`sites` with the placement that the first block's attention asks for.
 

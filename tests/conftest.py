@@ -14,12 +14,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
+from regsurgery import pipeline
 from regsurgery.calibration import image_set
 from regsurgery.demo import plant, write_demo
 from regsurgery.loading import Loaded, load
-from regsurgery.match import match
 from regsurgery.sites import Sites
-from regsurgery.trace import Traced, tensor_inputs, trace
+from regsurgery.trace import Traced, tensor_inputs
 from tests.picos import PICOS, Pico
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -67,8 +67,7 @@ def build_planted(pico: Pico, folder: Path) -> Planted:
 
     pico.build(folder)
     loaded = load(str(folder))
-    traced = trace(loaded)
-    sites = match(traced)
+    traced, sites = pipeline._locate(loaded, pipeline.Progress())
     inputs = tensor_inputs(loaded, next(image_set(None, 8).batches(8, loaded.preprocess)))
     neurons = plant(traced, sites, inputs, PLANTED)
     (path,) = loaded.weights
