@@ -58,6 +58,7 @@ FAMILIES = (
     Family("DINOv3", "transformers", ("DINOv3ViTModel",), placement="prefix"),
     Family("CLIP", "transformers", ("CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPModel"), ("timm",)),
     Family("MetaCLIP 2, OWL-ViT", "transformers", ("MetaClip2VisionModel", "OwlViTVisionModel")),
+    Family("Chinese-CLIP vision", "transformers", ("ChineseCLIPVisionModel",)),
     Family("SigLIP", "transformers", ("SiglipVisionModel", "SiglipModel")),
     Family("AIMv2", "transformers", ("Aimv2VisionModel",), any_size=False),
     Family("BEiT, Data2Vec", "transformers", ("BeitModel", "BeitForImageClassification", "Data2VecVisionModel")),

@@ -203,6 +203,8 @@ TOWER = _below("visual", "ln_pre", "transformer.resblocks.3", "transformer.resbl
 OTHERS = (
     _other("metaclip2-vision", "MetaClip2VisionModel", "MetaClip2VisionConfig", ("pre_layrnorm", *ENCODER[1:]),
            config=CLIP_VISION),
+    _other("chinese-clip", "ChineseCLIPVisionModel", "ChineseCLIPVisionConfig",
+           ("pre_layrnorm", *ENCODER[1:])),
     _other("dinov2-backbone", "Dinov2Backbone", "Dinov2Config",
            ("encoder.layer.0", "encoder.layer.3", "encoder.layer.{}.mlp.fc2"),
            config={"intermediate_size": None, "out_features": ["stage2", "stage4"]}, collector="encoder"),

@@ -71,11 +71,16 @@ def job_for(planted: Planted, folder: Path) -> tuple[dict[str, Any], dict[str, t
 
 @pytest.fixture(scope="session")
 def reloaded(
-    planted_picos: Callable[[Pico], Planted], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    planted_picos: Callable[[Pico], Planted],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str], dict[str, Any]]:
-    """All picos, patched, written, and run in one fresh process of the given Python: id -> (result, expected)."""
+    """The picos of this session, patched, written, and run in one fresh process of the given Python: id -> (result,
+    expected).
+    """
     root = tmp_path_factory.mktemp("reload")
-    written = {pico.id: job_for(planted_picos(pico), root / pico.id) for pico in PICOS}
+    wanted = {item.callspec.params["pico"].id for item in request.session.items if item.path == Path(__file__)}  # type: ignore[attr-defined]
+    written = {pico.id: job_for(planted_picos(pico), root / pico.id) for pico in PICOS if pico.id in wanted}
 
     @functools.cache
     def run(python: str) -> dict[str, Any]:
