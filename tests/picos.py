@@ -177,9 +177,11 @@ def _below(path: str, *modules: str) -> tuple[str, ...]:
 
 
 def _other(name: str, architecture: str, config_class: str, paths: tuple[str, ...], **options: Any) -> Pico:
-    """A transformers model of one image size; `config`, beyond `VIT`, is among the options."""
+    """A transformers model; among the options are `config`, beyond `VIT`, and `published`, the `prefix` of its names."""
     config = {**VIT, **INNER, **options.pop("config", {})}
-    build = _transformers(architecture, config_class, **{k: v for k, v in config.items() if v is not None})
+    build = _transformers(
+        architecture, config_class, options.pop("published", ""), **{k: v for k, v in config.items() if v is not None}
+    )
     return Pico(f"hf-{name}", build, *paths, any_size=False, core=False, **options)
 
 
@@ -204,7 +206,7 @@ OTHERS = (
     _other("metaclip2-vision", "MetaClip2VisionModel", "MetaClip2VisionConfig", ("pre_layrnorm", *ENCODER[1:]),
            config=CLIP_VISION),
     _other("chinese-clip", "ChineseCLIPVisionModel", "ChineseCLIPVisionConfig",
-           ("pre_layrnorm", *ENCODER[1:])),
+           ("pre_layrnorm", *ENCODER[1:]), published="vision_model."),
     _other("dinov2-backbone", "Dinov2Backbone", "Dinov2Config",
            ("encoder.layer.0", "encoder.layer.3", "encoder.layer.{}.mlp.fc2"),
            config={"intermediate_size": None, "out_features": ["stage2", "stage4"]}, collector="encoder"),
