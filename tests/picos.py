@@ -177,7 +177,7 @@ def _below(path: str, *modules: str) -> tuple[str, ...]:
 
 
 def _other(name: str, architecture: str, config_class: str, paths: tuple[str, ...], **options: Any) -> Pico:
-    """A transformers model; among the options are `config`, beyond `VIT`, and `published`, the `prefix` of its names."""
+    """A transformers model; options: `config`, beyond `VIT`; `published`, the prefix of its names; those of `Pico`."""
     config = {**VIT, **INNER, **options.pop("config", {})}
     build = _transformers(
         architecture, config_class, options.pop("published", ""), **{k: v for k, v in config.items() if v is not None}
