@@ -30,10 +30,9 @@ from regsurgery.sites import Sites
 from regsurgery.surgery import perform
 from regsurgery.trace import Traced, tensor_inputs
 from tests.conftest import Planted, build_planted
-from tests.e2e.test_parity import largest_difference, module_form, pictures, recipe_for
+from tests.e2e.test_parity import hooked_model, largest_difference, module_form, pictures, recipe_for
 from tests.e2e.test_reload import transformers_4_python
 from tests.picos import OTHERS, PICOS, SIZE, Pico, _open_clip
-from tests.reference import hook
 
 
 def by_id(name: str) -> Pico:
@@ -43,17 +42,6 @@ def by_id(name: str) -> Pico:
 def sites_of(planted: Planted, traced: Traced) -> Sites:
     """The sites of another trace of the same model; trained registers are told from the model, not the graph."""
     return replace(find_sites(traced), placement=planted.sites.placement)
-
-
-def hooked_model(planted: Planted, recipe: Recipe) -> torch.nn.Module:
-    """The hooked reference of the parity gate."""
-    pico, model = planted.pico, copy.deepcopy(planted.loaded.model)
-    hook(
-        model, insert=pico.insert, last=pico.last, down=pico.down, neurons=planted.neurons,
-        num_registers=recipe.num_registers, num_prefix=pico.prefix, scale=recipe.scale, inside=pico.inside,
-        prefixed=pico.prefixed, bias=pico.bias, masked=pico.masked, collector=pico.collector,
-    )  # fmt: skip
-    return model
 
 
 # --- the matrix -----------------------------------------------------------------------------------------------------

@@ -50,6 +50,27 @@ def module_form(planted: Planted, surgery: Surgery) -> torch.nn.Module:
     return operate(copy.deepcopy(planted.loaded.model), surgery.config_block)
 
 
+def hooked_model(planted: Planted, recipe: Recipe) -> torch.nn.Module:
+    """The independent reference: a copy of the model with hooks."""
+    pico, model = planted.pico, copy.deepcopy(planted.loaded.model)
+    hook(
+        model,
+        insert=pico.insert,
+        last=pico.last,
+        down=pico.down,
+        neurons=planted.neurons,
+        num_registers=recipe.num_registers,
+        num_prefix=pico.prefix,
+        scale=recipe.scale,
+        inside=pico.inside,
+        prefixed=pico.prefixed,
+        bias=pico.bias,
+        masked=pico.masked,
+        collector=pico.collector,
+    )
+    return model
+
+
 def sizes(planted: Planted) -> tuple[tuple[int, int], ...]:
     own = planted.loaded.image_size
     return (own, *OTHER_SIZES) if planted.pico.any_size else (own,)
@@ -59,22 +80,7 @@ def sizes(planted: Planted) -> tuple[tuple[int, int], ...]:
 def test_graph_equals_module_form_equals_hooked_reference(planted: Planted, num_registers: int) -> None:
     pico, loaded = planted.pico, planted.loaded
     recipe = recipe_for(planted, num_registers)
-    hooked = copy.deepcopy(loaded.model)
-    hook(
-        hooked,
-        insert=pico.insert,
-        last=pico.last,
-        down=pico.down,
-        neurons=planted.neurons,
-        num_registers=num_registers,
-        num_prefix=planted.sites.num_prefix,
-        scale=recipe.scale,
-        inside=pico.inside,
-        prefixed=pico.prefixed,
-        bias=pico.bias,
-        masked=pico.masked,
-        collector=pico.collector,
-    )
+    hooked = hooked_model(planted, recipe)
     for size in sizes(planted):
         traced = planted.traced if size == loaded.image_size else trace(loaded, size)
         surgery = perform(loaded, recipe, traced, planted.sites if size == loaded.image_size else match(traced))
