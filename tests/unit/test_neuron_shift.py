@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regsurgery.recipe import FILLS
-from regsurgery.runtime import neuron_shift
+from regsurgery.runtime import insert_registers, neuron_shift, pad_registers, strip_registers
 
 NEURONS = [2, 5, 6]
 SCALES = {1: [1.5], 4: [1.0, -0.5, 2.0, 0.0]}
@@ -20,13 +20,15 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2**-23, torch.float16: 2**-10,
 
 
 def reference(
-    hidden: Tensor, *, num_prefix: int, scale: list[float], fill: str, prefix: str, compat: str
+    hidden: Tensor, *, num_prefix: int, scale: list[float], fill: str, prefix: str, compat: str, inside: bool = False
 ) -> list[list[list[float]]]:
     """DESIGN.md section 3 in plain Python numbers, item by item, neuron by neuron, token by token."""
     items = hidden.double().tolist()
     for item in items:
         num_tokens = len(item)
-        first_register = num_tokens - len(scale)
+        first_register = num_prefix if inside else num_tokens - len(scale)
+        registers = range(first_register, first_register + len(scale))
+        patch_tokens = [t for t in range(num_prefix, num_tokens) if t not in registers]
         peaks = {}
         for j in NEURONS:
             peaks[j] = 0.0
@@ -37,12 +39,10 @@ def reference(
             shared = max(peaks.values(), key=abs)
             peaks = dict.fromkeys(NEURONS, shared)
         for j in NEURONS:
-            patches = [item[t][j] for t in range(num_prefix, first_register)]
+            patches = [item[t][j] for t in patch_tokens]
             mean = sum(patches) / len(patches)
             std = math.sqrt(sum((value - mean) ** 2 for value in patches) / (len(patches) - 1))
-            for t in range(first_register):
-                if t < num_prefix and prefix == "keep":
-                    continue
+            for t in [*(range(num_prefix) if prefix == "fill" else ()), *patch_tokens]:
                 if fill == "zero":
                     item[t][j] = 0.0
                 elif fill == "mean" or (fill == "outliers" and item[t][j] > mean + std):
@@ -54,10 +54,10 @@ def reference(
 
 def shift(
     hidden: Tensor, *, num_prefix: int, scale: list[float], fill: str = "zero", prefix: str = "keep",
-    compat: str = "none", in_place: bool = False,
+    compat: str = "none", in_place: bool = False, inside: bool = False,
 ) -> Tensor:  # fmt: skip
     return neuron_shift(
-        hidden, torch.tensor(NEURONS), num_prefix=num_prefix, scale=scale, fill=fill, fill_prefix=prefix == "fill",
+        hidden, torch.tensor(NEURONS), num_prefix=num_prefix, inside_prefix=inside, scale=scale, fill=fill, fill_prefix=prefix == "fill",
         one_peak=compat == "reference", in_place=in_place,
     )  # fmt: skip
 
@@ -80,11 +80,12 @@ def error(result: Tensor, expected: Any) -> float:
 
 @pytest.mark.parametrize("num_prefix, num_registers", SIZES)
 @pytest.mark.parametrize("fill, prefix, compat", OPTIONS)
-def test_it_equals_the_plain_reference(fill, prefix, compat, num_prefix, num_registers):
+@pytest.mark.parametrize("inside", [False, True])
+def test_it_equals_the_plain_reference(fill, prefix, compat, num_prefix, num_registers, inside):
     hidden = hidden_values(num_prefix, num_registers)
     given = hidden.clone()
     options: dict[str, Any] = {"num_prefix": num_prefix, "scale": SCALES[num_registers], "fill": fill, "prefix": prefix,
-                               "compat": compat}  # fmt: skip
+                               "compat": compat, "inside": inside}  # fmt: skip
     result = shift(hidden, **options)
     assert error(result, reference(given, **options)) < TOLERANCE[torch.float64]
     assert torch.equal(hidden, given)
@@ -192,3 +193,24 @@ def test_the_dtype_is_kept(dtype, fill, in_place):
     result = shift(hidden, num_prefix=1, scale=SCALES[4], fill=fill, in_place=in_place)
     assert result.dtype == dtype
     torch.testing.assert_close(result.double(), expected.double(), rtol=TOLERANCE[dtype], atol=4 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("start, rows", [(None, [0, 1, 2, 3, 7, 8]), (1, [0, 7, 8, 1, 2, 3]), (4, [0, 1, 2, 3, 7, 8])])
+def test_registers_go_in_and_come_out_again(start, rows):
+    tokens = torch.arange(4.0).reshape(1, 4, 1).repeat(2, 1, 3)
+    registers = torch.tensor([7.0, 8.0]).reshape(1, 2, 1).repeat(1, 1, 3)
+    longer = insert_registers(tokens, registers, start)
+    assert longer[1, :, 2].tolist() == rows
+    assert torch.equal(strip_registers(longer, (1,), 2, start), tokens)
+    assert insert_registers(tokens.half(), registers, start).dtype == torch.float16
+
+
+@pytest.mark.parametrize("start", [None, 0, 1, 3])
+@pytest.mark.parametrize("dtype, free", [(torch.float32, 0), (torch.bool, True)])
+def test_a_bias_has_no_effect_on_registers(start, dtype, free):
+    bias = torch.tensor([[5.0, 0.0, 6.0], [1.0, 0.0, 0.0], [0.0, 2.0, 3.0]]).to(dtype)
+    padded = pad_registers(bias[None], (-2, -1), 2, start)
+    assert padded.shape == (1, 5, 5) and padded.dtype == dtype
+    first = 3 if start is None else start
+    assert bool((padded[0, first : first + 2] == free).all()) and bool((padded[0, :, first : first + 2] == free).all())
+    assert torch.equal(strip_registers(padded, (1, 2), 2, start)[0], bias)
