@@ -57,8 +57,8 @@ def shift(
     compat: str = "none", in_place: bool = False, inside: bool = False,
 ) -> Tensor:  # fmt: skip
     return neuron_shift(
-        hidden, torch.tensor(NEURONS), num_prefix=num_prefix, inside_prefix=inside, scale=scale, fill=fill, fill_prefix=prefix == "fill",
-        one_peak=compat == "reference", in_place=in_place,
+        hidden, torch.tensor(NEURONS), num_prefix=num_prefix, inside_prefix=inside, scale=scale, fill=fill,
+        fill_prefix=prefix == "fill", one_peak=compat == "reference", in_place=in_place,
     )  # fmt: skip
 
 
