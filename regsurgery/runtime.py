@@ -11,6 +11,8 @@ Blocks and neurons are counted from 0.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -178,7 +180,18 @@ class _Grafted:
 def _grafted_class(mixin: type, stock: type) -> type:
     # The names stay those of the stock class: transformers keys output capturing, and accelerate and FSDP key
     # placement, on them.
-    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
+    names: dict[str, Any] = {
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+    }
+    if "forward" in vars(mixin):  # with the signature of the stock forward, by which transformers' Trainer picks inputs
+
+        @functools.wraps(stock.forward)  # type: ignore[attr-defined]
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return mixin.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+        names["forward"] = forward
     return type(stock.__name__, (mixin, stock), names)
 
 
@@ -337,10 +350,10 @@ class _AttendsToConstant(_Grafted):
 
 
 class _StripsHiddenStates(_Grafted):
-    """Strips the hidden states that a transformers encoder collects; the last one left the last block stripped.
+    """Strips the hidden states that a transformers encoder collects; those not asked for are None.
 
-    How many tokens a hidden state should have is read off that one, so that stripping
-    twice (in the encoder and in the model around it) changes nothing.
+    How many tokens a hidden state should have is read off what left the last block, stripped, so that stripping twice
+    (in the encoder and in the model around it) changes nothing.
     """
 
     _start: int | None
@@ -352,7 +365,8 @@ class _StripsHiddenStates(_Grafted):
         output = super().forward(*args, **kwargs)  # type: ignore[misc]
         states = getattr(output, "hidden_states", None)
         if states is not None:
-            num_tokens = min(state.shape[1] for state in states if state is not None)
+            left = (getattr(output, "last_hidden_state", None), *states)
+            num_tokens = min(state.shape[1] for state in left if state is not None)
             output["hidden_states"] = tuple(
                 state if state is None else strip_registers(state, (1,), state.shape[1] - num_tokens, self._start)
                 for state in states
@@ -442,12 +456,27 @@ def operate(model: nn.Module, surgery: Mapping[str, Any], *, keep_registers: boo
     where: dict[str, Any] = {"_num_registers": num_registers, "_start": start}
     if not keep_registers:
         _graft(tower.get_submodule(layout["strip"]), _StripsRegisters, **where)
-        for path in layout["collectors"]:
-            _graft(tower.get_submodule(path), _StripsHiddenStates, _start=start)
+        for collector in _collectors(model, tower, layout):
+            _graft(collector, _StripsHiddenStates, _start=start)
     for path in layout["attentions"]:
         _graft(tower.get_submodule(path), _StripsAttention, **where)
     _make_room(tower, layout["attentions"], layout, num_registers, start)
     return model
+
+
+def _collectors(model: nn.Module, tower: nn.Module, layout: Mapping[str, Any]) -> list[nn.Module]:
+    """The modules that may return the tower's hidden states: in it, and around it where a model takes only images."""
+    if not layout["collectors"]:
+        return []
+    around = [
+        module
+        for module in model.modules()
+        if module is not tower
+        and any(inner is tower for inner in module.modules())
+        and "pixel_values" in (parameters := inspect.signature(module.forward).parameters)
+        and "input_ids" not in parameters
+    ]
+    return [*(tower.get_submodule(path) for path in layout["collectors"]), *around]
 
 
 def _make_room(

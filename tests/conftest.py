@@ -66,6 +66,7 @@ def build_planted(pico: Pico, folder: Path) -> Planted:
     from safetensors.torch import save_file
 
     pico.build(folder)
+    pico.publish(folder)
     loaded = load(str(folder))
     traced, sites = pipeline._locate(loaded, pipeline.Progress())
     inputs = tensor_inputs(loaded, next(image_set(None, 8).batches(8, loaded.preprocess)))
@@ -73,6 +74,7 @@ def build_planted(pico: Pico, folder: Path) -> Planted:
     (path,) = loaded.weights
     if loaded.library == "transformers":
         loaded.model.save_pretrained(folder)
+        pico.publish(folder)
     else:
         save_file({name: value.clone() for name, value in loaded.model.state_dict().items()}, path)
     return Planted(pico, folder, loaded, traced, sites, neurons)

@@ -25,6 +25,7 @@ class Pico:
     """`build(folder)` writes a checkpoint; `insert`, `last` and `down` are module paths, `{}` is the block.
 
     Attributes:
+        published: what names begin with as transformers 5 writes them, and in published checkpoints and version 4.
         prefix: prefix tokens.
         inside: registers stand inside the prefix; `prefixed` are then modules that count the prefix themselves.
         bias: modules that make a bias over pairs of tokens.
@@ -42,6 +43,7 @@ class Pico:
     hidden: int = 4 * WIDTH
     any_size: bool = True
     tolerance: float = 0.0  # of the eager module against the graph
+    published: tuple[str, str] | None = None
     prefix: int = 1
     inside: bool = False
     prefixed: str = ""
@@ -51,9 +53,18 @@ class Pico:
     hosts: tuple[str, ...] | None = None
     core: bool = True
 
+    def publish(self, folder: Path) -> None:
+        """Give the tensors of a folder that transformers 5 wrote their published names."""
+        if self.published is None:
+            return
+        new, old = self.published
+        state = load_file(folder / "model.safetensors")
+        later = {name for name in state if name.startswith(new) and not name.startswith(old)}
+        renamed = {old + name.removeprefix(new) if name in later else name: state[name] for name in state}
+        save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
 
-def _transformers(architecture: str, config_class: str, prefix: str = "", **config: Any) -> Callable[[Path], None]:
-    """`prefix`: what published checkpoints put before names that transformers 5 no longer writes itself."""
+
+def _transformers(architecture: str, config_class: str, **config: Any) -> Callable[[Path], None]:
 
     def build(folder: Path) -> None:
         import transformers
@@ -61,10 +72,6 @@ def _transformers(architecture: str, config_class: str, prefix: str = "", **conf
         torch.manual_seed(0)
         settings = getattr(transformers, config_class)(**config)
         getattr(transformers, architecture)(settings).eval().save_pretrained(folder)
-        if prefix:
-            state = load_file(folder / "model.safetensors")
-            save_file({prefix + name: value for name, value in state.items()}, folder / "model.safetensors",
-                      metadata={"format": "pt"})  # fmt: skip
 
     return build
 
@@ -73,6 +80,7 @@ VIT = {"hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "num_attention_heads":
        "patch_size": PATCH}  # fmt: skip
 VIT_CLASSES = {**VIT, "intermediate_size": 4 * WIDTH, "num_labels": 10}
 CLIP_VISION = {**VIT, "intermediate_size": 4 * WIDTH, "projection_dim": 32}
+BELOW_VISION_MODEL = ("", "vision_model.")
 CLIP_TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, 
              "vocab_size": 99, "bos_token_id": 0, "eos_token_id": 98, "projection_dim": 32}  # fmt: skip
 CLIP = {"text_config": CLIP_TEXT, "vision_config": CLIP_VISION, "projection_dim": 32}
@@ -134,8 +142,8 @@ CORE = (
          "encoder.layer.0", "encoder.layer.3", "encoder.layer.{}.mlp.down_proj", hidden=176),
     Pico("hf-dinov2-classes", _transformers("Dinov2ForImageClassification", "Dinov2Config", **VIT, num_labels=10),
          "dinov2.encoder.layer.0", "dinov2.encoder.layer.3", "dinov2.encoder.layer.{}.mlp.fc2"),
-    Pico("hf-clip-vision", _transformers("CLIPVisionModel", "CLIPVisionConfig", prefix="vision_model.", **CLIP_VISION),
-         "pre_layrnorm", "encoder.layers.3", "encoder.layers.{}.mlp.fc2"),
+    Pico("hf-clip-vision", _transformers("CLIPVisionModel", "CLIPVisionConfig", **CLIP_VISION),
+         "pre_layrnorm", "encoder.layers.3", "encoder.layers.{}.mlp.fc2", published=BELOW_VISION_MODEL),
     Pico("hf-clip-vision-projection", _transformers("CLIPVisionModelWithProjection", "CLIPVisionConfig", **CLIP_VISION),
          "vision_model.pre_layrnorm", "vision_model.encoder.layers.3", "vision_model.encoder.layers.{}.mlp.fc2"),
     Pico("hf-clip", _transformers("CLIPModel", "CLIPConfig", **CLIP),
@@ -177,11 +185,9 @@ def _below(path: str, *modules: str) -> tuple[str, ...]:
 
 
 def _other(name: str, architecture: str, config_class: str, paths: tuple[str, ...], **options: Any) -> Pico:
-    """A transformers model; options: `config`, beyond `VIT`; `published`, the prefix of its names; those of `Pico`."""
+    """A transformers model; options: `config`, beyond `VIT`; those of `Pico`."""
     config = {**VIT, **INNER, **options.pop("config", {})}
-    build = _transformers(
-        architecture, config_class, options.pop("published", ""), **{k: v for k, v in config.items() if v is not None}
-    )
+    build = _transformers(architecture, config_class, **{k: v for k, v in config.items() if v is not None})
     return Pico(f"hf-{name}", build, *paths, any_size=False, core=False, **options)
 
 
@@ -204,15 +210,16 @@ TOWER = _below("visual", "ln_pre", "transformer.resblocks.3", "transformer.resbl
 # The families beside those of `CORE`.
 OTHERS = (
     _other("metaclip2-vision", "MetaClip2VisionModel", "MetaClip2VisionConfig", ("pre_layrnorm", *ENCODER[1:]),
-           config=CLIP_VISION),
+           config=CLIP_VISION, published=BELOW_VISION_MODEL),
     _other("chinese-clip", "ChineseCLIPVisionModel", "ChineseCLIPVisionConfig",
-           ("pre_layrnorm", *ENCODER[1:]), published="vision_model."),
+           ("pre_layrnorm", *ENCODER[1:]), published=BELOW_VISION_MODEL),
     _other("dinov2-backbone", "Dinov2Backbone", "Dinov2Config",
            ("encoder.layer.0", "encoder.layer.3", "encoder.layer.{}.mlp.fc2"),
            config={"intermediate_size": None, "out_features": ["stage2", "stage4"]}, collector="encoder"),
     _other("deit", "DeiTModel", "DeiTConfig", FLAT, prefix=2),
     _other("mae", "ViTMAEModel", "ViTMAEConfig", FLAT, config={"mask_ratio": 0.0}),
     _other("mae-pretraining", "ViTMAEForPreTraining", "ViTMAEConfig", _below("vit", *FLAT),
+           published=("decoder.decoder_encoder.layer.", "decoder.decoder_layers."),
            config={"decoder_hidden_size": 32, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 2,
                    "decoder_intermediate_size": 64, "mask_ratio": 0.25}),
     _other("msn", "ViTMSNModel", "ViTMSNConfig", FLAT),
@@ -227,7 +234,8 @@ OTHERS = (
            ("encoder.layer.0", "encoder.layer.3", "encoder.layer.{}.output.dense"),
            config={**SCALED, "use_relative_position_bias": True},
            bias="encoder.layer.{}.attention.attention.relative_position_bias"),
-    _other("siglip-vision", "SiglipVisionModel", "SiglipVisionConfig", ENCODER, prefix=0),
+    _other("siglip-vision", "SiglipVisionModel", "SiglipVisionConfig", ENCODER, prefix=0,
+           published=BELOW_VISION_MODEL),
     _other("siglip", "SiglipModel", "SiglipConfig", _below("vision_model", *ENCODER), prefix=0,
            config={**dict.fromkeys([*VIT, *INNER]), "text_config": SIGLIP_TEXT, "vision_config": {**VIT, **INNER}}),
     _other("aimv2", "Aimv2VisionModel", "Aimv2VisionConfig", (*ENCODER[:2], "encoder.layers.{}.ffn.down_proj"),
@@ -252,7 +260,8 @@ OTHERS = (
            config={"num_register_tokens": 4, "use_gated_mlp": True}),
     _other("llava", "LlavaForConditionalGeneration", "LlavaConfig",
            _below("model.vision_tower", "pre_layrnorm", *ENCODER[1:]),
-           config={**dict.fromkeys([*VIT, *INNER]), **LLAVA}, collector="model.vision_tower"),
+           config={**dict.fromkeys([*VIT, *INNER]), **LLAVA}, published=("vision_tower.", "vision_tower.vision_model."),
+           collector="model.vision_tower"),
     _other_timm("deit3", "deit3_small_patch16_224", args={"init_values": 1.0}),
     _other_timm("siglip-so400m", "vit_so400m_patch14_siglip_224", prefix=0, args={"num_classes": 0}, hidden=239),
     _other_timm("reg4", "vit_small_patch14_reg4_dinov2", prefix=5, inside=True,

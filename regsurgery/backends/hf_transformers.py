@@ -242,6 +242,11 @@ CLASS = '''
 class {name}(PatchedModel, transformers.{name}):
     """{name} with test-time registers; see the folder's README.md."""
 '''
+CONFIG_CLASS = '''
+
+class {name}(transformers.{name}):
+    """{name} as it is; transformers 4 knows this part of a larger config only inside of it."""
+'''
 
 
 def emit(surgery: Surgery, folder: Path, target: Path) -> None:
@@ -249,6 +254,10 @@ def emit(surgery: Surgery, folder: Path, target: Path) -> None:
     loaded = surgery.loaded
     classes = _auto_classes(loaded)
     tail = "".join(CLASS.format(name=name) for name in dict.fromkeys(classes.values()))
+    config_class: Any = type(loaded.model.config)
+    if config_class.base_config_key:
+        classes["AutoConfig"] = config_class.__name__
+        tail += CONFIG_CLASS.format(name=config_class.__name__)
     auto_map = {auto: f"{Path(FILE_NAME).stem}.{name}" for auto, name in classes.items()}
     write_folder(surgery, folder, CONFIG_NAME, modeling_source(host_transformers, tail), auto_map=auto_map)
 

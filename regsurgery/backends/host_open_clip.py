@@ -9,22 +9,33 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regsurgery.runtime import _graft, _Grafted, operate
+from regsurgery.runtime import _graft, _Grafted, operate, register_start
 
 
 class _StripsIntermediates(_Grafted):
-    """The vision tower's `forward_intermediates` without the registers."""
+    """The `forward_intermediates` of open_clip's own tower, or of one from timm (`trunk`), without the registers."""
+
+    _start: int | None
 
     def forward_intermediates(self, x: Tensor, *args: Any, output_fmt: str = "NCHW", **kwargs: Any) -> Any:
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError("output_fmt must be NCHW or NLC")
         result = super().forward_intermediates(x, *args, output_fmt="NLC", **kwargs)  # type: ignore[misc]
-        height, width = (size // patch for size, patch in zip(x.shape[-2:], self.patch_size, strict=True))  # type: ignore[attr-defined]
-        patches = [y.narrow(1, 0, height * width) for y in result["image_intermediates"]]
+        height, width = self._grid(x)
+        first = [0 if self._start is None else y.shape[1] - height * width for y in result["image_intermediates"]]
+        patches = [y.narrow(1, at, height * width) for at, y in zip(first, result["image_intermediates"], strict=True)]
         if output_fmt == "NCHW":
             patches = [y.reshape(y.shape[0], height, width, -1).permute(0, 3, 1, 2).contiguous() for y in patches]
         result["image_intermediates"] = patches
         return result
+
+    def _grid(self, x: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches in images `[B, 3, H, W]`."""
+        trunk = getattr(self, "trunk", None)
+        if trunk is not None:
+            return trunk.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+        rows, columns = self.patch_size  # type: ignore[attr-defined]
+        return x.shape[-2] // rows, x.shape[-1] // columns
 
 
 def stock_model(folder: str | Path, **kwargs: Any) -> nn.Module:
@@ -55,7 +66,7 @@ def load(folder: str | Path = Path(__file__).parent, **kwargs: Any) -> nn.Module
     operate(model, surgery)
     open_clip.load_checkpoint(model, str(folder / "open_clip_model.safetensors"), strict=True)
     if surgery["num_registers"]:
-        _graft(model.visual, _StripsIntermediates)
+        _graft(model.visual, _StripsIntermediates, _start=register_start(surgery))
     return model.eval()
 
 

@@ -84,11 +84,11 @@ def test_graph_equals_module_form_equals_hooked_reference(planted: Planted) -> N
         patched.get_parameter(surgery.added_name).copy_(constants)
         images = pictures(3, planted.loaded.image_size)
         graph = surgery.graph_module(*tensor_inputs(planted.loaded, images))
-        tolerance = max(planted.pico.tolerance, 0)
+        tolerance = planted.pico.tolerance
         assert largest_difference(graph, planted.loaded.call(patched, images)) <= tolerance
         assert largest_difference(graph, planted.loaded.call(hooked, images)) <= tolerance
         without = operate(copy.deepcopy(planted.loaded.model), surgery.config_block)
-        size = max(float(value.abs().max()) for value in graph.values())
+        size = max(float(value.abs().max()) for value in graph.values() if value.is_floating_point())
         assert largest_difference(graph, planted.loaded.call(without, images)) > 1e-4 * size
 
 

@@ -362,6 +362,13 @@ def write_llava(folder: Path) -> Planted:
         num_additional_image_tokens=1,
     )  # fmt: skip
     processor.save_pretrained(folder)
+    images.save_pretrained(folder)
+    # As published folders have it; transformers 4 does not know the names that 5 writes.
+    path = folder / "tokenizer_config.json"
+    settings = {**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}
+    settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    path.write_text(json.dumps(settings))
     return planted
 
 

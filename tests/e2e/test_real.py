@@ -25,7 +25,7 @@ from regsurgery.checkpoint_io import read_header
 from regsurgery.loading import load
 from regsurgery.pipeline import PatchResult
 from tests.conftest import shared
-from tests.e2e.test_reload import run_fresh, transformers_4_python
+from tests.e2e.test_reload import EVERYTHING, run_fresh, transformers_4_python
 
 pytestmark = pytest.mark.real
 
@@ -182,6 +182,8 @@ def fresh_jobs(
     }
     return [
         {
+            "collects": EVERYTHING,
+            "entry": "",
             "library": library,
             "folder": str(patched[library][0]),
             "architecture": "ViTForImageClassification",

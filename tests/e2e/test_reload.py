@@ -25,6 +25,11 @@ OTHER_PYTHON = "REGSURGERY_TRANSFORMERS4_PYTHON"  # a Python with transformers 4
 TOLERANCE = 1e-5
 # Outputs over pairs of the batch; what transformers 4 and 5 themselves define differently in CLIPModel.
 INCOMPARABLE = ("logits_per_", "text_model_output.pooler_output", "vision_model_output.pooler_output")
+# What transformers 4.57 does otherwise: its own SiglipModel gives no hidden states, its InternVLVisionModel raises when
+# asked for them, and its Idefics 3 rounds fractional positions to other entries of the position embedding.
+COLLECTS_NOT_IN_4 = ("hf-siglip", "hf-internvl")
+OTHER_VALUES_IN_4 = ("hf-idefics3",)
+EVERYTHING = {"output_hidden_states": True, "output_attentions": True}
 
 
 def run_fresh(jobs: list[dict[str, Any]], manifest: Path, python: str = sys.executable) -> list[dict[str, Any]]:
@@ -58,6 +63,7 @@ def job_for(planted: Planted, folder: Path) -> tuple[dict[str, Any], dict[str, t
     if planted.loaded.entry == "model.vision_tower":  # the hidden state that LLaVA reads, by its own name
         expected["hidden_states.3"] = expected.pop("image_features")
     job = {
+        "collects": EVERYTHING,
         "entry": planted.loaded.entry,
         "library": planted.loaded.library,
         "folder": str(folder),
@@ -87,18 +93,22 @@ def reloaded(
         ids = [
             name for name, (job, _) in written.items() if python == sys.executable or job["library"] == "transformers"
         ]
-        results = run_fresh([written[name][0] for name in ids], root / f"manifest-{len(ids)}.pt", python)
+        other = python != sys.executable
+        jobs = [
+            {**written[name][0], **({"collects": {}} if other and name in COLLECTS_NOT_IN_4 else {})} for name in ids
+        ]
+        results = run_fresh(jobs, root / f"manifest-{len(ids)}.pt", python)
         return {name: (result, written[name][1]) for name, result in zip(ids, results, strict=True)}
 
     return run
 
 
-def check(result: dict[str, Any], expected: dict[str, torch.Tensor]) -> None:
+def check(result: dict[str, Any], expected: dict[str, torch.Tensor], tolerance: float = TOLERANCE) -> None:
     assert result["problems"] == []
     for size, outputs in result["outputs"].items():
         compared = [name for name, value in expected.items() if value.ndim and not name.startswith(INCOMPARABLE)]
         for name in compared:
-            torch.testing.assert_close(outputs[name], expected[name][:size], rtol=0, atol=TOLERANCE)
+            torch.testing.assert_close(outputs[name], expected[name][:size], rtol=0, atol=tolerance)
         assert compared
 
 
@@ -109,7 +119,7 @@ def test_a_fresh_process_reproduces_the_graph(pico: Pico, reloaded: Callable[[st
 
 @pytest.mark.parametrize("pico", [p for p in PICOS if p.id.startswith("hf-")], ids=lambda pico: pico.id)
 def test_transformers_4_reproduces_the_graph(pico: Pico, reloaded: Callable[[str], dict[str, Any]]) -> None:
-    check(*reloaded(transformers_4_python())[pico.id])
+    check(*reloaded(transformers_4_python())[pico.id], float("inf") if pico.id in OTHER_VALUES_IN_4 else TOLERANCE)
 
 
 def transformers_4_python() -> str:
