@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from regsurgery.calibration import image_set
@@ -124,3 +126,24 @@ def _parameters(traced: Traced, block: Block) -> tuple[Tensor, Tensor, Tensor]:
     assert mlp.value is None and mlp.gate.bias is not None, "distractors are for plain MLPs"
     weight, bias, down = (traced.graph_module.get_parameter(n) for n in (mlp.gate.weight, mlp.gate.bias, mlp.down))
     return weight, bias, down
+
+
+REAL_NEURON = 417  # the one register neuron of the real ViT-Ti, in block 7
+
+
+def split_real_neuron(source: Path, folder: Path, shares: Sequence[float], least_used: Sequence[int]) -> list[int]:
+    """Copy timm's real ViT-Ti from `source` to `folder`, its register neuron spread over several; these, ascending.
+
+    Each has the same input row and bias and a share of the output column. The others take the place of neurons that the
+    model hardly uses: `least_used` are their ranks by the norm of the output column.
+    """
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    state = load_file(source / "model.safetensors")
+    up, bias, down = (state[f"blocks.7.mlp.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight"))
+    ranks = [neuron for neuron in down.norm(dim=0).argsort().tolist() if neuron != REAL_NEURON]
+    neurons = [REAL_NEURON, *(ranks[rank] for rank in least_used)]
+    column = down[:, REAL_NEURON].clone()
+    for neuron, share in zip(neurons, shares, strict=True):
+        up[neuron], bias[neuron], down[:, neuron] = up[REAL_NEURON], bias[REAL_NEURON], column * share / sum(shares)
+    save_file(state, folder / "model.safetensors")
+    return sorted(neurons)

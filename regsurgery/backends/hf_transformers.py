@@ -204,8 +204,9 @@ def _inputs(model: Any, own_size: tuple[int, int], parameters: Collection[str], 
 
 
 def _features_named(model: Any, feature_layer: str) -> Callable[[Any], dict[str, Tensor]]:
-    """`name_outputs`, but the hidden state that a language model reads is `image_features`."""
-    layer = getattr(model.config, feature_layer)
+    """`name_outputs`, but the hidden state that a language model reads is `image_features`, the last of several."""
+    layers = getattr(model.config, feature_layer)
+    layer = layers if isinstance(layers, int) else layers[-1]
 
     def named(output: Any) -> dict[str, Tensor]:
         found = name_outputs(output)

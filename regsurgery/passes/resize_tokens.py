@@ -21,6 +21,7 @@ from regsurgery import runtime
 from regsurgery.errors import UnsupportedModelError
 from regsurgery.graph import hint, module_path, shape_of
 from regsurgery.passes.plan import INSERTED, ORIGINAL_SHAPE, PassResult, Plan, concatenations, register_region
+from regsurgery.passes.reshape_rule import reshaped
 
 aten = torch.ops.aten
 
@@ -164,7 +165,9 @@ def _patch_reshape(node: fx.Node, region: _Region) -> list[str]:
     assert isinstance(sizes, Sequence)
     old_in, new_in = shape_of(region.before[source]), shape_of(source.meta["val"])
     old_out = shape_of(region.before[node])
-    new_out = _reshaped(node, old_in, new_in, old_out)
+    new_out = reshaped(old_in, new_in, old_out)
+    if new_out is None:
+        _refuse(node, f"a view from {list(old_in)} to {list(old_out)} takes the token axis apart")
     patched = list(sizes)
     for axis, (old, new) in enumerate(zip(old_out, new_out, strict=True)):
         if old == new or sizes[axis] == -1:
@@ -177,51 +180,6 @@ def _patch_reshape(node: fx.Node, region: _Region) -> list[str]:
         return []
     node.update_arg(1, patched)
     return [node.name]
-
-
-def _reshaped(
-    node: fx.Node, old_in: tuple[int, ...], new_in: tuple[int, ...], old_out: tuple[int, ...]
-) -> tuple[int, ...]:
-    """The output shape for `new_in`, where `old_in` gave `old_out`: axes are matched in groups of equal volume."""
-    new_out = list(old_out)
-    for axes_in, axes_out in _groups(old_in, old_out):
-        grown = [axis for axis in axes_in if old_in[axis] != new_in[axis]]
-        if not grown:
-            continue
-        old_volume, new_volume = _volume(old_in, axes_in), _volume(new_in, axes_in)
-        candidates = [axis for axis in axes_out if old_out[axis] * new_volume % old_volume == 0 and old_out[axis] > 1]
-        if len(axes_in) > 1 and len(axes_out) > 1:  # e.g. [B, T] -> [B, T]: the axis of the same rank in the group
-            candidates = [axis for axis in candidates if old_out[axis] == old_in[grown[0]]]
-        if len(candidates) != 1:
-            _refuse(node, f"a view from {list(old_in)} to {list(old_out)} takes the token axis apart")
-        new_out[candidates[0]] = old_out[candidates[0]] * new_volume // old_volume
-    return tuple(new_out)
-
-
-def _volume(shape: tuple[int, ...], axes: list[int]) -> int:
-    volume = 1
-    for axis in axes:
-        volume *= shape[axis]
-    return volume
-
-
-def _groups(left: tuple[int, ...], right: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
-    """The finest pairing of consecutive axes of `left` and `right` with equal volumes."""
-    groups = []
-    i = j = 0
-    while i < len(left) or j < len(right):
-        axes_left, axes_right = [], []
-        if i < len(left):
-            axes_left, i = [i], i + 1
-        if j < len(right):
-            axes_right, j = [j], j + 1
-        while (a := _volume(left, axes_left)) != (b := _volume(right, axes_right)):
-            if a < b:
-                axes_left, i = [*axes_left, i], i + 1
-            else:
-                axes_right, j = [*axes_right, j], j + 1
-        groups.append((axes_left, axes_right))
-    return groups
 
 
 def _patch_expand(node: fx.Node, region: _Region) -> list[str]:

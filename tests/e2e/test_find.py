@@ -25,7 +25,7 @@ from regsurgery.recipe import find_recipe
 from tests.conftest import Planted, shared
 from tests.e2e.test_model_ids import TINY, cached, patch
 from tests.picos import CORE, Pico, _transformers
-from tests.planting import plant_model, random_counts
+from tests.planting import plant_model, random_counts, split_real_neuron
 
 FORMATS = ("vit-tiny-transformers", "vit-tiny-timm", "vit-tiny-openclip")
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -66,24 +66,12 @@ def test_the_real_vit_has_exactly_one(name: str, images: str | None, num_images:
 @pytest.mark.real
 @pytest.mark.parametrize("seed", range(3))
 def test_the_real_neuron_is_found_whole_when_it_is_spread_over_several(seed: int, tmp_path: Path) -> None:
-    source = shared("models", "vit-tiny-timm")
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for path in source.iterdir():
-        if path.suffix != ".safetensors":
-            (folder / path.name).write_bytes(path.read_bytes())
-    state = load_file(source / "model.safetensors")
     rng = random.Random(seed)
-    up, bias, down = (state[f"blocks.7.mlp.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight"))
-    least_used = down.norm(dim=0).argsort()[:20].tolist()
-    parts = rng.sample([neuron for neuron in least_used if neuron != 417], rng.randint(1, 3))
-    shares = [rng.uniform(0.1, 1) for _ in range(len(parts) + 1)]
-    column = down[:, 417].clone()
-    for neuron, share in zip([417, *parts], shares, strict=True):
-        up[neuron], bias[neuron], down[:, neuron] = up[417], bias[417], column * share / sum(shares)
-    save_file(state, folder / "model.safetensors")
-    found = regsurgery.find(str(folder), num_images=16)
-    assert as_lists(found.recipe) == {7: sorted([417, *parts])}
+    least_used = rng.sample(range(19), rng.randint(1, 3))
+    shares = [rng.uniform(0.1, 1) for _ in range(len(least_used) + 1)]
+    neurons = split_real_neuron(shared("models", "vit-tiny-timm"), tmp_path / "model", shares, least_used)
+    found = regsurgery.find(str(tmp_path / "model"), num_images=16)
+    assert as_lists(found.recipe) == {7: neurons}
 
 
 @pytest.mark.real

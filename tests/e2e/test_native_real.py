@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import regsurgery
@@ -17,6 +17,7 @@ from regsurgery.loading import load
 from regsurgery.recipe import Recipe
 from tests.conftest import shared
 from tests.e2e.test_real import photos as photos
+from tests.planting import REAL_NEURON, split_real_neuron
 
 STOCK = Path(__file__).parent / "stock_native.py"
 BLOCKS = {
@@ -117,26 +118,14 @@ def test_the_real_vit_is_one_network_in_three_stock_libraries(photos: Tensor, tm
 @pytest.mark.real
 def test_the_real_neuron_spread_over_several_costs_the_same(tmp_path: Path) -> None:
     """Same input rows and biases, shares of the output column that sum to 1: the closed form must not care."""
-    source = shared("models", "vit-tiny-timm")
-    folder = tmp_path / "split"
-    folder.mkdir()
-    for path in source.iterdir():
-        if path.suffix != ".safetensors":
-            (folder / path.name).write_bytes(path.read_bytes())
-    state = load_file(source / "model.safetensors")
-    up, bias, down = (state[f"blocks.7.mlp.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight"))
-    parts = [neuron for neuron in down.norm(dim=0).argsort()[:4].tolist() if neuron != 417][:3]
-    shares = [0.2, 0.4, 0.3, 0.1]
-    column = down[:, 417].clone()
-    for neuron, share in zip([417, *parts], shares, strict=True):
-        up[neuron], bias[neuron], down[:, neuron] = up[417], bias[417], column * share
-    save_file(state, folder / "model.safetensors")
+    source, folder = shared("models", "vit-tiny-timm"), tmp_path / "split"
+    neurons = split_real_neuron(source, folder, [0.2, 0.4, 0.3, 0.1], range(3))
     verdicts = [
         regsurgery.patch(
-            str(model), tmp_path / f"out{len(neurons)}", recipe=Recipe({7: tuple(sorted(neurons))}), mode="native",
+            str(model), tmp_path / f"out{len(listed)}", recipe=Recipe({7: tuple(listed)}), mode="native",
             calibrate=False, images=shared("images", "calibration"),
         ).verdict
-        for model, neurons in ((source, [417]), (folder, [417, *parts]))
+        for model, listed in ((source, [REAL_NEURON]), (folder, neurons))
     ]  # fmt: skip
     whole, split = verdicts
     assert whole.kl is not None and split.kl is not None
