@@ -44,6 +44,13 @@ Force = Annotated[bool, typer.Option("--force", help="Also find in a model that 
 DeviceMap = Annotated[
     str | None, typer.Option("--device-map", help="Where the model runs: auto (accelerate), cuda, ...; CPU by default.")
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        help="8GB: weights of larger checkpoints stay on disk; half of what is free by default.",
+    ),
+]
 NumImages = Annotated[int | None, typer.Option("--num-images", help="At most that many images.", min=1)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
@@ -63,6 +70,7 @@ def doctor(
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
     device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -70,7 +78,7 @@ def doctor(
     from regsurgery import pipeline
     from regsurgery.render import Screen
 
-    options = _options(allow_pickle, trust_remote_code, revision, device_map)
+    options = _options(allow_pickle, trust_remote_code, revision, max_memory, device_map)
     with Screen(as_json=as_json, quiet=quiet) as screen:
         diagnosis = pipeline.doctor(model, images=images, num_images=num_images, options=options, progress=screen)
     screen.diagnosed(diagnosis)
@@ -90,6 +98,7 @@ def find(
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
     device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -98,7 +107,7 @@ def find(
     from regsurgery.distributed import is_first_process
     from regsurgery.render import Screen
 
-    options = _options(allow_pickle, trust_remote_code, revision, device_map)
+    options = _options(allow_pickle, trust_remote_code, revision, max_memory, device_map)
     with Screen(as_json=as_json, quiet=quiet or not is_first_process()) as screen, _nothing_to_fix(screen):
         found = pipeline.find(
             model,
@@ -135,6 +144,7 @@ def patch(
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
+    max_memory: MaxMemory = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -157,7 +167,7 @@ def patch(
             force=force,
             dry_run=dry_run,
             progress=screen,
-            options=_options(allow_pickle, trust_remote_code, revision),
+            options=_options(allow_pickle, trust_remote_code, revision, max_memory),
         )
     screen.patched(result)
 
@@ -168,6 +178,7 @@ def verify(
     original: Annotated[str | None, typer.Option("--original", help="MODEL to compare with.")] = None,
     images: Images = None,
     num_images: NumImages = None,
+    max_memory: MaxMemory = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -175,8 +186,11 @@ def verify(
     from regsurgery import pipeline
     from regsurgery.render import Screen
 
+    options = _options(max_memory=max_memory)
     with Screen(as_json=as_json, quiet=quiet) as screen:
-        verdict = pipeline.verify(folder, original=original, images=images, num_images=num_images, progress=screen)
+        verdict = pipeline.verify(
+            folder, original=original, images=images, num_images=num_images, options=options, progress=screen
+        )
     screen.verified(verdict)
     if not verdict.passed:
         raise typer.Exit(EXIT_VERIFICATION_FAILED)
@@ -220,12 +234,20 @@ def families(
 
 
 def _options(
-    allow_pickle: bool, trust_remote_code: bool, revision: str | None, device_map: str | None = None
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    max_memory: str | None = None,
+    device_map: str | None = None,
 ) -> LoadOptions:
-    from regsurgery.loading import LoadOptions
+    from regsurgery.loading import LoadOptions, parse_size
 
     return LoadOptions(
-        allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, revision=revision, device_map=device_map
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        device_map=device_map,
+        max_memory=None if max_memory is None else parse_size(max_memory),
     )
 
 

@@ -54,6 +54,7 @@ class Checkpoint:
         folder: the checkpoint folder; read only. `scratch` keeps it alive where it is a temporary one.
         weights: its safetensors files.
         config: the library's own config file, parsed; `config_name` is that file's name.
+        stored: the weights are to stay on disk, see `stored.py`.
     """
 
     source: Source
@@ -62,6 +63,7 @@ class Checkpoint:
     weights: tuple[Path, ...]
     config: Mapping[str, Any]
     config_name: str
+    stored: bool
     scratch: tempfile.TemporaryDirectory[str] | None
 
 
@@ -105,12 +107,15 @@ class LoadOptions:
 
     Attributes:
         device_map: where the model goes, as accelerate has it: `auto`, or a device such as `cuda`; the CPU by default.
+        max_memory: bytes; the weights of a larger checkpoint stay on disk and are read operator by operator. By default
+            half of what the machine has free.
     """
 
     allow_pickle: bool = False
     trust_remote_code: bool = False
     revision: str | None = None
     device_map: str | None = None
+    max_memory: int | None = None
 
 
 def load(model_id: str, options: LoadOptions | None = None, *, native: bool = False) -> Loaded:
@@ -151,8 +156,32 @@ def load(model_id: str, options: LoadOptions | None = None, *, native: bool = Fa
     _refuse_quantised(folder, config, headers)
     digests = [checkpoint_io.sha256(path) for path in weights]
     source = Source(model_id, revision, _combined(digests), repo)
-    checkpoint = Checkpoint(source, library, folder, weights, config, config_name, scratch)
+    stored = sum(path.stat().st_size for path in weights) > _memory(options)
+    checkpoint = Checkpoint(source, library, folder, weights, config, config_name, stored, scratch)
     return backends.library(library).load(checkpoint, options)
+
+
+def parse_size(text: str) -> int:
+    """A number of bytes as people write it: 8GB, 500MB, 1.5GiB, 0.
+
+    Raises:
+        UserError: it is none.
+    """
+    from accelerate.utils.modeling import convert_file_size_to_int
+
+    try:
+        return int(text) if text.isdecimal() else convert_file_size_to_int(text)
+    except ValueError as error:
+        raise UserError(f"--max-memory {text}: not a size such as 8GB, 500MB or 1.5GiB") from error
+
+
+def _memory(options: LoadOptions) -> int:
+    """How many bytes of weights may be in memory."""
+    if options.max_memory is not None:
+        return options.max_memory
+    import psutil
+
+    return psutil.virtual_memory().available // 2
 
 
 def place(model: nn.Module, device_map: str | None) -> nn.Module:

@@ -202,6 +202,7 @@ def _format(wanted: str | None, loaded: Loaded, recipe: Recipe, progress: Progre
         if fmt in backends.LIBRARIES:
             progress.say(f"native host: {fmt}, unmodified")
             backends.backend(fmt, mode).check(loaded, recipe.num_registers)
+        _check_memory(loaded, f"mode native writes {fmt}")
         return fmt
     fmt = wanted or loaded.library
     if fmt in backends.LIBRARIES and fmt != loaded.library:
@@ -209,7 +210,18 @@ def _format(wanted: str | None, loaded: Loaded, recipe: Recipe, progress: Progre
             f"format {fmt}: {loaded.source.id} is a {loaded.library} checkpoint, which mode {mode} writes as "
             f"{loaded.library} or pt2"
         )
+    if fmt not in backends.LIBRARIES:
+        _check_memory(loaded, f"format {fmt} is written")
     return fmt
+
+
+def _check_memory(loaded: Loaded, what: str) -> None:
+    if loaded.stored:
+        size = sum(path.stat().st_size for path in loaded.weights) / 1e9
+        raise UserError(
+            f"{loaded.source.id}: {what} with all weights in memory, and they are {size:.1f} GB; allow that with "
+            f"--max-memory {size + 0.1:.1f}GB, or write mode shift in the model's own format"
+        )
 
 
 def _disjoint(images: str | Path | None, pictures: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:

@@ -1,7 +1,8 @@
 """`Loaded` -> `Traced`: non-strict `torch.export`, brought to one plain form for every library.
 
 The plain form: positional tensor placeholders, an output node that is a dict of named tensors, parameters by their
-names in the model. Everything after this step works on it and knows no library.
+names in the model. Everything after this step works on it and knows no library. Weights are not looked at: the model is
+traced with parameters of shape alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch._dynamo.exc import UserError
 from torch.utils import _pytree as pytree
 
 from regsurgery.errors import UnsupportedModelError
+from regsurgery.stored import as_shapes, fill_shapes
 
 if TYPE_CHECKING:
     from regsurgery.loading import Loaded
@@ -68,9 +70,10 @@ def trace(loaded: Loaded, image_size: tuple[int, int] | None = None) -> Traced:
         lambda leaf: {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) else None, (args, kwargs)
     )
     try:
-        with torch.no_grad(), _export_settings(), _entered(loaded):
+        with torch.no_grad(), _export_settings(), _entered(loaded), as_shapes(loaded.model) as mode:
+            empty_args, empty_kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
             program = torch.export.export(
-                loaded.model, args, kwargs, dynamic_shapes=_by_signature(*dynamic), strict=False
+                loaded.model, empty_args, empty_kwargs, dynamic_shapes=_by_signature(*dynamic), strict=False
             )
     except UNTRACEABLE as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -80,6 +83,7 @@ def trace(loaded: Loaded, image_size: tuple[int, int] | None = None) -> Traced:
 
     names = _output_names(loaded, program)
     graph_module = _plain(program, names)
+    fill_shapes(graph_module, loaded.model)
     leaves = pytree.tree_leaves((args, kwargs))
     example = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
     placeholders = graph_module.graph.find_nodes(op="placeholder")

@@ -37,7 +37,9 @@ def verify_folder(surgery: Surgery, folder: Path, fmt: str, pictures: ImageSet, 
     progress.stage("verify", pictures.num_images)
     mode = surgery.recipe.mode
     config = read_patched_config(folder, fmt)
-    module = backends.backend(fmt, mode).reload(folder, config)
+    backend = backends.backend(fmt, mode)
+    stays = {"stored": True} if surgery.loaded.stored and mode != "native" and fmt in backends.LIBRARIES else {}
+    module = backend.reload(folder, config, **stays)
     if mode == "native" and fmt in backends.LIBRARIES:
         return _verify_host(surgery, module, config["regsurgery"], fmt, pictures, progress)
 

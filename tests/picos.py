@@ -285,3 +285,7 @@ OTHERS = (
 )  # fmt: skip
 
 PICOS = (*CORE, *OTHERS)
+
+
+def by_id(name: str) -> Pico:
+    return next(pico for pico in PICOS if pico.id == name)

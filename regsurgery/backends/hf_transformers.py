@@ -15,9 +15,11 @@ from torch.utils import _pytree as pytree
 
 from regsurgery.backends import host_transformers
 from regsurgery.backends.modeling import FILE_NAME, import_modeling, modeling_source, write_folder
+from regsurgery.checkpoint_io import weight_files
 from regsurgery.errors import CheckpointError, UnsupportedModelError
 from regsurgery.families import ENTRIES, NOISE_INPUTS, PACKED_INPUTS, TEXT_CONFIG_KEY
 from regsurgery.loading import Checkpoint, Loaded, LoadOptions
+from regsurgery.stored import StoredTensor, is_stored, stored_state
 
 if TYPE_CHECKING:
     from regsurgery.surgery import Surgery
@@ -66,10 +68,9 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        model, info = cls.from_pretrained(
-            folder,
-            dtype="auto",
-            output_loading_info=True,
+        model, info = _from_pretrained(
+            cls,
+            checkpoint,
             trust_remote_code=options.trust_remote_code,
             device_map=options.device_map,
             ignore_mismatched_sizes=True,
@@ -109,6 +110,19 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         disk_name=_disk_names(model),
         entry=entry,
     )
+
+
+def _from_pretrained(cls: Any, checkpoint: Checkpoint, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The model and what was missing, mismatched or left over."""
+    options = {**options, "dtype": "auto", "output_loading_info": True}
+    if not checkpoint.stored:
+        return cls.from_pretrained(checkpoint.folder, **options)
+    from transformers import AutoConfig
+
+    trusted = options["trust_remote_code"]
+    config = (cls.config_class or AutoConfig).from_pretrained(checkpoint.folder, trust_remote_code=trusted)
+    state = stored_state(checkpoint.weights)
+    return cls.from_pretrained(None, config=config, state_dict=state, **{**options, "device_map": None})
 
 
 def at_size(loaded: Loaded, size: tuple[int, int]) -> Loaded:
@@ -231,6 +245,8 @@ def _disk_names(model: Any) -> Callable[[str], str | None]:
     from transformers.core_model_loading import revert_weight_conversion
 
     state = model.state_dict()
+    if is_stored(model):
+        return {name: tensor.entry.name for name, tensor in state.items() if isinstance(tensor, StoredTensor)}.get
     on_disk = {tensor.data_ptr(): name for name, tensor in revert_weight_conversion(model, dict(state)).items()}
     names = {name: on_disk.get(tensor.data_ptr()) for name, tensor in state.items()}
     return names.get
@@ -292,13 +308,20 @@ def snippet(surgery: Surgery, folder: str) -> str:
     return SNIPPET.format(auto_class=auto_class(surgery.loaded), folder=folder)
 
 
-def reload(folder: Path, config: dict[str, Any]) -> nn.Module:
-    """The patched model of `folder`, built by the folder's own file."""
+def reload(folder: Path, config: dict[str, Any], *, stored: bool = False) -> nn.Module:
+    """The patched model of `folder`, built by the folder's own file; `stored`: its weights stay on disk."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     cls = getattr(import_modeling(folder), config["architectures"][0])
-    model, info = cls.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    if stored:
+        state = stored_state(weight_files(folder, WEIGHTS_NAME))
+        settings = cls.config_class.from_pretrained(folder)
+        model, info = cls.from_pretrained(
+            None, config=settings, state_dict=state, dtype="auto", output_loading_info=True
+        )
+    else:
+        model, info = cls.from_pretrained(folder, dtype="auto", output_loading_info=True)
     if info["missing_keys"] or info["unexpected_keys"]:
         names = sorted([*info["missing_keys"], *info["unexpected_keys"]])
         raise CheckpointError(f"{folder}: tensor '{names[0]}' is missing or unknown; patch the model again")

@@ -56,15 +56,21 @@ def stock_model(folder: str | Path, **kwargs: Any) -> nn.Module:
         logging.getLogger().removeFilter(other)
 
 
-def load(folder: str | Path = Path(__file__).parent, **kwargs: Any) -> nn.Module:
-    """The patched CLIP of this folder, in eval mode; `kwargs` go to `open_clip.create_model` (`precision`, ...)."""
+def load(folder: str | Path = Path(__file__).parent, *, state: Any = None, **kwargs: Any) -> nn.Module:
+    """The patched CLIP of this folder, in eval mode; `kwargs` go to `open_clip.create_model` (`precision`, ...).
+
+    A `state` dict is taken as it is, instead of the folder's weights.
+    """
     import open_clip
 
     folder = Path(folder)
     surgery = json.loads((folder / "open_clip_config.json").read_text("utf-8"))["regsurgery"]
     model: Any = stock_model(folder, **kwargs)
     operate(model, surgery)
-    open_clip.load_checkpoint(model, str(folder / "open_clip_model.safetensors"), strict=True)
+    if state is None:
+        open_clip.load_checkpoint(model, str(folder / "open_clip_model.safetensors"), strict=True)
+    else:
+        model.load_state_dict(state, strict=True, assign=True)
     if surgery["num_registers"]:
         _graft(model.visual, _StripsIntermediates, _start=register_start(surgery))
     return model.eval()

@@ -44,14 +44,17 @@ class _StripsIntermediates(_Grafted):
         return result[0], [patches(y) for y in result[1]]
 
 
-def load(folder: str | Path = Path(__file__).parent, **kwargs: Any) -> nn.Module:
-    """The patched model of this folder, in eval mode; `kwargs` go to `timm.create_model` (`img_size`, ...)."""
+def load(folder: str | Path = Path(__file__).parent, *, state: Any = None, **kwargs: Any) -> nn.Module:
+    """The patched model of this folder, in eval mode; `kwargs` go to `timm.create_model` (`img_size`, ...).
+
+    A `state` dict is taken as it is, instead of the folder's weights.
+    """
     import timm
     from safetensors.torch import load_file
 
     folder = Path(folder)
     surgery = json.loads((folder / "config.json").read_text("utf-8"))["regsurgery"]
-    state = load_file(folder / "model.safetensors")
+    given, state = state is not None, state or load_file(folder / "model.safetensors")
     model = timm.create_model(f"local-dir:{folder}", pretrained=False, **kwargs)
     model.to(next(value.dtype for value in state.values() if value.is_floating_point()))
     resize = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
@@ -59,7 +62,7 @@ def load(folder: str | Path = Path(__file__).parent, **kwargs: Any) -> nn.Module
     tokens = {name: state.pop(name) for name in list(state) if name.endswith(added)}
     state = state if resize is None else resize(state, model)
     operate(model, surgery)
-    model.load_state_dict({**state, **tokens}, strict=True)
+    model.load_state_dict({**state, **tokens}, strict=True, assign=given)
     if surgery["num_registers"]:
         _graft(model, _StripsIntermediates, _start=register_start(surgery))
     return model.eval()

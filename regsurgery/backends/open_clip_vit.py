@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from regsurgery.backends import host_open_clip
 from regsurgery.backends.modeling import import_modeling, modeling_source, write_folder
+from regsurgery.checkpoint_io import weight_files
 from regsurgery.errors import CheckpointError, UnsupportedModelError
 from regsurgery.loading import Checkpoint, Loaded, LoadOptions, place
+from regsurgery.stored import assign, stored_state, without_memory
 
 if TYPE_CHECKING:
     from regsurgery.surgery import Surgery
@@ -34,11 +36,8 @@ preprocess = image_transform(model)
 def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     """Load an open_clip folder."""
     folder = checkpoint.folder
-    import open_clip
-
     try:
-        model: Any = host_open_clip.stock_model(folder)
-        open_clip.load_checkpoint(model, str(checkpoint.weights[0]), strict=True)
+        model = _model(checkpoint)
     except UNLOADABLE as error:
         raise CheckpointError(f"{folder}: open_clip cannot load it: {' '.join(str(error).split())[:300]}") from error
     transform = host_open_clip.image_transform(model)
@@ -74,21 +73,36 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     )
 
 
+def _model(checkpoint: Checkpoint, **options: Any) -> Any:
+    import open_clip
+
+    if not checkpoint.stored:
+        model = host_open_clip.stock_model(checkpoint.folder, **options)
+        open_clip.load_checkpoint(model, str(checkpoint.weights[0]), strict=True)  # type: ignore[arg-type]
+        return model
+    from open_clip.model import resize_pos_embed, resize_text_pos_embed
+
+    with without_memory():
+        model = host_open_clip.stock_model(checkpoint.folder, **options)
+    state = stored_state(checkpoint.weights, torch.float32)
+    resize_pos_embed(state, model)
+    resize_text_pos_embed(state, model)
+    assign(model, state)
+    return model
+
+
 def at_size(loaded: Loaded, size: tuple[int, int]) -> Loaded:
     """`loaded` for images of another size: built again at it, its position embedding resized by open_clip.
 
     Raises:
         UnsupportedModelError: the tower takes one size only.
     """
-    import open_clip
-
     reference = next(loaded.model.parameters())
     try:
-        model: Any = host_open_clip.stock_model(loaded.folder, force_image_size=size)
-        open_clip.load_checkpoint(model, str(loaded.weights[0]), strict=True)
+        model = _model(loaded, force_image_size=size)
     except UNLOADABLE as error:
         raise UnsupportedModelError(f"{loaded.architecture}: takes no other image size") from error
-    return replace(loaded, model=model.to(reference).eval(), image_size=size)
+    return replace(loaded, model=(model if loaded.stored else model.to(reference)).eval(), image_size=size)
 
 
 def emit(surgery: Surgery, folder: Path, target: Path) -> None:
@@ -100,6 +114,10 @@ def snippet(surgery: Surgery, folder: str) -> str:
     return SNIPPET.format(folder=folder)
 
 
-def reload(folder: Path, config: dict[str, Any]) -> nn.Module:
-    """The patched model of `folder`, built by the folder's own file."""
-    return import_modeling(folder).load(folder)
+def reload(folder: Path, config: dict[str, Any], *, stored: bool = False) -> nn.Module:
+    """The patched model of `folder`, built by the folder's own file; `stored`: its weights stay on disk."""
+    if not stored:
+        return import_modeling(folder).load(folder)
+    with without_memory():
+        state = stored_state(weight_files(folder, WEIGHTS_NAME), torch.float32)
+        return import_modeling(folder).load(folder, state=state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,10 @@ from torch import nn
 
 from regsurgery.backends import host_timm
 from regsurgery.backends.modeling import import_modeling, modeling_source, write_folder
-from regsurgery.checkpoint_io import weights_dtype
+from regsurgery.checkpoint_io import weight_files, weights_dtype
 from regsurgery.errors import CheckpointError, UnsupportedModelError
 from regsurgery.loading import Checkpoint, Loaded, LoadOptions, place
+from regsurgery.stored import assign, stored_state, without_memory
 
 if TYPE_CHECKING:
     from regsurgery.surgery import Surgery
@@ -36,18 +38,21 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     from timm.data.config import resolve_model_data_config
     from timm.data.transforms_factory import create_transform
 
+    dtype = weights_dtype(checkpoint.weights)
     try:
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        if checkpoint.stored:
+            model: Any = _stored_model(checkpoint, dtype)
+        else:
+            model = timm.create_model(f"local-dir:{folder}", pretrained=True).to(dtype)
     except UNLOADABLE as error:
         raise CheckpointError(f"{folder}: timm cannot load it: {' '.join(str(error).split())[:300]}") from error
-    dtype = weights_dtype(checkpoint.weights)
     data = resolve_model_data_config(model)
     transform: Any = create_transform(**data, is_training=False)
     output = "logits" if getattr(model, "num_classes", 0) else "output"
     return Loaded(
         **vars(checkpoint),
         architecture=checkpoint.config["architecture"],
-        model=place(model.to(dtype).eval(), options.device_map),
+        model=place(model.eval(), options.device_map),
         image_size=tuple(data["input_size"][1:]),
         preprocess=lambda images: torch.stack([transform(image.convert("RGB")) for image in images]).to(dtype),
         preprocess_note="the model's own pretrained_cfg",
@@ -55,6 +60,17 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         name_outputs=lambda value: {output: value},
         disk_name=lambda name: name,
     )
+
+
+def _stored_model(checkpoint: Checkpoint, dtype: torch.dtype, **options: Any) -> nn.Module:
+    import timm
+
+    with without_memory():
+        model = timm.create_model(f"local-dir:{checkpoint.folder}", pretrained=False, **options)
+    state: Any = stored_state(checkpoint.weights, dtype)
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    assign(model, state if convert is None else convert(state, model))
+    return model
 
 
 def at_size(loaded: Loaded, size: tuple[int, int]) -> Loaded:
@@ -67,10 +83,15 @@ def at_size(loaded: Loaded, size: tuple[int, int]) -> Loaded:
 
     reference = next(loaded.model.parameters())
     try:
-        model = timm.create_model(f"local-dir:{loaded.folder}", pretrained=True, dynamic_img_size=True)
+        if loaded.stored:
+            model = _stored_model(loaded, reference.dtype, dynamic_img_size=True)
+        else:
+            model = timm.create_model(f"local-dir:{loaded.folder}", pretrained=True, dynamic_img_size=True).to(
+                reference
+            )
     except UNLOADABLE as error:
         raise UnsupportedModelError(f"{loaded.architecture}: takes no other image size") from error
-    return replace(loaded, model=model.to(reference).eval(), image_size=size)
+    return replace(loaded, model=model.eval(), image_size=size)
 
 
 def emit(surgery: Surgery, folder: Path, target: Path) -> None:
@@ -82,6 +103,9 @@ def snippet(surgery: Surgery, folder: str) -> str:
     return SNIPPET.format(folder=folder)
 
 
-def reload(folder: Path, config: dict[str, Any]) -> nn.Module:
-    """The patched model of `folder`, built by the folder's own file."""
-    return import_modeling(folder).load(folder)
+def reload(folder: Path, config: dict[str, Any], *, stored: bool = False) -> nn.Module:
+    """The patched model of `folder`, built by the folder's own file; `stored`: its weights stay on disk."""
+    if not stored:
+        return import_modeling(folder).load(folder)
+    with without_memory():
+        return import_modeling(folder).load(folder, state=stored_state(weight_files(folder, WEIGHTS_NAME)))

@@ -32,11 +32,7 @@ from regsurgery.trace import Traced, tensor_inputs
 from tests.conftest import Planted, build_planted
 from tests.e2e.test_parity import hooked_model, largest_difference, module_form, pictures, recipe_for
 from tests.e2e.test_reload import transformers_4_python
-from tests.picos import OTHERS, PICOS, SIZE, Pico, _open_clip
-
-
-def by_id(name: str) -> Pico:
-    return next(pico for pico in PICOS if pico.id == name)
+from tests.picos import OTHERS, PICOS, SIZE, Pico, _open_clip, by_id
 
 
 def sites_of(planted: Planted, traced: Traced) -> Sites:

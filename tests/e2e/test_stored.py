@@ -1,0 +1,147 @@
+"""Weights that stay on disk give what weights in memory give, in a fraction of the memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import regsurgery
+from regsurgery import stored
+from regsurgery.errors import CheckpointError, UserError
+from regsurgery.loading import LoadOptions, load, parse_size
+from regsurgery.recipe import Recipe
+from regsurgery.stored import StoredTensor, is_stored, stored_state
+from tests.conftest import Planted
+from tests.e2e.test_parity import recipe_for
+from tests.picos import Pico, by_id
+
+ON_DISK = LoadOptions(max_memory=0)
+# Every library; a tower below a language model; renamed keys, fused ones, biases, rotary positions, another dtype.
+SAMPLES = ("hf-clip-vision", "hf-llava", "hf-data2vec", "timm-dinov2-swiglu", "timm-eva02", "open-clip",
+           "open-clip-over-timm")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_the_same_figures_and_bytes(name: str, planted_picos: Callable[[Pico], Planted], tmp_path: Path) -> None:
+    planted = planted_picos(by_id(name))
+    recipe = recipe_for(planted, 1)
+    verdicts = [
+        regsurgery.patch(str(planted.folder), tmp_path / where, recipe=recipe, num_images=8, options=options).verdict
+        for where, options in (("memory", None), ("disk", ON_DISK))
+    ]
+    assert verdicts[0] == verdicts[1]
+    sums = [(tmp_path / where / "SHA256SUMS").read_text() for where in ("memory", "disk")]
+    assert sums[0] == sums[1]
+    assert regsurgery.verify(tmp_path / "disk", num_images=8, options=ON_DISK).passed
+
+
+def test_find_reads_from_disk(planted_picos: Callable[[Pico], Planted]) -> None:
+    planted = planted_picos(by_id("hf-vit-classes"))
+    found = regsurgery.find(str(planted.folder), num_images=32, options=ON_DISK)
+    assert found.recipe.register_neurons == {block: tuple(listed) for block, listed in planted.neurons.items()}
+
+
+def test_a_stored_tensor_is_read_by_operators_alone(planted_picos: Callable[[Pico], Planted]) -> None:
+    planted = planted_picos(by_id("hf-vit-classes"))
+    loaded = load(str(planted.folder), ON_DISK)
+    assert is_stored(loaded.model) and not is_stored(planted.loaded.model)
+    (path,) = loaded.weights
+    in_memory, on_disk = load_file(path), stored_state([path])
+    assert on_disk.keys() == in_memory.keys()
+    for name, value in on_disk.items():
+        assert isinstance(value.detach(), StoredTensor) and value.shape == in_memory[name].shape
+        assert torch.equal(value + 0, in_memory[name]), name
+    half = on_disk["vit.embeddings.cls_token"].to(torch.float16)
+    assert isinstance(half, StoredTensor)
+    assert torch.equal(half * 1, in_memory["vit.embeddings.cls_token"].half())
+
+
+def test_nothing_is_read_to_trace_and_match(
+    planted_picos: Callable[[Pico], Planted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But what stands before the first block: where the prefix ends is seen on an image of NaN."""
+    planted = planted_picos(by_id("hf-vit-classes"))
+    read: list[str] = []
+    plain = StoredTensor.read
+    monkeypatch.setattr(stored.StoredTensor, "read", lambda self: (read.append(self.entry.name), plain(self))[1])
+    with pytest.raises(UserError, match="with all weights in memory"):
+        regsurgery.patch(
+            str(planted.folder), "nowhere", recipe=Recipe({1: (0,)}), format="pt2", options=ON_DISK, dry_run=True
+        )
+    assert read
+    assert all(".embeddings." in name for name in read)
+
+
+def test_a_file_that_is_cut_while_it_is_used(tmp_path: Path, planted_picos: Callable[[Pico], Planted]) -> None:
+    (path,) = planted_picos(by_id("hf-vit-classes")).loaded.weights
+    copy = tmp_path / path.name
+    copy.write_bytes(path.read_bytes())
+    state = stored_state([copy])
+    last = max(state.values(), key=lambda value: value.entry.stop)  # type: ignore[attr-defined]
+    with copy.open("r+b") as file:
+        file.truncate(copy.stat().st_size - 1)
+    with pytest.raises(CheckpointError, match="cut off inside tensor"):
+        last + 0
+
+
+@pytest.mark.parametrize(("options", "what"), [({"format": "pt2"}, "format pt2"), ({"mode": "native"}, "mode native")])
+def test_what_needs_all_weights_says_so(
+    options: dict[str, str], what: str, planted_picos: Callable[[Pico], Planted], tmp_path: Path
+) -> None:
+    planted = planted_picos(by_id("hf-vit-classes"))
+    with pytest.raises(UserError, match=rf"{what}.*--max-memory"):
+        regsurgery.patch(
+            str(planted.folder), tmp_path / "out", recipe=recipe_for(planted, 1), options=ON_DISK, **options
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes() -> None:
+    assert [parse_size(text) for text in ("0", "8GB", "500MB", "1GiB")] == [0, 8 * 10**9, 500 * 10**6, 1 << 30]
+    with pytest.raises(UserError, match="--max-memory many"):
+        parse_size("many")
+
+
+WIDE = """
+import json, resource, sys
+import torch, transformers
+import regsurgery
+from regsurgery.loading import LoadOptions
+from regsurgery.recipe import Recipe
+
+folder, out, limit = sys.argv[1:]
+torch.set_num_threads(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+result = regsurgery.patch(
+    folder, out, recipe=Recipe({0: (1,)}), num_images=8, dry_run=True, options=LoadOptions(max_memory=int(limit))
+)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"before": before / 1024, "after": after / 1024}))
+"""
+
+
+def test_a_model_of_many_blocks_needs_the_memory_of_one(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.ViTConfig(hidden_size=1024, num_hidden_layers=16, num_attention_heads=8, image_size=32,
+                                    patch_size=16, intermediate_size=4096)  # fmt: skip
+    transformers.ViTModel(config).save_pretrained(tmp_path / "wide")
+    size = (tmp_path / "wide" / "model.safetensors").stat().st_size / 1024**2
+    assert size > 750
+    grown = {}
+    for limit in (0, 10**12):
+        done = subprocess.run(
+            [sys.executable, "-c", WIDE, str(tmp_path / "wide"), str(tmp_path / "out"), str(limit)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        figures = json.loads(done.stdout.splitlines()[-1])
+        grown[limit] = figures["after"] - figures["before"]
+    assert grown[0] < 0.5 * size < grown[10**12], grown
