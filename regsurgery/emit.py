@@ -16,6 +16,7 @@ from regsurgery.verification import Verdict
 
 RECIPE_NAME = "recipe.yaml"
 CARD_NAME = "README.md"
+THIS_FOLDER = "."  # in the card: its bytes do not depend on the folder's name
 
 
 @contextmanager
@@ -32,9 +33,9 @@ def emit(surgery: Surgery, target: Path, fmt: str) -> Iterator[Path]:
         yield folder
 
 
-def complete(surgery: Surgery, folder: Path, target: Path, fmt: str, verdict: Verdict) -> None:
+def complete(surgery: Surgery, folder: Path, fmt: str, verdict: Verdict) -> None:
     """Write the model card, which has the verdict's figures, what undoing takes, and last SHA256SUMS."""
-    snippet = backends.backend(fmt, surgery.recipe.mode).snippet(surgery, target.name)
+    snippet = backends.backend(fmt, surgery.recipe.mode).snippet(surgery, THIS_FOLDER)
     (folder / CARD_NAME).write_text(model_card(surgery, fmt, verdict, snippet), "utf-8")
     if surgery.recipe.mode != "native" and fmt == surgery.loaded.library:
         write_record(surgery.loaded, folder)

@@ -379,7 +379,7 @@ def _write(surgery: Surgery, target: Path, fmt: str, pictures: ImageSet, progres
         verdict = verify_folder(surgery, folder, fmt, pictures, progress)
         if not verdict.passed:
             raise VerificationError(f"verification failed, nothing was written: {'; '.join(verdict.failures)}")
-        complete(surgery, folder, target, fmt, verdict)
+        complete(surgery, folder, fmt, verdict)
     return verdict
 
 
