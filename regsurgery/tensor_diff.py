@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from regsurgery.pipeline import Progress
 
 SINGLES = ("model.safetensors", "open_clip_model.safetensors")  # what the libraries call a whole checkpoint
-NUMBERS_BYTES = 1 << 20  # of a chunk that are numbers at a time: in float64 they take up to eight times that
+NUMBERS_BYTES = 1 << 18  # of a chunk that are numbers at a time: as float64 they take up to eight times that
 
 
 @dataclass(frozen=True)
