@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from regsurgery.checkpoint_io import CHUNK_BYTES, DTYPE_BYTES, TensorEntry, read_header, weight_files
 from regsurgery.errors import CheckpointError, UserError
@@ -188,12 +189,16 @@ def _compare(a: _Located, b: _Located, progress: Progress) -> Changed | None:
     """None where the bytes are equal."""
     largest, num_different, num_nan = None, 0, 0
     left = a.num_bytes
+    chunk_a, chunk_b = bytearray(), bytearray()
     with a.path.open("rb", buffering=0) as file_a, b.path.open("rb", buffering=0) as file_b:
         file_a.seek(a.start)
         file_b.seek(b.start)
         while left:
             size = min(CHUNK_BYTES, left)
-            chunk_a, chunk_b = _read(file_a, size, a), _read(file_b, size, b)
+            if len(chunk_a) != size:  # else the same memory is filled again
+                chunk_a, chunk_b = bytearray(size), bytearray(size)
+            _fill(chunk_a, file_a, a)
+            _fill(chunk_b, file_b, b)
             if chunk_a != chunk_b:
                 for start in range(0, size, NUMBERS_BYTES):
                     part = slice(start, start + NUMBERS_BYTES)
@@ -208,23 +213,22 @@ def _compare(a: _Located, b: _Located, progress: Progress) -> Changed | None:
     return Changed(a.entry.name, *_type(a.entry), largest, num_different, math.prod(a.entry.shape), num_nan)
 
 
-def _read(file: BinaryIO, size: int, tensor: _Located) -> bytes:
-    """Exactly `size` bytes: unbuffered files may give less at a time."""
-    chunk = file.read(size)
-    while len(chunk) < size:
-        more = file.read(size - len(chunk))
-        if not more:
+def _fill(chunk: bytearray, file: FileIO, tensor: _Located) -> None:
+    """Fill `chunk` from `file`; unbuffered files may give less at a time."""
+    view, filled = memoryview(chunk), 0
+    while filled < len(chunk):
+        num_bytes = file.readinto(view[filled:])
+        if not num_bytes:
             raise CheckpointError(f"{tensor.path}: was cut off while tensor '{tensor.entry.name}' was read; try again")
-        chunk += more
-    return chunk
+        filled += num_bytes
 
 
-def _numbers(dtype: str, a: bytes, b: bytes) -> tuple[float | None, int, int]:
+def _numbers(dtype: str, a: bytearray, b: bytearray) -> tuple[float | None, int, int]:
     """`max_abs`, `num_different` and `num_nan` of `Changed` for a part of a tensor."""
     import torch
 
     raw = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[DTYPE_BYTES[dtype]]
-    bits_a, bits_b = (torch.frombuffer(bytearray(part), dtype=raw) for part in (a, b))
+    bits_a, bits_b = (torch.frombuffer(part, dtype=raw) for part in (a, b))
     different = bits_a != bits_b
     kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
              "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "U32": torch.uint32,
