@@ -209,7 +209,7 @@ class Stages(Progress):
     def __init__(self) -> None:
         self.began: list[tuple[str, float]] = []
 
-    def stage(self, name: str, total: int | None = None) -> None:
+    def stage(self, name: str, total: int | None = None, *, in_bytes: bool = False) -> None:
         self.began.append((name, time.perf_counter()))
 
     def seconds(self) -> dict[str, float]:

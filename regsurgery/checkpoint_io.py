@@ -27,6 +27,8 @@ CHUNK_BYTES = 1 << 22
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
                "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
 
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".pt2", ".ckpt", ".npz"}
+
 
 @dataclass(frozen=True)
 class TensorEntry:
@@ -144,34 +146,11 @@ def write_with_additions(source: SafetensorsFile, target: Path, additions: Mappi
         writer.write(added[8 + added_header_size :])
 
 
-def write_without(source: SafetensorsFile, target: Path, drop: Callable[[str], bool]) -> None:
-    """Write `source` to `target` without the tensors whose names `drop` accepts; data is copied byte for byte."""
-    header: dict[str, Any] = {"__metadata__": dict(source.metadata)} if source.metadata else {}
-    kept = [tensor for tensor in source.tensors if not drop(tensor.name)]
-    end = 0
-    for tensor in kept:
-        size = tensor.stop - tensor.start
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [end, end + size]}
-        end += size
-    with source.path.open("rb") as reader, target.open("wb") as writer:
-        _write_header(writer, header)
-        for tensor in kept:
-            reader.seek(source.data_start + tensor.start)
-            _copy(reader, writer, tensor.stop - tensor.start)
-
-
 def _write_header(writer: BinaryIO, header: Mapping[str, Any]) -> None:
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     writer.write(struct.pack("<Q", len(raw)))
     writer.write(raw)
-
-
-def _copy(reader: BinaryIO, writer: BinaryIO, num_bytes: int) -> None:
-    while num_bytes > 0:
-        chunk = reader.read(min(CHUNK_BYTES, num_bytes))
-        writer.write(chunk)
-        num_bytes -= len(chunk)
 
 
 def write_weights(sources: Sequence[Path], folder: Path, additions: Mapping[str, Tensor]) -> None:
@@ -253,8 +232,12 @@ def write_sums(folder: Path) -> None:
     (folder / SUMS_NAME).write_text("".join(f"{sha256(folder / name)}  {name}\n" for name in names), "utf-8")
 
 
-def check_sums(folder: Path) -> None:
-    """Raise `CheckpointError` for the first file that SHA256SUMS lists and that is missing or changed."""
+def read_sums(folder: Path) -> dict[str, str]:
+    """Name -> sha256, of every file that SHA256SUMS lists.
+
+    Raises:
+        CheckpointError: there is none, or it names files outside the folder.
+    """
     sums = folder / SUMS_NAME
     if not sums.is_file():
         raise CheckpointError(
@@ -264,11 +247,17 @@ def check_sums(folder: Path) -> None:
         lines = sums.read_text("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{sums}: not a text file; patch the model again") from error
-    for line in lines:
-        digest, _, name = line.partition("  ")
-        path = folder / name
+    digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for name in digests:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise CheckpointError(f"{sums}: names {name!r}, which is not inside the folder")
+    return digests
+
+
+def check_sums(folder: Path) -> None:
+    """Raise `CheckpointError` for the first file that SHA256SUMS lists and that is missing or changed."""
+    for name, digest in read_sums(folder).items():
+        path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: listed in {SUMS_NAME} but missing; patch the model again")
         if sha256(path) != digest:

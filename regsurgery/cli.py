@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from regsurgery import __version__
-from regsurgery.errors import EXIT_NOTHING_TO_FIX, EXIT_VERIFICATION_FAILED, NothingToFixError, RegsurgeryError
+from regsurgery.errors import (
+    EXIT_DIFFERENT,
+    EXIT_NOTHING_TO_FIX,
+    EXIT_VERIFICATION_FAILED,
+    NothingToFixError,
+    RegsurgeryError,
+)
 
 if TYPE_CHECKING:
     from regsurgery.loading import LoadOptions
@@ -22,8 +28,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="regsurgery",
     help="Rewrite Vision Transformer checkpoints so that outlier tokens are gone.\n\nMODEL is a folder, a Hub id, "
-    "timm:NAME, open_clip:ARCH/TAG, or demo. Exit codes: 0 done; 1 verification failed; 2 the input is at fault; "
-    "3 nothing to fix.",
+    "timm:NAME, open_clip:ARCH/TAG, or demo. Exit codes: 0 done; 1 verification failed (diff: differences); 2 the "
+    "input is at fault; 3 nothing to fix.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -194,6 +200,43 @@ def verify(
     screen.verified(verdict)
     if not verdict.passed:
         raise typer.Exit(EXIT_VERIFICATION_FAILED)
+
+
+@app.command(epilog="Example: regsurgery unpatch demo-patched -o demo-restored")
+def unpatch(
+    folder: Annotated[Path, typer.Argument(help="Folder that regsurgery patch wrote.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder to write.")],
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the checkpoint that was patched, byte for byte; every file is checked against its recorded sha256."""
+    from regsurgery import restoring
+    from regsurgery.render import Screen
+
+    with Screen(as_json=as_json, quiet=quiet) as screen:
+        restored = restoring.unpatch(folder, output, progress=screen)
+    screen.unpatched(restored)
+
+
+@app.command(epilog="Example: regsurgery diff demo-patched demo-restored")
+def diff(
+    a: Annotated[Path, typer.Argument(help="Checkpoint folder or safetensors file.", show_default=False)],
+    b: Annotated[Path, typer.Argument(help="The one to compare with.", show_default=False)],
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """List the tensors that differ between two checkpoints, by name.
+
+    Exit codes, as of the Unix tool: 0 identical; 1 differences; 2 the input is at fault.
+    """
+    from regsurgery import tensor_diff
+    from regsurgery.render import Screen
+
+    with Screen(as_json=as_json, quiet=quiet) as screen:
+        difference = tensor_diff.diff(a, b, progress=screen)
+    screen.compared(difference)
+    if not difference.identical:
+        raise typer.Exit(EXIT_DIFFERENT)
 
 
 @app.command(epilog="Example: regsurgery recipes")

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from regsurgery import backends, checkpoint_io
 from regsurgery.card import model_card
+from regsurgery.checkpoint_io import WEIGHT_SUFFIXES
+from regsurgery.original import RECORD_NAME, write_record
 from regsurgery.surgery import Surgery
 from regsurgery.verification import Verdict
 
 RECIPE_NAME = "recipe.yaml"
 CARD_NAME = "README.md"
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".pt2", ".ckpt", ".npz"}
+THIS_FOLDER = "."  # in the card: its bytes do not depend on the folder's name
 
 
 @contextmanager
@@ -31,10 +33,12 @@ def emit(surgery: Surgery, target: Path, fmt: str) -> Iterator[Path]:
         yield folder
 
 
-def complete(surgery: Surgery, folder: Path, target: Path, fmt: str, verdict: Verdict) -> None:
-    """Write the model card, which has the verdict's figures, and last SHA256SUMS."""
-    snippet = backends.backend(fmt, surgery.recipe.mode).snippet(surgery, target.name)
+def complete(surgery: Surgery, folder: Path, fmt: str, verdict: Verdict) -> None:
+    """Write the model card, which has the verdict's figures, what undoing takes, and last SHA256SUMS."""
+    snippet = backends.backend(fmt, surgery.recipe.mode).snippet(surgery, THIS_FOLDER)
     (folder / CARD_NAME).write_text(model_card(surgery, fmt, verdict, snippet), "utf-8")
+    if surgery.recipe.mode != "native" and fmt == surgery.loaded.library:
+        write_record(surgery.loaded, folder)
     checkpoint_io.write_sums(folder)
 
 
@@ -45,7 +49,11 @@ def _copy_side_files(source: Path, folder: Path) -> None:
     """
     weights = {path.name for path in source.glob("*.safetensors.index.json")}
     for path in sorted(source.iterdir()):
-        if not path.is_file() or path.name.startswith(".") or path.name in weights | {CARD_NAME, RECIPE_NAME}:
+        if (
+            not path.is_file()
+            or path.name.startswith(".")
+            or path.name in weights | {CARD_NAME, RECIPE_NAME, RECORD_NAME}
+        ):
             continue
         if path.suffix in WEIGHT_SUFFIXES - {".safetensors"} or path.name == checkpoint_io.SUMS_NAME:
             continue

@@ -42,7 +42,9 @@ class Source:
         return self.repo or Path(self.id).absolute().name
 
     def as_dict(self) -> dict[str, Any]:
-        return {"id": self.id, "revision": self.revision, "sha256": self.sha256}
+        """The `source` entry of a patched config; `repo` is there where `id` does not say it."""
+        repo = {} if self.repo in (None, self.id) else {"repo": self.repo}
+        return {"id": self.id, **repo, "revision": self.revision, "sha256": self.sha256}
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Checkpoint:
         library: `transformers`, `timm` or `open_clip`.
         folder: the checkpoint folder; read only. `scratch` keeps it alive where it is a temporary one.
         weights: its safetensors files.
+        digests: the sha256 of each of `weights`.
+        pickled: the pickle that `weights` were converted from, where they were.
         config: the library's own config file, parsed; `config_name` is that file's name.
         stored: the weights are to stay on disk, see `stored.py`.
     """
@@ -61,6 +65,8 @@ class Checkpoint:
     library: str
     folder: Path
     weights: tuple[Path, ...]
+    digests: tuple[str, ...]
+    pickled: Path | None
     config: Mapping[str, Any]
     config_name: str
     stored: bool
@@ -151,13 +157,13 @@ def load(model_id: str, options: LoadOptions | None = None, *, native: bool = Fa
             f"{folder}: is patched already; patch its source "
             f"{config['regsurgery'].get('source', {}).get('id', '')} instead"
         )
-    weights, folder, scratch = _weights(folder, library, options, scratch)
+    weights, folder, scratch, pickled = _weights(folder, library, options, scratch)
     headers = [checkpoint_io.read_header(path) for path in weights]
     _refuse_quantised(folder, config, headers)
-    digests = [checkpoint_io.sha256(path) for path in weights]
+    digests = tuple(checkpoint_io.sha256(path) for path in weights)
     source = Source(model_id, revision, _combined(digests), repo)
     stored = sum(path.stat().st_size for path in weights) > _memory(options)
-    checkpoint = Checkpoint(source, library, folder, weights, config, config_name, stored, scratch)
+    checkpoint = Checkpoint(source, library, folder, weights, digests, pickled, config, config_name, stored, scratch)
     return backends.library(library).load(checkpoint, options)
 
 
@@ -253,13 +259,14 @@ def _refuse_quantised(
 
 def _weights(
     folder: Path, library: str, options: LoadOptions, scratch: tempfile.TemporaryDirectory[str] | None
-) -> tuple[tuple[Path, ...], Path, tempfile.TemporaryDirectory[str] | None]:
+) -> tuple[tuple[Path, ...], Path, tempfile.TemporaryDirectory[str] | None, Path | None]:
+    """The safetensors files of a checkpoint, the folder they are in, its `scratch`, and the pickle behind them."""
     from regsurgery import backends
 
     single = backends.library(library).WEIGHTS_NAME
     weights = checkpoint_io.weight_files(folder, single)
     if weights:
-        return tuple(weights), folder, scratch
+        return tuple(weights), folder, scratch, None
     pickled = sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
     if not pickled:
         raise CheckpointError(f"{folder}: has a config but no weights; {single} is missing")
@@ -275,7 +282,7 @@ def _weights(
     scratch = scratch or tempfile.TemporaryDirectory(prefix="regsurgery-")
     converted = Path(scratch.name) / "converted"
     _convert_pickle(pickled[0], folder, converted, single)
-    return (converted / single,), converted, scratch
+    return (converted / single,), converted, scratch, pickled[0]
 
 
 def _convert_pickle(pickled: Path, folder: Path, converted: Path, single: str) -> None:
@@ -307,7 +314,7 @@ def _convert_pickle(pickled: Path, folder: Path, converted: Path, single: str) -
     )
 
 
-def _combined(digests: list[str]) -> str:
+def _combined(digests: Sequence[str]) -> str:
     import hashlib
 
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -1,9 +1,8 @@
-"""Reading patched folders: their format, their module, and the original that they still hold."""
+"""Reading patched folders: their format, their config, their module and the tensors that were added."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,23 +49,6 @@ def read_patched_config(folder: Path, fmt: str) -> dict[str, Any]:
 def patched_mode(folder: Path, fmt: str) -> str:
     """The mode in which a patched folder was written."""
     return read_patched_config(folder, fmt)["regsurgery"]["mode"]
-
-
-def restore_original(patched: Path, target: Path, fmt: str) -> None:
-    """Write to the new folder `target` what was patched: config and weights without our additions."""
-    from regsurgery.backends.modeling import FILE_NAME
-
-    backend = backends.backend(fmt)
-    target.mkdir()
-    for path in patched.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and path.name != FILE_NAME:
-            shutil.copyfile(path, target / path.name)
-    config = {
-        key: value for key, value in read_patched_config(patched, fmt).items() if key not in ("regsurgery", "auto_map")
-    }
-    checkpoint_io.write_json(target / backend.CONFIG_NAME, config)
-    for path in checkpoint_io.weight_files(patched, backend.WEIGHTS_NAME):
-        checkpoint_io.write_without(checkpoint_io.read_header(path), target / path.name, _is_ours)
 
 
 def _is_ours(name: str) -> bool:

@@ -26,11 +26,11 @@ from regsurgery.errors import (
 from regsurgery.families import family_of
 from regsurgery.loading import Loaded, LoadOptions
 from regsurgery.loading import load as load_original
+from regsurgery.original import restore_original
 from regsurgery.patched import (
     existing_folder,
     folder_format,
     read_patched_config,
-    restore_original,
     take_our_tensors,
 )
 from regsurgery.recipe import Recipe, find_recipe, parse_recipe, recipe_for_model
@@ -53,11 +53,11 @@ GENERATED_TO_FIT = 128  # pictures to fit on where the user gives none
 class Progress:
     """What the pipeline tells about itself while it runs; the command line draws it. This one is silent."""
 
-    def stage(self, name: str, total: int | None = None) -> None:
-        """A new stage begins; `total` images where it goes over images."""
+    def stage(self, name: str, total: int | None = None, *, in_bytes: bool = False) -> None:
+        """A new stage begins; `total` images where it goes over images, or bytes."""
 
-    def advance(self, num_images: int) -> None:
-        """That many images are done."""
+    def advance(self, number: int) -> None:
+        """That many images or bytes are done."""
 
     def say(self, line: str) -> None:
         """A fact worth a line."""
@@ -391,7 +391,7 @@ def _write(surgery: Surgery, target: Path, fmt: str, pictures: ImageSet, progres
         verdict = verify_folder(surgery, folder, fmt, pictures, progress)
         if not verdict.passed:
             raise VerificationError(f"verification failed, nothing was written: {'; '.join(verdict.failures)}")
-        complete(surgery, folder, target, fmt, verdict)
+        complete(surgery, folder, fmt, verdict)
     return verdict
 
 

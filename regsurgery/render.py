@@ -6,21 +6,47 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.progress import Progress as RichProgress
 from rich.table import Table
+from rich.text import Text
 
-from regsurgery.diagnosis import Diagnosis
 from regsurgery.families import FAMILIES, REFUSED
-from regsurgery.finding import Found
-from regsurgery.pipeline import PatchResult, Progress
-from regsurgery.recipe import Recipe
-from regsurgery.verification import Pair, Verdict
+from regsurgery.pipeline import Progress
+
+if TYPE_CHECKING:
+    from regsurgery.diagnosis import Diagnosis
+    from regsurgery.finding import Found
+    from regsurgery.pipeline import PatchResult
+    from regsurgery.recipe import Recipe
+    from regsurgery.restoring import Restored
+    from regsurgery.tensor_diff import Difference
+    from regsurgery.verification import Pair, Verdict
 
 BAR_WIDTH = 16
+
+
+class _DoneColumn(ProgressColumn):
+    """How much of a stage is done, in images or in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images, self.bytes = MofNCompleteColumn(), DownloadColumn()
+
+    def render(self, task: Task) -> Text:
+        return (self.bytes if task.fields["in_bytes"] else self.images).render(task)
 
 
 class Screen(Progress):
@@ -33,13 +59,13 @@ class Screen(Progress):
         self.bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            _DoneColumn(),
             TimeElapsedColumn(),
             console=self.errors,
             transient=True,
             disable=not self.errors.is_terminal,
         )
-        self.task = self.bar.add_task("", visible=False, total=None)
+        self.task = self.bar.add_task("", visible=False, total=None, in_bytes=False)
 
     def __enter__(self) -> Screen:
         self.bar.start()
@@ -50,11 +76,11 @@ class Screen(Progress):
     ) -> None:
         self.bar.stop()
 
-    def stage(self, name: str, total: int | None = None) -> None:
-        self.bar.reset(self.task, description=name, total=total, visible=True)
+    def stage(self, name: str, total: int | None = None, *, in_bytes: bool = False) -> None:
+        self.bar.reset(self.task, description=name, total=total, visible=True, in_bytes=in_bytes)
 
-    def advance(self, num_images: int) -> None:
-        self.bar.advance(self.task, num_images)
+    def advance(self, number: int) -> None:
+        self.bar.advance(self.task, number)
 
     def say(self, line: str) -> None:
         self.errors.print(line, soft_wrap=True, markup=False)
@@ -144,6 +170,29 @@ class Screen(Progress):
         fix = "" if diagnosis.verdict == "register_neurons" else "nothing to fix: "
         self.out.print(f"{diagnosis.verdict}: {fix}{diagnosis.reason}", soft_wrap=True, markup=False)
 
+    def unpatched(self, restored: Restored) -> None:
+        if self.as_json:
+            print(json.dumps(restored.as_dict(), indent=2))
+        for name, digest in restored.files.items():
+            self.out.print(f"{digest}  {name}", soft_wrap=True, markup=False)
+        for names, what in (
+            (restored.changed, "changed after patching, by training perhaps; nothing of that is in what was restored"),
+            (restored.not_copied, "weight files of the source that patching did not copy; they are not restored"),
+        ):
+            if names:
+                self.out.print(f"{', '.join(names)}: {what}", soft_wrap=True, markup=False)
+        self.out.print(
+            f"wrote {restored.output}: {restored.source['id']} as it was, sha256 of {len(restored.files)} files equal",
+            soft_wrap=True,
+            markup=False,
+        )
+
+    def compared(self, difference: Difference) -> None:
+        if self.as_json:
+            print(json.dumps(difference.as_dict(), indent=2))
+        for line in difference_lines(difference):
+            self.out.print(line, soft_wrap=True, markup=False)
+
     def _verdict(self, verdict: Verdict) -> None:
         table = Table(
             "",
@@ -174,6 +223,24 @@ class Screen(Progress):
             table.add_row("same first class", "1", f"{verdict.same_argmax:.3f}")
         table.add_row("written model against graph", "", f"{verdict.parity_max_abs:.1e}")
         self.out.print(table)
+
+
+def difference_lines(difference: Difference) -> list[str]:
+    """A line for every tensor that is not identical, and the summary."""
+    rows = [
+        *(("only in A", tensor.name, f"{tensor.dtype} {list(tensor.shape)}") for tensor in difference.only_a),
+        *(("only in B", tensor.name, f"{tensor.dtype} {list(tensor.shape)}") for tensor in difference.only_b),
+    ]
+    for tensor in difference.retyped:
+        is_, was = f"{tensor.dtype_b} {list(tensor.shape_b)}", f"{tensor.dtype_a} {list(tensor.shape_a)}"
+        rows.append(("type", tensor.name, f"{was} -> {is_}"))
+    for tensor in difference.changed:
+        largest = "no numbers to compare" if tensor.max_abs is None else f"max abs {tensor.max_abs:.4g}"
+        nan = f", {tensor.num_nan} NaN" if tensor.num_nan else ""
+        count = f"{tensor.num_different} of {tensor.num_elements} elements"
+        rows.append(("values", tensor.name, f"{tensor.dtype} {list(tensor.shape)}  {largest}, {count}{nan}"))
+    width = max((len(name) for _, name, _ in rows), default=0)
+    return [*(f"{kind:9}  {name:{width}}  {what}" for kind, name, what in rows), difference.summary]
 
 
 def recipe_table(found: Mapping[str, Recipe]) -> None:

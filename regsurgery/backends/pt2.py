@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PROGRAM_NAME = "model.pt2"
 CONFIG_NAME = "regsurgery.json"
+LOCAL_META = ("from_node", "stack_trace")  # addresses in memory and paths of this machine: other bytes in every run
 SNIPPET = """\
 import torch
 
@@ -37,6 +38,8 @@ def lower(surgery: Surgery) -> torch.export.ExportedProgram:
     for node in program.graph.nodes:
         if node.op == "call_function" and node.target in CALLABLES:
             raise PassError(f"lowering left the function {node.target} in the graph")
+        for name in LOCAL_META:
+            node.meta.pop(name, None)
     return program
 
 

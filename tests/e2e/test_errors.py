@@ -22,7 +22,7 @@ from regsurgery.image_sources import decode
 
 PROGRAM = Path(sys.executable).parent / "regsurgery"
 PARTS = ["README.md", "SHA256SUMS", "config.json", "model.safetensors", "modeling_regsurgery.py",
-         "preprocessor_config.json", "recipe.yaml"]  # fmt: skip
+         "preprocessor_config.json", "recipe.yaml", "regsurgery_original.json"]  # fmt: skip
 VERDICT_KEYS = {"passed", "outliers_per_image", "max_patch_norm", "median_patch_norm", "register_norm",
                 "cosine_patches", "cosine_output", "kl", "same_argmax", "parity_max_abs"}  # fmt: skip
 PATCH_KEYS = {"output", "mode", "format", "register_neurons", "verify", "seconds", "peak_rss_mb"}
@@ -413,7 +413,8 @@ def test_help_is_an_answer():
     assert "patch" in done.out and "verify" in done.out
 
 
-@pytest.mark.parametrize("module", ["regsurgery", "regsurgery.cli", "regsurgery.recipe", "regsurgery.checkpoint_io"])
+@pytest.mark.parametrize("module", ["regsurgery", "regsurgery.cli", "regsurgery.recipe", "regsurgery.checkpoint_io",
+                                    "regsurgery.render", "regsurgery.restoring", "regsurgery.tensor_diff"])  # fmt: skip
 def test_importing_it_does_not_import_torch(module):
     code = f"import {module}, sys; print(sorted({{'torch', 'transformers', 'timm', 'open_clip'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

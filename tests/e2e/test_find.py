@@ -214,7 +214,7 @@ class StopsAfter(Progress):
     def __init__(self, images: int | None) -> None:
         self.images, self.scoring, self.seen, self.lines = images, False, 0, list[str]()
 
-    def stage(self, name: str, total: int | None = None) -> None:
+    def stage(self, name: str, total: int | None = None, *, in_bytes: bool = False) -> None:
         self.scoring = name == "scores"
 
     def advance(self, num_images: int) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import regsurgery
 from regsurgery import cli
-from regsurgery.checkpoint_io import read_header
+from regsurgery.checkpoint_io import read_header, sha256
 from regsurgery.loading import load
 from regsurgery.pipeline import PatchResult
 from tests.conftest import shared
@@ -154,6 +154,39 @@ def test_original_tensors_are_byte_identical(library: str, patched: dict[str, tu
         )
     assert [name.split(".")[-1] for name in found] == ["register_tokens"]
     assert {path.name for path in original.parent.iterdir()} <= {path.name for path in folder.iterdir()}
+
+
+@LIBRARIES
+def test_unpatch_gives_back_the_bytes_of_every_file(
+    library: str, patched: dict[str, tuple[Path, PatchResult]], tmp_path: Path
+) -> None:
+    source, folder = shared("models", FOLDERS[library]), patched[library][0]
+    done = subprocess.run(
+        [sys.executable, "-m", "regsurgery", "unpatch", str(folder), "-o", str(tmp_path / "restored")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = ({path.name: sha256(path) for path in root.iterdir()} for root in (source, tmp_path / "restored"))
+    assert before == after
+    record = (folder / "regsurgery_original.json").stat().st_size
+    print(f"{library}: record {record} bytes")
+    assert record < 40_000
+    assert regsurgery.diff(source, tmp_path / "restored").identical
+
+
+@LIBRARIES
+def test_source_and_patched_differ_in_the_registers_alone(
+    library: str, patched: dict[str, tuple[Path, PatchResult]]
+) -> None:
+    source, folder = shared("models", FOLDERS[library]), patched[library][0]
+    found, back = regsurgery.diff(source, folder), regsurgery.diff(folder, source)
+    assert [tensor.name.split(".")[-1] for tensor in found.only_b] == ["register_tokens"]
+    assert back.only_a == found.only_b
+    for one in (found, back):
+        assert (one.retyped, one.changed, one.num_identical) == ((), (), found.num_identical)
+    assert found.only_a == back.only_b == () and found.num_identical > 100
 
 
 @LIBRARIES

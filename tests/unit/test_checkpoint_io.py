@@ -164,23 +164,6 @@ def test_an_addition_whose_name_is_taken_is_refused(good, tmp_path):
         io.write_with_additions(io.read_header(good), tmp_path / "new.safetensors", {"odd": REGISTERS})
 
 
-def test_dropping_the_additions_restores_the_original_tensors(good, tmp_path):
-    patched, restored = tmp_path / "patched.safetensors", tmp_path / "restored.safetensors"
-    io.write_with_additions(io.read_header(good), patched, {"register_tokens": REGISTERS})
-    io.write_without(io.read_header(patched), restored, lambda name: name == "register_tokens")
-    assert raw_tensors(restored) == raw_tensors(good)
-    assert metadata(restored) == METADATA
-
-
-def test_a_tensor_dropped_from_the_middle_leaves_no_hole(good, tmp_path):
-    dropped = io.read_header(good).tensors[1].name
-    io.write_without(io.read_header(good), tmp_path / "less.safetensors", lambda name: name == dropped)
-    expected = raw_tensors(good)
-    del expected[dropped]
-    assert raw_tensors(tmp_path / "less.safetensors") == expected
-    assert set(safetensors.torch.load_file(tmp_path / "less.safetensors")) == set(expected)
-
-
 # --- shards ---------------------------------------------------------------------------------------------------------
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

@@ -1,0 +1,83 @@
+"""Two runs in two folders write the same bytes: other processes, other hash seeds, other folder names."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Planted
+from tests.picos import PICOS, Pico
+
+# pico, mode, format. Native mode without calibration; test_native.py has the calibrated one.
+JOBS = {
+    "shift": ("hf-vit-classes", "shift", None),
+    "bias": ("hf-vit-classes", "bias", None),
+    "native": ("hf-vit-classes", "native", "transformers"),
+    "pt2": ("hf-vit-classes", "shift", "pt2"),
+    "bias pt2": ("hf-vit-classes", "bias", "pt2"),
+    "native pt2": ("hf-vit-classes", "native", "pt2"),
+    "timm": ("timm-vit", "shift", None),
+    "timm native": ("timm-vit", "native", "timm"),
+    "timm pt2": ("timm-vit", "shift", "pt2"),
+    "open_clip": ("open-clip", "shift", None),
+    "open_clip native": ("open-clip", "native", "open_clip"),
+    "open_clip pt2": ("open-clip", "shift", "pt2"),
+}
+PROGRAM = """
+import json, sys
+import regsurgery
+jobs, where = json.loads(sys.argv[1]), sys.argv[2]
+for name, (folder, neurons, mode, fmt) in jobs.items():
+    recipe = regsurgery.Recipe({int(block): tuple(listed) for block, listed in neurons.items()})
+    regsurgery.patch(folder, f"{where}/{name} {len(where)}", recipe=recipe, mode=mode, format=fmt, num_images=4,
+                     calibrate=False)
+"""
+
+
+@pytest.fixture(scope="module")
+def twice(
+    planted_picos: Callable[[Pico], Planted], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Path], dict[str, Path]]:
+    picos = {pico.id: pico for pico in PICOS}
+    jobs = {}
+    for name, (pico, mode, fmt) in JOBS.items():
+        planted = planted_picos(picos[pico])
+        jobs[name] = (str(planted.folder), planted.neurons, mode, fmt)
+    runs = []
+    for seed, where in (("1", "one"), ("2", "another")):
+        root = tmp_path_factory.mktemp(where)
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, json.dumps(jobs), str(root)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs.append({name: root / f"{name} {len(str(root))}" for name in jobs})
+    return runs[0], runs[1]
+
+
+@pytest.mark.parametrize("job", [name for name in JOBS if name != "open_clip native"])
+def test_the_sums_are_the_same(job: str, twice: tuple[dict[str, Path], dict[str, Path]]) -> None:
+    sums = [(run[job] / "SHA256SUMS").read_text().splitlines() for run in twice]
+    assert len(sums[0]) >= 4
+    assert list(difflib.unified_diff(*sums, lineterm="", n=0)) == []
+
+
+def test_of_native_open_clip_the_folders_path_alone_differs(
+    twice: tuple[dict[str, Path], dict[str, Path]],
+) -> None:
+    """open_clip knows the tower by the path of the folder itself."""
+    folders = [run["open_clip native"] for run in twice]
+    differ = [path.name for path in folders[0].iterdir() if path.read_bytes() != (folders[1] / path.name).read_bytes()]
+    assert sorted(differ) == ["SHA256SUMS", "open_clip_config.json"]
+    configs = [(folder / "open_clip_config.json").read_text().replace(str(folder), "") for folder in folders]
+    assert configs[0] == configs[1]

@@ -1,0 +1,201 @@
+"""The record of the original, and restoring from it, on files that no library would write in the same bytes."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import struct
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from regsurgery import checkpoint_io
+from regsurgery.checkpoint_io import sha256
+from regsurgery.errors import CheckpointError
+from regsurgery.original import RECORD_NAME, read_record, restore_original, write_record
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+REGISTER = "register_tokens"
+REGISTERS = {REGISTER: torch.zeros(1, 1, 4)}
+
+
+def odd_file(path: Path, names: str) -> None:
+    """A safetensors file with names against the order of the data, metadata in the middle, and spaces of its own."""
+    sizes = {name: 4 * (number + 1) for number, name in enumerate(names)}
+    header: dict[str, Any] = {}
+    end = 0
+    for name, size in sizes.items():
+        header[name] = {"data_offsets": [end, end + size], "shape": [1, size // 4], "dtype": "F32"}
+        end += size
+    shuffled = dict(reversed(header.items()))
+    shuffled = {names[0]: shuffled.pop(names[0]), "__metadata__": {"note": "Ænne", "format": "pt"}, **shuffled}
+    raw = json.dumps(shuffled, indent=1).encode() + b" " * 13
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(range(1, end + 1)))
+
+
+@pytest.fixture(params=["single", "sharded"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    if request.param == "single":
+        odd_file(folder / WHOLE, "cab")
+    else:
+        odd_file(folder / SHARDS[0], "cab")
+        odd_file(folder / SHARDS[1], "zy")
+        weight_map = {**dict.fromkeys("zy", SHARDS[1]), **dict.fromkeys("cab", SHARDS[0])}
+        (folder / INDEX).write_text(json.dumps({"weight_map": weight_map, "metadata": {"total_size": 36}}, indent=3))
+    (folder / "config.json").write_bytes(b'{ "model_type":\t"vit",\r\n"architectures": ["ViTModel"] }')
+    (folder / "README.md").write_bytes("# Ænne's model\n".encode())
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    (folder / ".gitattributes").write_text("hidden")
+    (folder / "onnx").mkdir()
+    return folder
+
+
+def patch(source: Path, folder: Path) -> Path:
+    """What emitting does, without a model."""
+    folder.mkdir()
+    weights = tuple(checkpoint_io.weight_files(source, WHOLE))
+    checkpoint_io.write_weights(weights, folder, REGISTERS)
+    checkpoint_io.write_json(folder / "config.json", {"model_type": "vit", "regsurgery": {"mode": "shift"}})
+    (folder / "README.md").write_text("ours")
+    shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
+    loaded: Any = SimpleNamespace(folder=source, weights=weights, digests=tuple(map(sha256, weights)), pickled=None)
+    write_record(loaded, folder)
+    return folder
+
+
+def restore(patched: Path, target: Path) -> dict[str, bytes]:
+    restore_original(patched, target, "transformers")
+    return {path.name: path.read_bytes() for path in target.iterdir()}
+
+
+def content(source: Path) -> dict[str, bytes]:
+    left = {"pytorch_model.bin", ".gitattributes"}
+    return {path.name: path.read_bytes() for path in source.iterdir() if path.is_file() and path.name not in left}
+
+
+def test_every_byte_of_every_file_comes_back(source, tmp_path):
+    patched = patch(source, tmp_path / "patched")
+    last = checkpoint_io.weight_files(source, WHOLE)[-1].name
+    assert (patched / last).read_bytes() != (source / last).read_bytes()
+    assert restore(patched, tmp_path / "restored") == content(source)
+    record = read_record(patched)
+    assert record.not_copied == ("pytorch_model.bin",)
+    assert {file.name for file in record.files if file.header is not None} == {last}
+    replaced = {"config.json", "README.md", *([INDEX] if (source / INDEX).is_file() else [])}
+    assert {file.name for file in record.files if file.content is not None} == replaced
+
+
+def test_restoring_needs_no_file_of_the_sources_layout(source, tmp_path):
+    """Tensors are found by name, in whatever file the patched folder has them."""
+    from safetensors.torch import load_file, save_file
+
+    patched = patch(source, tmp_path / "patched")
+    files = checkpoint_io.weight_files(patched, WHOLE)
+    tensors = {name: value for path in files for name, value in load_file(path).items()}
+    if len(files) > 1:  # the first shard was copied and must stay
+        tensors = load_file(files[-1])
+    save_file({"z" + REGISTER: tensors.pop(REGISTER), **tensors}, files[-1])
+    assert restore(patched, tmp_path / "restored") == content(source)
+
+
+def test_trained_registers_do_not_matter_and_trained_weights_do(source, tmp_path):
+    patched = patch(source, tmp_path / "patched")
+    last = checkpoint_io.weight_files(patched, WHOLE)[-1]
+    data = bytearray(last.read_bytes())
+    data[-16:] = b"\x01" * 16  # the registers come last
+    last.write_bytes(data)
+    assert restore(patched, tmp_path / "restored") == content(source)
+    data[-17] ^= 1
+    last.write_bytes(data)
+    with pytest.raises(CheckpointError, match="other bytes than the source had for ") as caught:
+        restore(patched, tmp_path / "again")
+    first, _, others = str(caught.value).partition("as the source had them are ")
+    assert f"for {last.name}: " in first
+    assert last.name not in others and "config.json" in others and "tokenizer.json" in others
+
+
+def test_a_copied_file_that_changed_or_is_gone_is_named(source, tmp_path):
+    patched = patch(source, tmp_path / "patched")
+    (patched / "tokenizer.json").write_text("{ }")
+    with pytest.raises(CheckpointError, match=r"for tokenizer\.json: the original's"):
+        restore(patched, tmp_path / "changed")
+    (patched / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=re.escape(f"{patched / 'tokenizer.json'}: missing")):
+        restore(patched, tmp_path / "gone")
+
+
+def test_a_tensor_that_is_gone_or_has_another_type_is_named(source, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    patched = patch(source, tmp_path / "patched")
+    last = checkpoint_io.weight_files(patched, WHOLE)[-1]
+    tensors = load_file(last)
+    name = next(name for name in tensors if name != REGISTER)
+    save_file({**tensors, name: tensors[name].half()}, last)
+    with pytest.raises(
+        CheckpointError, match=rf"tensor '{name}' is F16 \[1, \d\], in the original it is F32 \[1, \d\]"
+    ):
+        restore(patched, tmp_path / "half")
+    del tensors[name]
+    save_file(tensors, last)
+    with pytest.raises(CheckpointError, match=rf"has no tensor '{name}', which the original's {last.name} has"):
+        restore(patched, tmp_path / "gone")
+
+
+def packed(data: bytes) -> str:
+    return base64.b64encode(zlib.compress(data)).decode()
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        (lambda files: files.update({"../x": {"sha256": "0", "content": packed(b"x")}}), "not a plain file name"),
+        (lambda files: files.update({"/x": {"sha256": "0", "content": packed(b"x")}}), "not a plain file name"),
+        (lambda files: files["config.json"].update(content="!"), "not a valid record"),
+        (lambda files: files["config.json"].update(content=packed(b"x")[:-8]), "not a valid record"),
+        (lambda files: files["config.json"].update(content=packed(bytes(100_000_001))), "inflates to more than"),
+        (lambda files: files["config.json"].pop("sha256"), "not a valid record"),
+        (lambda files: files["config.json"].update(content=5), "not a valid record"),
+    ],
+)
+def test_a_broken_record_is_refused_and_writes_nothing(source, tmp_path, change, problem):
+    patched = patch(source, tmp_path / "patched")
+    record = json.loads((patched / RECORD_NAME).read_text())
+    change(record["files"])
+    (patched / RECORD_NAME).write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=problem) as caught:
+        restore(patched, tmp_path / "restored")
+    assert str(caught.value).startswith(f"{patched / RECORD_NAME}: ")
+    assert not (tmp_path / "restored").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000, '{"schema": 2}', '{"schema": 1, "files": []}'])
+def test_a_record_that_is_none_is_refused(source, tmp_path, text):
+    patched = patch(source, tmp_path / "patched")
+    (patched / RECORD_NAME).write_text(text)
+    with pytest.raises(CheckpointError, match=re.escape(f"{patched / RECORD_NAME}: ")):
+        read_record(patched)
+    (patched / RECORD_NAME).unlink()
+    with pytest.raises(CheckpointError, match=re.escape(f"{patched / RECORD_NAME}: missing")):
+        read_record(patched)
+
+
+@pytest.mark.parametrize("header", [b"{", b"[]", b'{"a": 5}', b'{"a": {"data_offsets": [0, 4]}}'])
+def test_a_recorded_header_that_is_none_is_refused(source, tmp_path, header):
+    patched = patch(source, tmp_path / "patched")
+    record = json.loads((patched / RECORD_NAME).read_text())
+    entry = next(entry for entry in record["files"].values() if "header" in entry)
+    entry["header"] = packed(header)
+    (patched / RECORD_NAME).write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match="is broken; patch the model again"):
+        restore(patched, tmp_path / "restored")
