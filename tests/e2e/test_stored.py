@@ -24,7 +24,7 @@ from tests.picos import Pico, by_id
 
 ON_DISK = LoadOptions(max_memory=0)
 # Every library; a tower below a language model; renamed keys, fused ones, biases, rotary positions, another dtype.
-SAMPLES = ("hf-clip-vision", "hf-llava", "hf-data2vec", "timm-dinov2-swiglu", "timm-eva02", "open-clip",
+SAMPLES = ("hf-clip-vision", "hf-llava", "hf-data2vec", "timm-dinov2-swiglu", "timm-dinov3", "open-clip",
            "open-clip-over-timm")  # fmt: skip
 
 
