@@ -6,7 +6,7 @@ from regsurgery.surgery import Surgery
 from regsurgery.verification import Verdict
 
 
-def model_card(surgery: Surgery, fmt: str, verdict: Verdict, snippet: str) -> str:
+def model_card(surgery: Surgery, fmt: str, verdict: Verdict | None, snippet: str) -> str:
     """Markdown with what was done, to what, with which measured figures, and how to load and repeat it."""
     import jinja2
 

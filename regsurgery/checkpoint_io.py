@@ -5,14 +5,20 @@ The format: 8 bytes little-endian header length, a JSON header `{name: {dtype, s
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -24,6 +30,11 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 CHUNK_BYTES = 1 << 22
+COPY_BYTES = 1 << 28  # at a time inside the kernel
+FICLONE = 0x40049409  # ioctl of Linux: share the blocks of another file
+CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP}
+CANNOT_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EBADF}
+SHARD_NUMBER = re.compile(r"-\d+-of-\d+$")
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
                "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
 
@@ -124,6 +135,7 @@ def write_with_additions(source: SafetensorsFile, target: Path, additions: Mappi
     """
     import safetensors.torch
 
+    _check_new(source, additions)
     header: dict[str, Any] = {"__metadata__": dict(source.metadata)} if source.metadata else {}
     for tensor in source.tensors:
         header[tensor.name] = {
@@ -136,14 +148,19 @@ def write_with_additions(source: SafetensorsFile, target: Path, additions: Mappi
     (added_header_size,) = struct.unpack("<Q", added[:8])
     added_header = json.loads(added[8 : 8 + added_header_size])
     for name, entry in sorted(added_header.items(), key=lambda item: item[1].get("data_offsets", [0])):
-        if name in header:
-            raise CheckpointError(f"{source.path}: has a tensor '{name}' already; it seems to be patched")
         header[name] = {**entry, "data_offsets": [offset + end for offset in entry["data_offsets"]]}
-    with source.path.open("rb") as reader, target.open("wb") as writer:
+    with source.path.open("rb", buffering=0) as reader, target.open("wb") as writer:
         _write_header(writer, header)
         reader.seek(source.data_start)
-        shutil.copyfileobj(reader, writer, CHUNK_BYTES)
+        copy_bytes(reader, writer, end)
+        writer.seek(0, os.SEEK_END)
         writer.write(added[8 + added_header_size :])
+
+
+def _check_new(source: SafetensorsFile, additions: Mapping[str, Tensor]) -> None:
+    for tensor in source.tensors:
+        if tensor.name in additions:
+            raise CheckpointError(f"{source.path}: has a tensor '{tensor.name}' already; it seems to be patched")
 
 
 def _write_header(writer: BinaryIO, header: Mapping[str, Any]) -> None:
@@ -153,21 +170,86 @@ def _write_header(writer: BinaryIO, header: Mapping[str, Any]) -> None:
     writer.write(raw)
 
 
-def write_weights(sources: Sequence[Path], folder: Path, additions: Mapping[str, Tensor]) -> None:
-    """Write the checkpoint files `sources` into `folder` under their own names, with `additions` in the last of them.
+def copy_file(source: Path, target: Path, *, link: bool = False) -> None:
+    """Copy a file's bytes inside the kernel, where the file system can by sharing its blocks.
 
-    Sharded in, sharded out: the index is rewritten for the additions, everything else is copied byte for byte.
+    Args:
+        link: make a hard link instead, where source and target are on one file system; to write into one of the two
+            files is then to write into the other.
     """
-    for path in sources[:-1]:
-        shutil.copyfile(path, folder / path.name)
-    last = sources[-1]
-    write_with_additions(read_header(last), folder / last.name, additions)
-    for path in sorted(last.parent.glob("*.safetensors.index.json")):
-        index = json.loads(path.read_text("utf-8"))
-        index["weight_map"].update(dict.fromkeys(additions, last.name))
+    source = source.resolve()  # the files of a Hub snapshot are symbolic links
+    if link:
+        try:
+            os.link(source, target)
+            return
+        except OSError as error:
+            if error.errno not in CANNOT_LINK:
+                raise
+    with source.open("rb", buffering=0) as reader, target.open("wb") as writer:
+        try:
+            fcntl.ioctl(writer, FICLONE, reader.fileno())
+        except OSError:  # most file systems cannot
+            copy_bytes(reader, writer, source.stat().st_size)
+
+
+def copy_bytes(reader: FileIO, writer: BinaryIO, num_bytes: int) -> None:
+    """Copy the next `num_bytes` of `reader`, which has no buffer, to `writer`, inside the kernel where it can.
+
+    Raises:
+        CheckpointError: `reader` ends before.
+    """
+    writer.flush()
+    left = num_bytes
+    while left and hasattr(os, "copy_file_range"):
+        try:
+            copied = os.copy_file_range(reader.fileno(), writer.fileno(), min(left, COPY_BYTES))
+        except OSError as error:
+            if error.errno not in CANNOT_COPY or left < num_bytes:
+                raise
+            break
+        if not copied:
+            raise CheckpointError(f"{reader.name}: became shorter while it was copied; patch it again")
+        left -= copied
+    while left:
+        chunk = reader.read(min(left, CHUNK_BYTES))
+        if not chunk:
+            raise CheckpointError(f"{reader.name}: became shorter while it was copied; patch it again")
+        writer.write(chunk)
+        left -= len(chunk)
+
+
+def write_weights(
+    sources: Sequence[Path], folder: Path, additions: Mapping[str, Tensor], *, link: bool = False
+) -> None:
+    """Write the checkpoint files `sources` and the tensors `additions` into `folder`.
+
+    A single file stays one. Shards are copied whole, and the additions are a shard of their own in the rewritten index;
+    `link`: see `copy_file`.
+    """
+    index_path = index_of(sources)
+    if index_path is None:
+        (source,) = sources
+        write_with_additions(read_header(source), folder / source.name, additions)
+        return
+    for path in sources:
+        _check_new(read_header(path), additions)
+        copy_file(path, folder / path.name, link=link)
+    index = json.loads(index_path.read_text("utf-8"))
+    if additions:
+        added = f"{SHARD_NUMBER.sub('', sources[0].stem)}-registers.safetensors"
+        write_tensors(folder / added, additions)
+        index["weight_map"].update(dict.fromkeys(sorted(additions), added))
         if "total_size" in index.get("metadata", {}):
             index["metadata"]["total_size"] += sum(t.numel() * t.element_size() for t in additions.values())
-        write_json(folder / path.name, index)
+    write_json(folder / index_path.name, index)
+
+
+def index_of(sources: Sequence[Path]) -> Path | None:
+    """The index that names the shards `sources`."""
+    for path in sorted(sources[0].parent.glob("*.safetensors.index.json")):
+        if {source.name for source in sources} <= set(json.loads(path.read_text("utf-8"))["weight_map"].values()):
+            return path
+    return None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -223,13 +305,25 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_each(paths: Sequence[Path]) -> tuple[str, ...]:
+    """The sha256 of each file, as many at a time as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return tuple(pool.map(sha256, paths))
+
+
 SUMS_NAME = "SHA256SUMS"
 
 
-def write_sums(folder: Path) -> None:
-    """Write SHA256SUMS over every other file of `folder`, in the form that `sha256sum -c` reads."""
+def write_sums(folder: Path, known: Mapping[str, str]) -> None:
+    """Write SHA256SUMS over every other file of `folder`, in the form that `sha256sum -c` reads.
+
+    Args:
+        known: name -> sha256 of files that were copied whole, which need not be read once more.
+    """
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != SUMS_NAME)
-    (folder / SUMS_NAME).write_text("".join(f"{sha256(folder / name)}  {name}\n" for name in names), "utf-8")
+    new = [name for name in names if name not in known]
+    digests = {**known, **dict(zip(new, sha256_each([folder / name for name in new]), strict=True))}
+    (folder / SUMS_NAME).write_text("".join(f"{digests[name]}  {name}\n" for name in names), "utf-8")
 
 
 def read_sums(folder: Path) -> dict[str, str]:
@@ -307,6 +401,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         OutputError: `target` exists, or the disk is full or not writable.
     """
     check_output(target)
+    _remove_abandoned(target)
     partial = target.absolute().parent / f".{target.name}.partial-{os.getpid()}"
     try:
         partial.mkdir()
@@ -326,6 +421,16 @@ def whole_folder(target: Path) -> Iterator[Path]:
             f"{target}: written whole, but the disk did not confirm it ({error.strerror or error}); "
             "check it with sha256sum -c SHA256SUMS"
         ) from error
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed processes left beside `target`; a process that still runs keeps its own."""
+    import psutil
+
+    for partial in target.absolute().parent.glob(f".{glob.escape(target.name)}.partial-*"):
+        process = partial.name.rpartition("-")[2]
+        if not process.isdecimal() or not psutil.pid_exists(int(process)):
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:

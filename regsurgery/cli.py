@@ -146,6 +146,12 @@ def patch(
     num_images: NumImages = None,
     seed: Seed = 0,
     force: Force = False,
+    link: Annotated[
+        bool, typer.Option("--link", help="Hard links instead of copies of shards that stay what they are.")
+    ] = False,
+    verification: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare original and patched model on images.")
+    ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything, but write nothing.")] = False,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -171,6 +177,8 @@ def patch(
             num_images=num_images,
             seed=seed,
             force=force,
+            link=link,
+            verification=verification,
             dry_run=dry_run,
             progress=screen,
             options=_options(allow_pickle, trust_remote_code, revision, max_memory),

@@ -33,13 +33,16 @@ def emit(surgery: Surgery, target: Path, fmt: str) -> Iterator[Path]:
         yield folder
 
 
-def complete(surgery: Surgery, folder: Path, fmt: str, verdict: Verdict) -> None:
+def complete(surgery: Surgery, folder: Path, fmt: str, verdict: Verdict | None) -> None:
     """Write the model card, which has the verdict's figures, what undoing takes, and last SHA256SUMS."""
     snippet = backends.backend(fmt, surgery.recipe.mode).snippet(surgery, THIS_FOLDER)
     (folder / CARD_NAME).write_text(model_card(surgery, fmt, verdict, snippet), "utf-8")
-    if surgery.recipe.mode != "native" and fmt == surgery.loaded.library:
-        write_record(surgery.loaded, folder)
-    checkpoint_io.write_sums(folder)
+    loaded, known = surgery.loaded, {}
+    if surgery.recipe.mode != "native" and fmt == loaded.library:
+        write_record(loaded, folder)
+        if checkpoint_io.index_of(loaded.weights) is not None:  # shards are copied whole
+            known = {path.name: digest for path, digest in zip(loaded.weights, loaded.digests, strict=True)}
+    checkpoint_io.write_sums(folder, known)
 
 
 def _copy_side_files(source: Path, folder: Path) -> None:

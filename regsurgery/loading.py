@@ -160,7 +160,7 @@ def load(model_id: str, options: LoadOptions | None = None, *, native: bool = Fa
     weights, folder, scratch, pickled = _weights(folder, library, options, scratch)
     headers = [checkpoint_io.read_header(path) for path in weights]
     _refuse_quantised(folder, config, headers)
-    digests = tuple(checkpoint_io.sha256(path) for path in weights)
+    digests = checkpoint_io.sha256_each(weights)
     source = Source(model_id, revision, _combined(digests), repo)
     stored = sum(path.stat().st_size for path in weights) > _memory(options)
     checkpoint = Checkpoint(source, library, folder, weights, digests, pickled, config, config_name, stored, scratch)

@@ -10,7 +10,7 @@ import resource
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,13 +65,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class PatchResult:
-    """What `patch` did. `output` is None for a dry run; `seconds` and `peak_rss_mb` are of the whole process so far."""
+    """What `patch` did. `output` is None for a dry run, `verdict` where nothing was verified.
+
+    `seconds` and `peak_rss_mb` are of the whole process so far.
+    """
 
     output: str | None
     mode: str
     format: str
     recipe: Recipe
-    verdict: Verdict
+    verdict: Verdict | None
     seconds: float
     peak_rss_mb: float
 
@@ -81,7 +84,7 @@ class PatchResult:
             "mode": self.mode,
             "format": self.format,
             "register_neurons": {str(b): list(neurons) for b, neurons in self.recipe.register_neurons.items()},
-            "verify": self.verdict.as_dict(),
+            "verify": None if self.verdict is None else self.verdict.as_dict(),
             "seconds": round(self.seconds, 3),
             "peak_rss_mb": round(self.peak_rss_mb, 1),
         }
@@ -101,6 +104,8 @@ def patch(
     seed: int = 0,
     force: bool = False,
     options: LoadOptions | None = None,
+    link: bool = False,
+    verification: bool = True,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> PatchResult:
@@ -118,6 +123,8 @@ def patch(
             fitted on images is verified on others: every `HELD_OUT_EVERY`-th, or other generated pictures.
         seed: of generated pictures.
         force: find neurons in a model that was trained with registers, too.
+        link: make hard links of shards that stay what they are, where the file system can.
+        verification: compare original and patched model on images; without, the folder says that nobody did.
         dry_run: do everything, but write nothing to `output`.
 
     Raises:
@@ -169,7 +176,8 @@ def patch(
                 )
         with tempfile.TemporaryDirectory() as nowhere:
             target = Path(nowhere) / "dry-run" if dry_run else output
-            verdict = _write(surgery, target, fmt, unseen, progress)
+            surgery = replace(surgery, link=link)
+            verdict = _write(surgery, target, fmt, unseen if verification else None, progress)
         seconds = time.monotonic() - started
         return PatchResult(None if dry_run else str(output), chosen.mode, fmt, chosen, verdict, seconds, _peak_rss_mb())
 
@@ -226,8 +234,6 @@ def _check_memory(loaded: Loaded, what: str) -> None:
 
 def _disjoint(images: str | Path | None, pictures: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
     """Images to fit on, and others to verify on."""
-    from dataclasses import replace
-
     from regsurgery.calibration import MIN_IMAGES, image_set
 
     if images is None:
@@ -382,14 +388,14 @@ def _locate(loaded: Loaded, progress: Progress) -> tuple[Traced, Sites]:
     return traced, beside_trained(sites, trained_registers(loaded, sites))
 
 
-def _write(surgery: Surgery, target: Path, fmt: str, pictures: ImageSet, progress: Progress) -> Verdict:
-    """emit, with verification of what was emitted before it gets its final name."""
+def _write(surgery: Surgery, target: Path, fmt: str, pictures: ImageSet | None, progress: Progress) -> Verdict | None:
+    """emit, with verification (if there are images for it) of what was emitted before it gets its final name."""
     from regsurgery.emit import complete, emit
     from regsurgery.written import verify_folder
 
     with emit(surgery, target, fmt) as folder:
-        verdict = verify_folder(surgery, folder, fmt, pictures, progress)
-        if not verdict.passed:
+        verdict = None if pictures is None else verify_folder(surgery, folder, fmt, pictures, progress)
+        if verdict is not None and not verdict.passed:
             raise VerificationError(f"verification failed, nothing was written: {'; '.join(verdict.failures)}")
         complete(surgery, folder, fmt, verdict)
     return verdict

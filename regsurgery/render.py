@@ -88,7 +88,10 @@ class Screen(Progress):
     def patched(self, result: PatchResult) -> None:
         if self.as_json:
             print(json.dumps(result.as_dict(), indent=2))
-        self._verdict(result.verdict)
+        if result.verdict is None:
+            self.out.print("not verified: no image went through what was written")
+        else:
+            self._verdict(result.verdict)
         where = f"wrote {result.output}" if result.output else "dry run: nothing written"
         self._neurons(result.recipe)
         self.out.print(

@@ -29,6 +29,7 @@ class Surgery:
         graph_module: the patched graph, in the plain form of `trace.py`; parameters shared with `loaded.model`, but for
             those that `edit` replaces.
         config_block: the `regsurgery` entry of the patched checkpoint's config; plain data.
+        link: weight files that stay what they are become hard links to the source's.
         edit: new values of parameters, by their names in memory (native mode); the register tokens among them.
     """
 
@@ -40,6 +41,7 @@ class Surgery:
     graph_module: fx.GraphModule
     config_block: dict[str, Any]
     edit: Mapping[str, Tensor] = field(default_factory=dict)
+    link: bool = False
 
     @property
     def register_tokens(self) -> Tensor:

@@ -40,9 +40,8 @@ def write_folder(surgery: Surgery, folder: Path, config_name: str, source: str, 
     config = {**surgery.loaded.config, **entries, "regsurgery": surgery.config_block}
     write_json(folder / config_name, config)
     dtype = weights_dtype(surgery.loaded.weights)  # open_clip runs in float32 whatever the file has
-    write_weights(
-        surgery.loaded.weights, folder, {name: value.to(dtype) for name, value in surgery.new_tensors().items()}
-    )
+    added = {name: value.to(dtype) for name, value in surgery.new_tensors().items()}
+    write_weights(surgery.loaded.weights, folder, added, link=surgery.link)
 
 
 def import_modeling(folder: Path) -> ModuleType:

@@ -155,7 +155,7 @@ def test_a_folder_whose_outliers_are_left_fails_verification(
     wrong = Recipe({0: (5,)})
     surgery = perform(planted.loaded, wrong, planted.traced, planted.sites)
     with emit(surgery, tmp_path / "wrong", "transformers") as folder:
-        write_sums(folder)
+        write_sums(folder, {})
     monkeypatch.setattr(sys, "argv", ["regsurgery", "verify", str(tmp_path / "wrong"), "--json", "--num-images", "8"])
     with pytest.raises(SystemExit) as stopped:
         main()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 import struct
@@ -167,6 +168,7 @@ def test_an_addition_whose_name_is_taken_is_refused(good, tmp_path):
 # --- shards ---------------------------------------------------------------------------------------------------------
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+ADDED = "model-registers.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
@@ -223,13 +225,78 @@ def test_shards_are_written_as_shards_and_the_index_knows_the_addition(sharded, 
     target.mkdir()
     io.write_weights([sharded / shard for shard in SHARDS], target, {"register_tokens": REGISTERS})
     assert (target / SHARDS[0]).read_bytes() == (sharded / SHARDS[0]).read_bytes()
-    assert raw_tensors(target / SHARDS[1])["b"] == raw_tensors(sharded / SHARDS[1])["b"]
-    assert torch.equal(safetensors.torch.load_file(target / SHARDS[1])["register_tokens"], REGISTERS)
+    assert (target / SHARDS[1]).read_bytes() == (sharded / SHARDS[1]).read_bytes()
+    assert torch.equal(safetensors.torch.load_file(target / ADDED)["register_tokens"], REGISTERS)
     assert json.loads((target / INDEX).read_text("utf-8")) == {
         "metadata": {"total_size": 16 + 16},
-        "weight_map": {"a": SHARDS[0], "b": SHARDS[1], "register_tokens": SHARDS[1]},
+        "weight_map": {"a": SHARDS[0], "b": SHARDS[1], "register_tokens": ADDED},
     }
-    assert sorted(path.name for path in target.iterdir()) == sorted([*SHARDS, INDEX])
+    assert sorted(path.name for path in target.iterdir()) == sorted([*SHARDS, ADDED, INDEX])
+
+
+def test_a_second_addition_of_the_same_name_is_refused(sharded, tmp_path):
+    with pytest.raises(CheckpointError, match="has a tensor 'a' already"):
+        io.write_weights([sharded / shard for shard in SHARDS], tmp_path, {"a": REGISTERS})
+
+
+def test_shards_are_linked_on_request_and_copied_otherwise(sharded, tmp_path):
+    for link in (True, False):
+        target = tmp_path / f"target-{link}"
+        target.mkdir()
+        io.write_weights([sharded / shard for shard in SHARDS], target, {"register_tokens": REGISTERS}, link=link)
+        assert all(os.path.samefile(target / shard, sharded / shard) is link for shard in SHARDS)
+        assert all((target / shard).read_bytes() == (sharded / shard).read_bytes() for shard in SHARDS)
+
+
+@pytest.mark.parametrize("error", [errno.EXDEV, errno.EPERM])
+def test_where_no_link_can_be_made_a_copy_is(sharded, tmp_path, monkeypatch, error):
+    def refuse(source, target):
+        raise OSError(error, "no")
+
+    monkeypatch.setattr(os, "link", refuse)
+    io.copy_file(sharded / SHARDS[0], tmp_path / "copy", link=True)
+    assert (tmp_path / "copy").read_bytes() == (sharded / SHARDS[0]).read_bytes()
+
+
+@pytest.mark.parametrize("error", [None, errno.EXDEV, errno.ENOSYS])
+def test_a_copy_is_whole_where_the_kernel_cannot_copy(tmp_path, monkeypatch, error):
+    (tmp_path / "source").write_bytes(bytes(range(251)) * 100_000)  # several chunks
+    if error is not None:
+        monkeypatch.setattr(os, "copy_file_range", lambda *a: (_ for _ in ()).throw(OSError(error, "no")))
+    (tmp_path / "linked").symlink_to("source")
+    io.copy_file(tmp_path / "linked", tmp_path / "copy")
+    assert not (tmp_path / "copy").is_symlink()
+    assert (tmp_path / "copy").read_bytes() == (tmp_path / "source").read_bytes()
+
+
+def test_a_source_that_shrinks_while_it_is_copied_is_an_error(tmp_path):
+    (tmp_path / "source").write_bytes(b"x" * 100)
+    with (
+        (tmp_path / "source").open("rb", buffering=0) as reader,
+        (tmp_path / "copy").open("wb") as writer,
+        pytest.raises(CheckpointError, match="became shorter"),
+    ):
+        io.copy_bytes(reader, writer, 101)
+
+
+def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left, other = tmp_path / f".out.partial-{dead.pid}", tmp_path / f".another.partial-{dead.pid}"
+    living = tmp_path / f".out.partial-{os.getppid()}"
+    for folder in (left, other, living):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    with io.whole_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("a")
+    assert not left.exists() and other.exists() and living.exists()
+    assert (tmp_path / "out" / "a").read_text() == "a"
+
+
+def test_known_digests_are_not_measured_again(tmp_path):
+    fill(tmp_path)
+    io.write_sums(tmp_path, {"sub/b": "0" * 64})
+    assert f"{'0' * 64}  sub/b" in (tmp_path / io.SUMS_NAME).read_text().splitlines()
 
 
 # --- folders --------------------------------------------------------------------------------------------------------
@@ -308,7 +375,7 @@ def test_a_target_without_a_parent_is_refused(tmp_path):
 @pytest.fixture
 def summed(tmp_path) -> Path:
     fill(tmp_path)
-    io.write_sums(tmp_path)
+    io.write_sums(tmp_path, {})
     return tmp_path
 
 

@@ -42,9 +42,18 @@ def odd_file(path: Path, names: str) -> None:
 
 @pytest.fixture(params=["single", "sharded"])
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    folder = tmp_path / "source"
+    return write_source(tmp_path / "source", request.param)
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    """A source whose one weight file is written anew; shards are copied as they are."""
+    return write_source(tmp_path / "source", "single")
+
+
+def write_source(folder: Path, layout: str) -> Path:
     folder.mkdir()
-    if request.param == "single":
+    if layout == "single":
         odd_file(folder / WHOLE, "cab")
     else:
         odd_file(folder / SHARDS[0], "cab")
@@ -85,36 +94,36 @@ def content(source: Path) -> dict[str, bytes]:
 
 def test_every_byte_of_every_file_comes_back(source, tmp_path):
     patched = patch(source, tmp_path / "patched")
-    last = checkpoint_io.weight_files(source, WHOLE)[-1].name
-    assert (patched / last).read_bytes() != (source / last).read_bytes()
+    changed = {
+        path.name for path in source.glob("*.safetensors") if path.read_bytes() != (patched / path.name).read_bytes()
+    }
+    assert changed == ({WHOLE} if (source / WHOLE).is_file() else set())
     assert restore(patched, tmp_path / "restored") == content(source)
     record = read_record(patched)
     assert record.not_copied == ("pytorch_model.bin",)
-    assert {file.name for file in record.files if file.header is not None} == {last}
+    assert {file.name for file in record.files if file.header is not None} == changed
     replaced = {"config.json", "README.md", *([INDEX] if (source / INDEX).is_file() else [])}
     assert {file.name for file in record.files if file.content is not None} == replaced
 
 
-def test_restoring_needs_no_file_of_the_sources_layout(source, tmp_path):
+def test_restoring_needs_no_file_of_the_sources_layout(single, tmp_path):
     """Tensors are found by name, in whatever file the patched folder has them."""
     from safetensors.torch import load_file, save_file
 
-    patched = patch(source, tmp_path / "patched")
+    patched = patch(single, tmp_path / "patched")
     files = checkpoint_io.weight_files(patched, WHOLE)
     tensors = {name: value for path in files for name, value in load_file(path).items()}
-    if len(files) > 1:  # the first shard was copied and must stay
-        tensors = load_file(files[-1])
     save_file({"z" + REGISTER: tensors.pop(REGISTER), **tensors}, files[-1])
-    assert restore(patched, tmp_path / "restored") == content(source)
+    assert restore(patched, tmp_path / "restored") == content(single)
 
 
-def test_trained_registers_do_not_matter_and_trained_weights_do(source, tmp_path):
-    patched = patch(source, tmp_path / "patched")
+def test_trained_registers_do_not_matter_and_trained_weights_do(single, tmp_path):
+    patched = patch(single, tmp_path / "patched")
     last = checkpoint_io.weight_files(patched, WHOLE)[-1]
     data = bytearray(last.read_bytes())
     data[-16:] = b"\x01" * 16  # the registers come last
     last.write_bytes(data)
-    assert restore(patched, tmp_path / "restored") == content(source)
+    assert restore(patched, tmp_path / "restored") == content(single)
     data[-17] ^= 1
     last.write_bytes(data)
     with pytest.raises(CheckpointError, match="other bytes than the source had for ") as caught:
@@ -122,6 +131,18 @@ def test_trained_registers_do_not_matter_and_trained_weights_do(source, tmp_path
     first, _, others = str(caught.value).partition("as the source had them are ")
     assert f"for {last.name}: " in first
     assert last.name not in others and "config.json" in others and "tokenizer.json" in others
+
+
+def test_shards_are_copied_and_the_registers_have_one_of_their_own(tmp_path):
+    source = write_source(tmp_path / "source", "sharded")
+    patched = patch(source, tmp_path / "patched")
+    assert [path.name for path in checkpoint_io.weight_files(patched, WHOLE)] == [
+        *SHARDS,
+        "model-registers.safetensors",
+    ]
+    (patched / "model-registers.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-registers\.safetensors: named by"):
+        restore(patched, tmp_path / "restored")
 
 
 def test_a_copied_file_that_changed_or_is_gone_is_named(source, tmp_path):
@@ -134,10 +155,10 @@ def test_a_copied_file_that_changed_or_is_gone_is_named(source, tmp_path):
         restore(patched, tmp_path / "gone")
 
 
-def test_a_tensor_that_is_gone_or_has_another_type_is_named(source, tmp_path):
+def test_a_tensor_that_is_gone_or_has_another_type_is_named(single, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    patched = patch(source, tmp_path / "patched")
+    patched = patch(single, tmp_path / "patched")
     last = checkpoint_io.weight_files(patched, WHOLE)[-1]
     tensors = load_file(last)
     name = next(name for name in tensors if name != REGISTER)
@@ -191,8 +212,8 @@ def test_a_record_that_is_none_is_refused(source, tmp_path, text):
 
 
 @pytest.mark.parametrize("header", [b"{", b"[]", b'{"a": 5}', b'{"a": {"data_offsets": [0, 4]}}'])
-def test_a_recorded_header_that_is_none_is_refused(source, tmp_path, header):
-    patched = patch(source, tmp_path / "patched")
+def test_a_recorded_header_that_is_none_is_refused(single, tmp_path, header):
+    patched = patch(single, tmp_path / "patched")
     record = json.loads((patched / RECORD_NAME).read_text())
     entry = next(entry for entry in record["files"].values() if "header" in entry)
     entry["header"] = packed(header)
