@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from regsurgery.errors import CheckpointError, OutputError
+from regsurgery.limits import MAX_JSON_BYTES, read_json
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+MAX_HEADER_BYTES = 16 << 20  # 100,000 tensors; parsed, it takes many times as much memory
+MAX_RANK, MAX_DIMENSION = 16, 1 << 48
 CHUNK_BYTES = 1 << 22
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
                "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
@@ -81,7 +83,7 @@ def read_header(path: Path) -> SafetensorsFile:
     expected = 0
     for tensor in tensors:
         if tensor.start != expected:
-            raise fail(f"tensor '{tensor.name}' starts at byte {tensor.start}, expected {expected}")
+            raise fail(f"tensor {tensor.name!r} starts at byte {tensor.start}, expected {expected}")
         expected = tensor.stop
     if 8 + header_size + expected != size:
         raise fail(f"the header describes {8 + header_size + expected} bytes, the file has {size}")
@@ -92,7 +94,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in pairs:
         if name in result:
-            raise ValueError(f"the name '{name}' is given twice")
+            raise ValueError(f"the name {name!r} is given twice")
         result[name] = value
     return result
 
@@ -101,16 +103,18 @@ def _entry(name: str, value: Any, fail: Callable[[str], CheckpointError]) -> Ten
     try:
         dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
-        raise fail(f"tensor '{name}' has no dtype, shape and data_offsets") from error
+        raise fail(f"tensor {name!r} has no dtype, shape and data_offsets") from error
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise fail(f"tensor '{name}' has the unknown dtype {dtype!r}")
+        raise fail(f"tensor {name!r} has the unknown dtype {repr(dtype)[:60]}")
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
-        raise fail(f"tensor '{name}' has a shape or offsets that are not whole numbers")
+        raise fail(f"tensor {name!r} has a shape or offsets that are not whole numbers")
+    if len(shape) > MAX_RANK or max(*shape, start, stop) > MAX_DIMENSION:
+        raise fail(f"tensor {name!r} has a shape or offsets beyond any file")
     num_bytes = DTYPE_BYTES[dtype]
     for n in shape:
         num_bytes *= n
     if stop - start != num_bytes:
-        raise fail(f"tensor '{name}' has {stop - start} bytes, its shape and dtype need {num_bytes}")
+        raise fail(f"tensor {name!r} has {stop - start} bytes, its shape and dtype need {num_bytes}")
     return TensorEntry(name, dtype, tuple(shape), start, stop)
 
 
@@ -227,16 +231,89 @@ def weight_files(folder: Path, single: str) -> list[Path]:
     index = folder / f"{single}.index.json"
     if not index.is_file():
         return []
-    try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: not a valid safetensors index; download it again") from error
+    names = sorted(set(_weight_map(index).values()))
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index}: names the shard {name!r}, which is not a plain file name in the folder")
+        if Path(name).name != name or "\0" in name or len(os.fsencode(name.encode(errors="replace"))) > 255:
+            raise CheckpointError(
+                f"{index}: names the shard {name[:300]!r}, which is not a plain file name in the folder"
+            )
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: named by {index.name} but missing; download it again")
     return [folder / name for name in names]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = read_json(index)["weight_map"]
+    except (CheckpointError, KeyError) as error:
+        raise CheckpointError(f"{index}: not a valid safetensors index; download it again") from error
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index}: not a valid safetensors index; download it again")
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise CheckpointError(
+                f"{index}: not a valid safetensors index: tensor {tensor[:300]!r} is in no shard; download it again"
+            )
+    return weight_map
+
+
+def check_shards(folder: Path, single: str, files: Sequence[SafetensorsFile]) -> None:
+    """Raise `CheckpointError` for a tensor in two of `files`, or in another one than the index says."""
+    holder: dict[str, SafetensorsFile] = {}
+    for file in files:
+        for tensor in file.tensors:
+            if tensor.name in holder:
+                raise CheckpointError(
+                    f"{file.path}: tensor {tensor.name!r} is in {holder[tensor.name].path.name} too; download both again"
+                )
+            holder[tensor.name] = file
+    index = folder / f"{single}.index.json"
+    if (folder / single).is_file() or not index.is_file():
+        return
+    for name, shard in _weight_map(index).items():
+        if name in holder and holder[name].path.name != shard:
+            raise CheckpointError(
+                f"{index}: tensor {name!r} is in {holder[name].path.name}, not in {shard}; download the index again"
+            )
+
+
+def finite_digest(file: SafetensorsFile) -> str:
+    """The file's sha256, as of `sha256`; every floating-point tensor is looked through as it goes by, in chunks.
+
+    Infinities are allowed in tensors named `...mask`, where they are usual.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or an infinity.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+
+    def fine(chunk: memoryview, dtype: torch.dtype, infinities: bool) -> bool:
+        values = torch.frombuffer(chunk, dtype=dtype)
+        # A sum is finite only where every term is; one pass at the speed of memory, and rarely a second one.
+        if values.sum(dtype=torch.promote_types(dtype, torch.float32)).isfinite():
+            return True
+        return not bool((values.isnan() if infinities else ~values.isfinite()).any())
+
+    with file.path.open("rb") as reader:
+        digest.update(reader.read(file.data_start))
+        for tensor in file.tensors:
+            left, dtype = tensor.stop - tensor.start, dtypes.get(tensor.dtype)
+            while left > 0:
+                chunk = buffer[: min(left, CHUNK_BYTES)]
+                if reader.readinto(chunk) != len(chunk):  # type: ignore[attr-defined]
+                    raise CheckpointError(f"{file.path}: became shorter while it was read; copy it again")
+                digest.update(chunk)
+                if dtype is not None and not fine(chunk, dtype, tensor.name.endswith("mask")):
+                    raise CheckpointError(
+                        f"{file.path}: tensor {tensor.name!r} holds NaN or infinite numbers; download the file again, or "
+                        "take another checkpoint of this training"
+                    )
+                left -= len(chunk)
+    return digest.hexdigest()
 
 
 def sha256(path: Path) -> str:
@@ -261,15 +338,24 @@ def check_sums(folder: Path) -> None:
             f"{folder}: no {SUMS_NAME}; it is not a folder that regsurgery wrote, or it is incomplete"
         )
     try:
-        lines = sums.read_text("utf-8").splitlines()
+        with sums.open("rb") as file:
+            lines = file.read(MAX_JSON_BYTES).decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{sums}: not a text file; patch the model again") from error
     for line in lines:
         digest, _, name = line.partition("  ")
         path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise CheckpointError(f"{sums}: names {name!r}, which is not inside the folder")
-        if not path.is_file():
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            raise CheckpointError(f"{sums}: names {name[:300]!r}, which is not inside the folder")
+        try:
+            real = path.resolve(strict=True)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{folder / name[:300]}: listed in {SUMS_NAME} but missing; patch the model again"
+            ) from error
+        if not real.is_relative_to(folder.resolve()):
+            raise CheckpointError(f"{sums}: names {name[:300]!r}, which is not inside the folder")
+        if not real.is_file():
             raise CheckpointError(f"{path}: listed in {SUMS_NAME} but missing; patch the model again")
         if sha256(path) != digest:
             raise CheckpointError(f"{path}: differs from {SUMS_NAME}; patch the model again")

@@ -32,12 +32,14 @@ if TYPE_CHECKING:
 INEXACT = 100.0  # times rounding, where a native host's norms have another eps
 
 
-def verify_folder(surgery: Surgery, folder: Path, fmt: str, pictures: ImageSet, progress: Progress) -> Verdict:
-    """What was written, run as a user would, against the surgery's graphs."""
+def verify_folder(
+    surgery: Surgery, folder: Path, fmt: str, pictures: ImageSet, progress: Progress, loaded: nn.Module | None = None
+) -> Verdict:
+    """What was written, run as a user would, against the surgery's graphs; `loaded`, the module if it is loaded already."""
     progress.stage("verify", pictures.num_images)
     mode = surgery.recipe.mode
     config = read_patched_config(folder, fmt)
-    module = backends.backend(fmt, mode).reload(folder, config)
+    module = loaded or backends.backend(fmt, mode).reload(folder, config)
     if mode == "native" and fmt in backends.LIBRARIES:
         return _verify_host(surgery, module, config["regsurgery"], fmt, pictures, progress)
 

@@ -151,7 +151,9 @@ def pickled(rng: Random, folder: Path) -> None:
     elif kind == 2:
         torch.save({"weight": Runs(folder.parent / "ran")}, path, _use_new_zipfile_serialization=rng.random() < 0.5)
     elif kind == 3:
-        path.write_bytes(rng.choice([b"", b"PK\5\6" + b"\0" * 18, pickle.dumps(Runs(folder.parent / "ran")), b"\x80\x02}."]))
+        path.write_bytes(
+            rng.choice([b"", b"PK\5\6" + b"\0" * 18, pickle.dumps(Runs(folder.parent / "ran")), b"\x80\x02}."])
+        )
     elif kind == 4:
         large = torch.zeros(1).expand(rng.choice([10, 10**9, 10**12]))
         torch.save({"cls_token": large, "b": [large] * 2}, path)
@@ -213,10 +215,17 @@ def recipe_text(rng: Random, folder: Path) -> None:
     if kind == 0:
         content = mutate.damage_bytes(rng, RECIPE.encode())
     elif kind == 1:
-        key = rng.choice(["schema", "model", "mode", "fill", "scale", "register_neurons", "provenance", "num_registers"])
+        key = rng.choice(
+            ["schema", "model", "mode", "fill", "scale", "register_neurons", "provenance", "num_registers"]
+        )
         nested = LAUGHS.replace("\n", ", ").removesuffix(", ")
-        content = f"provenance2: {{{nested}}}\n{key}: *i\n".encode() if rng.random() < 0.5 else (
-            "\n".join(line for line in lines if not line.startswith((key, " "))) + f"\n{key}: {{{nested}}}\n").encode()
+        content = (
+            f"provenance2: {{{nested}}}\n{key}: *i\n".encode()
+            if rng.random() < 0.5
+            else (
+                "\n".join(line for line in lines if not line.startswith((key, " "))) + f"\n{key}: {{{nested}}}\n"
+            ).encode()
+        )
     elif kind == 2:
         content = "\n".join([*lines[: rng.randrange(len(lines))], rng.choice(lines)]).encode()
     else:
@@ -253,7 +262,9 @@ def patched_sums(rng: Random, folder: Path) -> None:
     if rng.random() < 0.5:
         path.write_bytes(mutate.damage_bytes(rng, path.read_bytes()))
         return
-    name = rng.choice(["../x", "/etc/passwd", "\0", "a" * 5000, ".", "", "sub/../x", "\ud800", "config.json/x", "link/passwd"])
+    name = rng.choice(
+        ["../x", "/etc/passwd", "\0", "a" * 5000, ".", "", "sub/../x", "\ud800", "config.json/x", "link/passwd"]
+    )
     (folder / "link").symlink_to("/etc")
     path.write_bytes("\n".join([rng.choice(lines).split()[0] + "  " + name, *lines]).encode(errors="surrogatepass"))
 
@@ -291,7 +302,9 @@ def run_recipe(rng: Random, folder: Path, bases: Bases) -> None:
     from regsurgery.surgery import check_fit
 
     recipe = find_recipe(str(folder / "recipe.yaml"))
-    assert parse_recipe(recipe.to_yaml(), "written").as_dict() == recipe.as_dict(), "a recipe is not what it was written as"
+    assert parse_recipe(recipe.to_yaml(), "written").as_dict() == recipe.as_dict(), (
+        "a recipe is not what it was written as"
+    )
     recipe.with_num_registers(3).with_mode("shift")
     check_fit(recipe, bases.sites)
     plan_surgery(bases.sites, recipe)

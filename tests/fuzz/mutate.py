@@ -166,11 +166,21 @@ def damage_tensors(rng: Random, path: Path) -> None:
     if kind == 0:
         del tensors[name]
     elif kind == 1:
-        tensors[rng.choice([name + "x", name.upper(), "a.b.c", *(t for t in TEXTS if t.isprintable())])] = tensors.pop(name)
+        tensors[rng.choice([name + "x", name.upper(), "a.b.c", *(t for t in TEXTS if t.isprintable())])] = tensors.pop(
+            name
+        )
     elif kind == 2:
         tensors[name] = rng.choice([tensor.flatten(), tensor[None], tensor[:0], tensor[:1], tensor.sum()]).clone()
     elif kind == 3:
-        dtypes = [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn]
+        dtypes = [
+            torch.float64,
+            torch.float16,
+            torch.bfloat16,
+            torch.int64,
+            torch.int8,
+            torch.bool,
+            torch.float8_e4m3fn,
+        ]
         chosen = rng.choice(dtypes)
         for each in rng.choice([[name], list(tensors)]):
             tensors[each] = tensors[each].to(chosen)

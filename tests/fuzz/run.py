@@ -62,7 +62,9 @@ class Outcome:
         )
 
 
-def fuzz(inputs: int, seed: int, *, only: str = "", first: int = 0, keep: Path | None = None, stop_after: int = 50) -> Outcome:
+def fuzz(
+    inputs: int, seed: int, *, only: str = "", first: int = 0, keep: Path | None = None, stop_after: int = 50
+) -> Outcome:
     """Run inputs `first`, ... of `seed`; input n of a seed is the same one in every run.
 
     Args:
@@ -93,7 +95,14 @@ def fuzz(inputs: int, seed: int, *, only: str = "", first: int = 0, keep: Path |
 
 
 def _one(
-    rng: Random, label: str, kind: Kind, bases: Bases, place: Path, outcome: Outcome, ended: Counter[str], keep: Path | None
+    rng: Random,
+    label: str,
+    kind: Kind,
+    bases: Bases,
+    place: Path,
+    outcome: Outcome,
+    ended: Counter[str],
+    keep: Path | None,
 ) -> None:
     from regsurgery.errors import RegsurgeryError
 
