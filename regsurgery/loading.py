@@ -235,7 +235,7 @@ def _weights(
     weights = checkpoint_io.weight_files(folder, single)
     if weights:
         return tuple(weights), folder, scratch
-    pickled = sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+    pickled = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in (".bin", ".pt", ".pth"))
     if not pickled:
         raise CheckpointError(f"{folder}: has a config but no weights; {single} is missing")
     if not options.allow_pickle:

@@ -18,7 +18,7 @@ from regsurgery.errors import RecipeError, did_you_mean
 
 SCHEMA = 1
 MAX_REGISTERS = 64
-MAX_BYTES = 1 << 17  # two seconds of parsing
+MAX_BYTES = 1 << 16  # a second of parsing
 MAX_INDEX = 2**31 - 1
 MODES = ("shift", "native", "bias")
 FILLS = ("zero", "mean", "outliers", "keep")

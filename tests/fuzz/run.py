@@ -23,8 +23,7 @@ from random import Random
 from tests.fuzz.bases import Bases, build
 from tests.fuzz.kinds import KINDS, Kind
 
-SECONDS = 5.0  # one input; tracing a model is known to take a few of them, so those that are traced have more
-TRACED_SECONDS = 60.0
+SECONDS = 5.0  # for one input
 GROWTH_MB = 500  # of the process's peak over its start
 LIMIT_MB = 4000  # of address space over its start: an absurd allocation is an error, not a machine without memory
 
@@ -40,6 +39,7 @@ class Outcome:
     inputs: int = 0
     seconds: float = 0.0
     ended: dict[str, Counter[str]] = field(default_factory=dict)
+    spent: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     growth_mb: float = 0.0
     slowest: tuple[float, str] = (0.0, "")
@@ -47,11 +47,12 @@ class Outcome:
 
     def table(self) -> str:
         columns = sorted({name for counter in self.ended.values() for name in counter})
-        rows = [["", *columns, "all"]]
+        rows = [["", *columns, "all", "ms each"]]
         for kind, counter in self.ended.items():
-            rows.append([kind, *(str(counter[name] or "-") for name in columns), str(counter.total())])
+            rows.append([kind, *(str(counter[name] or "-") for name in columns), str(counter.total()),
+                         f"{1000 * self.spent[kind] / max(counter.total(), 1):.0f}"])  # fmt: skip
         total = sum(self.ended.values(), Counter())
-        rows.append(["all", *(str(total[name]) for name in columns), str(total.total())])
+        rows.append(["all", *(str(total[name]) for name in columns), str(total.total()), ""])
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
                  for row in rows]  # fmt: skip
@@ -111,10 +112,6 @@ def _one(
     shutil.copytree(bases.folders[base], case / "model")
     kind.damage(rng, case / "model")
     expected = {path.name for path in case.iterdir()} | {"restored"}
-    saved = None
-    if keep is not None:
-        saved = place / "saved"
-        shutil.copytree(case / "model", saved, symlinks=True, ignore=_pipes)
     label += f" ({base})"
     peak, started, problem = _peak_mb(), time.monotonic(), ""
     try:
@@ -131,10 +128,11 @@ def _one(
         end, problem = f"{type(error).__name__}!", traceback.format_exc()
     seconds, grown = time.monotonic() - started, _peak_mb() - peak
     outcome.inputs += 1
+    outcome.spent[label.split(" ", 1)[1].rpartition(" (")[0]] += seconds
     ended[end] += 1
     outcome.slowest = max(outcome.slowest, (seconds, label))
     outcome.largest = max(outcome.largest, (grown, label))
-    if seconds > SECONDS and not problem and not _traced(seconds):
+    if seconds > SECONDS and not problem:
         problem = f"took {seconds:.1f} s"
     stray = sorted(str(path) for path in case.iterdir() if path.name not in expected)
     stray += [str(path) for path in (place / "cwd").iterdir()]
@@ -143,15 +141,15 @@ def _one(
         problem = problem or f"left behind: {stray}"
     if problem:
         outcome.failures.append(f"{label}: {problem}")
-        if keep is not None and saved is not None:
-            shutil.copytree(saved, keep / label.replace("/", "-").replace(" ", "_"), symlinks=True, dirs_exist_ok=True)
-    for path in (case, saved, *(place / "cwd").iterdir(), *(place / "tmp").iterdir()):
-        if path is not None:
-            shutil.rmtree(path, ignore_errors=True)
+        if keep is not None:
+            _keep(case, keep / label.replace("/", "-").replace(" ", "_"))
+    for path in (case, *(place / "cwd").iterdir(), *(place / "tmp").iterdir()):
+        shutil.rmtree(path, ignore_errors=True)
 
 
-def _traced(seconds: float) -> bool:
-    return False
+def _keep(case: Path, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(case, target, symlinks=True, ignore=_pipes)
 
 
 def _pipes(folder: str, names: list[str]) -> list[str]:
