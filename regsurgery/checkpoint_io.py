@@ -231,7 +231,7 @@ def weight_files(folder: Path, single: str) -> list[Path]:
     index = folder / f"{single}.index.json"
     if not index.is_file():
         return []
-    names = sorted(set(_weight_map(index).values()))
+    names = sorted(set(weight_map(index).values()))
     for name in names:
         if Path(name).name != name or "\0" in name or len(os.fsencode(name.encode(errors="replace"))) > 255:
             raise CheckpointError(
@@ -242,78 +242,24 @@ def weight_files(folder: Path, single: str) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> shard, as an index has it.
+
+    Raises:
+        CheckpointError: it is no index.
+    """
     try:
-        weight_map = read_json(index)["weight_map"]
+        found = read_json(index)["weight_map"]
     except (CheckpointError, KeyError) as error:
         raise CheckpointError(f"{index}: not a valid safetensors index; download it again") from error
-    if not isinstance(weight_map, dict):
+    if not isinstance(found, dict):
         raise CheckpointError(f"{index}: not a valid safetensors index; download it again")
-    for tensor, shard in weight_map.items():
+    for tensor, shard in found.items():
         if not isinstance(shard, str):
             raise CheckpointError(
                 f"{index}: not a valid safetensors index: tensor {tensor[:300]!r} is in no shard; download it again"
             )
-    return weight_map
-
-
-def check_shards(folder: Path, single: str, files: Sequence[SafetensorsFile]) -> None:
-    """Raise `CheckpointError` for a tensor in two of `files`, or in another one than the index says."""
-    holder: dict[str, SafetensorsFile] = {}
-    for file in files:
-        for tensor in file.tensors:
-            if tensor.name in holder:
-                raise CheckpointError(
-                    f"{file.path}: tensor {tensor.name!r} is in {holder[tensor.name].path.name} too; download both again"
-                )
-            holder[tensor.name] = file
-    index = folder / f"{single}.index.json"
-    if (folder / single).is_file() or not index.is_file():
-        return
-    for name, shard in _weight_map(index).items():
-        if name in holder and holder[name].path.name != shard:
-            raise CheckpointError(
-                f"{index}: tensor {name!r} is in {holder[name].path.name}, not in {shard}; download the index again"
-            )
-
-
-def finite_digest(file: SafetensorsFile) -> str:
-    """The file's sha256, as of `sha256`; every floating-point tensor is looked through as it goes by, in chunks.
-
-    Infinities are allowed in tensors named `...mask`, where they are usual.
-
-    Raises:
-        CheckpointError: a tensor holds NaN or an infinity.
-    """
-    import torch
-
-    digest = hashlib.sha256()
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    buffer = memoryview(bytearray(CHUNK_BYTES))
-
-    def fine(chunk: memoryview, dtype: torch.dtype, infinities: bool) -> bool:
-        values = torch.frombuffer(chunk, dtype=dtype)
-        # A sum is finite only where every term is; one pass at the speed of memory, and rarely a second one.
-        if values.sum(dtype=torch.promote_types(dtype, torch.float32)).isfinite():
-            return True
-        return not bool((values.isnan() if infinities else ~values.isfinite()).any())
-
-    with file.path.open("rb") as reader:
-        digest.update(reader.read(file.data_start))
-        for tensor in file.tensors:
-            left, dtype = tensor.stop - tensor.start, dtypes.get(tensor.dtype)
-            while left > 0:
-                chunk = buffer[: min(left, CHUNK_BYTES)]
-                if reader.readinto(chunk) != len(chunk):  # type: ignore[attr-defined]
-                    raise CheckpointError(f"{file.path}: became shorter while it was read; copy it again")
-                digest.update(chunk)
-                if dtype is not None and not fine(chunk, dtype, tensor.name.endswith("mask")):
-                    raise CheckpointError(
-                        f"{file.path}: tensor {tensor.name!r} holds NaN or infinite numbers; download the file again, or "
-                        "take another checkpoint of this training"
-                    )
-                left -= len(chunk)
-    return digest.hexdigest()
+    return found
 
 
 def sha256(path: Path) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regsurgery import checkpoint_io, limits
+from regsurgery import checkpoint_io, limits, weights_check
 from regsurgery.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError, UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -147,9 +147,9 @@ def load(model_id: str, options: LoadOptions | None = None, *, native: bool = Fa
     limits.check_numbers(folder / config_name, config)
     weights, folder, scratch = _weights(folder, library, options, scratch)
     headers = [checkpoint_io.read_header(path) for path in weights]
-    checkpoint_io.check_shards(folder, backends.library(library).WEIGHTS_NAME, headers)
+    weights_check.check_shards(folder, backends.library(library).WEIGHTS_NAME, headers)
     _refuse_quantised(folder, config, headers)
-    digests = [checkpoint_io.finite_digest(header) for header in headers]
+    digests = [weights_check.finite_digest(header) for header in headers]
     source = Source(model_id, revision, _combined(digests), repo)
     checkpoint = Checkpoint(source, library, folder, weights, config, config_name, scratch)
     with limits.bounded_model(folder / config_name, headers):

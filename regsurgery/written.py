@@ -35,7 +35,11 @@ INEXACT = 100.0  # times rounding, where a native host's norms have another eps
 def verify_folder(
     surgery: Surgery, folder: Path, fmt: str, pictures: ImageSet, progress: Progress, loaded: nn.Module | None = None
 ) -> Verdict:
-    """What was written, run as a user would, against the surgery's graphs; `loaded`, the module if it is loaded already."""
+    """What was written, run as a user would, against the surgery's graphs.
+
+    Args:
+        loaded: the folder's module, where it is loaded already.
+    """
     progress.stage("verify", pictures.num_images)
     mode = surgery.recipe.mode
     config = read_patched_config(folder, fmt)

@@ -123,8 +123,8 @@ def _refuse_kernels(config_path: Path, config: Mapping[str, Any]) -> None:
         for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
             if "/" in str(part.get(key)):
                 raise CheckpointError(
-                    f"{config_path}: {key!r} names code of another repository; remove it, or pass --trust-remote-code if "
-                    "you trust its author"
+                    f"{config_path}: {key!r} names code of another repository; remove it, or pass --trust-remote-code "
+                    "if you trust its author"
                 )
 
 

@@ -18,7 +18,8 @@ TINY_TIMM = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 16, "patch
 PROCESSOR = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16},
              "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
 CLIP_PROCESSOR = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16}, "do_center_crop": True,
-                  "crop_size": {"height": 16, "width": 16}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
+                  "crop_size": {"height": 16, "width": 16},
+                  "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
 RECIPE = """\
 schema: 1
 model: tiny

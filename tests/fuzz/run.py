@@ -54,13 +54,16 @@ class Outcome:
         total = sum(self.ended.values(), Counter())
         rows.append(["all", *(str(total[name]) for name in columns), str(total.total()), ""])
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-                 for row in rows]  # fmt: skip
-        return "\n".join(lines) + (
-            f"\n{self.inputs} inputs in {self.seconds:.0f} s, {self.inputs / max(self.seconds, 1e-9):.0f} a second; peak RSS "
-            f"grew by {self.growth_mb:.0f} MB; slowest {self.slowest[0]:.2f} s ({self.slowest[1]}), largest step "
-            f"{self.largest[0]:.0f} MB ({self.largest[1]}); {len(self.failures)} failures"
+        lines = []
+        for first, *others in rows:
+            cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+            lines.append("  ".join([first.ljust(widths[0]), *cells]))
+        lines.append(
+            f"{self.inputs} inputs in {self.seconds:.0f} s, {self.inputs / max(self.seconds, 1e-9):.0f} a second; peak "
+            f"RSS grew by {self.growth_mb:.0f} MB, at most by {self.largest[0]:.0f} MB at once ({self.largest[1]}); "
+            f"slowest {self.slowest[0]:.2f} s ({self.slowest[1]}); {len(self.failures)} failures"
         )
+        return "\n".join(lines)
 
 
 def fuzz(
