@@ -27,14 +27,14 @@ SIDES = (
     "shortest_edge",
     "longest_edge",
 )
-COUNTS = re.compile(r"(layers|depth|blocks|labels|classes)$")  # libraries make lists of that length before any tensor
-MAX_COUNT = 1 << 18
+# Libraries make lists of these lengths before any tensor.
+COUNTS = {re.compile(r"(layers|depth|blocks)$"): 1 << 12, re.compile(r"(labels|classes)$"): 1 << 18}
 SPARE_ELEMENTS = 1 << 24  # what a model may have beyond `FACTOR` times the checkpoint, so that small ones are no case
-SPARE_TENSORS = 4096
+SPARE_TENSORS = 1024
 FACTOR = 4  # tied tensors are on disk once, tables that are computed are not there
 # What libraries raise on broken configs and weights, beside their own exceptions.
 BROKEN = (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError,
-          AssertionError, MemoryError)  # fmt: skip
+          AssertionError, MemoryError, StopIteration, EOFError)  # fmt: skip
 
 
 def read_json(path: Path, remedy: str = "download it again") -> dict[str, Any]:
@@ -79,7 +79,7 @@ def check_numbers(path: Path, config: Any) -> None:
     """Raise `CheckpointError` for numbers in a config that libraries turn into lists or images of absurd size."""
 
     def check(key: str, number: Any) -> None:
-        limit = MAX_SIDE if key in SIDES else MAX_COUNT if COUNTS.search(key) else None
+        limit = MAX_SIDE if key in SIDES else next((COUNTS[ending] for ending in COUNTS if ending.search(key)), None)
         if limit is not None and type(number) in (int, float) and not number <= limit:
             raise CheckpointError(
                 f"{path}: {key!r} is {_short(number)}, beyond {limit}; correct it or download the file again"

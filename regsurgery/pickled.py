@@ -29,7 +29,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     _refuse_bomb(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (*BROKEN, pickle.UnpicklingError, EOFError) as error:
+    except (*BROKEN, pickle.UnpicklingError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise CheckpointError(f"{path}: cannot be read as plain weights ({reason}); {REMEDY}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state

@@ -113,7 +113,11 @@ def at_size(loaded: Loaded, size: tuple[int, int]) -> Loaded:
 def _architecture(config_path: Path, config: Mapping[str, Any]) -> str:
     architectures = config.get("architectures") or ["AutoModel"]
     if not isinstance(architectures, list) or not isinstance(architectures[0], str):
-        raise CheckpointError(f"{config_path}: 'architectures' must be a list of class names, found {architectures!r}")
+        raise CheckpointError(
+            f"{config_path}: 'architectures' must be a list of class names, found {architectures!r:.200}"
+        )
+    if not architectures[0].isidentifier():
+        raise CheckpointError(f"{config_path}: {architectures[0]!r:.200} under 'architectures' is no class name")
     return architectures[0]
 
 

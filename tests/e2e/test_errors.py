@@ -221,7 +221,7 @@ BROKEN = {
     "architecture no model": (lambda model: edit_config(model, architectures=["pipeline"]), "'pipeline' is no model"),
     "architecture code": (
         lambda model: edit_config(model, architectures=[CODE]),
-        "this version of transformers has no",
+        "is no class name",
     ),
     "kernel": (lambda model: edit_config(model, attn_implementation="owner/code"), "'attn_implementation' names code"),
     "preprocessor's code": (processor_code, "preprocessor_config.json"),

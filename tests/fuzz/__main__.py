@@ -21,8 +21,6 @@ def main() -> int:
     outcome = fuzz(
         args.inputs, args.seed, only=args.only, first=args.first, keep=args.keep.absolute(), stop_after=args.stop_after
     )
-    for failure in outcome.failures:
-        print(failure, "", sep="\n")
     print(outcome.table())
     return 1 if outcome.failures else 0
 

@@ -25,6 +25,7 @@ from tests.fuzz.kinds import KINDS, Kind
 
 SECONDS = 5.0  # for one input
 GROWTH_MB = 500  # of the process's peak over its start
+TOLD_EVERY = 1000
 LIMIT_MB = 4000  # of address space over its start: an absurd allocation is an error, not a machine without memory
 
 
@@ -89,6 +90,9 @@ def fuzz(
                 rng = Random(f"{seed}/{number}")
                 name = rng.choices(list(kinds), [kind.weight for kind in kinds.values()])[0]
                 _one(rng, f"{seed}/{number} {name}", kinds[name], bases, place, outcome, outcome.ended[name], keep)
+                if outcome.inputs % TOLD_EVERY == 0:
+                    outcome.seconds, outcome.growth_mb = time.monotonic() - started, _peak_mb() - before
+                    print(outcome.table(), file=sys.stderr, flush=True)
                 if len(outcome.failures) >= stop_after:
                     break
             outcome.seconds = time.monotonic() - started
@@ -144,6 +148,7 @@ def _one(
         problem = problem or f"left behind: {stray}"
     if problem:
         outcome.failures.append(f"{label}: {problem}")
+        print(outcome.failures[-1], file=sys.stderr, flush=True)
         if keep is not None:
             _keep(case, keep / label.replace("/", "-").replace(" ", "_"))
     for path in (case, *(place / "cwd").iterdir(), *(place / "tmp").iterdir()):
