@@ -97,7 +97,9 @@ def check_numbers(path: Path, config: Any) -> None:
 
 
 def _short(number: Any) -> str:
-    return f"{number:.3g}" if isinstance(number, float) or abs(number) < 10**15 else "a number of more than 15 digits"
+    if isinstance(number, float):
+        return f"{number:.3g}"
+    return str(number) if abs(number) < 10**15 else "a number of more than 15 digits"
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def test_an_input_that_fails_is_reported_and_kept(tmp_path, monkeypatch, number)
     monkeypatch.setattr(checkpoint_io, "read_header", broken)
     monkeypatch.setattr("tests.fuzz.run.build", lambda root: _only_weights(root))
     monkeypatch.setattr("tests.fuzz.run._warm", lambda folder: None)
-    outcome = fuzz(1, 0, first=number, only="header", keep=tmp_path / "kept")
+    outcome = fuzz(1, 0, first=number, only="header:", keep=tmp_path / "kept")
     assert len(outcome.failures) == 1
     assert "ZeroDivisionError: planted" in outcome.failures[0]
     assert outcome.failures[0].startswith(f"0/{number} header")
