@@ -211,7 +211,7 @@ BROKEN = {
     "too many labels": (lambda model: edit_config(model, id2label=None, num_labels=10**10), "'num_labels' is"),
     "too wide": (lambda model: edit_config(model, hidden_size=10**6), "config.json: describes a model of a tensor of"),
     "too deep": (
-        lambda model: edit_config(model, num_hidden_layers=10**5),
+        lambda model: edit_config(model, num_hidden_layers=4000),
         "config.json: describes a model of more than",
     ),
     "far too deep": (lambda model: edit_config(model, num_hidden_layers=10**9), "'num_hidden_layers' is 1000000000"),
