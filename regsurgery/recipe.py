@@ -20,6 +20,7 @@ SCHEMA = 1
 MAX_REGISTERS = 64
 MAX_BYTES = 1 << 16  # a second of parsing
 MAX_INDEX = 2**31 - 1
+MAX_DEPTH = 64
 MODES = ("shift", "native", "bias")
 FILLS = ("zero", "mean", "outliers", "keep")
 PREFIXES = ("keep", "fill")
@@ -123,6 +124,11 @@ class _StrictLoader(yaml.SafeLoader):
                 None, None, "an alias (*name) is not read, write its value out", self.peek_event().start_mark
             )
         return super().compose_node(parent, index)
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        if self.flow_level >= MAX_DEPTH:  # the scanner's time grows with its square
+            raise yaml.MarkedYAMLError(None, None, f"more than {MAX_DEPTH} nested brackets", self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
