@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from regsurgery.errors import CheckpointError, OutputError
+from regsurgery.limits import MAX_JSON_BYTES, read_json
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+MAX_HEADER_BYTES = 16 << 20  # 100,000 tensors; parsed, it takes many times as much memory
+MAX_RANK, MAX_DIMENSION = 16, 1 << 48
 CHUNK_BYTES = 1 << 22
 COPY_BYTES = 1 << 28  # at a time inside the kernel
 FICLONE = 0x40049409  # ioctl of Linux: share the blocks of another file
@@ -94,7 +96,7 @@ def read_header(path: Path) -> SafetensorsFile:
     expected = 0
     for tensor in tensors:
         if tensor.start != expected:
-            raise fail(f"tensor '{tensor.name}' starts at byte {tensor.start}, expected {expected}")
+            raise fail(f"tensor {tensor.name!r} starts at byte {tensor.start}, expected {expected}")
         expected = tensor.stop
     if 8 + header_size + expected != size:
         raise fail(f"the header describes {8 + header_size + expected} bytes, the file has {size}")
@@ -105,7 +107,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in pairs:
         if name in result:
-            raise ValueError(f"the name '{name}' is given twice")
+            raise ValueError(f"the name {name!r} is given twice")
         result[name] = value
     return result
 
@@ -114,16 +116,18 @@ def _entry(name: str, value: Any, fail: Callable[[str], CheckpointError]) -> Ten
     try:
         dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
-        raise fail(f"tensor '{name}' has no dtype, shape and data_offsets") from error
+        raise fail(f"tensor {name!r} has no dtype, shape and data_offsets") from error
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise fail(f"tensor '{name}' has the unknown dtype {dtype!r}")
+        raise fail(f"tensor {name!r} has the unknown dtype {repr(dtype)[:60]}")
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
-        raise fail(f"tensor '{name}' has a shape or offsets that are not whole numbers")
+        raise fail(f"tensor {name!r} has a shape or offsets that are not whole numbers")
+    if len(shape) > MAX_RANK or max(*shape, start, stop) > MAX_DIMENSION:
+        raise fail(f"tensor {name!r} has a shape or offsets beyond any file")
     num_bytes = DTYPE_BYTES[dtype]
     for n in shape:
         num_bytes *= n
     if stop - start != num_bytes:
-        raise fail(f"tensor '{name}' has {stop - start} bytes, its shape and dtype need {num_bytes}")
+        raise fail(f"tensor {name!r} has {stop - start} bytes, its shape and dtype need {num_bytes}")
     return TensorEntry(name, dtype, tuple(shape), start, stop)
 
 
@@ -288,16 +292,35 @@ def weight_files(folder: Path, single: str) -> list[Path]:
     index = folder / f"{single}.index.json"
     if not index.is_file():
         return []
-    try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: not a valid safetensors index; download it again") from error
+    names = sorted(set(weight_map(index).values()))
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index}: names the shard {name!r}, which is not a plain file name in the folder")
+        if Path(name).name != name or "\0" in name or len(os.fsencode(name.encode(errors="replace"))) > 255:
+            raise CheckpointError(
+                f"{index}: names the shard {name[:300]!r}, which is not a plain file name in the folder"
+            )
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: named by {index.name} but missing; download it again")
     return [folder / name for name in names]
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> shard, as an index has it.
+
+    Raises:
+        CheckpointError: it is no index.
+    """
+    try:
+        found = read_json(index)["weight_map"]
+    except (CheckpointError, KeyError) as error:
+        raise CheckpointError(f"{index}: not a valid safetensors index; download it again") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{index}: not a valid safetensors index; download it again")
+    for tensor, shard in found.items():
+        if not isinstance(shard, str):
+            raise CheckpointError(
+                f"{index}: not a valid safetensors index: tensor {tensor[:300]!r} is in no shard; download it again"
+            )
+    return found
 
 
 def sha256(path: Path) -> str:
@@ -338,13 +361,14 @@ def read_sums(folder: Path) -> dict[str, str]:
             f"{folder}: no {SUMS_NAME}; it is not a folder that regsurgery wrote, or it is incomplete"
         )
     try:
-        lines = sums.read_text("utf-8").splitlines()
+        with sums.open("rb") as file:
+            lines = file.read(MAX_JSON_BYTES).decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{sums}: not a text file; patch the model again") from error
     digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     for name in digests:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise CheckpointError(f"{sums}: names {name!r}, which is not inside the folder")
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            raise CheckpointError(f"{sums}: names {name[:300]!r}, which is not inside the folder")
     return digests
 
 
@@ -352,7 +376,15 @@ def check_sums(folder: Path) -> None:
     """Raise `CheckpointError` for the first file that SHA256SUMS lists and that is missing or changed."""
     for name, digest in read_sums(folder).items():
         path = folder / name
-        if not path.is_file():
+        try:
+            real = path.resolve(strict=True)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{folder / name[:300]}: listed in {SUMS_NAME} but missing; patch the model again"
+            ) from error
+        if not real.is_relative_to(folder.resolve()):
+            raise CheckpointError(f"{folder / SUMS_NAME}: names {name[:300]!r}, which is not inside the folder")
+        if not real.is_file():
             raise CheckpointError(f"{path}: listed in {SUMS_NAME} but missing; patch the model again")
         if sha256(path) != digest:
             raise CheckpointError(f"{path}: differs from {SUMS_NAME}; patch the model again")

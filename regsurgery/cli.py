@@ -332,5 +332,5 @@ def main() -> None:
     try:
         app()
     except RegsurgeryError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(error.exit_code)

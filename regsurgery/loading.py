@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regsurgery import checkpoint_io
+from regsurgery import checkpoint_io, limits, weights_check
 from regsurgery.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError, UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -152,19 +151,29 @@ def load(model_id: str, options: LoadOptions | None = None, *, native: bool = Fa
     from regsurgery import backends
 
     library, config_name, config = read_config(folder)
+    if not native:  # there the folder is a patched one, checked already, or our own link to it
+        limits.refuse_links_out(folder)
     if "regsurgery" in config and not native:
-        raise CheckpointError(
-            f"{folder}: is patched already; patch its source "
-            f"{config['regsurgery'].get('source', {}).get('id', '')} instead"
-        )
+        raise CheckpointError(f"{folder}: is patched already; patch its source {_source_id(config)} instead")
+    limits.check_numbers(folder / config_name, config)
     weights, folder, scratch, pickled = _weights(folder, library, options, scratch)
     headers = [checkpoint_io.read_header(path) for path in weights]
+    weights_check.check_shards(folder, backends.library(library).WEIGHTS_NAME, headers)
     _refuse_quantised(folder, config, headers)
-    digests = checkpoint_io.sha256_each(weights)
+    digests = weights_check.finite_digests(headers)
     source = Source(model_id, revision, _combined(digests), repo)
     stored = sum(path.stat().st_size for path in weights) > _memory(options)
     checkpoint = Checkpoint(source, library, folder, weights, digests, pickled, config, config_name, stored, scratch)
-    return backends.library(library).load(checkpoint, options)
+    with limits.bounded_model(folder / config_name, headers):
+        loaded = backends.library(library).load(checkpoint, options)
+    limits.tried(loaded.preprocess, folder)
+    return loaded
+
+
+def _source_id(config: Mapping[str, Any]) -> str:
+    block = config["regsurgery"]
+    source = block.get("source") if isinstance(block, dict) else None
+    return str(source.get("id", ""))[:200] if isinstance(source, dict) else ""
 
 
 def parse_size(text: str) -> int:
@@ -218,17 +227,12 @@ def read_config(folder: Path) -> tuple[str, str, dict[str, Any]]:
         path = folder / name
         if not path.is_file():
             continue
-        try:
-            config = json.loads(path.read_text("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from error
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{path}: not a JSON object; download it again")
+        config = limits.read_json(path)
         if name == "open_clip_config.json":
             return "open_clip", name, config
         if "model_type" in config:
             return "transformers", name, config
-        if "architecture" in config:
+        if isinstance(config.get("architecture"), str):
             return "timm", name, config
         raise CheckpointError(
             f"{path}: neither transformers ('model_type') nor timm ('architecture') wrote this config"
@@ -243,7 +247,7 @@ def _refuse_quantised(
     """Rows of a quantised matrix share scales, so no neuron's column can be rewritten alone."""
     settings = config.get("quantization_config")
     matrices = (
-        f"tensor '{tensor.name}' is {tensor.dtype}"
+        f"tensor {tensor.name!r} is {tensor.dtype}"
         for header in headers
         for tensor in header.tensors
         if tensor.dtype in QUANTISED and len(tensor.shape) == 2
@@ -267,7 +271,7 @@ def _weights(
     weights = checkpoint_io.weight_files(folder, single)
     if weights:
         return tuple(weights), folder, scratch, None
-    pickled = sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+    pickled = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in (".bin", ".pt", ".pth"))
     if not pickled:
         raise CheckpointError(f"{folder}: has a config but no weights; {single} is missing")
     if not options.allow_pickle:
@@ -287,22 +291,13 @@ def _weights(
 
 def _convert_pickle(pickled: Path, folder: Path, converted: Path, single: str) -> None:
     """Copy `folder` to `converted` with the pickled weights as safetensors; pickle is read with weights_only."""
-    import pickle
     import shutil
 
     import safetensors.torch
-    import torch
 
-    try:
-        state = torch.load(pickled, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        first_line = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{pickled}: cannot be read as plain weights ({first_line}); convert it to safetensors"
-        ) from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise CheckpointError(f"{pickled}: is not a plain state dict; convert it to safetensors")
+    from regsurgery.pickled import read_pickle
+
+    state = read_pickle(pickled)
     converted.mkdir()
     for path in folder.iterdir():
         if path.is_file() and path != pickled:

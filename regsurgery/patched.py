@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regsurgery import backends, checkpoint_io
-from regsurgery.errors import UserError
+from regsurgery.errors import CheckpointError, UserError
+from regsurgery.limits import BROKEN, bounded_model, read_json, refuse_links_out
+from regsurgery.recipe import MODES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,8 +19,36 @@ if TYPE_CHECKING:
 def load(folder: str | Path) -> nn.Module:
     """The patched model of a folder that regsurgery wrote, in eval mode. Runs the folder's own loader file."""
     root = existing_folder(folder)
-    fmt = folder_format(root)
-    return backends.backend(fmt, patched_mode(root, fmt)).reload(root, read_patched_config(root, fmt))
+    return reloaded(root, folder_format(root))
+
+
+def rebuilt(folder: Path, config: dict[str, Any], fmt: str, *, stored: bool) -> nn.Module:
+    """The patched model of a folder, as a user would get it; `stored`: its weights stay on disk where they can."""
+    mode = config["regsurgery"]["mode"]
+    backend = backends.backend(fmt, mode)
+    if stored and mode != "native" and fmt in backends.LIBRARIES:
+        return backend.reload(folder, config, stored=True)
+    return backend.reload(folder, config)
+
+
+def reloaded(folder: Path, fmt: str, *, stored: bool = False) -> nn.Module:
+    """The patched model of a folder that may be broken; `stored`: see `rebuilt`.
+
+    Raises:
+        CheckpointError: the folder's own loader file, or the stock host, cannot build it.
+    """
+    config = read_patched_config(folder, fmt)
+    backend = backends.backend(fmt, config["regsurgery"]["mode"])
+    name = backends.backend(fmt).WEIGHTS_NAME if fmt in backends.LIBRARIES else ""
+    headers = [checkpoint_io.read_header(path) for path in checkpoint_io.weight_files(folder, name)] if name else []
+    try:
+        if not headers:
+            return rebuilt(folder, config, fmt, stored=stored)
+        with bounded_model(folder / backend.CONFIG_NAME, headers):
+            return rebuilt(folder, config, fmt, stored=stored)
+    except BROKEN as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(f"{folder}: its model cannot be built: {reason}; patch the model again") from error
 
 
 def existing_folder(folder: str | Path) -> Path:
@@ -27,6 +56,7 @@ def existing_folder(folder: str | Path) -> Path:
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give one that regsurgery patch wrote")
+    refuse_links_out(root)
     return root
 
 
@@ -43,7 +73,21 @@ def folder_format(folder: Path) -> str:
 
 
 def read_patched_config(folder: Path, fmt: str) -> dict[str, Any]:
-    return json.loads((folder / backends.backend(fmt).CONFIG_NAME).read_text("utf-8"))
+    """The config of a patched folder; its `regsurgery` entry has a mode and a source.
+
+    Raises:
+        CheckpointError: the config is missing, broken, or its `regsurgery` entry is none.
+    """
+    path = folder / backends.backend(fmt).CONFIG_NAME
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; patch the model again")
+    config = read_json(path, "patch the model again")
+    block = config.get("regsurgery")
+    source = block.get("source") if isinstance(block, dict) else None
+    texts = [source.get(key) for key in ("id", "sha256")] if isinstance(source, dict) else [None]
+    if not isinstance(block, dict) or block.get("mode") not in MODES or not all(isinstance(t, str) for t in texts):
+        raise CheckpointError(f"{path}: its 'regsurgery' entry is not one that regsurgery wrote; patch the model again")
+    return config
 
 
 def patched_mode(folder: Path, fmt: str) -> str:

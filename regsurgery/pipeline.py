@@ -31,9 +31,10 @@ from regsurgery.patched import (
     existing_folder,
     folder_format,
     read_patched_config,
+    reloaded,
     take_our_tensors,
 )
-from regsurgery.recipe import Recipe, find_recipe, parse_recipe, recipe_for_model
+from regsurgery.recipe import Recipe, find_recipe, recipe_for_model
 
 if TYPE_CHECKING:
     from regsurgery.calibration import ImageSet
@@ -429,7 +430,7 @@ def verify(
     checkpoint_io.check_sums(root)
     fmt = folder_format(root)
     config = read_patched_config(root, fmt)
-    recipe = parse_recipe((root / "recipe.yaml").read_text("utf-8"), "recipe.yaml")
+    recipe = find_recipe(str(root / "recipe.yaml"))
     recorded = config["regsurgery"]["source"]
     with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
         progress.stage("load")
@@ -449,7 +450,7 @@ def verify(
         surgery = operate(loaded, recipe, progress)
         if fmt in backends.LIBRARIES:
             take_our_tensors(surgery, root, fmt)
-        return verify_folder(surgery, root, fmt, pictures, progress)
+        return verify_folder(surgery, root, fmt, pictures, progress, reloaded(root, fmt, stored=loaded.stored))
 
 
 def _given_recipe(model: str, recipe: str | Path | Recipe, progress: Progress) -> Recipe:

@@ -5,6 +5,7 @@ Blocks and neurons are counted from 0.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -17,6 +18,9 @@ from regsurgery.errors import RecipeError, did_you_mean
 
 SCHEMA = 1
 MAX_REGISTERS = 64
+MAX_BYTES = 1 << 16  # a second of parsing
+MAX_INDEX = 2**31 - 1
+MAX_DEPTH = 64
 MODES = ("shift", "native", "bias")
 FILLS = ("zero", "mean", "outliers", "keep")
 PREFIXES = ("keep", "fill")
@@ -83,7 +87,16 @@ class Recipe:
         }
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.as_dict(), sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
+        return yaml.dump(
+            self.as_dict(), Dumper=_PlainDumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True
+        )
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """SafeDumper that writes a value out wherever it occurs; `_StrictLoader` reads no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 KEYS = [
@@ -101,7 +114,21 @@ KEYS = [
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice; plain YAML silently keeps the last."""
+    """SafeLoader that refuses a key given twice (plain YAML silently keeps the last) and aliases, which can nest a
+    few lines into billions of values.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                None, None, "an alias (*name) is not read, write its value out", self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        if self.flow_level >= MAX_DEPTH:  # the scanner's time grows with its square
+            raise yaml.MarkedYAMLError(None, None, f"more than {MAX_DEPTH} nested brackets", self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -114,9 +141,15 @@ class _StrictLoader(yaml.SafeLoader):
                     None, None, "a key is a list or a mapping", key_node.start_mark
                 ) from error
             if twice:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {_shown(key)} is given twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+
+# ValueError, and TypeError, KeyError and AttributeError: of the constructors of numbers, dates and sets.
+NOT_YAML = (yaml.YAMLError, RecursionError, ValueError, TypeError, LookupError, AttributeError, OverflowError)
 
 
 def parse_recipe(text: str, where: str) -> Recipe:
@@ -125,10 +158,14 @@ def parse_recipe(text: str, where: str) -> Recipe:
     Raises:
         RecipeError: malformed YAML, unknown key or value, a wrong type, a schema this version does not know.
     """
+    if len(text) > MAX_BYTES:
+        raise RecipeError(
+            f"{where}: {len(text)} characters, more than the {MAX_BYTES} that a recipe may have; shorten it"
+        )
     try:
         data = yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    except NOT_YAML as error:
+        raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())[:400]}; correct it") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{where}: expected a mapping with the keys {', '.join(KEYS)}")
 
@@ -137,24 +174,26 @@ def parse_recipe(text: str, where: str) -> Recipe:
 
     for key in data:
         if key not in KEYS:
-            fail(f"unknown key '{key}'{did_you_mean(str(key), KEYS)}")
+            fail(f"unknown key {_shown(str(key))}{did_you_mean(_shown(key, ''), KEYS)}")
     if "schema" not in data:
         fail(f"the key 'schema' is missing; this version writes schema: {SCHEMA}")
     if type(data["schema"]) is not int or data["schema"] != SCHEMA:
-        fail(f"schema {data['schema']} is not known to this version of regsurgery (it reads schema {SCHEMA})")
+        fail(
+            f"schema {_shown(data['schema'], '')} is not known to this version of regsurgery (it reads schema {SCHEMA})"
+        )
     if "register_neurons" not in data:
         fail("the key 'register_neurons' is missing; give it as {block: [neuron, ...]}")
 
     num_registers = data.get("num_registers", 1)
     if type(num_registers) is not int or not 0 <= num_registers <= MAX_REGISTERS:
-        fail(f"num_registers must be a whole number from 0 to {MAX_REGISTERS}, found {num_registers!r}")
+        fail(f"num_registers must be a whole number from 0 to {MAX_REGISTERS}, found {_shown(num_registers)}")
     scale = data.get("scale", 1.0)
     scales = scale if isinstance(scale, list) else [scale] * num_registers
     if not all(type(factor) in (int, float) and abs(factor) < 1e6 for factor in scales):
-        fail(f"scale must be a number, or a list with one number per register, found {scale!r}")
+        fail(f"scale must be a number, or a list with one number per register, found {_shown(scale)}")
     model = data.get("model", "")
     if not isinstance(model, str):
-        fail(f"model must be text, found {model!r}")
+        fail(f"model must be text, found {_shown(model)}")
     provenance = {} if data.get("provenance") is None else data["provenance"]
     if not isinstance(provenance, dict):
         fail("provenance must be a mapping")
@@ -176,19 +215,33 @@ def _neurons(data: Any, fail: Any) -> dict[int, tuple[int, ...]]:
     if not isinstance(data, dict):
         fail("register_neurons must be {block: [neuron, ...]}")
     result: dict[int, tuple[int, ...]] = {}
-    for block, neurons in sorted(data.items(), key=lambda item: (str(type(item[0])), item[0])):
-        if type(block) is not int or block < 0:
-            fail(f"block {block!r} under 'register_neurons' must be a whole number from 0 on")
+    for block in data:
+        if not _is_index(block):
+            fail(f"block {_shown(block)} under 'register_neurons' must be a whole number from 0 to {MAX_INDEX}")
+    for block, neurons in sorted(data.items()):
         if not isinstance(neurons, list) or not neurons:
             fail(f"block {block} under 'register_neurons' must have a list of at least one neuron")
         for neuron in neurons:
-            if type(neuron) is not int or neuron < 0:
-                fail(f"neuron {neuron!r} of block {block} must be a whole number from 0 on")
+            if not _is_index(neuron):
+                fail(f"neuron {_shown(neuron)} of block {block} must be a whole number from 0 to {MAX_INDEX}")
         if len(set(neurons)) < len(neurons):
-            twice = next(neuron for neuron in neurons if neurons.count(neuron) > 1)
+            twice = next(neuron for neuron, times in Counter(neurons).items() if times > 1)
             fail(f"neuron {twice} of block {block} is listed twice")
         result[block] = tuple(sorted(neurons))
     return result
+
+
+def _is_index(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_INDEX
+
+
+def _shown(value: Any, quote: str | None = None) -> str:
+    """`value` in an error message: as Python writes it, or between `quote`s; a long one is cut."""
+    try:
+        text = repr(value) if quote is None or not str(value).isprintable() else f"{quote}{value}{quote}"
+    except ValueError:  # a whole number of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _checked(recipe: Recipe, where: str) -> Recipe:
@@ -199,8 +252,8 @@ def _checked(recipe: Recipe, where: str) -> Recipe:
         ("compat", recipe.compat, COMPATS),
     ):
         if value not in allowed:
-            near = did_you_mean(str(value), list(allowed))
-            raise RecipeError(f"{where}: {key} must be one of {', '.join(allowed)}, found {value!r}{near}")
+            near = did_you_mean(_shown(value, ""), list(allowed))
+            raise RecipeError(f"{where}: {key} must be one of {', '.join(allowed)}, found {_shown(value)}{near}")
     if not 0 <= recipe.num_registers <= MAX_REGISTERS:
         raise RecipeError(f"{where}: num_registers must be from 0 to {MAX_REGISTERS}, found {recipe.num_registers}")
     if recipe.num_registers == 0 and recipe.register_neurons:
@@ -241,9 +294,14 @@ def find_recipe(name_or_path: str) -> Recipe:
         RecipeError: neither a file nor a bundled name; the message lists the nearest name.
     """
     path = Path(name_or_path)
-    if path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError:  # a name that no file can have
+        is_file = False
+    if is_file:
         try:
-            return parse_recipe(path.read_text("utf-8"), path.name)
+            with path.open("rb") as file:
+                return parse_recipe(file.read(MAX_BYTES * 4 + 1).decode("utf-8"), path.name)
         except UnicodeDecodeError as error:
             raise RecipeError(f"{path}: not a UTF-8 text file") from error
     bundled = bundled_recipes()
@@ -251,7 +309,7 @@ def find_recipe(name_or_path: str) -> Recipe:
         return bundled[name_or_path]
     hint = did_you_mean(name_or_path, list(bundled))
     raise RecipeError(
-        f"{name_or_path}: no such recipe file, and no bundled recipe of that name{hint or '; '}"
+        f"{name_or_path[:300]}: no such recipe file, and no bundled recipe of that name{hint or '; '}"
         f"{'' if hint else 'bundled are ' + ', '.join(bundled)}"
     )
 

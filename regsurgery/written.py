@@ -19,7 +19,7 @@ from regsurgery.fitting import at_size, restored_native
 from regsurgery.loading import Loaded
 from regsurgery.loading import load as load_original
 from regsurgery.match import match
-from regsurgery.patched import read_patched_config
+from regsurgery.patched import read_patched_config, rebuilt
 from regsurgery.recipe import Recipe
 from regsurgery.sites import Sites
 from regsurgery.surgery import Surgery
@@ -32,14 +32,18 @@ if TYPE_CHECKING:
 INEXACT = 100.0  # times rounding, where a native host's norms have another eps
 
 
-def verify_folder(surgery: Surgery, folder: Path, fmt: str, pictures: ImageSet, progress: Progress) -> Verdict:
-    """What was written, run as a user would, against the surgery's graphs."""
+def verify_folder(
+    surgery: Surgery, folder: Path, fmt: str, pictures: ImageSet, progress: Progress, loaded: nn.Module | None = None
+) -> Verdict:
+    """What was written, run as a user would, against the surgery's graphs.
+
+    Args:
+        loaded: the folder's module, where it is loaded already.
+    """
     progress.stage("verify", pictures.num_images)
     mode = surgery.recipe.mode
     config = read_patched_config(folder, fmt)
-    backend = backends.backend(fmt, mode)
-    stays = {"stored": True} if surgery.loaded.stored and mode != "native" and fmt in backends.LIBRARIES else {}
-    module = backend.reload(folder, config, **stays)
+    module = loaded or rebuilt(folder, config, fmt, stored=surgery.loaded.stored)
     if mode == "native" and fmt in backends.LIBRARIES:
         return _verify_host(surgery, module, config["regsurgery"], fmt, pictures, progress)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -18,6 +19,7 @@ from regsurgery.backends.modeling import FILE_NAME, import_modeling, modeling_so
 from regsurgery.checkpoint_io import weight_files
 from regsurgery.errors import CheckpointError, UnsupportedModelError
 from regsurgery.families import ENTRIES, NOISE_INPUTS, PACKED_INPUTS, TEXT_CONFIG_KEY
+from regsurgery.limits import BROKEN, check_numbers, read_json
 from regsurgery.loading import Checkpoint, Loaded, LoadOptions
 from regsurgery.stored import StoredTensor, is_stored, stored_state
 
@@ -26,19 +28,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
-# What transformers raises on broken configs and weights.
-UNLOADABLE = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    TypeError,
-    KeyError,
-    AttributeError,
-    ArithmeticError,
-    ImportError,
-    AssertionError,
-    StrictDataclassError,
-)
+UNLOADABLE = (*BROKEN, SafetensorError, StrictDataclassError)  # what transformers raises on broken configs and weights
 SNIPPET = """\
 from transformers import {auto_class}
 
@@ -65,6 +55,10 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         raise UnsupportedModelError(
             f"{folder / checkpoint.config_name}: this version of transformers has no {architecture}"
         )
+    if not hasattr(cls, "from_pretrained") or not hasattr(cls, "from_config" if "Auto" in architecture else "forward"):
+        raise CheckpointError(f"{folder / checkpoint.config_name}: {architecture!r} is no model class of transformers")
+    if not options.trust_remote_code:
+        _refuse_kernels(folder / checkpoint.config_name, config)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
@@ -97,7 +91,7 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         if name in parameters:
             raise UnsupportedModelError(f"{folder}: {architecture} is not supported: {reason} (its input '{name}')")
     own_size = _own_size(config, model)
-    preprocess, note, image_size = _preprocessing(folder, own_size, model.dtype)
+    preprocess, note, image_size = _preprocessing(folder, own_size, model.dtype, options)
     return Loaded(
         **vars(checkpoint),
         architecture=architecture,
@@ -133,40 +127,59 @@ def at_size(loaded: Loaded, size: tuple[int, int]) -> Loaded:
 def _architecture(config_path: Path, config: Mapping[str, Any]) -> str:
     architectures = config.get("architectures") or ["AutoModel"]
     if not isinstance(architectures, list) or not isinstance(architectures[0], str):
-        raise CheckpointError(f"{config_path}: 'architectures' must be a list of class names, found {architectures!r}")
+        raise CheckpointError(
+            f"{config_path}: 'architectures' must be a list of class names, found {architectures!r:.200}"
+        )
+    if not architectures[0].isidentifier():
+        raise CheckpointError(f"{config_path}: {architectures[0]!r:.200} under 'architectures' is no class name")
     return architectures[0]
+
+
+def _refuse_kernels(config_path: Path, config: Mapping[str, Any]) -> None:
+    """An attention implementation of the form `owner/repository` is code that transformers would fetch and run."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
+            if "/" in str(part.get(key)):
+                raise CheckpointError(
+                    f"{config_path}: {key!r} names code of another repository; remove it, or pass --trust-remote-code "
+                    "if you trust its author"
+                )
 
 
 def _own_size(config: Mapping[str, Any], model: nn.Module) -> tuple[int, int]:
     """(height, width) of the position embedding."""
     vision = getattr(model.config, "vision_config", model.config)
     size = getattr(vision, "image_size", None)
-    if isinstance(size, (list, tuple)) and len(size) == 2:
-        return int(size[0]), int(size[1])
-    if isinstance(size, int):
+    if isinstance(size, (list, tuple)) and len(size) == 2 and all(type(side) is int and side > 0 for side in size):
+        return size[0], size[1]
+    if type(size) is int and size > 0:
         return size, size
     raise UnsupportedModelError(f"{config.get('model_type')}: its config has no image_size")
 
 
 def _preprocessing(
-    folder: Path, own_size: tuple[int, int], dtype: torch.dtype
+    folder: Path, own_size: tuple[int, int], dtype: torch.dtype, options: LoadOptions
 ) -> tuple[Callable[[list[Any]], Tensor], str, tuple[int, int]]:
     """The model's own preprocessing, a line that names it, and the size (height, width) that it makes."""
-    if any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+    settings = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
+    settings = [path for path in settings if path.is_file()]
+    if settings:
         from transformers import AutoImageProcessor
 
+        for path in settings:
+            check_numbers(path, read_json(path))
         try:
-            processor = AutoImageProcessor.from_pretrained(folder)
+            processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+            size = _processor_size(processor)
         except UNLOADABLE as error:
             raise CheckpointError(
-                f"{folder / 'preprocessor_config.json'}: transformers cannot load it: "
-                f"{' '.join(str(error).split())[:300]}"
+                f"{settings[0]}: transformers cannot load it: {' '.join(str(error).split())[:300]}"
             ) from error
 
         def processed(images: list[Any]) -> Tensor:
             return processor(images=images, return_tensors="pt")["pixel_values"].to(dtype)
 
-        return processed, f"the model's own {type(processor).__name__}", _processor_size(processor) or own_size
+        return processed, f"the model's own {type(processor).__name__}", size or own_size
     from torchvision.transforms import v2
 
     plain = v2.Compose(

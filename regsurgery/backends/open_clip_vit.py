@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from regsurgery.backends import host_open_clip
 from regsurgery.backends.modeling import import_modeling, modeling_source, write_folder
 from regsurgery.checkpoint_io import weight_files
 from regsurgery.errors import CheckpointError, UnsupportedModelError
+from regsurgery.limits import BROKEN
 from regsurgery.loading import Checkpoint, Loaded, LoadOptions, place
 from regsurgery.stored import assign, stored_state, without_memory
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
 CONFIG_NAME = "open_clip_config.json"
-UNLOADABLE = (RuntimeError, ValueError, KeyError, TypeError, AssertionError)  # what open_clip raises on broken folders
+UNLOADABLE = (*BROKEN, SafetensorError)  # what open_clip raises on broken folders
 OUTPUT_NAMES = ("image_features", "text_features", "logit_scale", "logit_bias")
 TOWER_NAMES = ("image_features", "image_tokens")
 SNIPPET = """\
@@ -38,9 +40,9 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     folder = checkpoint.folder
     try:
         model = _model(checkpoint)
+        transform = host_open_clip.image_transform(model)
     except UNLOADABLE as error:
         raise CheckpointError(f"{folder}: open_clip cannot load it: {' '.join(str(error).split())[:300]}") from error
-    transform = host_open_clip.image_transform(model)
     size = model.visual.image_size
     context = getattr(model, "context_length", 77)
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from regsurgery.backends import host_timm
 from regsurgery.backends.modeling import import_modeling, modeling_source, write_folder
 from regsurgery.checkpoint_io import weight_files, weights_dtype
 from regsurgery.errors import CheckpointError, UnsupportedModelError
+from regsurgery.limits import BROKEN, MAX_SIDE
 from regsurgery.loading import Checkpoint, Loaded, LoadOptions, place
 from regsurgery.stored import assign, stored_state, without_memory
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from regsurgery.surgery import Surgery
 
 WEIGHTS_NAME = "model.safetensors"
-UNLOADABLE = (RuntimeError, ValueError, KeyError, TypeError, AssertionError)  # what timm raises on broken folders
+UNLOADABLE = (*BROKEN, SafetensorError)  # what timm raises on broken folders
 CONFIG_NAME = "config.json"
 SNIPPET = """\
 import sys; sys.path.insert(0, "{folder}")
@@ -44,16 +46,19 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
             model: Any = _stored_model(checkpoint, dtype)
         else:
             model = timm.create_model(f"local-dir:{folder}", pretrained=True).to(dtype)
+        data = resolve_model_data_config(model)
+        image_size = data["input_size"][1], data["input_size"][2]
+        if not 0 < max(image_size) / data["crop_pct"] <= MAX_SIDE:
+            raise ValueError(f"crop_pct {data['crop_pct']} of {max(image_size)} pixels")
+        transform: Any = create_transform(**data, is_training=False)
     except UNLOADABLE as error:
         raise CheckpointError(f"{folder}: timm cannot load it: {' '.join(str(error).split())[:300]}") from error
-    data = resolve_model_data_config(model)
-    transform: Any = create_transform(**data, is_training=False)
     output = "logits" if getattr(model, "num_classes", 0) else "output"
     return Loaded(
         **vars(checkpoint),
         architecture=checkpoint.config["architecture"],
         model=place(model.eval(), options.device_map),
-        image_size=tuple(data["input_size"][1:]),
+        image_size=image_size,
         preprocess=lambda images: torch.stack([transform(image.convert("RGB")) for image in images]).to(dtype),
         preprocess_note="the model's own pretrained_cfg",
         inputs=lambda images: ((images,), {}),

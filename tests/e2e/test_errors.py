@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from PIL import Image
 
 from regsurgery import checkpoint_io, cli
@@ -163,6 +164,30 @@ def shard_outside(model: Path) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
 
 
+CODE = "ViTModel):\n    pass\n__import__('os').mkdir('ran')\nclass X("
+
+
+def edit_processor(model: Path, **changes: object) -> None:
+    path = model / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changes}), "utf-8")
+
+
+def processor_code(model: Path) -> None:
+    """Without an answer to its question, transformers would wait for the user's."""
+    (model / "mine.py").write_text("import os\nos.mkdir(os.path.dirname(__file__) + '/ran')\n", "utf-8")
+    edit_processor(model, image_processor_type="Mine", auto_map={"AutoImageProcessor": "mine.Mine"})
+
+
+def link_out(name: str):
+    def edit(model: Path) -> None:
+        path, outside = model / name, model.parent / "outside"
+        outside.write_bytes(path.read_bytes() if path.is_file() else b"secret")
+        path.unlink(missing_ok=True)
+        path.symlink_to(outside)
+
+    return edit
+
+
 BROKEN = {
     "no config": (remove("config.json"), "no config.json"),
     "config cut": (write("config.json", b'{"model_type'), "config.json: not valid JSON"),
@@ -183,6 +208,37 @@ BROKEN = {
     "width as text": (lambda model: edit_config(model, hidden_size="64"), "hidden_size"),
     "activation unknown": (lambda model: edit_config(model, hidden_act="gelo"), "gelo"),
     "preprocessor cut": (write("preprocessor_config.json", b"{"), "preprocessor_config.json"),
+    "too many labels": (lambda model: edit_config(model, id2label=None, num_labels=10**10), "'num_labels' is"),
+    "too wide": (lambda model: edit_config(model, hidden_size=10**6), "config.json: describes a model of a tensor of"),
+    "too deep": (
+        lambda model: edit_config(model, num_hidden_layers=4000),
+        "config.json: describes a model of more than",
+    ),
+    "far too deep": (lambda model: edit_config(model, num_hidden_layers=10**9), "'num_hidden_layers' is 1000000000"),
+    "image too large": (lambda model: edit_config(model, image_size=10**6), "'image_size' is 1000000"),
+    "image of nothing": (lambda model: edit_config(model, image_size=0), "model"),
+    "config too long": (write("config.json", b" " * (17 << 20)), "config.json: 17825792 bytes"),
+    "architecture no model": (lambda model: edit_config(model, architectures=["pipeline"]), "'pipeline' is no model"),
+    "architecture code": (
+        lambda model: edit_config(model, architectures=[CODE]),
+        "is no class name",
+    ),
+    "kernel": (lambda model: edit_config(model, attn_implementation="owner/code"), "'attn_implementation' names code"),
+    "preprocessor's code": (processor_code, "preprocessor_config.json"),
+    "preprocessor too large": (lambda model: edit_processor(model, size={"height": 10**6, "width": 96}), "'height' is"),
+    "preprocessor of two channels": (lambda model: edit_processor(model, image_mean=[0.5] * 2), "its preprocessing"),
+    "preprocessor of nothing": (lambda model: edit_processor(model, image_std=[0.0] * 3), "its preprocessing"),
+    "nan": (
+        change_tensor(lambda name, tensor: {name: tensor * float("nan")}),
+        "tensor 'vit.layernorm.weight' holds NaN",
+    ),
+    "infinite": (
+        change_tensor(lambda name, tensor: {name: tensor / 0}),
+        "tensor 'vit.layernorm.weight' holds NaN or inf",
+    ),
+    "weights elsewhere": (link_out("model.safetensors"), "model.safetensors: a symbolic link to"),
+    "side file elsewhere": (link_out("vocab.txt"), "vocab.txt: a symbolic link to"),
+    "patched by nobody": (lambda model: edit_config(model, regsurgery=5), "is patched already"),
     "patched already": (lambda model: edit_config(model, regsurgery={}), "is patched already"),
 }
 
@@ -372,6 +428,62 @@ def test_verify_names_a_changed_and_a_missing_file(run, patched, tmp_path, name)
     assert_refused(run("verify", folder, "-q"), f"{path}: differs from SHA256SUMS")
     path.unlink()
     assert_refused(run("verify", folder, "-q"), f"{path}: listed in SHA256SUMS but missing")
+
+
+def no_recipe(folder: Path) -> None:
+    (folder / "recipe.yaml").unlink()
+
+
+def edit_block(**changes: object):
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        edit_config(folder, regsurgery={**config["regsurgery"], **changes})
+
+    return edit
+
+
+BROKEN_PATCHED = {
+    "block a number": (lambda folder: edit_config(folder, regsurgery=5), "config.json: its 'regsurgery' entry"),
+    "mode unknown": (edit_block(mode="magic"), "config.json: its 'regsurgery' entry"),
+    "no source": (edit_block(source=None), "config.json: its 'regsurgery' entry"),
+    "source a number": (edit_block(source={"id": 5, "sha256": "x"}), "config.json: its 'regsurgery' entry"),
+    "layouts of nothing": (edit_block(layouts=[]), "its model cannot be built"),
+    "width of gigabytes": (edit_block(width=10**10), "config.json: describes a model of"),
+    "registers of nothing": (edit_block(num_registers="many"), "its model cannot be built"),
+    "no recipe": (no_recipe, "recipe.yaml"),
+    "recipe no text": (lambda folder: (folder / "recipe.yaml").write_bytes(b"\xff\xfe"), "recipe.yaml"),
+}
+
+
+@pytest.mark.parametrize("damage, named", BROKEN_PATCHED.values(), ids=BROKEN_PATCHED)
+def test_verify_of_a_broken_folder_whose_sums_are_right(run, patched, tmp_path, damage, named):
+    folder = shutil.copytree(patched, tmp_path / "copy")
+    damage(folder)
+    checkpoint_io.write_sums(folder)
+    assert_refused(run("verify", folder, "-q", *FEW), named)
+
+
+def test_verify_of_a_folder_with_a_link_out(run, patched, tmp_path):
+    folder = shutil.copytree(patched, tmp_path / "copy")
+    link_out("preprocessor_config.json")(folder)
+    assert_refused(run("verify", folder, "-q", *FEW), folder / "preprocessor_config.json", "a symbolic link to")
+
+
+HOSTILE = "\"\"\"\n    __import__('os').mkdir('ran')\n{0.__class__} {{ 7 * 7 }} \\"
+
+
+def test_nothing_of_recipe_and_config_gets_into_the_loader_file(run, model, patched, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    edit_config(model, _name_or_path=HOSTILE, id2label={str(n): HOSTILE for n in range(10)}, **{HOSTILE: HOSTILE})
+    data = yaml.safe_load((patched / "recipe.yaml").read_text("utf-8"))
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**data, "model": HOSTILE, "provenance": {HOSTILE: HOSTILE}}))
+    done = run("patch", model, "--recipe", tmp_path / "mine.yaml", "-q", "-o", tmp_path / "out", *FEW)
+    assert (done.code, done.err) == (0, "")
+    name = "modeling_regsurgery.py"
+    assert (tmp_path / "out" / name).read_bytes() == (patched / name).read_bytes()
+    assert "ran" not in (tmp_path / "out" / name).read_text("utf-8").split()
+    assert run("verify", tmp_path / "out", "-q", *FEW).code == 0
+    assert not (tmp_path / "ran").exists()
 
 
 # --- what works -----------------------------------------------------------------------------------------------------

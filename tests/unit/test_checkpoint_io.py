@@ -115,6 +115,12 @@ def entry(**changes: object) -> dict[str, object]:
         (entry(shape=[-2]), "'b' has a shape or offsets"),
         (entry(shape=[True, 2]), "'b' has a shape or offsets"),
         (entry(shape=2), "'b' has a shape or offsets"),
+        (entry(shape=[10**4000, 10**4000]), "'b' has a shape or offsets beyond any file"),
+        (entry(shape=[0, 10**400]), "'b' has a shape or offsets beyond any file"),
+        (entry(shape=[99_999_999] * 100_000), "'b' has a shape or offsets beyond any file"),
+        (entry(data_offsets=[8, 10**4299]), "'b' has a shape or offsets beyond any file"),
+        (entry(dtype="F" * 10_000), "'b' has the unknown dtype 'FFF"),
+        ({"a": F32, "b\n\x1b[31m": {**F32, "data_offsets": [8, 17]}}, r"'b\n\x1b[31m' has 9 bytes"),
         ({"a": F32, "b": {"dtype": "F32", "shape": [2]}}, "'b' has no dtype, shape and data_offsets"),
         ({"a": F32, "b": None}, "'b' has no dtype, shape and data_offsets"),
         ({"b": {**F32, "data_offsets": [8, 16]}}, "'b' starts at byte 8, expected 0"),
@@ -128,6 +134,7 @@ def test_a_tensor_that_lies_is_refused_by_name(tmp_path, header, problem):
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
     assert problem in message
+    assert len(message) < 1000 and message.isprintable()
 
 
 @pytest.mark.parametrize(
@@ -197,6 +204,14 @@ def test_the_weights_are_the_single_file_where_there_is_one(sharded):
 
 def test_a_folder_without_weights_has_none(tmp_path):
     assert io.weight_files(tmp_path, "model.safetensors") == []
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a" * 5000, "\ud800"])
+def test_a_shard_with_a_name_that_no_file_can_have_is_refused(sharded, name):
+    write_index(sharded, {"a": name})
+    with pytest.raises(CheckpointError, match=re.escape(str(sharded))) as caught:
+        io.weight_files(sharded, "model.safetensors")
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_missing_shard_is_named(sharded):
@@ -407,6 +422,17 @@ def test_missing_sums_are_an_error(tmp_path):
 def test_sums_of_files_outside_the_folder_are_refused(summed, name):
     (summed / "SHA256SUMS").write_text(f"{'0' * 64}  {name}\n", "utf-8")
     with pytest.raises(CheckpointError, match="not inside the folder"):
+        io.check_sums(summed)
+
+
+@pytest.mark.parametrize("name", ["link/secret", "file", "\0", "a" * 5000])
+def test_sums_of_files_behind_a_link_or_of_none_are_refused(summed, tmp_path_factory, name):
+    outside = tmp_path_factory.mktemp("outside")
+    (outside / "secret").write_text("secret")
+    (summed / "link").symlink_to(outside)
+    (summed / "file").symlink_to(outside / "secret")
+    (summed / "SHA256SUMS").write_text(f"{io.sha256(outside / 'secret')}  {name}\n", "utf-8")
+    with pytest.raises(CheckpointError, match=r"not inside the folder|listed in SHA256SUMS but missing"):
         io.check_sums(summed)
 
 

@@ -284,3 +284,70 @@ def test_a_model_has_its_recipe_and_the_first_by_name_where_there_are_two(model,
 @pytest.mark.parametrize("model", ["", "facebook/dinov2", "facebook/dinov2-large/"])
 def test_another_model_has_none(model):
     assert recipe_for_model(model) is None
+
+
+# --- hostile input --------------------------------------------------------------------------------------------------
+
+HUGE = "0x" + "f" * 9000
+LAUGHS = "".join(
+    f"  {new}: &{new} [{', '.join(['*' + old] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        MINIMAL + "provenance:\n  a: &a [x]\n" + LAUGHS,
+        MINIMAL + "provenance: &a [*a]",
+        "schema: 1\nregister_neurons: {7: &a [417], 8: *a}",
+    ],
+)
+def test_aliases_are_refused(text):
+    assert "an alias (*name) is not read, write its value out" in refusal(text)
+
+
+def test_a_value_that_occurs_twice_is_written_out_and_read_back():
+    shared = [1, 2]
+    recipe = Recipe(register_neurons={7: (417,)}, provenance={"a": shared, "b": shared, "c": {"d": shared}})
+    assert parse_recipe(recipe.to_yaml(), "some.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"schema: {HUGE}\nregister_neurons: {{7: [417]}}",
+        f"schema: 1\nregister_neurons: {{{HUGE}: [417]}}",
+        f"schema: 1\nregister_neurons: {{7: [{HUGE}]}}",
+        "schema: 1\nregister_neurons: {7: [2147483648]}",
+        MINIMAL + f"num_registers: {HUGE}",
+        MINIMAL + f"scale: {HUGE}",
+        MINIMAL + f"mode: {HUGE}",
+        MINIMAL + f"{HUGE}: 1",
+        MINIMAL + "mode: '" + "x" * 50_000 + "'",
+        MINIMAL + "x" * 50_000 + ": 1",
+        MINIMAL + 'fill: "\\x1b[31m\\n"',
+        MINIMAL + "provenance: !!python/object/apply:os.system [true]",
+        MINIMAL + "provenance: !!set {? [a]}",
+        MINIMAL + "provenance: !!timestamp x",
+        MINIMAL + "provenance: 2001-99-99",
+        "schema: 1\nregister_neurons: {2001-01-01 00:00:00: [1], 2001-01-01 00:00:00Z: [2]}",
+        "schema: 1\nregister_neurons: {~: [1], a: [1]}",
+        MINIMAL + "provenance: " + "[" * 5000,
+        MINIMAL + "#" * (1 << 16),
+    ],
+)
+def test_a_hostile_recipe_is_refused_in_one_short_printable_line(text):
+    message = refusal(text)
+    assert len(message) < 1000 and message.isprintable()
+
+
+def test_a_recipe_as_large_as_allowed_is_read_soon():
+    neurons = list(range(10_000))
+    recipe = parse_recipe(f"schema: 1\nregister_neurons: {{7: {neurons}}}", "some.yaml")
+    assert recipe.num_neurons == 10_000
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b"])
+def test_a_name_that_no_file_can_have_is_refused(name):
+    with pytest.raises(RecipeError, match="no such recipe file"):
+        find_recipe(name)

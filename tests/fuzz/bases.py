@@ -1,0 +1,118 @@
+"""The good inputs that are damaged: the smallest checkpoints of the three libraries, and what was patched of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.picos import _open_clip, _timm, _transformers
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
+        "intermediate_size": 32}  # fmt: skip
+TINY_TIMM = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 16, "patch_size": 8}
+PROCESSOR = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16},
+             "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
+CLIP_PROCESSOR = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16}, "do_center_crop": True,
+                  "crop_size": {"height": 16, "width": 16},
+                  "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
+RECIPE = """\
+schema: 1
+model: tiny
+register_neurons: {0: [3, 5], 1: [7]}
+num_registers: 2
+mode: shift
+fill: zero
+prefix: keep
+compat: none
+scale: [1.0, 0.5]
+provenance:
+  found_by: fuzz 0
+  sweep: [{top_k: 1, outliers: 2.5}, {top_k: 2, outliers: 0.0}]
+"""
+
+
+@dataclass(frozen=True)
+class Bases:
+    """Folders by name; `traced` and `sites` are those of `vit`."""
+
+    folders: dict[str, Path]
+    traced: Any
+    sites: Any
+
+
+def build(root: Path) -> Bases:
+    from regsurgery import checkpoint_io, emit, loading, pipeline
+    from regsurgery.recipe import parse_recipe
+    from regsurgery.surgery import perform
+
+    quiet()
+    _transformers("ViTForImageClassification", "ViTConfig", **TINY, num_labels=3)(root / "vit")
+    (root / "vit" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    _transformers("Dinov2Model", "Dinov2Config", **{k: v for k, v in TINY.items() if k != "intermediate_size"})(
+        root / "dinov2"
+    )
+    _transformers("CLIPVisionModelWithProjection", "CLIPVisionConfig", **TINY, projection_dim=8)(root / "clip")
+    (root / "clip" / "preprocessor_config.json").write_text(json.dumps(CLIP_PROCESSOR))
+    _timm("vit_tiny_patch16_224", **TINY_TIMM)(root / "timm")
+    _timm("beit_base_patch16_224", **TINY_TIMM, dynamic_img_size=None, init_values=1.0)(root / "timm-beit")
+    for name in ("timm", "timm-beit"):
+        path = root / name / "config.json"
+        config = json.loads(path.read_text())
+        config["pretrained_cfg"]["input_size"] = [3, 16, 16]
+        path.write_text(json.dumps(config))
+    _open_clip(image_size=16, layers=2, width=16, head_width=8, patch_size=8)(root / "open_clip")
+    _shard(root / "vit", root / "sharded")
+    for name, zipped in (("bin", True), ("bin-legacy", False)):
+        _pickle(root / "vit", root / name, zipped)
+    recipe = parse_recipe(RECIPE, "recipe.yaml")
+    found: Any = None
+    for name in ("timm", "vit"):
+        loaded = loading.load(str(root / name))
+        found = pipeline._locate(loaded, pipeline.Progress())
+        surgery = perform(loaded, recipe, *found)
+        with emit.emit(surgery, root / f"patched-{name}", loaded.library) as folder:
+            checkpoint_io.write_sums(folder)
+    return Bases({path.name: path for path in root.iterdir()}, *found)
+
+
+def quiet() -> None:
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(1)
+
+
+def _shard(source: Path, folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, weight_map = sorted(tensors), {}
+    for number in range(3):
+        shard = f"model-0000{number + 1}-of-00003.safetensors"
+        own = names[number::3]
+        save_file({name: tensors[name] for name in own}, folder / shard, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(own, shard)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _pickle(source: Path, folder: Path, zipped: bool) -> None:
+    from safetensors.torch import load_file
+
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)

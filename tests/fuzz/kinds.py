@@ -1,0 +1,341 @@
+"""What is damaged, and the public entry points that get it. A kind is `damage` and `run`, on a folder of its own."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tests.fuzz import mutate
+from tests.fuzz.bases import RECIPE, Bases
+
+LOADED = ("vit", "dinov2", "clip", "timm", "timm-beit", "open_clip")
+CONFIG_KEYS = ("architectures", "auto_map", "attn_implementation", "_attn_implementation", "num_labels", "id2label",
+               "num_classes", "in_chans", "quantization_config", "dtype", "torch_dtype", "vision_config", "regsurgery",
+               "max_position_embeddings", "patch_size", "image_size", "num_hidden_layers", "out_features", "layers",
+               "hf_model_name", "timm_model_name", "mlp_ratio", "init_values", "reg_tokens", "use_cache")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`damage` changes a copy of one of `bases` in place; `run` gives it to the package."""
+
+    bases: tuple[str, ...]
+    damage: Callable[[Random, Path], None]
+    run: Callable[[Random, Path, Bases], None]
+    weight: int
+
+
+def weights_of(folder: Path) -> Path:
+    return min(folder.glob("*.safetensors"))
+
+
+def config_of(folder: Path) -> Path:
+    return next(p for p in (folder / "open_clip_config.json", folder / "config.json") if p.is_file())
+
+
+# --- damage ---------------------------------------------------------------------------------------------------------
+
+
+def weight_bytes(rng: Random, folder: Path) -> None:
+    path = weights_of(folder)
+    content = path.read_bytes()
+    stop = rng.choice([8, 200, len(content) - len(mutate.split(content)[1]), None])
+    path.write_bytes(mutate.damage_bytes(rng, content, 0, stop))
+
+
+def weight_header(rng: Random, folder: Path) -> None:
+    path = weights_of(folder)
+    path.write_bytes(mutate.damage_header(rng, path.read_bytes()))
+
+
+def weight_tensors(rng: Random, folder: Path) -> None:
+    mutate.damage_tensors(rng, weights_of(folder))
+
+
+def config_tree(rng: Random, folder: Path) -> None:
+    _tree(rng, config_of(folder), CONFIG_KEYS)
+
+
+def config_text(rng: Random, folder: Path) -> None:
+    path = config_of(folder)
+    path.write_bytes(mutate.damage_bytes(rng, path.read_bytes()))
+
+
+def processor(rng: Random, folder: Path) -> None:
+    path = folder / "preprocessor_config.json"
+    if path.is_file():
+        _tree(rng, path, ("auto_map", "crop_size", "do_center_crop", "size", "image_processor_type", "resample"))
+        return
+    path = config_of(folder)
+    tree = json.loads(path.read_text("utf-8"))
+    part = tree.get("pretrained_cfg", tree.get("preprocess_cfg"))
+    mutate.damage_tree(rng, part, ("crop_pct", "interpolation", "mean", "std", "size", "input_size", "resize_mode"))
+    path.write_text(mutate.dump(rng, tree), "utf-8")
+
+
+def _tree(rng: Random, path: Path, keys: tuple[str, ...] = ()) -> None:
+    tree = json.loads(path.read_text("utf-8"))
+    mutate.damage_tree(rng, tree, keys)
+    path.write_text(mutate.dump(rng, tree), "utf-8")
+
+
+def index(rng: Random, folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    tree = json.loads(path.read_text("utf-8"))
+    shards, names = sorted(set(tree["weight_map"].values())), sorted(tree["weight_map"])
+    name, shard = rng.choice(names), rng.choice(shards)
+    outside = folder.parent / "outside.safetensors"
+    kind = rng.randrange(8)
+    if kind == 0:
+        shutil.copyfile(folder / shard, outside)
+        tree["weight_map"][name] = rng.choice(["../outside.safetensors", str(outside), "./../outside.safetensors"])
+    elif kind == 1:
+        (folder / shard).unlink()
+    elif kind == 2:
+        tree["weight_map"][name] = shard
+    elif kind == 3:
+        (folder / shard).rename(outside)
+        (folder / shard).symlink_to(rng.choice([outside, Path("../outside.safetensors"), Path("nowhere"), Path(shard)]))
+    elif kind == 4:
+        shutil.copyfile(folder / shards[0], folder / shards[1])
+    elif kind == 5:
+        del tree["weight_map"][name]
+    else:
+        mutate.damage_tree(rng, tree)
+    path.write_text(mutate.dump(rng, tree), "utf-8")
+
+
+def links(rng: Random, folder: Path) -> None:
+    """A file of the folder lies elsewhere, or is a device, a pipe or a folder."""
+    path = rng.choice([p for p in sorted(folder.iterdir()) if p.is_file()])
+    outside = folder.parent / "outside"
+    shutil.copyfile(path, outside)
+    kind = rng.randrange(6)
+    if kind != 5:
+        path.unlink()
+    if kind == 0:
+        path.symlink_to(rng.choice([outside, Path("../outside")]))
+    elif kind == 1:
+        path.symlink_to(rng.choice(["/dev/zero", "/dev/stdin", path.name, "/proc/self/environ"]))
+    elif kind == 2:
+        os.mkfifo(path)
+    elif kind == 3:
+        path.mkdir()
+    elif kind == 4:
+        shutil.copyfile(outside, folder / "inside")
+        path.symlink_to("inside")
+    else:
+        (folder / rng.choice(["vocab.txt", "sub"])).symlink_to(rng.choice(["/etc/passwd", "/etc", "/"]))
+
+
+def pickled(rng: Random, folder: Path) -> None:
+    import torch
+
+    path = folder / "pytorch_model.bin"
+    content = path.read_bytes()
+    kind = rng.randrange(8)
+    if kind == 0:
+        path.write_bytes(mutate.damage_bytes(rng, content))
+    elif kind == 1 and zipfile.is_zipfile(path):
+        _rezip(rng, path)
+    elif kind == 2:
+        torch.save({"weight": Runs(folder.parent / "ran")}, path, _use_new_zipfile_serialization=rng.random() < 0.5)
+    elif kind == 3:
+        path.write_bytes(
+            rng.choice([b"", b"PK\5\6" + b"\0" * 18, pickle.dumps(Runs(folder.parent / "ran")), b"\x80\x02}."])
+        )
+    elif kind == 4:
+        large = torch.zeros(1).expand(rng.choice([10, 10**9, 10**12]))
+        torch.save({"cls_token": large, "b": [large] * 2}, path)
+    elif kind == 5:
+        shared = torch.zeros(10_000)
+        torch.save({f"w{number}": shared[number % 7 :] for number in range(rng.choice([3, 2000]))}, path)
+    elif kind == 6:
+        two = torch.ones(2)
+        torch.save(rng.choice([{"state_dict": 3}, {"state_dict": {"a": two}}, {1: two}, two, {"a": two.to_sparse()},
+                               {"a": torch.ones(2, device="meta")}, None]), path)  # fmt: skip
+    else:
+        path.write_bytes(mutate.damage_bytes(rng, content, len(content) - 3000))
+
+
+def _rezip(rng: Random, path: Path) -> None:
+    """The same archive with an entry that unpacks to far more than the file, damaged names or a damaged pickle."""
+    with zipfile.ZipFile(path) as archive:
+        parts = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
+    bomb = rng.random() < 0.4
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED if bomb else zipfile.ZIP_STORED) as archive:
+        for name, data in parts:
+            if bomb and name.endswith("data/0"):
+                data = b"\0" * 30_000_000
+            elif not bomb and name.endswith("data.pkl") and rng.random() < 0.8:
+                data = mutate.damage_bytes(rng, data)
+            elif not bomb and rng.random() < 0.02:
+                continue
+            archive.writestr(name, data)
+    path.write_bytes(out.getvalue())
+
+
+class Runs:
+    """A pickle that makes a folder where it is loaded carelessly."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+RECIPE_VALUES = (
+    "~", "[]", "{}", "-1", "0x" + "f" * 9000, "9" * 4000, "9" * 6000, "1:30:59", "1e400", ".nan", "2001-01-01",
+    "2001-99-99", "{2001-01-01 00:00:00: [1], 2001-01-01 00:00:00Z: [2]}", "{~: [1], a: [1]}", "native", "bias",
+    "!!python/object/apply:os.mkdir [ran]", "!!binary '%%'", "!!set {a, b}", "!!int x", "!!timestamp x",
+    "&a [*a]", "*nobody", "|\n  a\n  b", "\t", "\0", "\ud800", "{0: [1], 0.0: [1]}", "{1: [0x" + "f" * 9000 + "]}",
+    "[" * 3000, "[" * 300 + "]" * 300, "{0: [" + "1," * 4000 + "1]}", "'" + "x" * 70_000 + "'",
+    "!!omap [a: 1]", "{? [a] : 1}", "{? {a: 1} : 1}", "<<", "{<<: {a: 1}}", "{<<: 3}", "{.nan: [1], .nan: [2]}",
+    "__import__('os').mkdir('ran')", '"\\x1b[31m"', "{0: [true]}", "{99999999999999999999: [1]}", "{0: [10000000000]}",
+    "1_000", "0o7", "{0: [3], 1: [3, 4]}", "[1.0, .inf]", "yes", "0", "1", "2", "64",
+)  # fmt: skip
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join(['*' + old] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+def recipe_text(rng: Random, folder: Path) -> None:
+    lines = RECIPE.splitlines()
+    kind = rng.randrange(7)
+    if kind == 0:
+        content = mutate.damage_bytes(rng, RECIPE.encode())
+    elif kind == 1:
+        key = rng.choice(
+            ["schema", "model", "mode", "fill", "scale", "register_neurons", "provenance", "num_registers"]
+        )
+        nested = LAUGHS.replace("\n", ", ").removesuffix(", ")
+        content = (
+            f"provenance2: {{{nested}}}\n{key}: *i\n".encode()
+            if rng.random() < 0.5
+            else (
+                "\n".join(line for line in lines if not line.startswith((key, " "))) + f"\n{key}: {{{nested}}}\n"
+            ).encode()
+        )
+    elif kind == 2:
+        content = "\n".join([*lines[: rng.randrange(len(lines))], rng.choice(lines)]).encode()
+    else:
+        for _ in range(rng.choice([1, 1, 2])):
+            at = rng.randrange(9)
+            lines[at] = f"{lines[at].partition(':')[0]}: {rng.choice(RECIPE_VALUES)}"
+        if not lines[8].endswith(":"):
+            del lines[9:]
+        content = "\n".join(lines).encode(errors="surrogatepass")
+    (folder / "recipe.yaml").write_bytes(content)
+
+
+def patched_block(rng: Random, folder: Path) -> None:
+    path = config_of(folder)
+    tree = json.loads(path.read_text("utf-8"))
+    if rng.random() < 0.1:
+        tree["regsurgery"] = mutate.value(rng)
+    else:
+        keys = ("mode", "source", "num_registers", "layouts", "register_neurons")
+        mutate.damage_tree(rng, tree["regsurgery"] if rng.random() < 0.8 else tree, keys)
+    path.write_text(mutate.dump(rng, tree), "utf-8")
+    resum(folder)
+
+
+def patched_files(rng: Random, folder: Path) -> None:
+    rng.choice([weight_bytes, weight_header, weight_tensors, config_text, recipe_text, links])(rng, folder)
+    if rng.random() < 0.7:
+        resum(folder)
+
+
+def patched_sums(rng: Random, folder: Path) -> None:
+    path = folder / "SHA256SUMS"
+    lines = path.read_text("utf-8").splitlines()
+    if rng.random() < 0.5:
+        path.write_bytes(mutate.damage_bytes(rng, path.read_bytes()))
+        return
+    name = rng.choice(
+        ["../x", "/etc/passwd", "\0", "a" * 5000, ".", "", "sub/../x", "\ud800", "config.json/x", "link/passwd"]
+    )
+    (folder / "link").symlink_to("/etc")
+    path.write_bytes("\n".join([rng.choice(lines).split()[0] + "  " + name, *lines]).encode(errors="surrogatepass"))
+
+
+def resum(folder: Path) -> None:
+    from regsurgery import checkpoint_io
+
+    if all(path.is_file() and not path.is_symlink() for path in folder.iterdir()):
+        checkpoint_io.write_sums(folder)
+
+
+# --- entry points ---------------------------------------------------------------------------------------------------
+
+
+def run_load(rng: Random, folder: Path, bases: Bases) -> None:
+    import PIL.Image
+
+    from regsurgery import loading
+
+    loaded = loading.load(str(folder), loading.LoadOptions(allow_pickle=True))
+    loaded.preprocess([PIL.Image.new("RGB", (20, 18), (9, 90, 200))])
+
+
+def run_header(rng: Random, folder: Path, bases: Bases) -> None:
+    from regsurgery import checkpoint_io
+
+    checkpoint_io.read_header(weights_of(folder))
+
+
+def run_recipe(rng: Random, folder: Path, bases: Bases) -> None:
+    from regsurgery.passes.plan import plan_surgery
+    from regsurgery.recipe import find_recipe, parse_recipe
+    from regsurgery.surgery import check_fit
+
+    recipe = find_recipe(str(folder / "recipe.yaml"))
+    assert parse_recipe(recipe.to_yaml(), "written").as_dict() == recipe.as_dict(), (
+        "a recipe is not what it was written as"
+    )
+    recipe.with_num_registers(3).with_mode("shift")
+    check_fit(recipe, bases.sites)
+    plan_surgery(bases.sites, recipe)
+
+
+def run_patched(rng: Random, folder: Path, bases: Bases) -> None:
+    from regsurgery import checkpoint_io, loading, patched
+    from regsurgery.recipe import find_recipe
+
+    checkpoint_io.check_sums(patched.existing_folder(folder))
+    fmt = patched.folder_format(folder)
+    patched.patched_mode(folder, fmt)
+    find_recipe(str(folder / "recipe.yaml"))
+    patched.restore_original(folder, folder.parent / "restored", fmt)
+    loading.load(str(folder.parent / "restored"))
+    patched.load(folder)
+
+
+KINDS = {
+    "header: bytes": Kind(LOADED, weight_bytes, run_header, 8),
+    "header: lies": Kind(LOADED, weight_header, run_header, 10),
+    "weights: bytes": Kind(LOADED, weight_bytes, run_load, 6),
+    "weights: header lies": Kind(LOADED, weight_header, run_load, 8),
+    "weights: other tensors": Kind(LOADED, weight_tensors, run_load, 12),
+    "config: tree": Kind(LOADED, config_tree, run_load, 30),
+    "config: text": Kind(LOADED, config_text, run_load, 6),
+    "preprocessor": Kind(("vit", "clip", "timm", "open_clip"), processor, run_load, 12),
+    "index": Kind(("sharded",), index, run_load, 8),
+    "links": Kind((*LOADED, "sharded", "bin"), links, run_load, 5),
+    "pickle": Kind(("bin", "bin", "bin-legacy"), pickled, run_load, 8),
+    "recipe": Kind(("vit",), recipe_text, run_recipe, 15),
+    "patched: config": Kind(("patched-vit", "patched-timm"), patched_block, run_patched, 12),
+    "patched: files": Kind(("patched-vit", "patched-timm"), patched_files, run_patched, 6),
+    "patched: sums": Kind(("patched-vit", "patched-timm"), patched_sums, run_patched, 3),
+}
