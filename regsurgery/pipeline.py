@@ -400,7 +400,7 @@ def verify(
 
     The folder's files are checked against its SHA256SUMS, then its own loader file is run: a folder to be verified must
     be one that the user trusts. A patched checkpoint holds the original's tensors unchanged and is compared with them,
-    a `.pt2` or `.onnx` folder and one of native mode with the recorded source; `original` names another MODEL to compare with.
+    a program (`.pt2`, `.onnx`) and one of native mode with the recorded source; `original` names another MODEL.
 
     Raises:
         CheckpointError: the folder is incomplete, or `original` is not what was patched.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from regsurgery import backends
 from regsurgery.backends.pt2 import CONFIG_NAME, input_names, lower, write_config
@@ -138,13 +139,13 @@ def _reason(error: Exception) -> str:
 
 def _export(surgery: Surgery) -> Any:
     """The patched graph as an `onnxscript.ir.Model`."""
-    program = lower(surgery)
-    _make_views_contiguous(program.graph)
     names = list(surgery.traced.output_names)
     try:
-        with _quiet():
+        # The exporter takes attention apart, and what comes out has other strides than the fused kernel's: a view of it
+        # that was traced on those fails (BEiT's relative biases). So it is traced with the strides of the parts.
+        with _quiet(), sdpa_kernel(SDPBackend.MATH):
             exported = torch.onnx.export(
-                program, dynamo=True, optimize=False, input_names=input_names(surgery), output_names=names
+                lower(surgery), dynamo=True, optimize=False, input_names=input_names(surgery), output_names=names
             )
     except torch.onnx.OnnxExporterError as error:
         raise UnsupportedModelError(
@@ -152,23 +153,6 @@ def _export(surgery: Surgery) -> Any:
         ) from error
     assert exported is not None
     return exported.model
-
-
-def _make_views_contiguous(graph: torch.fx.Graph) -> None:
-    """Put a copy before every view.
-
-    The exporter replaces attention by its parts, whose result has other strides than that of the fused kernel which
-    was traced; the view of it, where attention has a bias (BEiT), then fails. In ONNX the copy is an Identity.
-    """
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-        source = node.args[0]
-        assert isinstance(source, torch.fx.Node)
-        with graph.inserting_before(node):
-            copy = graph.call_function(
-                torch.ops.aten.clone.default, (source,), {"memory_format": torch.contiguous_format}
-            )
-        copy.meta = dict(source.meta)
-        node.replace_input_with(source, copy)
 
 
 @contextmanager
