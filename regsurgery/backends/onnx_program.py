@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,14 +146,42 @@ def _export(surgery: Surgery) -> Any:
         # that was traced on those fails (BEiT's relative biases). So it is traced with the strides of the parts.
         with _quiet(), sdpa_kernel(SDPBackend.MATH):
             exported = torch.onnx.export(
-                lower(surgery), dynamo=True, optimize=False, input_names=input_names(surgery), output_names=names
+                lower(_with_reshapes(surgery)),
+                dynamo=True,
+                optimize=False,
+                input_names=input_names(surgery),
+                output_names=names,
             )
     except torch.onnx.OnnxExporterError as error:
         raise UnsupportedModelError(
             f"format onnx: {surgery.loaded.source.id}: torch cannot export it to ONNX: {_cause(error)}"
         ) from error
     assert exported is not None
+    _name_outputs(exported.model.graph, names)
     return exported.model
+
+
+def _with_reshapes(surgery: Surgery) -> Surgery:
+    """The surgery with a reshape for every view, which the model's own trace made for the fused kernel's strides."""
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(surgery.graph_module.graph, {}))
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
+    return replace(surgery, graph_module=torch.fx.GraphModule(surgery.graph_module, graph))
+
+
+def _name_outputs(graph: Any, names: list[str]) -> None:
+    """Give every output a name of its own, where one value is returned under two (LLaVA)."""
+    from onnxscript import ir
+
+    for index, name in enumerate(names):
+        value = graph.outputs[index]
+        if value.name != name:
+            node = ir.node("Identity", [value])
+            (copy,) = node.outputs
+            copy.name, copy.shape, copy.type = name, value.shape, value.type
+            graph.append(node)
+            graph.outputs[index] = copy
 
 
 @contextmanager
