@@ -114,7 +114,7 @@ class _Session(nn.Module):
 
     def __init__(self, path: Path) -> None:
         import onnxruntime
-        from onnxruntime.capi import onnxruntime_pybind11_state as errors
+        from onnxruntime.capi import onnxruntime_pybind11_state as errors  # type: ignore[attr-defined]
 
         super().__init__()
         options = onnxruntime.SessionOptions()
