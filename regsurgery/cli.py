@@ -140,7 +140,7 @@ def patch(
     calibrate: Annotated[
         bool, typer.Option("--calibrate/--no-calibrate", help="Native mode: train the registers on the images.")
     ] = True,
-    format: Annotated[str | None, typer.Option("--format", help="transformers, timm, open_clip or pt2.")] = None,
+    format: Annotated[str | None, typer.Option("--format", help="transformers, timm, open_clip, pt2 or onnx.")] = None,
     num_registers: Annotated[int | None, typer.Option("--num-registers", help="Register tokens.", min=1)] = None,
     images: Images = None,
     num_images: NumImages = None,

@@ -32,7 +32,7 @@ class Family:
 
     def formats(self, mode: str) -> tuple[str, ...]:
         """What `--format` can be in `mode`."""
-        return (*self.native, "pt2") if mode == "native" else (self.library, "pt2")
+        return (*(self.native if mode == "native" else (self.library,)), "pt2", "onnx")
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,9 @@ def folder_format(folder: Path) -> str:
     """The format in which a patched folder was written."""
     from regsurgery.loading import read_config
 
-    if (folder / backends.backend("pt2").CONFIG_NAME).is_file():
-        return "pt2"
+    program = folder / backends.backend("pt2").CONFIG_NAME
+    if program.is_file():
+        return json.loads(program.read_text("utf-8")).get("format", "pt2")  # pt2 folders had no such key once
     library, name, config = read_config(folder)
     if "regsurgery" not in config:
         raise UserError(f"{folder / name}: has no 'regsurgery' entry; it is no patched checkpoint: patch it first")

@@ -144,11 +144,15 @@ def patch(
         checkpoint_io.check_output(output)
     if format is not None and format not in backends.FORMATS:
         raise UserError(f"format {format}: not one of {', '.join(backends.FORMATS)}")
+    if format is not None:
+        backends.require(format)
     given = None if recipe is None else _given_recipe(model, recipe, progress)
     pictures = image_set(images, num_images, seed=seed, say=progress.say)
 
     progress.stage("load")
     loaded = load_original(model, options)
+    if format == "onnx":
+        backends.backend(format).check(loaded)
     traced, sites = _locate(loaded, progress)
     progress.say(f"preprocessing: {loaded.preprocess_note}; images: {pictures.note}")
     if family_of(loaded.library, loaded.architecture) is None:
@@ -217,7 +221,7 @@ def _format(wanted: str | None, loaded: Loaded, recipe: Recipe, progress: Progre
     if fmt in backends.LIBRARIES and fmt != loaded.library:
         raise UserError(
             f"format {fmt}: {loaded.source.id} is a {loaded.library} checkpoint, which mode {mode} writes as "
-            f"{loaded.library} or pt2"
+            f"{loaded.library}, pt2 or onnx"
         )
     if fmt not in backends.LIBRARIES:
         _check_memory(loaded, f"format {fmt} is written")
@@ -415,7 +419,7 @@ def verify(
 
     The folder's files are checked against its SHA256SUMS, then its own loader file is run: a folder to be verified must
     be one that the user trusts. A patched checkpoint holds the original's tensors unchanged and is compared with them,
-    a `.pt2` folder and one of native mode with the recorded source; `original` names another MODEL to compare with.
+    a program (`.pt2`, `.onnx`) and one of native mode with the recorded source; `original` names another MODEL.
 
     Raises:
         CheckpointError: the folder is incomplete, or `original` is not what was patched.

@@ -224,7 +224,9 @@ class Screen(Progress):
         if verdict.kl is not None and verdict.same_argmax is not None:
             table.add_row("KL divergence to the original", "0", f"{verdict.kl:.4f}")
             table.add_row("same first class", "1", f"{verdict.same_argmax:.3f}")
-        table.add_row("written model against graph", "", f"{verdict.parity_max_abs:.1e}")
+        table.add_row(
+            f"written model against graph, allowed {verdict.parity_allowed:.0e}", "", f"{verdict.parity_max_abs:.1e}"
+        )
         self.out.print(table)
 
 
@@ -289,7 +291,7 @@ def family_table() -> None:
         table.add_row(*row)
     Console().print(table)
     Console().print(
-        "Modes shift and bias write the library's own format and pt2. Sizes: other image sizes than its own."
+        "Modes shift and bias write the library's own format, pt2 and onnx. Sizes: other image sizes than its own."
     )
 
 

@@ -1,6 +1,6 @@
 """Original against patched -> `Verdict`: figures over images, and whether the surgery did what it must.
 
-Norms are read off the two graphs; the artefact that was written (the module form, or the `.pt2`) is run on the same
+Norms are read off the two graphs; the artefact that was written (the module form, a program) is run on the same
 images, and its outputs must equal the patched graph's.
 """
 
@@ -55,6 +55,7 @@ class Verdict:
         kl: mean KL divergence from the original's class distribution in nats; None for models without logits.
         same_argmax: share of images whose first class stays; None for models without logits.
         parity_max_abs: largest absolute difference between the graph and the written artefact over all outputs.
+        parity_allowed: the largest that passes: rounding, by the outputs' dtype and size, times the format's factor.
         failures: why `passed` is false.
     """
 
@@ -75,6 +76,7 @@ class Verdict:
     kl: float | None
     same_argmax: float | None
     parity_max_abs: float
+    parity_allowed: float
     failures: tuple[str, ...] = field(default=())
 
     def as_dict(self) -> dict[str, Any]:
@@ -245,5 +247,6 @@ def verify(
         kl=means.get("kl"),
         same_argmax=means.get("argmax"),
         parity_max_abs=difference,
+        parity_allowed=limit,
         failures=tuple(failures),
     )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regsurgery import backends
-from regsurgery.backends import native_open_clip
+from regsurgery.backends import native_open_clip, onnx_program
 from regsurgery.calibration import ImageSet
 from regsurgery.errors import CheckpointError
 from regsurgery.fitting import at_size, restored_native
@@ -54,7 +54,8 @@ def verify_folder(
             outputs = module(*tensor_inputs(surgery.loaded, images))
         return Artefact(outputs, outputs)
 
-    return verify(*sides(surgery), run, pictures, progress=progress.advance)
+    factor = onnx_program.INEXACT if fmt == "onnx" else 1.0
+    return verify(*sides(surgery), run, pictures, parity_factor=factor, progress=progress.advance)
 
 
 def _verify_host(

@@ -2,22 +2,26 @@
 
 A library module has `WEIGHTS_NAME`, `load` (folder -> `Loaded`), `emit` (write the patched folder's own files),
 `reload` (a patched folder -> its module, as a user would get it) and `snippet` (how to load the folder, for its card).
-A format without a library of its own (`pt2`) has `emit`, `reload` and `snippet`. So has a stock host of native mode
-(`native_*`), and `outputs`, which names what the host gives.
+A format without a library of its own (`pt2`, `onnx`) has `emit`, `reload` and `snippet`, and `state`, the tensors of a
+folder. So has a stock host of native mode (`native_*`), and `outputs`, which names what the host gives.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from types import ModuleType
 from typing import Any
 
+from regsurgery.errors import UserError
+
 LIBRARIES = ("transformers", "timm", "open_clip")
-FORMATS = (*LIBRARIES, "pt2")
-_MODULES = {"transformers": "hf_transformers", "timm": "timm_vit", "open_clip": "open_clip_vit", "pt2": "pt2"}
-
-
-_NATIVE = {"transformers": "native_transformers", "timm": "native_timm", "open_clip": "native_open_clip", "pt2": "pt2"}
+PROGRAMS = ("pt2", "onnx")
+FORMATS = (*LIBRARIES, *PROGRAMS)
+_PROGRAMS = {"pt2": "pt2", "onnx": "onnx_program"}
+_MODULES = {"transformers": "hf_transformers", "timm": "timm_vit", "open_clip": "open_clip_vit", **_PROGRAMS}
+_NATIVE = {"transformers": "native_transformers", "timm": "native_timm", "open_clip": "native_open_clip", **_PROGRAMS}
+EXTRAS = {"onnx": ("onnx", "onnxscript", "onnxruntime")}  # packages that come with `regsurgery[NAME]`
 
 
 def library(name: str) -> Any:
@@ -30,3 +34,13 @@ def backend(name: str, mode: str = "shift") -> ModuleType:
     """The back end of a format in a mode."""
     modules = _NATIVE if mode == "native" else _MODULES
     return importlib.import_module(f"regsurgery.backends.{modules[name]}")
+
+
+def require(format: str) -> None:
+    """Raise `UserError` where a package is not installed that the format needs."""
+    missing = [name for name in EXTRAS.get(format, ()) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"format {format}: needs {' and '.join(missing)}, not installed; install with: "
+            f"pip install 'regsurgery[{format}]'"
+        )

@@ -48,14 +48,24 @@ def emit(surgery: Surgery, folder: Path, target: Path) -> None:
     archive = io.BytesIO()  # torch's own writer aborts the process where the disk is full
     torch.export.save(lower(surgery), archive)
     (folder / PROGRAM_NAME).write_bytes(archive.getbuffer())
+    write_config(surgery, folder, "pt2")
+
+
+def input_names(surgery: Surgery) -> list[str]:
+    """The names of the program's inputs, in order."""
+    return [node.name for node in surgery.traced.graph_module.graph.find_nodes(op="placeholder")]
+
+
+def write_config(surgery: Surgery, folder: Path, fmt: str) -> None:
+    """Write `regsurgery.json`, which says what program is in the folder, and how it is called."""
     traced = surgery.traced
-    inputs = [node.name for node in traced.graph_module.graph.find_nodes(op="placeholder")]
     write_json(
         folder / CONFIG_NAME,
         {
             "regsurgery": surgery.config_block,
+            "format": fmt,
             "image_size": list(traced.image_size),
-            "inputs": inputs,
+            "inputs": input_names(surgery),
             "outputs": list(traced.output_names),
             "dtype": str(traced.example[0].dtype).removeprefix("torch."),
         },
@@ -63,8 +73,8 @@ def emit(surgery: Surgery, folder: Path, target: Path) -> None:
 
 
 def snippet(surgery: Surgery, folder: str) -> str:
-    inputs = [node.name for node in surgery.traced.graph_module.graph.find_nodes(op="placeholder")]
-    return SNIPPET.format(folder=folder, inputs=", ".join(inputs), outputs=", ".join(surgery.traced.output_names))
+    inputs, outputs = input_names(surgery), surgery.traced.output_names
+    return SNIPPET.format(folder=folder, inputs=", ".join(inputs), outputs=", ".join(outputs))
 
 
 def state(folder: Path) -> dict[str, Any]:

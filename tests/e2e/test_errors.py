@@ -315,7 +315,7 @@ def test_neurons_that_are_not_the_register_neurons(run, demo, tmp_path):
     "args, named",
     [
         (["--recipe", "dmo"], "dmo: no such recipe file, and no bundled recipe of that name; did you mean 'demo'?"),
-        (["--recipe", "demo", "--format", "onx"], "format onx: not one of transformers, timm, open_clip, pt2"),
+        (["--recipe", "demo", "--format", "onx"], "format onx: not one of transformers, timm, open_clip, pt2, onnx"),
         (["--recipe", "demo", "--format", "timm"], "format timm"),
         (["--recipe", "demo", "--num-registers", "65"], "--num-registers"),
         (["--recipe", "demo", "--images", "no-such-folder"], "no-such-folder: no such folder of images"),
@@ -404,7 +404,7 @@ def test_a_disk_that_is_full_at_the_end(run, demo, tmp_path, monkeypatch):
     assert everything(tmp_path) == set()
 
 
-@pytest.mark.parametrize("fmt", ["transformers", "pt2"])
+@pytest.mark.parametrize("fmt", ["transformers", "pt2", "onnx"])
 def test_a_file_that_may_not_grow_to_its_size(demo, tmp_path, fmt):
     done = program("patch", demo, "--recipe", "demo", "--format", fmt, "-q", "-o", tmp_path / "out", *FEW,
                    max_file_bytes=100_000)  # fmt: skip
