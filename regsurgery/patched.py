@@ -66,7 +66,7 @@ def folder_format(folder: Path) -> str:
 
     program = folder / backends.backend("pt2").CONFIG_NAME
     if program.is_file():
-        return json.loads(program.read_text("utf-8")).get("format", "pt2")  # pt2 folders had no such key once
+        return read_json(program, "patch the model again").get("format", "pt2")  # pt2 folders had no such key once
     library, name, config = read_config(folder)
     if "regsurgery" not in config:
         raise UserError(f"{folder / name}: has no 'regsurgery' entry; it is no patched checkpoint: patch it first")
@@ -107,7 +107,14 @@ def take_our_tensors(surgery: Surgery, folder: Path, fmt: str) -> None:
     import torch
     from safetensors import safe_open
 
-    for path in checkpoint_io.weight_files(folder, backends.backend(fmt).WEIGHTS_NAME):
-        with safe_open(path, framework="pt") as file, torch.no_grad():
-            for name in filter(_is_ours, file.keys()):
-                surgery.graph_module.get_parameter(surgery.added_name).copy_(file.get_tensor(name))
+    if not surgery.plan.num_added:
+        return
+    added = surgery.graph_module.get_parameter(surgery.added_name)
+    with torch.no_grad():
+        if fmt not in backends.LIBRARIES:
+            added.copy_(backends.backend(fmt).state(folder)[surgery.added_name])
+            return
+        for path in checkpoint_io.weight_files(folder, backends.backend(fmt).WEIGHTS_NAME):
+            with safe_open(path, framework="pt") as file:
+                for name in filter(_is_ours, file.keys()):
+                    added.copy_(file.get_tensor(name))

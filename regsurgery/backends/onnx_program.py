@@ -171,11 +171,18 @@ def _with_reshapes(surgery: Surgery) -> Surgery:
 
 
 def _name_outputs(graph: Any, names: list[str]) -> None:
-    """Give every output a name of its own, where one value is returned under two (LLaVA)."""
+    """Give every output a name of its own: one value may be returned under two (LLaVA), a parameter be called like an
+    output (open_clip's `logit_scale`, which is the exponential of one).
+    """
     from onnxscript import ir
 
     for index, name in enumerate(names):
         value = graph.outputs[index]
+        namesake = graph.initializers.get(name)
+        if namesake is not None and namesake is not value:
+            del graph.initializers[name]
+            namesake.name = f"{name}.parameter"
+            graph.initializers[namesake.name] = namesake
         if value.name != name:
             node = ir.node("Identity", [value])
             (copy,) = node.outputs
