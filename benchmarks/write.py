@@ -1,0 +1,177 @@
+"""What `regsurgery patch` costs on a large checkpoint: time beside `cp -r`, and memory.
+
+    python benchmarks/write.py --gigabytes 12 --json benchmarks/write.json     # needs three times that on disk
+    python benchmarks/write.py --gigabytes 0.5                                 # under a minute
+
+The checkpoint is a transformers ViT as wide as InternViT-6B (3200, MLP 12800) with as many blocks as the size asks for,
+random float32 weights in shards of 1 GB. It is made anew and its pages are dropped from the cache of the system before
+every run, where the system lets us. Every run is a fresh process; they take turns:
+
+cp        cp -r of the folder, and sync
+copy      patch with a recipe, shards copied, no verification: reading, hashing, tracing, writing, fsync
+link      the same with --link: hard links
+verified  patch with --link and verification on 8 images, weights read from disk operator by operator
+
+Memory is the peak resident size (VmHWM) of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+WIDTH, HIDDEN, IMAGE, PATCH = 3200, 12800, 56, 14
+BLOCK_BYTES = 4 * (4 * WIDTH * WIDTH + 2 * WIDTH * HIDDEN)
+SHARD = "1GB"
+PATCH_RUN = """
+import re, sys
+from pathlib import Path
+from regsurgery.cli import main
+sys.argv = ["regsurgery", *sys.argv[1:]]
+try:
+    main()
+finally:
+    peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
+    print(f"peak {peak[1]}", file=sys.stderr)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=12.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=None, help="where the files go; by default a temporary folder")
+    parser.add_argument("--json", type=Path, default=None, help="also write the figures there")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="regsurgery-", dir=args.folder) as scratch:
+        root = Path(scratch)
+        source = root / "source"
+        make(source, args.gigabytes)
+        size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+        recipe = root / "recipe.yaml"
+        recipe.write_text("schema: 1\nregister_neurons: {0: [417]}\n")
+        common = [str(source), "--recipe", str(recipe), "-q", "-o"]
+        runs: dict[str, list[str]] = {
+            "copy": [*common, str(root / "out"), "--no-verify"],
+            "link": [*common, str(root / "out"), "--no-verify", "--link"],
+            "verified": [*common, str(root / "out"), "--link", "--num-images", "8", "--max-memory", "0"],
+        }
+        figures: dict[str, list[dict[str, float]]] = {name: [] for name in ("cp", *runs)}
+        for _ in range(args.rounds):
+            figures["cp"].append(copied(source, root / "out"))
+            for name, command in runs.items():
+                figures[name].append(patched(source, root / "out", command))
+    report = {
+        "gigabytes": round(size / 1e9, 2),
+        "blocks": blocks(args.gigabytes),
+        "machine": {"cores": os.cpu_count(), "load_average": [round(value, 2) for value in os.getloadavg()[:2]]},
+        **{name: summary(values, figures["cp"]) for name, values in figures.items()},
+    }
+    show(report)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def blocks(gigabytes: float) -> int:
+    return max(1, round(gigabytes * 1e9 / BLOCK_BYTES))
+
+
+def make(folder: Path, gigabytes: float) -> None:
+    """Write the checkpoint shard by shard; at no time more than one block is in memory."""
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    config = transformers.ViTConfig(
+        hidden_size=WIDTH, intermediate_size=HIDDEN, num_attention_heads=25, image_size=IMAGE, patch_size=PATCH,
+        num_hidden_layers=1, dtype="float32", architectures=["ViTModel"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    one = folder.with_name("one-block")
+    transformers.ViTModel(config).save_pretrained(one)
+    state = load_file(one / "model.safetensors")
+    shutil.rmtree(one)
+    folder.mkdir()
+    config.num_hidden_layers = blocks(gigabytes)
+    config.save_pretrained(folder)
+    inside = {name: value for name, value in state.items() if ".layer.0." in name}
+    assert inside, "names of a block"
+    outside = {name: value for name, value in state.items() if name not in inside}
+    total = config.num_hidden_layers + 1
+    weight_map: dict[str, str] = {}
+    for number in range(total):
+        shard = f"model-{number + 1:05}-of-{total:05}.safetensors"
+        if number == 0:
+            tensors = outside
+        else:
+            tensors = {
+                name.replace(".layer.0.", f".layer.{number - 1}."): 0.02 * torch.randn_like(value)
+                if value.ndim == 2 else value
+                for name, value in inside.items()
+            }  # fmt: skip
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, shard)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def cold(folder: Path) -> None:
+    """Nothing unwritten, and no page of the folder in the cache."""
+    os.sync()
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def copied(source: Path, out: Path) -> dict[str, float]:
+    cold(source)
+    started = time.monotonic()
+    subprocess.run(["cp", "-r", str(source), str(out)], check=True)
+    seconds = time.monotonic() - started
+    os.sync()
+    synced = time.monotonic() - started
+    shutil.rmtree(out)
+    return {"seconds": seconds, "with_sync": synced}
+
+
+def patched(source: Path, out: Path, command: list[str]) -> dict[str, float]:
+    cold(source)
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", PATCH_RUN, "patch", *command], capture_output=True, text=True, check=False
+    )
+    seconds = time.monotonic() - started
+    if done.returncode:
+        sys.exit(f"patch failed: {done.stderr[-2000:]}")
+    shutil.rmtree(out)
+    return {"seconds": seconds, "peak_mb": int(done.stderr.split()[-1]) / 1024}
+
+
+def summary(values: list[dict[str, float]], copies: list[dict[str, float]]) -> dict[str, Any]:
+    found: dict[str, Any] = {key: round(statistics.median(v[key] for v in values), 1) for key in values[0]}
+    found["of_cp"] = round(
+        statistics.median(v["seconds"] / c["seconds"] for v, c in zip(values, copies, strict=True)), 3
+    )
+    return found
+
+
+def show(report: dict[str, Any]) -> None:
+    print(f"{report['gigabytes']} GB, {report['blocks']} blocks; medians")
+    for name in ("cp", "copy", "link", "verified"):
+        row = report[name]
+        peak = f"  peak {row['peak_mb']:.0f} MB" if "peak_mb" in row else f"  ({row['with_sync']:.1f} s with sync)"
+        print(f"{name:10} {row['seconds']:8.1f} s   {row['of_cp']:.2f} of cp{peak}")
+
+
+if __name__ == "__main__":
+    main()
