@@ -18,7 +18,9 @@ from regsurgery.checkpoint_io import write_sums
 from regsurgery.cli import main
 from regsurgery.emit import emit
 from regsurgery.image_sources import dead_leaves
+from regsurgery.loading import load
 from regsurgery.match import match
+from regsurgery.original import write_record
 from regsurgery.recipe import Recipe
 from regsurgery.runtime import operate
 from regsurgery.surgery import Surgery, perform
@@ -155,6 +157,7 @@ def test_a_folder_whose_outliers_are_left_fails_verification(
     wrong = Recipe({0: (5,)})
     surgery = perform(planted.loaded, wrong, planted.traced, planted.sites)
     with emit(surgery, tmp_path / "wrong", "transformers") as folder:
+        write_record(load(str(planted.folder)), folder)  # its digests are those of the planted weights
         write_sums(folder, {})
     monkeypatch.setattr(sys, "argv", ["regsurgery", "verify", str(tmp_path / "wrong"), "--json", "--num-images", "8"])
     with pytest.raises(SystemExit) as stopped:

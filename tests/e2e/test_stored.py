@@ -110,7 +110,8 @@ def test_sizes() -> None:
 
 
 WIDE = """
-import json, resource, sys
+import json, sys
+from pathlib import Path
 import torch, transformers
 import regsurgery
 from regsurgery.loading import LoadOptions
@@ -118,12 +119,16 @@ from regsurgery.recipe import Recipe
 
 folder, out, limit = sys.argv[1:]
 torch.set_num_threads(1)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def memory(key):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) / 1024  # MB; not ru_maxrss, which begins with the parent's peak
+
+before = memory("VmRSS")
 result = regsurgery.patch(
     folder, out, recipe=Recipe({0: (1,)}), num_images=8, dry_run=True, options=LoadOptions(max_memory=int(limit))
 )
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"before": before / 1024, "after": after / 1024}))
+print(json.dumps({"before": before, "after": memory("VmHWM")}))
 """
 
 
