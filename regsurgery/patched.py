@@ -62,7 +62,14 @@ def take_our_tensors(surgery: Surgery, folder: Path, fmt: str) -> None:
     import torch
     from safetensors import safe_open
 
-    for path in checkpoint_io.weight_files(folder, backends.backend(fmt).WEIGHTS_NAME):
-        with safe_open(path, framework="pt") as file, torch.no_grad():
-            for name in filter(_is_ours, file.keys()):
-                surgery.graph_module.get_parameter(surgery.added_name).copy_(file.get_tensor(name))
+    if not surgery.plan.num_added:
+        return
+    added = surgery.graph_module.get_parameter(surgery.added_name)
+    with torch.no_grad():
+        if fmt not in backends.LIBRARIES:
+            added.copy_(backends.backend(fmt).state(folder)[surgery.added_name])
+            return
+        for path in checkpoint_io.weight_files(folder, backends.backend(fmt).WEIGHTS_NAME):
+            with safe_open(path, framework="pt") as file:
+                for name in filter(_is_ours, file.keys()):
+                    added.copy_(file.get_tensor(name))

@@ -441,8 +441,7 @@ def verify(
         if recipe.mode == "native":
             return verify_native(loaded, recipe, *_locate(loaded, progress), root, fmt, pictures, progress)
         surgery = operate(loaded, recipe, progress)
-        if fmt in backends.LIBRARIES:
-            take_our_tensors(surgery, root, fmt)
+        take_our_tensors(surgery, root, fmt)
         return verify_folder(surgery, root, fmt, pictures, progress)
 
 
