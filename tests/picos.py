@@ -65,7 +65,6 @@ class Pico:
 
 
 def _transformers(architecture: str, config_class: str, **config: Any) -> Callable[[Path], None]:
-
     def build(folder: Path) -> None:
         import transformers
 

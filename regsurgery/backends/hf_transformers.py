@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,8 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     try:
         model, info = _from_pretrained(
             cls,
-            checkpoint,
+            folder,
+            checkpoint.weights if checkpoint.stored else None,
             trust_remote_code=options.trust_remote_code,
             device_map=options.device_map,
             ignore_mismatched_sizes=True,
@@ -106,17 +107,18 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     )
 
 
-def _from_pretrained(cls: Any, checkpoint: Checkpoint, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """The model and what was missing, mismatched or left over."""
+def _from_pretrained(
+    cls: Any, folder: Path, stored: Sequence[Path] | None, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The model and what was missing, mismatched or left over; `stored`: weight files that stay on disk."""
     options = {**options, "dtype": "auto", "output_loading_info": True}
-    if not checkpoint.stored:
-        return cls.from_pretrained(checkpoint.folder, **options)
+    if stored is None:
+        return cls.from_pretrained(folder, **options)
     from transformers import AutoConfig
 
-    trusted = options["trust_remote_code"]
-    config = (cls.config_class or AutoConfig).from_pretrained(checkpoint.folder, trust_remote_code=trusted)
-    state = stored_state(checkpoint.weights)
-    return cls.from_pretrained(None, config=config, state_dict=state, **{**options, "device_map": None})
+    trusted = options.get("trust_remote_code", False)
+    config = (cls.config_class or AutoConfig).from_pretrained(folder, trust_remote_code=trusted)
+    return cls.from_pretrained(None, config=config, state_dict=stored_state(stored), **{**options, "device_map": None})
 
 
 def at_size(loaded: Loaded, size: tuple[int, int]) -> Loaded:
@@ -327,14 +329,7 @@ def reload(folder: Path, config: dict[str, Any], *, stored: bool = False) -> nn.
 
     logging.disable_progress_bar()
     cls = getattr(import_modeling(folder), config["architectures"][0])
-    if stored:
-        state = stored_state(weight_files(folder, WEIGHTS_NAME))
-        settings = cls.config_class.from_pretrained(folder)
-        model, info = cls.from_pretrained(
-            None, config=settings, state_dict=state, dtype="auto", output_loading_info=True
-        )
-    else:
-        model, info = cls.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    model, info = _from_pretrained(cls, folder, weight_files(folder, WEIGHTS_NAME) if stored else None)
     if info["missing_keys"] or info["unexpected_keys"]:
         names = sorted([*info["missing_keys"], *info["unexpected_keys"]])
         raise CheckpointError(f"{folder}: tensor '{names[0]}' is missing or unknown; patch the model again")

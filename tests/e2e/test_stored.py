@@ -132,21 +132,27 @@ print(json.dumps({"before": before, "after": memory("VmHWM")}))
 """
 
 
-def test_a_model_of_many_blocks_needs_the_memory_of_one(tmp_path: Path) -> None:
+def test_a_model_of_many_blocks_needs_the_memory_of_few(tmp_path: Path) -> None:
     import transformers
 
-    config = transformers.ViTConfig(hidden_size=1024, num_hidden_layers=16, num_attention_heads=8, image_size=32,
-                                    patch_size=16, intermediate_size=4096)  # fmt: skip
-    transformers.ViTModel(config).save_pretrained(tmp_path / "wide")
-    size = (tmp_path / "wide" / "model.safetensors").stat().st_size / 1024**2
-    assert size > 750
-    grown = {}
-    for limit in (0, 10**12):
+    sizes: dict[int, float] = {}
+    for blocks in (2, 12):
+        config = transformers.ViTConfig(hidden_size=1024, num_hidden_layers=blocks, num_attention_heads=8,
+                                        image_size=32, patch_size=16, intermediate_size=4096)  # fmt: skip
+        transformers.ViTModel(config).save_pretrained(tmp_path / str(blocks))
+        sizes[blocks] = (tmp_path / str(blocks) / "model.safetensors").stat().st_size / 1024**2
+
+    def grown(blocks: int, limit: int) -> float:
         done = subprocess.run(
-            [sys.executable, "-c", WIDE, str(tmp_path / "wide"), str(tmp_path / "out"), str(limit)],
+            [sys.executable, "-c", WIDE, str(tmp_path / str(blocks)), str(tmp_path / "out"), str(limit)],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         figures = json.loads(done.stdout.splitlines()[-1])
-        grown[limit] = figures["after"] - figures["before"]
-    assert grown[0] < 0.5 * size < grown[10**12], grown
+        return figures["after"] - figures["before"]
+
+    # What the libraries need for themselves differs by machine and cancels out: only further blocks are compared.
+    more = sizes[12] - sizes[2]
+    assert more > 450
+    few, many, loaded = grown(2, 0), grown(12, 0), grown(12, 10**12)
+    assert many - few < 0.25 * more < more < loaded - few, (few, many, loaded)
