@@ -4,13 +4,15 @@
     python benchmarks/write.py --gigabytes 0.5                                 # under a minute
 
 The checkpoint is a transformers ViT as wide as InternViT-6B (3200, MLP 12800) with as many blocks as the size asks for,
-random float32 weights in shards of 1 GB. It is made anew and its pages are dropped from the cache of the system before
-every run, where the system lets us. Every run is a fresh process; they take turns:
+random float32 weights in shards of 1 GB, as `hf download --local-dir` leaves one: the client of the Hub records the
+sha256 of every shard beside it. Its pages are dropped from the cache of the system before every run, where the system
+lets us. Every run is a fresh process; they take turns:
 
 cp        cp -r of the folder, and sync
-copy      patch with a recipe, shards copied, no verification: reading, hashing, tracing, writing, fsync
+copy      patch --no-verify with a recipe, shards copied: tracing, writing, fsync
 link      the same with --link: hard links
-verified  patch with --link and verification on 8 images, weights read from disk operator by operator
+hashed    copy, of a folder without the Hub's records: every shard is read, hashed and searched for NaN as well
+verified  patch with --link and verification on 8 images, all of that and weights read from disk operator by operator
 
 Memory is the peak resident size (VmHWM) of the process.
 """
@@ -18,6 +20,7 @@ Memory is the peak resident size (VmHWM) of the process.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -63,13 +66,19 @@ def main() -> None:
         runs: dict[str, list[str]] = {
             "copy": [*common, str(root / "out"), "--no-verify"],
             "link": [*common, str(root / "out"), "--no-verify", "--link"],
+            "hashed": [*common, str(root / "out"), "--no-verify"],
             "verified": [*common, str(root / "out"), "--link", "--num-images", "8", "--max-memory", "0"],
         }
         figures: dict[str, list[dict[str, float]]] = {name: [] for name in ("cp", *runs)}
         for _ in range(args.rounds):
             figures["cp"].append(copied(source, root / "out"))
             for name, command in runs.items():
+                recorded = (source / ".cache", root / "records")
+                if name == "hashed":
+                    recorded[0].rename(recorded[1])
                 figures[name].append(patched(source, root / "out", command))
+                if name == "hashed":
+                    recorded[1].rename(recorded[0])
     report = {
         "gigabytes": round(size / 1e9, 2),
         "blocks": blocks(args.gigabytes),
@@ -89,6 +98,7 @@ def make(folder: Path, gigabytes: float) -> None:
     """Write the checkpoint shard by shard; at no time more than one block is in memory."""
     import torch
     import transformers
+    from huggingface_hub import _local_folder
     from safetensors.torch import load_file, save_file
 
     config = transformers.ViTConfig(
@@ -123,12 +133,16 @@ def make(folder: Path, gigabytes: float) -> None:
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        _local_folder.write_download_metadata(folder, path.name, "0" * 40, digest)
 
 
 def cold(folder: Path) -> None:
     """Nothing unwritten, and no page of the folder in the cache."""
     os.sync()
-    for path in folder.iterdir():
+    for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -167,7 +181,7 @@ def summary(values: list[dict[str, float]], copies: list[dict[str, float]]) -> d
 
 def show(report: dict[str, Any]) -> None:
     print(f"{report['gigabytes']} GB, {report['blocks']} blocks; medians")
-    for name in ("cp", "copy", "link", "verified"):
+    for name in ("cp", "copy", "link", "hashed", "verified"):
         row = report[name]
         peak = f"  peak {row['peak_mb']:.0f} MB" if "peak_mb" in row else f"  ({row['with_sync']:.1f} s with sync)"
         print(f"{name:10} {row['seconds']:8.1f} s   {row['of_cp']:.2f} of cp{peak}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from regsurgery import checkpoint_io, limits, weights_check
 from regsurgery.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError, UserError, did_you_mean
+from regsurgery.hub_files import published_sha256
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -123,11 +124,15 @@ class LoadOptions:
     max_memory: int | None = None
 
 
-def load(model_id: str, options: LoadOptions | None = None, *, native: bool = False) -> Loaded:
+def load(
+    model_id: str, options: LoadOptions | None = None, *, native: bool = False, look_through: bool = True
+) -> Loaded:
     """Load MODEL: a folder, a Hub id, `timm:NAME`, `open_clip:ARCH/TAG`, or `demo`.
 
     Args:
         native: MODEL is a folder of native mode, a stock checkpoint; others that are patched are refused.
+        look_through: read every weight, for the sha256 and to refuse NaN; without, files whose sha256 the Hub gave are
+            taken to be what it published.
 
     Raises:
         ModelNotFoundError: nothing answers to the id, or it cannot be reached.
@@ -160,7 +165,9 @@ def load(model_id: str, options: LoadOptions | None = None, *, native: bool = Fa
     headers = [checkpoint_io.read_header(path) for path in weights]
     weights_check.check_shards(folder, backends.library(library).WEIGHTS_NAME, headers)
     _refuse_quantised(folder, config, headers)
-    digests = weights_check.finite_digests(headers)
+    digests = None if look_through else _published(weights)
+    if digests is None:
+        digests = weights_check.finite_digests(headers)
     source = Source(model_id, revision, _combined(digests), repo)
     stored = sum(path.stat().st_size for path in weights) > _memory(options)
     checkpoint = Checkpoint(source, library, folder, weights, digests, pickled, config, config_name, stored, scratch)
@@ -168,6 +175,12 @@ def load(model_id: str, options: LoadOptions | None = None, *, native: bool = Fa
         loaded = backends.library(library).load(checkpoint, options)
     limits.tried(loaded.preprocess, folder)
     return loaded
+
+
+def _published(weights: Sequence[Path]) -> tuple[str, ...] | None:
+    """The sha256 of each file as the Hub gave it, or None where it did not give all of them."""
+    digests = [published_sha256(path) for path in weights]
+    return None if None in digests else tuple(filter(None, digests))
 
 
 def _source_id(config: Mapping[str, Any]) -> str:

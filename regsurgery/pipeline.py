@@ -125,7 +125,8 @@ def patch(
         seed: of generated pictures.
         force: find neurons in a model that was trained with registers, too.
         link: make hard links of shards that stay what they are, where the file system can.
-        verification: compare original and patched model on images; without, the folder says that nobody did.
+        verification: compare original and patched model on images; without, the folder says that nobody did, and files
+            whose sha256 the Hub gave are not looked through for NaN.
         dry_run: do everything, but write nothing to `output`.
 
     Raises:
@@ -134,8 +135,6 @@ def patch(
         VerificationError: the patched model fails verification; `output` is not created.
     """
     from regsurgery.calibration import image_set
-    from regsurgery.fitting import perform_bias, perform_native
-    from regsurgery.surgery import perform
 
     started = time.monotonic()
     progress = progress or Progress()
@@ -150,7 +149,9 @@ def patch(
     pictures = image_set(images, num_images, seed=seed, say=progress.say)
 
     progress.stage("load")
-    loaded = load_original(model, options)
+    loaded = load_original(model, options, look_through=verification)
+    if not (verification or link or dry_run):
+        checkpoint_io.read_ahead(loaded.weights)
     if format == "onnx":
         backends.backend(format).check(loaded)
     traced, sites = _locate(loaded, progress)
@@ -162,6 +163,9 @@ def patch(
         )
 
     def operate_and_write(chosen: Recipe) -> PatchResult:
+        from regsurgery.fitting import perform_bias, perform_native
+        from regsurgery.surgery import perform
+
         if num_registers is not None:
             chosen = chosen.with_num_registers(num_registers)
         if mode is not None:
@@ -181,7 +185,7 @@ def patch(
                 )
         with tempfile.TemporaryDirectory() as nowhere:
             target = Path(nowhere) / "dry-run" if dry_run else output
-            surgery = replace(surgery, link=link)
+            surgery = replace(surgery, link=link or dry_run)
             verdict = _write(surgery, target, fmt, unseen if verification else None, progress)
         seconds = time.monotonic() - started
         return PatchResult(None if dry_run else str(output), chosen.mode, fmt, chosen, verdict, seconds, _peak_rss_mb())

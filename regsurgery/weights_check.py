@@ -9,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regsurgery.checkpoint_io import CHUNK_BYTES, SafetensorsFile, weight_map
+from regsurgery.checkpoint_io import SafetensorsFile, weight_map
 from regsurgery.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
+
+CHUNK_BYTES = 1 << 20  # what is hashed is summed while it is in the cache of the core
 
 
 def check_shards(folder: Path, single: str, files: Sequence[SafetensorsFile]) -> None:
@@ -37,8 +39,8 @@ def check_shards(folder: Path, single: str, files: Sequence[SafetensorsFile]) ->
 
 
 def finite_digests(files: Sequence[SafetensorsFile]) -> tuple[str, ...]:
-    """`finite_digest` of each file, as many at a time as there are cores."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    """`finite_digest` of each file; one more at a time than there are cores, as one waits for the disk."""
+    with ThreadPoolExecutor((os.cpu_count() or 1) + 1) as pool:
         return tuple(pool.map(finite_digest, files))
 
 

@@ -1,0 +1,28 @@
+"""What huggingface_hub left on disk about the files that it downloaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+CLOCK_SECONDS = 1.0  # by which a file may be younger than its metadata; huggingface_hub allows the same
+
+
+def published_sha256(path: Path) -> str | None:
+    """The sha256 under which the Hub published the file `path`, where a download recorded it; `path` is not read.
+
+    In the cache a large file is a symbolic link to `blobs/SHA256`. `hf download --local-dir DIR` writes
+    `DIR/.cache/huggingface/download/NAME.metadata`: commit, etag and time, a line each. The etag of a large file is its
+    sha256. A file that was changed later is as unknown as one that never came from the Hub.
+    """
+    if path.is_symlink():
+        blob = path.resolve()
+        return blob.name if blob.parent.name == "blobs" and SHA256.fullmatch(blob.name) else None
+    metadata = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
+    try:
+        _, etag, written = metadata.read_text("utf-8").splitlines()
+        known = path.stat().st_mtime - CLOCK_SECONDS <= float(written)
+    except (OSError, ValueError):
+        return None
+    return etag if known and SHA256.fullmatch(etag) else None
