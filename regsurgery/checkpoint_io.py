@@ -132,6 +132,41 @@ def _entry(name: str, value: Any, fail: Callable[[str], CheckpointError]) -> Ten
     return TensorEntry(name, dtype, tuple(shape), start, stop)
 
 
+@dataclass(frozen=True)
+class LocatedTensor:
+    """A tensor and where its data begins: `start` bytes into `path`."""
+
+    path: Path
+    entry: TensorEntry
+    start: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.entry.stop - self.entry.start
+
+    @property
+    def type(self) -> tuple[str, tuple[int, ...]]:
+        """The dtype as safetensors writes it, and the shape."""
+        return self.entry.dtype, self.entry.shape
+
+
+def locate(weights: Sequence[Path]) -> dict[str, LocatedTensor]:
+    """Every tensor of some safetensors files, by name.
+
+    Raises:
+        CheckpointError: a file is broken, or a name is in two of them.
+    """
+    found: dict[str, LocatedTensor] = {}
+    for path in weights:
+        header = read_header(path)
+        for entry in header.tensors:
+            if entry.name in found:
+                other = found[entry.name].path.name
+                raise CheckpointError(f"{path}: tensor '{entry.name}' is in {other} too; keep one of the two files")
+            found[entry.name] = LocatedTensor(path, entry, header.data_start + entry.start)
+    return found
+
+
 def write_with_additions(source: SafetensorsFile, target: Path, additions: Mapping[str, Tensor]) -> None:
     """Write `source` to `target` with `additions` behind its tensors; the source's data is copied byte for byte.
 

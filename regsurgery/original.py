@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regsurgery import backends, checkpoint_io
-from regsurgery.checkpoint_io import CHUNK_BYTES, MAX_HEADER_BYTES, WEIGHT_SUFFIXES
+from regsurgery.checkpoint_io import CHUNK_BYTES, MAX_HEADER_BYTES, WEIGHT_SUFFIXES, LocatedTensor
 from regsurgery.errors import CheckpointError, did_you_mean
 
 if TYPE_CHECKING:
@@ -121,10 +121,10 @@ def restore_original(patched: Path, target: Path, fmt: str, progress: Progress |
             the message names every such file.
     """
     record = read_record(patched)
-    sources = _tensors(patched, fmt)
+    weights = checkpoint_io.weight_files(patched, backends.backend(fmt).WEIGHTS_NAME)
+    sources = checkpoint_io.locate(weights)
     target.mkdir(exist_ok=True)
     if progress is not None:
-        weights = checkpoint_io.weight_files(patched, backends.backend(fmt).WEIGHTS_NAME)
         progress.stage("restore", sum(path.stat().st_size for path in weights), in_bytes=True)
     wrong = []
     for file in record.files:
@@ -147,7 +147,7 @@ def restore_original(patched: Path, target: Path, fmt: str, progress: Progress |
     return record
 
 
-def _chunks(patched: Path, file: SourceFile, tensors: Mapping[str, _Tensor]) -> Iterator[bytes]:
+def _chunks(patched: Path, file: SourceFile, tensors: Mapping[str, LocatedTensor]) -> Iterator[bytes]:
     """The bytes of a source file."""
     if file.content is not None:
         yield file.content
@@ -165,33 +165,12 @@ def _chunks(patched: Path, file: SourceFile, tensors: Mapping[str, _Tensor]) -> 
                     f"{patched}: has no tensor '{name}', which the original's {file.name} has"
                     f"{did_you_mean(name, list(tensors))}"
                 )
-            if (tensor.dtype, tensor.shape) != wanted:
+            if tensor.type != wanted:
                 raise CheckpointError(
-                    f"{tensor.path}: tensor '{name}' is {tensor.dtype} {list(tensor.shape)}, in the original it is "
-                    f"{wanted[0]} {list(wanted[1])}"
+                    f"{tensor.path}: tensor '{name}' is {tensor.entry.dtype} {list(tensor.entry.shape)}, in "
+                    f"the original it is {wanted[0]} {list(wanted[1])}"
                 )
             yield from _read(tensor.path, tensor.start, tensor.num_bytes)
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor of the patched folder; its data begins `start` bytes into `path`."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    num_bytes: int
-
-
-def _tensors(patched: Path, fmt: str) -> dict[str, _Tensor]:
-    found = {}
-    for path in checkpoint_io.weight_files(patched, backends.backend(fmt).WEIGHTS_NAME):
-        header = checkpoint_io.read_header(path)
-        for entry in header.tensors:
-            start = header.data_start + entry.start
-            found[entry.name] = _Tensor(path, entry.dtype, entry.shape, start, entry.stop - entry.start)
-    return found
 
 
 def _layout(path: Path, file: SourceFile) -> list[tuple[str, tuple[str, tuple[int, ...]]]]:

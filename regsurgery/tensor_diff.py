@@ -13,7 +13,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regsurgery.checkpoint_io import CHUNK_BYTES, DTYPE_BYTES, TensorEntry, read_header, weight_files
+from regsurgery.checkpoint_io import CHUNK_BYTES, DTYPE_BYTES, LocatedTensor, locate, weight_files
 from regsurgery.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
@@ -117,12 +117,12 @@ def diff(a: str | Path, b: str | Path, *, progress: Progress | None = None) -> D
     from regsurgery.pipeline import Progress
 
     progress = progress or Progress()
-    ours, theirs = _tensors(Path(a)), _tensors(Path(b))
+    ours, theirs = locate(_files(Path(a))), locate(_files(Path(b)))
     both = sorted(ours.keys() & theirs.keys())
     retyped = [
-        Retyped(name, one.dtype, other.dtype, one.shape, other.shape)
+        Retyped(name, one.entry.dtype, other.entry.dtype, one.entry.shape, other.entry.shape)
         for name in both
-        if _type(one := ours[name].entry) != _type(other := theirs[name].entry)
+        if (one := ours[name]).type != (other := theirs[name]).type
     ]
     alike = sorted({*both} - {tensor.name for tensor in retyped})
     progress.stage("compare", sum(ours[name].num_bytes for name in alike), in_bytes=True)
@@ -136,19 +136,6 @@ def diff(a: str | Path, b: str | Path, *, progress: Progress | None = None) -> D
         changed=tuple(changed),
         num_identical=len(alike) - len(changed),
     )
-
-
-@dataclass(frozen=True)
-class _Located:
-    """A tensor and where its data begins: `start` bytes into `path`."""
-
-    path: Path
-    entry: TensorEntry
-    start: int
-
-    @property
-    def num_bytes(self) -> int:
-        return self.entry.stop - self.entry.start
 
 
 def _files(where: Path) -> list[Path]:
@@ -165,27 +152,11 @@ def _files(where: Path) -> list[Path]:
     return found
 
 
-def _tensors(where: Path) -> dict[str, _Located]:
-    found: dict[str, _Located] = {}
-    for path in _files(where):
-        header = read_header(path)
-        for entry in header.tensors:
-            if entry.name in found:
-                other = found[entry.name].path.name
-                raise CheckpointError(f"{path}: tensor '{entry.name}' is in {other} too; compare the files one by one")
-            found[entry.name] = _Located(path, entry, header.data_start + entry.start)
-    return found
+def _only(ours: Mapping[str, LocatedTensor], theirs: Mapping[str, LocatedTensor]) -> tuple[TensorInfo, ...]:
+    return tuple(TensorInfo(name, *ours[name].type) for name in sorted(ours.keys() - theirs.keys()))
 
 
-def _type(entry: TensorEntry) -> tuple[str, tuple[int, ...]]:
-    return entry.dtype, entry.shape
-
-
-def _only(ours: Mapping[str, _Located], theirs: Mapping[str, _Located]) -> tuple[TensorInfo, ...]:
-    return tuple(TensorInfo(name, *_type(ours[name].entry)) for name in sorted(ours.keys() - theirs.keys()))
-
-
-def _compare(a: _Located, b: _Located, progress: Progress) -> Changed | None:
+def _compare(a: LocatedTensor, b: LocatedTensor, progress: Progress) -> Changed | None:
     """None where the bytes are equal."""
     largest, num_different, num_nan = None, 0, 0
     left = a.num_bytes
@@ -210,10 +181,10 @@ def _compare(a: _Located, b: _Located, progress: Progress) -> Changed | None:
             progress.advance(size)
     if not num_different:
         return None
-    return Changed(a.entry.name, *_type(a.entry), largest, num_different, math.prod(a.entry.shape), num_nan)
+    return Changed(a.entry.name, *a.type, largest, num_different, math.prod(a.entry.shape), num_nan)
 
 
-def _fill(chunk: bytearray, file: FileIO, tensor: _Located) -> None:
+def _fill(chunk: bytearray, file: FileIO, tensor: LocatedTensor) -> None:
     """Fill `chunk` from `file`; unbuffered files may give less at a time."""
     view, filled = memoryview(chunk), 0
     while filled < len(chunk):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import regsurgery
-from regsurgery import cli, tensor_diff
+from regsurgery import checkpoint_io, cli
 from regsurgery.checkpoint_io import CHUNK_BYTES
 from regsurgery.errors import CheckpointError, UserError
 from regsurgery.tensor_diff import Changed, Retyped, TensorInfo
@@ -166,14 +166,14 @@ def test_a_broken_file_and_a_name_given_twice_are_errors(tmp_path):
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path, monkeypatch):
     a, b = folder_of(tmp_path / "a", TENSORS), folder_of(tmp_path / "b", TENSORS)
-    read_header = tensor_diff.read_header
+    read_header = checkpoint_io.read_header
 
     def and_cut(path: Path) -> object:
         header = read_header(path)
         path.write_bytes(path.read_bytes()[:-1])
         return header
 
-    monkeypatch.setattr(tensor_diff, "read_header", and_cut)
+    monkeypatch.setattr(checkpoint_io, "read_header", and_cut)
     with pytest.raises(CheckpointError, match="was cut off while tensor"):
         regsurgery.diff(a, b)
 
