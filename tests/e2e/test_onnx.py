@@ -26,7 +26,7 @@ from regsurgery.trace import tensor_inputs
 from regsurgery.verification import rounding
 from tests.conftest import Planted, shared
 from tests.e2e.test_parity import pictures, recipe_for
-from tests.picos import Pico, by_id
+from tests.picos import PICOS, Pico, by_id
 
 BATCHES = (1, 2, 7)
 NODE = Path(__file__).parent / "node"
@@ -35,6 +35,8 @@ NODE = Path(__file__).parent / "node"
 # rotary positions with registers in the prefix, a head over all tokens.
 SAMPLES = ("hf-dinov2-swiglu", "hf-clip", "hf-beit-relative", "hf-data2vec", "hf-mae-pretraining", "hf-idefics3",
            "hf-dinov3", "timm-vit", "timm-relpos", "timm-dinov3", "open-clip")  # fmt: skip
+if os.environ.get("REGSURGERY_ONNX") == "all":  # minutes
+    SAMPLES = tuple(pico.id for pico in PICOS)
 
 
 def allowed(output: Tensor) -> float:
