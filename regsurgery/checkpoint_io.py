@@ -40,6 +40,10 @@ SHARD_NUMBER = re.compile(r"-\d+-of-\d+$")
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
                "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
 
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+               "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "U16": "uint16", "U32": "uint32",
+               "U64": "uint64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # fmt: skip
+
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".pt2", ".ckpt", ".npz"}
 
 
@@ -257,12 +261,29 @@ def index_of(sources: Sequence[Path]) -> Path | None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file of `tensors`, in name order."""
-    from safetensors.torch import save_file
+    """Write a safetensors file of `tensors`, byte for byte as safetensors does, one tensor after the other.
 
-    ours = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
-    save_file(ours, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # the library writes for the owner alone
+    Those that are not in memory (`stored.py`) are read when it is their turn, and freed behind it.
+    """
+    import torch
+
+    disk_names = {torch_dtype(name): name for name in TORCH_NAMES}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    stop = 0
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # every one lies aligned
+    for name in ordered:
+        tensor = tensors[name]
+        start, stop = stop, stop + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": disk_names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, stop],
+        }
+    with path.open("wb") as writer:
+        _write_header(writer, header)
+        for name in ordered:
+            elements = tensors[name].detach().cpu().contiguous().reshape(-1)
+            writer.write(elements.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -272,13 +293,17 @@ def write_json(path: Path, data: Any) -> None:
 # --- folders --------------------------------------------------------------------------------------------------------
 
 
-def weights_dtype(weights: Sequence[Path]) -> torch.dtype:
-    """The dtype of the first floating-point tensor of the first file, by name; float32 where there is none."""
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that safetensors calls `name`, one of `TORCH_NAMES`."""
     import torch
 
-    floating = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return getattr(torch, TORCH_NAMES[name])
+
+
+def weights_dtype(weights: Sequence[Path]) -> torch.dtype:
+    """The dtype of the first floating-point tensor of the first file, by name; float32 where there is none."""
     tensors = sorted(read_header(weights[0]).tensors, key=lambda tensor: tensor.name)
-    return next((floating[tensor.dtype] for tensor in tensors if tensor.dtype in floating), torch.float32)
+    return torch_dtype(next((tensor.dtype for tensor in tensors if tensor.dtype in ("F64", "F32", "F16", "BF16")), "F32"))
 
 
 def weight_files(folder: Path, single: str) -> list[Path]:

@@ -15,6 +15,7 @@ import torch
 
 from regsurgery import checkpoint_io as io
 from regsurgery.errors import CheckpointError, OutputError
+from regsurgery.stored import NotInMemory, StoredTensor, stored_state
 
 TENSORS = {
     "block.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -177,6 +178,33 @@ def test_an_addition_whose_name_is_taken_is_refused(good, tmp_path):
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 ADDED = "model-registers.safetensors"
 INDEX = "model.safetensors.index.json"
+
+
+def test_tensors_are_written_as_safetensors_writes_them(tmp_path):
+    safetensors.torch.save_file(TENSORS, tmp_path / "theirs", metadata={"format": "pt"})
+    io.write_tensors(tmp_path / "ours", {**TENSORS, "block.weight": TENSORS["block.weight"].T.contiguous().T})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_tensors_on_disk_are_written_one_after_the_other(good, tmp_path, monkeypatch):
+    """Also those that are arranged anew: what lies in memory at a time is what one tensor is made of."""
+    state, whole = stored_state([good]), safetensors.torch.load_file(good)
+    more = {
+        "rows": torch.cat((state["block.weight"], state["block.weight"][:1])),
+        "columns": state["block.weight"].T,
+        "half": state["block.weight"].chunk(2)[1].reshape(1, -1).to(torch.float16),
+    }
+    assert all(isinstance(tensor, NotInMemory) for tensor in more.values())
+    order: list[str] = []
+    plain = StoredTensor.read
+    monkeypatch.setattr(StoredTensor, "read", lambda self: (order.append(self.entry.name), plain(self))[1])
+    io.write_tensors(tmp_path / "ours", state | more)
+    assert order == ["scalar", *["block.weight"] * 2, "empty", *["block.weight"] * 2, "block.bias", "block.weight", "odd"]
+    weight = whole["block.weight"]
+    whole |= {"rows": torch.cat((weight, weight[:1])), "columns": weight.T.contiguous(), "half": weight[1:].half()}
+    safetensors.torch.save_file(whole, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
 
 
 @pytest.fixture
