@@ -303,7 +303,9 @@ def torch_dtype(name: str) -> torch.dtype:
 def weights_dtype(weights: Sequence[Path]) -> torch.dtype:
     """The dtype of the first floating-point tensor of the first file, by name; float32 where there is none."""
     tensors = sorted(read_header(weights[0]).tensors, key=lambda tensor: tensor.name)
-    return torch_dtype(next((tensor.dtype for tensor in tensors if tensor.dtype in ("F64", "F32", "F16", "BF16")), "F32"))
+    return torch_dtype(
+        next((tensor.dtype for tensor in tensors if tensor.dtype in ("F64", "F32", "F16", "BF16")), "F32")
+    )
 
 
 def weight_files(folder: Path, single: str) -> list[Path]:

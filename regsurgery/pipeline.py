@@ -209,22 +209,17 @@ def _format(wanted: str | None, loaded: Loaded, recipe: Recipe, progress: Progre
     """
     from regsurgery.backends.canonical import default_host
 
-    mode = recipe.mode
-    if mode == "native":
-        fmt = wanted or default_host(loaded)
-        if fmt in backends.LIBRARIES:
-            progress.say(f"native host: {fmt}, unmodified")
-            backends.backend(fmt, mode).check(loaded, recipe.num_registers)
-        _check_memory(loaded, f"mode native writes {fmt}")
-        return fmt
-    fmt = wanted or loaded.library
-    if fmt in backends.LIBRARIES and fmt != loaded.library:
-        raise UserError(
-            f"format {fmt}: {loaded.source.id} is a {loaded.library} checkpoint, which mode {mode} writes as "
-            f"{loaded.library}, pt2 or onnx"
-        )
+    fmt = wanted or (default_host(loaded) if recipe.mode == "native" else loaded.library)
     if fmt not in backends.LIBRARIES:
         _check_memory(loaded, f"format {fmt} is written")
+    elif recipe.mode == "native":
+        progress.say(f"native host: {fmt}, unmodified")
+        backends.backend(fmt, "native").check(loaded, recipe.num_registers)
+    elif fmt != loaded.library:
+        raise UserError(
+            f"format {fmt}: {loaded.source.id} is a {loaded.library} checkpoint, which mode {recipe.mode} writes as "
+            f"{loaded.library}, pt2 or onnx"
+        )
     return fmt
 
 
@@ -233,7 +228,7 @@ def _check_memory(loaded: Loaded, what: str) -> None:
         size = sum(path.stat().st_size for path in loaded.weights) / 1e9
         raise UserError(
             f"{loaded.source.id}: {what} with all weights in memory, and they are {size:.1f} GB; allow that with "
-            f"--max-memory {size + 0.1:.1f}GB, or write mode shift in the model's own format"
+            f"--max-memory {size + 0.1:.1f}GB, or write the model's own format"
         )
 
 

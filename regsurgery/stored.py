@@ -111,7 +111,7 @@ class ArrangedTensor(NotInMemory):
     @staticmethod
     def __new__(cls, shape_alone: Tensor, make: Callable[[], Tensor], dtype: torch.dtype) -> ArrangedTensor:
         made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape_alone.shape, strides=shape_alone.stride(), dtype=dtype, device="cpu"
+            cls, shape_alone.shape, strides=shape_alone.stride(), dtype=dtype, device=torch.device("cpu")
         )
         made.shape_alone, made.make = shape_alone, make
         return made
@@ -137,6 +137,7 @@ def _arranged(func: Any, args: Any, kwargs: Any) -> Any:
         return func(*own_args, **own_kwargs)
 
     shapes, spec = pytree.tree_flatten(called(shape_alone))
+
     def made(number: int) -> Tensor:
         return pytree.tree_leaves(called(lambda tensor: tensor.read()))[number]
 

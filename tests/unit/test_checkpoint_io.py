@@ -199,12 +199,19 @@ def test_tensors_on_disk_are_written_one_after_the_other(good, tmp_path, monkeyp
     plain = StoredTensor.read
     monkeypatch.setattr(StoredTensor, "read", lambda self: (order.append(self.entry.name), plain(self))[1])
     io.write_tensors(tmp_path / "ours", state | more)
-    assert order == ["scalar", *["block.weight"] * 2, "empty", *["block.weight"] * 2, "block.bias", "block.weight", "odd"]
+    assert order == [
+        "scalar",
+        *["block.weight"] * 2,
+        "empty",
+        *["block.weight"] * 2,
+        "block.bias",
+        "block.weight",
+        "odd",
+    ]
     weight = whole["block.weight"]
     whole |= {"rows": torch.cat((weight, weight[:1])), "columns": weight.T.contiguous(), "half": weight[1:].half()}
     safetensors.torch.save_file(whole, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
-
 
 
 @pytest.fixture
