@@ -5,8 +5,6 @@ The format: 8 bytes little-endian header length, a JSON header `{name: {dtype, s
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import glob
 import hashlib
 import json
@@ -14,15 +12,14 @@ import os
 import re
 import shutil
 import struct
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from regsurgery.copying import CopiesAhead, copy_bytes, copy_file, sync
 from regsurgery.errors import CheckpointError, OutputError
 from regsurgery.limits import MAX_JSON_BYTES, read_json
 
@@ -32,14 +29,15 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 16 << 20  # 100,000 tensors; parsed, it takes many times as much memory
 MAX_RANK, MAX_DIMENSION = 16, 1 << 48
-CHUNK_BYTES = 1 << 22
-COPY_BYTES = 1 << 28  # at a time inside the kernel
-FICLONE = 0x40049409  # ioctl of Linux: share the blocks of another file
-CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP}
-CANNOT_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EBADF}
 SHARD_NUMBER = re.compile(r"-\d+-of-\d+$")
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
                "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
+
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+               "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "U16": "uint16", "U32": "uint32",
+               "U64": "uint64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # fmt: skip
+
+Place = Callable[[Path, Path], None]  # see `write_weights`
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".pt2", ".ckpt", ".npz"}
 
@@ -210,73 +208,15 @@ def _write_header(writer: BinaryIO, header: Mapping[str, Any]) -> None:
     writer.write(raw)
 
 
-def copy_file(source: Path, target: Path, *, link: bool = False) -> None:
-    """Copy a file's bytes inside the kernel, where the file system can by sharing its blocks.
-
-    Args:
-        link: make a hard link instead, where source and target are on one file system; to write into one of the two
-            files is then to write into the other.
-    """
-    source = source.resolve()  # the files of a Hub snapshot are symbolic links
-    if link:
-        try:
-            os.link(source, target)
-            return
-        except OSError as error:
-            if error.errno not in CANNOT_LINK:
-                raise
-    with source.open("rb", buffering=0) as reader, target.open("wb") as writer:
-        try:
-            fcntl.ioctl(writer, FICLONE, reader.fileno())
-        except OSError:  # most file systems cannot
-            copy_bytes(reader, writer, source.stat().st_size)
-
-
-def read_ahead(paths: Sequence[Path]) -> None:
-    """Let the system begin to read files that will soon be copied, beside what this process does."""
-    if hasattr(os, "posix_fadvise"):
-        threading.Thread(target=_advise, args=(paths,), daemon=True).start()
-
-
-def _advise(paths: Sequence[Path]) -> None:
-    for path in paths:
-        with path.open("rb") as file, suppress(OSError):  # it is a hint
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-
-
-def copy_bytes(reader: FileIO, writer: BinaryIO, num_bytes: int) -> None:
-    """Copy the next `num_bytes` of `reader`, which has no buffer, to `writer`, inside the kernel where it can.
-
-    Raises:
-        CheckpointError: `reader` ends before.
-    """
-    writer.flush()
-    left = num_bytes
-    while left and hasattr(os, "copy_file_range"):
-        try:
-            copied = os.copy_file_range(reader.fileno(), writer.fileno(), min(left, COPY_BYTES))
-        except OSError as error:
-            if error.errno not in CANNOT_COPY or left < num_bytes:
-                raise
-            break
-        if not copied:
-            raise CheckpointError(f"{reader.name}: became shorter while it was copied; patch it again")
-        left -= copied
-    while left:
-        chunk = reader.read(min(left, CHUNK_BYTES))
-        if not chunk:
-            raise CheckpointError(f"{reader.name}: became shorter while it was copied; patch it again")
-        writer.write(chunk)
-        left -= len(chunk)
-
-
 def write_weights(
-    sources: Sequence[Path], folder: Path, additions: Mapping[str, Tensor], *, link: bool = False
+    sources: Sequence[Path], folder: Path, additions: Mapping[str, Tensor], place: Place = copy_file
 ) -> None:
     """Write the checkpoint files `sources` and the tensors `additions` into `folder`.
 
-    A single file stays one. Shards are copied whole, and the additions are a shard of their own in the rewritten index;
-    `link`: see `copy_file`.
+    A single file stays one. Shards stay what they are, and the additions are a shard of their own in the new index.
+
+    Args:
+        place: source, target -> makes the target the same file, by copying if nothing else.
     """
     index_path = index_of(sources)
     if index_path is None:
@@ -285,7 +225,7 @@ def write_weights(
         return
     for path in sources:
         _check_new(read_header(path), additions)
-        copy_file(path, folder / path.name, link=link)
+        place(path, folder / path.name)
     index = json.loads(index_path.read_text("utf-8"))
     if additions:
         added = f"{SHARD_NUMBER.sub('', sources[0].stem)}-registers.safetensors"
@@ -305,12 +245,29 @@ def index_of(sources: Sequence[Path]) -> Path | None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file of `tensors`, in name order."""
-    from safetensors.torch import save_file
+    """Write a safetensors file of `tensors`, byte for byte as safetensors does, one tensor after the other.
 
-    ours = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
-    save_file(ours, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # the library writes for the owner alone
+    Those that are not in memory (`stored.py`) are read when it is their turn, and freed behind it.
+    """
+    import torch
+
+    disk_names = {torch_dtype(name): name for name in TORCH_NAMES}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    stop = 0
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # every one lies aligned
+    for name in ordered:
+        tensor = tensors[name]
+        start, stop = stop, stop + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": disk_names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, stop],
+        }
+    with path.open("wb") as writer:
+        _write_header(writer, header)
+        for name in ordered:
+            elements = tensors[name].detach().cpu().contiguous().reshape(-1)
+            writer.write(elements.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -320,13 +277,19 @@ def write_json(path: Path, data: Any) -> None:
 # --- folders --------------------------------------------------------------------------------------------------------
 
 
-def weights_dtype(weights: Sequence[Path]) -> torch.dtype:
-    """The dtype of the first floating-point tensor of the first file, by name; float32 where there is none."""
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that safetensors calls `name`, one of `TORCH_NAMES`."""
     import torch
 
-    floating = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return getattr(torch, TORCH_NAMES[name])
+
+
+def weights_dtype(weights: Sequence[Path]) -> torch.dtype:
+    """The dtype of the first floating-point tensor of the first file, by name; float32 where there is none."""
     tensors = sorted(read_header(weights[0]).tensors, key=lambda tensor: tensor.name)
-    return next((floating[tensor.dtype] for tensor in tensors if tensor.dtype in floating), torch.float32)
+    return torch_dtype(
+        next((tensor.dtype for tensor in tensors if tensor.dtype in ("F64", "F32", "F16", "BF16")), "F32")
+    )
 
 
 def weight_files(folder: Path, single: str) -> list[Path]:
@@ -463,7 +426,7 @@ def replace_file(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         partial.write_bytes(content)
-        _fsync(partial)
+        sync(partial)
         partial.replace(path)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
@@ -482,25 +445,41 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """
     check_output(target)
     _remove_abandoned(target)
-    partial = target.absolute().parent / f".{target.name}.partial-{os.getpid()}"
+    partial = _partial(target)
     try:
         partial.mkdir()
         yield partial
         for path in sorted(partial.rglob("*")):
-            _fsync(path)
-        _fsync(partial)
+            sync(path)
+        sync(partial)
         partial.rename(target.absolute())
     except OSError as error:
         raise OutputError(f"{target}: cannot be written ({error.strerror or error}); nothing is left behind") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     try:
-        _fsync(target.absolute().parent)
+        sync(target.absolute().parent)
     except OSError as error:
         raise OutputError(
             f"{target}: written whole, but the disk did not confirm it ({error.strerror or error}); "
             "check it with sha256sum -c SHA256SUMS"
         ) from error
+
+
+@contextmanager
+def copies_ahead(target: Path) -> Iterator[CopiesAhead]:
+    """Copies for the folder `target`, which are made in the block; those that are not placed there vanish with it."""
+    _remove_abandoned(target)
+    copies = CopiesAhead(_partial(target, "-copies"))
+    try:
+        yield copies
+    finally:
+        copies.close()
+
+
+def _partial(target: Path, what: str = "") -> Path:
+    """Where this process writes what is to become `target`."""
+    return target.absolute().parent / f".{target.name}.partial{what}-{os.getpid()}"
 
 
 def _remove_abandoned(target: Path) -> None:
@@ -511,11 +490,3 @@ def _remove_abandoned(target: Path) -> None:
         process = partial.name.rpartition("-")[2]
         if not process.isdecimal() or not psutil.pid_exists(int(process)):
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 from regsurgery.comparison import Run, kl_divergence, main_output, output_cosine, probe_nodes
 from regsurgery.families import LOGIT_OUTPUTS
@@ -135,7 +135,7 @@ class _Loss:
     def __init__(self, model: NativeModel, images: Tensor) -> None:
         self.model, self.images = model, images
         self.main = main_output(model.traced.output_names)
-        self.edited = tap(model.graph_module, probe_nodes(model.sites))
+        self.edited = _frozen(tap(model.graph_module, probe_nodes(model.sites)))
         original = tap(model.traced.graph_module, probe_nodes(model.sites))
         parts = []
         with torch.no_grad():
@@ -163,3 +163,12 @@ class _Loss:
         cosine_BN = F.cosine_similarity(patches_BND.float(), run[1]["last"][:, patches].float(), dim=-1)
         cosine_B = output_cosine(output, new_output)
         return 2 - cosine_BN[inliers_BN].mean() - cosine_B.mean()
+
+
+def _frozen(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """`graph_module`, a tap, without gradients of its own parameters; those of graphs that it shares them with stay."""
+    for module in graph_module.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=False)
+    return graph_module

@@ -125,7 +125,12 @@ class LoadOptions:
 
 
 def load(
-    model_id: str, options: LoadOptions | None = None, *, native: bool = False, look_through: bool = True
+    model_id: str,
+    options: LoadOptions | None = None,
+    *,
+    native: bool = False,
+    look_through: bool = True,
+    use_meanwhile: Callable[[Sequence[Path]], None] | None = None,
 ) -> Loaded:
     """Load MODEL: a folder, a Hub id, `timm:NAME`, `open_clip:ARCH/TAG`, or `demo`.
 
@@ -133,6 +138,7 @@ def load(
         native: MODEL is a folder of native mode, a stock checkpoint; others that are patched are refused.
         look_through: read every weight, for the sha256 and to refuse NaN; without, files whose sha256 the Hub gave are
             taken to be what it published.
+        use_meanwhile: is called with the weight files as soon as their headers are known to be fine.
 
     Raises:
         ModelNotFoundError: nothing answers to the id, or it cannot be reached.
@@ -165,6 +171,8 @@ def load(
     headers = [checkpoint_io.read_header(path) for path in weights]
     weights_check.check_shards(folder, backends.library(library).WEIGHTS_NAME, headers)
     _refuse_quantised(folder, config, headers)
+    if use_meanwhile is not None:
+        use_meanwhile(weights)
     digests = None if look_through else _published(weights)
     if digests is None:
         digests = weights_check.finite_digests(headers)

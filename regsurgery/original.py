@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regsurgery import backends, checkpoint_io
-from regsurgery.checkpoint_io import CHUNK_BYTES, MAX_HEADER_BYTES, WEIGHT_SUFFIXES, LocatedTensor
+from regsurgery.checkpoint_io import MAX_HEADER_BYTES, WEIGHT_SUFFIXES, LocatedTensor
+from regsurgery.copying import CHUNK_BYTES
 from regsurgery.errors import CheckpointError, did_you_mean
 
 if TYPE_CHECKING:

@@ -24,9 +24,8 @@ def load(folder: str | Path) -> nn.Module:
 
 def rebuilt(folder: Path, config: dict[str, Any], fmt: str, *, stored: bool) -> nn.Module:
     """The patched model of a folder, as a user would get it; `stored`: its weights stay on disk where they can."""
-    mode = config["regsurgery"]["mode"]
-    backend = backends.backend(fmt, mode)
-    if stored and mode != "native" and fmt in backends.LIBRARIES:
+    backend = backends.backend(fmt, config["regsurgery"]["mode"])
+    if stored and fmt in backends.LIBRARIES:
         return backend.reload(folder, config, stored=True)
     return backend.reload(folder, config)
 

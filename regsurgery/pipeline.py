@@ -10,11 +10,14 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regsurgery import backends, checkpoint_io
+from regsurgery.copying import copy_file
 from regsurgery.errors import (
     CheckpointError,
     OutputError,
@@ -148,60 +151,70 @@ def patch(
     given = None if recipe is None else _given_recipe(model, recipe, progress)
     pictures = image_set(images, num_images, seed=seed, say=progress.say)
 
-    progress.stage("load")
-    loaded = load_original(model, options, look_through=verification)
-    if not (verification or link or dry_run):
-        checkpoint_io.read_ahead(loaded.weights)
-    if format == "onnx":
-        backends.backend(format).check(loaded)
-    traced, sites = _locate(loaded, progress)
-    progress.say(f"preprocessing: {loaded.preprocess_note}; images: {pictures.note}")
-    if family_of(loaded.library, loaded.architecture) is None:
-        progress.say(
-            f"{loaded.architecture} is none of the families that the tests cover (regsurgery families); its sites were "
-            "found in its graph, and what is written is verified all the same"
-        )
+    linked = link or dry_run
+    # Without a recipe there may be nothing to fix; other formats and modes have files of their own.
+    copied = given is not None and (mode or given.mode) != "native" and (format or "") not in ("pt2", "onnx")
 
-    def operate_and_write(chosen: Recipe) -> PatchResult:
-        from regsurgery.fitting import perform_bias, perform_native
-        from regsurgery.surgery import perform
+    with checkpoint_io.copies_ahead(output) as copies:
 
-        if num_registers is not None:
-            chosen = chosen.with_num_registers(num_registers)
-        if mode is not None:
-            chosen = chosen.with_mode(mode)
-        fmt = _format(format, loaded, chosen, progress)
-        progress.stage("surgery")
-        unseen = pictures
-        if chosen.mode == "shift":
-            surgery = perform(loaded, chosen, traced, sites)
-        else:
-            fit, unseen = _disjoint(images, pictures, seed)
-            if chosen.mode == "bias":
-                surgery = perform_bias(loaded, chosen, traced, sites, fit, progress=progress)
+        def copy_shards(weights: Sequence[Path]) -> None:
+            if copied and not linked and checkpoint_io.index_of(weights) is not None:
+                copies.start(weights)
+
+        progress.stage("load")
+        loaded = load_original(model, options, look_through=verification, use_meanwhile=copy_shards)
+        if format == "onnx":
+            backends.backend(format).check(loaded)
+        traced, sites = _locate(loaded, progress)
+        progress.say(f"preprocessing: {loaded.preprocess_note}; images: {pictures.note}")
+        if family_of(loaded.library, loaded.architecture) is None:
+            progress.say(
+                f"{loaded.architecture} is none of the families that the tests cover (regsurgery families); its sites "
+                "were found in its graph, and what is written is verified all the same"
+            )
+
+        def operate_and_write(chosen: Recipe) -> PatchResult:
+            from regsurgery.fitting import perform_bias, perform_native
+            from regsurgery.surgery import perform
+
+            if num_registers is not None:
+                chosen = chosen.with_num_registers(num_registers)
+            if mode is not None:
+                chosen = chosen.with_mode(mode)
+            fmt = _format(format, loaded, chosen, progress)
+            progress.stage("surgery")
+            unseen = pictures
+            if chosen.mode == "shift":
+                surgery = perform(loaded, chosen, traced, sites)
             else:
-                surgery = perform_native(
-                    loaded, chosen, traced, sites, fit, calibration=calibrate, seed=seed, progress=progress
-                )
-        with tempfile.TemporaryDirectory() as nowhere:
-            target = Path(nowhere) / "dry-run" if dry_run else output
-            surgery = replace(surgery, link=link or dry_run)
-            verdict = _write(surgery, target, fmt, unseen if verification else None, progress)
-        seconds = time.monotonic() - started
-        return PatchResult(None if dry_run else str(output), chosen.mode, fmt, chosen, verdict, seconds, _peak_rss_mb())
+                fit, unseen = _disjoint(images, pictures, seed)
+                if chosen.mode == "bias":
+                    surgery = perform_bias(loaded, chosen, traced, sites, fit, progress=progress)
+                else:
+                    surgery = perform_native(
+                        loaded, chosen, traced, sites, fit, calibration=calibrate, seed=seed, progress=progress
+                    )
+            with tempfile.TemporaryDirectory() as nowhere:
+                target = Path(nowhere) / "dry-run" if dry_run else output
+                surgery = replace(surgery, place=partial(copy_file, link=True) if linked else copies.place)
+                verdict = _write(surgery, target, fmt, unseen if verification else None, progress)
+            seconds = time.monotonic() - started
+            return PatchResult(
+                None if dry_run else str(output), chosen.mode, fmt, chosen, verdict, seconds, _peak_rss_mb()
+            )
 
-    if given is not None:
-        return operate_and_write(given)
-    bundled = recipe_for_model(loaded.source.repo or loaded.source.id)
-    if bundled is not None:
-        name, chosen = bundled
-        progress.say(f"recipe: {name} (bundled)")
-        try:
-            return operate_and_write(chosen)
-        except (RecipeError, VerificationError) as error:
-            progress.say(f"recipe {name} does not fit this model ({error}); finding its register neurons instead")
-    journal = None if dry_run else output.absolute().with_name(f".{output.name}.journal")
-    return operate_and_write(_find(loaded, traced, sites, pictures, seed, force, journal, progress).recipe)
+        if given is not None:
+            return operate_and_write(given)
+        bundled = recipe_for_model(loaded.source.repo or loaded.source.id)
+        if bundled is not None:
+            name, chosen = bundled
+            progress.say(f"recipe: {name} (bundled)")
+            try:
+                return operate_and_write(chosen)
+            except (RecipeError, VerificationError) as error:
+                progress.say(f"recipe {name} does not fit this model ({error}); finding its register neurons instead")
+        journal = None if dry_run else output.absolute().with_name(f".{output.name}.journal")
+        return operate_and_write(_find(loaded, traced, sites, pictures, seed, force, journal, progress).recipe)
 
 
 def _format(wanted: str | None, loaded: Loaded, recipe: Recipe, progress: Progress) -> str:
@@ -213,22 +226,17 @@ def _format(wanted: str | None, loaded: Loaded, recipe: Recipe, progress: Progre
     """
     from regsurgery.backends.canonical import default_host
 
-    mode = recipe.mode
-    if mode == "native":
-        fmt = wanted or default_host(loaded)
-        if fmt in backends.LIBRARIES:
-            progress.say(f"native host: {fmt}, unmodified")
-            backends.backend(fmt, mode).check(loaded, recipe.num_registers)
-        _check_memory(loaded, f"mode native writes {fmt}")
-        return fmt
-    fmt = wanted or loaded.library
-    if fmt in backends.LIBRARIES and fmt != loaded.library:
-        raise UserError(
-            f"format {fmt}: {loaded.source.id} is a {loaded.library} checkpoint, which mode {mode} writes as "
-            f"{loaded.library}, pt2 or onnx"
-        )
+    fmt = wanted or (default_host(loaded) if recipe.mode == "native" else loaded.library)
     if fmt not in backends.LIBRARIES:
         _check_memory(loaded, f"format {fmt} is written")
+    elif recipe.mode == "native":
+        progress.say(f"native host: {fmt}, unmodified")
+        backends.backend(fmt, "native").check(loaded, recipe.num_registers)
+    elif fmt != loaded.library:
+        raise UserError(
+            f"format {fmt}: {loaded.source.id} is a {loaded.library} checkpoint, which mode {recipe.mode} writes as "
+            f"{loaded.library}, pt2 or onnx"
+        )
     return fmt
 
 
@@ -237,7 +245,7 @@ def _check_memory(loaded: Loaded, what: str) -> None:
         size = sum(path.stat().st_size for path in loaded.weights) / 1e9
         raise UserError(
             f"{loaded.source.id}: {what} with all weights in memory, and they are {size:.1f} GB; allow that with "
-            f"--max-memory {size + 0.1:.1f}GB, or write mode shift in the model's own format"
+            f"--max-memory {size + 0.1:.1f}GB, or write the model's own format"
         )
 
 

@@ -1,13 +1,15 @@
 """Weights that stay on disk: tensors that an operator reads when it needs them, and that are freed behind it.
 
 A model made of them has its shapes, its names and no memory; run, it costs the memory of one operator at a time. They
-replace parameters, so graphs and modules need not know.
+replace parameters, so graphs and modules need not know. What only arranges them anew is not in memory either, so state
+dicts can be translated, and gradients go back past a weight without keeping it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,19 +19,48 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from regsurgery.checkpoint_io import TensorEntry, read_header
+from regsurgery.checkpoint_io import TensorEntry, read_header, torch_dtype
 from regsurgery.errors import CheckpointError
 
 aten = torch.ops.aten
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-          "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F8_E4M3": torch.float8_e4m3fn,
-          "F8_E5M2": torch.float8_e5m2}  # fmt: skip
+# What arranges elements anew and computes nothing.
+ARRANGING = {aten.t.default, aten.transpose.int, aten.permute.default, aten.view.default, aten.unsqueeze.default,
+             aten.squeeze.dim, aten.slice.Tensor, aten.split.Tensor, aten.cat.default}  # fmt: skip
 
 
-class StoredTensor(Tensor):
-    """A tensor of a safetensors file, read anew by every operator on it. It cannot be written to.
+class NotInMemory(Tensor):
+    """A tensor that every operator on it reads anew. It cannot be written to."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (aten.detach.default, aten.alias.default):
+            return args[0].like(args[0].dtype)
+        if func is aten._to_copy.default and kwargs.keys() <= {"dtype"}:
+            return args[0].like(kwargs.get("dtype", args[0].dtype))
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if func in ARRANGING and all(isinstance(tensor, NotInMemory) for tensor in tensors):
+            return _arranged(func, args, kwargs)
+        args, kwargs = pytree.tree_map_only(NotInMemory, lambda tensor: tensor.read(), (args, kwargs))
+        return func(*args, **kwargs)
+
+    def read(self) -> Tensor:
+        """A fresh tensor in memory."""
+        raise NotImplementedError
+
+    def like(self, dtype: torch.dtype) -> NotInMemory:
+        """The same tensor, converted to `dtype` while it is read."""
+        raise NotImplementedError
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NotInMemory:
+        return self
+
+
+class StoredTensor(NotInMemory):
+    """A tensor of a safetensors file.
 
     Attributes:
         entry: name on disk, shape, dtype on disk and bytes of the tensor in `path`, whose data begins at `data_start`.
@@ -46,18 +77,6 @@ class StoredTensor(Tensor):
         made.entry, made.path, made.data_start = entry, path, data_start
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (aten.detach.default, aten.alias.default):
-            return args[0].like(args[0].dtype)
-        if func is aten._to_copy.default and kwargs.keys() <= {"dtype"}:
-            return args[0].like(kwargs.get("dtype", args[0].dtype))
-        args, kwargs = pytree.tree_map_only(StoredTensor, StoredTensor.read, (args, kwargs))
-        return func(*args, **kwargs)
-
     def like(self, dtype: torch.dtype) -> StoredTensor:
         return StoredTensor(self.entry, self.path, self.data_start, dtype)
 
@@ -73,13 +92,57 @@ class StoredTensor(Tensor):
             file.seek(self.data_start + self.entry.start)
             if file.readinto(data.numpy()) != size:  # type: ignore[arg-type]
                 raise CheckpointError(f"{self.path}: cut off inside tensor '{self.entry.name}'; copy the file again")
-        return data.view(DTYPES[self.entry.dtype]).view(self.entry.shape).to(self.dtype)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> StoredTensor:
-        return self
+        return data.view(torch_dtype(self.entry.dtype)).view(self.entry.shape).to(self.dtype)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"StoredTensor({self.entry.name!r}, {self.entry.shape}, {self.dtype}, {self.path.name!r})"
+
+
+class ArrangedTensor(NotInMemory):
+    """Tensors that are not in memory, arranged anew: a view of one, or several as one.
+
+    Attributes:
+        shape_alone: on the `meta` device, what `make` gives.
+    """
+
+    shape_alone: Tensor
+    make: Callable[[], Tensor]
+
+    @staticmethod
+    def __new__(cls, shape_alone: Tensor, make: Callable[[], Tensor], dtype: torch.dtype) -> ArrangedTensor:
+        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape_alone.shape, strides=shape_alone.stride(), dtype=dtype, device=torch.device("cpu")
+        )
+        made.shape_alone, made.make = shape_alone, make
+        return made
+
+    def like(self, dtype: torch.dtype) -> ArrangedTensor:
+        return ArrangedTensor(self.shape_alone, self.make, dtype)
+
+    def read(self) -> Tensor:
+        return self.make().to(self.dtype)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"ArrangedTensor({tuple(self.shape)}, {self.dtype})"
+
+
+def _arranged(func: Any, args: Any, kwargs: Any) -> Any:
+    """What `func`, one of `ARRANGING`, makes of tensors that are not in memory."""
+
+    def shape_alone(tensor: NotInMemory) -> Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+    def called(value_of: Callable[[NotInMemory], Tensor]) -> Any:
+        own_args, own_kwargs = pytree.tree_map_only(NotInMemory, value_of, (args, kwargs))
+        return func(*own_args, **own_kwargs)
+
+    shapes, spec = pytree.tree_flatten(called(shape_alone))
+
+    def made(number: int) -> Tensor:
+        return pytree.tree_leaves(called(lambda tensor: tensor.read()))[number]
+
+    results = [ArrangedTensor(shape, partial(made, i), shape.dtype) for i, shape in enumerate(shapes)]
+    return pytree.tree_unflatten(results, spec)
 
 
 def stored_state(weights: Sequence[Path], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -92,7 +155,7 @@ def stored_state(weights: Sequence[Path], dtype: torch.dtype | None = None) -> d
     for path in weights:
         header = read_header(path)
         for entry in header.tensors:
-            own = DTYPES[entry.dtype]
+            own = torch_dtype(entry.dtype)
             state[entry.name] = StoredTensor(
                 entry, path, header.data_start, dtype if dtype is not None and own.is_floating_point else own
             )
@@ -101,7 +164,7 @@ def stored_state(weights: Sequence[Path], dtype: torch.dtype | None = None) -> d
 
 def is_stored(model: nn.Module) -> bool:
     """Whether parameters of `model` stay on disk."""
-    return any(isinstance(parameter, StoredTensor) for parameter in model.parameters())
+    return any(isinstance(parameter, NotInMemory) for parameter in model.parameters())
 
 
 @contextlib.contextmanager
@@ -111,7 +174,7 @@ def without_memory() -> Iterator[None]:
 
     def register_shape(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(self, name, parameter)
-        if parameter is not None and not isinstance(parameter, StoredTensor):
+        if parameter is not None and not isinstance(parameter, NotInMemory):
             self._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
 
     # accelerate's init_empty_weights would move stored tensors too, and open_clip moves what it has made.
@@ -130,7 +193,7 @@ def assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     read = {
-        name: value.read() if name in buffers and isinstance(value, StoredTensor) else value
+        name: value.read() if name in buffers and isinstance(value, NotInMemory) else value
         for name, value in state.items()
     }
     model.load_state_dict(read, strict=True, assign=True)

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, fx
 
 import regsurgery
+from regsurgery.checkpoint_io import Place
+from regsurgery.copying import copy_file
 from regsurgery.errors import RecipeError
 from regsurgery.graph import common_path
 from regsurgery.loading import Loaded
@@ -29,7 +31,7 @@ class Surgery:
         graph_module: the patched graph, in the plain form of `trace.py`; parameters shared with `loaded.model`, but for
             those that `edit` replaces.
         config_block: the `regsurgery` entry of the patched checkpoint's config; plain data.
-        link: weight files that stay what they are become hard links to the source's.
+        place: how weight files that stay what they are come into the folder.
         edit: new values of parameters, by their names in memory (native mode); the register tokens among them.
     """
 
@@ -41,7 +43,7 @@ class Surgery:
     graph_module: fx.GraphModule
     config_block: dict[str, Any]
     edit: Mapping[str, Tensor] = field(default_factory=dict)
-    link: bool = False
+    place: Place = copy_file
 
     @property
     def register_tokens(self) -> Tensor:

@@ -13,7 +13,8 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regsurgery.checkpoint_io import CHUNK_BYTES, DTYPE_BYTES, LocatedTensor, locate, weight_files
+from regsurgery.checkpoint_io import DTYPE_BYTES, LocatedTensor, locate, weight_files
+from regsurgery.copying import CHUNK_BYTES
 from regsurgery.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from regsurgery.backends import native_open_clip, onnx_program
 from regsurgery.calibration import ImageSet
 from regsurgery.errors import CheckpointError
 from regsurgery.fitting import at_size, restored_native
-from regsurgery.loading import Loaded
+from regsurgery.loading import Loaded, LoadOptions
 from regsurgery.loading import load as load_original
 from regsurgery.match import match
 from regsurgery.patched import read_patched_config, rebuilt
@@ -127,28 +127,31 @@ def verify_native(
     if fmt not in backends.LIBRARIES:
         surgery = restored_native(loaded, recipe, traced, sites, backends.backend(fmt).state(root))
         return verify_folder(surgery, root, fmt, pictures, progress)
-    with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:  # stored weights are read for as long as it is
         if fmt == "open_clip":
             native_open_clip.relocate(root, Path(scratch), config)
-        stock = load_original(scratch if fmt == "open_clip" else str(root), native=True)
+        options = LoadOptions(max_memory=0) if loaded.stored else None
+        stock = load_original(scratch if fmt == "open_clip" else str(root), options, native=True)
+        original = Side(loaded, traced.graph_module, sites, sites.patches, slice(0, 0))
         stock_traced = trace(stock, traced.image_size)
-    stock_sites = match(stock_traced)
-    behind = sites.num_prefix + block["num_registers"]
-    if stock_sites.num_prefix != behind:
-        raise CheckpointError(f"{root}: has {stock_sites.num_prefix} prefix tokens, expected {behind}; patch it again")
-    original = Side(loaded, traced.graph_module, sites, sites.patches, slice(0, 0))
-    patched = Side(
-        stock,
-        stock_traced.graph_module,
-        stock_sites,
-        stock_sites.patches,
-        slice(sites.num_prefix, behind),
-        detectors(stock_traced, stock_sites, recipe),
-    )
-    host = backends.backend(fmt, "native")
+        stock_sites = match(stock_traced)
+        behind = sites.num_prefix + block["num_registers"]
+        if stock_sites.num_prefix != behind:
+            raise CheckpointError(
+                f"{root}: has {stock_sites.num_prefix} prefix tokens, expected {behind}; patch it again"
+            )
+        patched = Side(
+            stock,
+            stock_traced.graph_module,
+            stock_sites,
+            stock_sites.patches,
+            slice(sites.num_prefix, behind),
+            detectors(stock_traced, stock_sites, recipe),
+        )
+        host = backends.backend(fmt, "native")
 
-    def run(images: Tensor) -> Artefact:
-        return Artefact(_host_outputs(host, stock.model, images, block), stock.call(stock.model, images))
+        def run(images: Tensor) -> Artefact:
+            return Artefact(_host_outputs(host, stock.model, images, block), stock.call(stock.model, images))
 
-    progress.stage("verify", pictures.num_images)
-    return verify(original, patched, run, pictures, progress=progress.advance)
+        progress.stage("verify", pictures.num_images)
+        return verify(original, patched, run, pictures, progress=progress.advance)

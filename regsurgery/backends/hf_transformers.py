@@ -62,7 +62,7 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        model, info = _from_pretrained(
+        model, info = from_pretrained(
             cls,
             folder,
             checkpoint.weights if checkpoint.stored else None,
@@ -107,7 +107,7 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     )
 
 
-def _from_pretrained(
+def from_pretrained(
     cls: Any, folder: Path, stored: Sequence[Path] | None, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
     """The model and what was missing, mismatched or left over; `stored`: weight files that stay on disk."""
@@ -329,7 +329,7 @@ def reload(folder: Path, config: dict[str, Any], *, stored: bool = False) -> nn.
 
     logging.disable_progress_bar()
     cls = getattr(import_modeling(folder), config["architectures"][0])
-    model, info = _from_pretrained(cls, folder, weight_files(folder, WEIGHTS_NAME) if stored else None)
+    model, info = from_pretrained(cls, folder, weight_files(folder, WEIGHTS_NAME) if stored else None)
     if info["missing_keys"] or info["unexpected_keys"]:
         names = sorted([*info["missing_keys"], *info["unexpected_keys"]])
         raise CheckpointError(f"{folder}: tensor '{names[0]}' is missing or unknown; patch the model again")

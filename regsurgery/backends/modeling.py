@@ -41,7 +41,7 @@ def write_folder(surgery: Surgery, folder: Path, config_name: str, source: str, 
     write_json(folder / config_name, config)
     dtype = weights_dtype(surgery.loaded.weights)  # open_clip runs in float32 whatever the file has
     added = {name: value.to(dtype) for name, value in surgery.new_tensors().items()}
-    write_weights(surgery.loaded.weights, folder, added, link=surgery.link)
+    write_weights(surgery.loaded.weights, folder, added, surgery.place)
 
 
 def import_modeling(folder: Path) -> ModuleType:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from regsurgery.backends import host_open_clip, native_timm
 from regsurgery.backends.canonical import TRUNK, canonical, config_block
 from regsurgery.backends.native_timm import tower_tensors, write_config
-from regsurgery.backends.open_clip_vit import UNLOADABLE
-from regsurgery.checkpoint_io import write_json, write_tensors
+from regsurgery.backends.open_clip_vit import UNLOADABLE, stored_model
+from regsurgery.checkpoint_io import weight_files, write_json, write_tensors
 from regsurgery.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -67,13 +67,15 @@ def snippet(surgery: Surgery, folder: str) -> str:
     return SNIPPET.format(folder=folder)
 
 
-def reload(folder: Path, config: dict[str, Any]) -> nn.Module:
-    """The model of `folder` as stock open_clip loads it, wherever the folder has moved."""
+def reload(folder: Path, config: dict[str, Any], *, stored: bool = False) -> nn.Module:
+    """The model of `folder` as stock open_clip loads it, wherever it has moved; `stored`: its weights stay on disk."""
     import open_clip
 
     with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
         relocate(folder, Path(scratch), config)
         try:
+            if stored:
+                return stored_model(scratch, weight_files(folder, WEIGHTS_NAME)).eval()
             model: Any = host_open_clip.stock_model(scratch)
             open_clip.load_checkpoint(model, str(folder / WEIGHTS_NAME), strict=True)
         except UNLOADABLE as error:

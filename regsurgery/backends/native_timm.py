@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from regsurgery.backends.canonical import Canonical, canonical, config_block, stock_tower
-from regsurgery.checkpoint_io import write_json, write_tensors
+from regsurgery.backends.timm_vit import stored_model
+from regsurgery.checkpoint_io import weight_files, weights_dtype, write_json, write_tensors
 from regsurgery.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -98,18 +99,18 @@ def snippet(surgery: Surgery, folder: str) -> str:
     return SNIPPET.format(folder=folder)
 
 
-def reload(folder: Path, config: dict[str, Any]) -> nn.Module:
-    """The model of `folder` as stock timm loads it, in the dtype of its weights."""
+def reload(folder: Path, config: dict[str, Any], *, stored: bool = False) -> nn.Module:
+    """The model of `folder` as stock timm loads it, in the dtype of its weights; `stored`: they stay on disk."""
     import timm
-    from safetensors import safe_open
 
+    weights = weight_files(folder, WEIGHTS_NAME)
+    dtype = weights_dtype(weights)
     try:
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        if stored:
+            return stored_model(folder, weights, dtype).eval()
+        return timm.create_model(f"local-dir:{folder}", pretrained=True).to(dtype).eval()
     except RuntimeError as error:
         raise CheckpointError(f"{folder}: timm cannot load it: {' '.join(str(error).split())[:300]}") from error
-    with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
-        dtype = file.get_tensor("reg_token").dtype
-    return model.to(dtype).eval()
 
 
 def outputs(model: Any, images: Tensor, num_registers: int) -> dict[str, Tensor]:

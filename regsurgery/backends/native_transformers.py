@@ -20,9 +20,9 @@ from regsurgery.backends.canonical import (
     config_block,
     stock_tower,
 )
-from regsurgery.backends.hf_transformers import UNLOADABLE
+from regsurgery.backends.hf_transformers import UNLOADABLE, from_pretrained
 from regsurgery.backends.native_timm import blank_registers, token_kinds
-from regsurgery.checkpoint_io import write_json, write_tensors
+from regsurgery.checkpoint_io import weight_files, write_json, write_tensors
 from regsurgery.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -214,8 +214,8 @@ def snippet(surgery: Surgery, folder: str) -> str:
     )
 
 
-def reload(folder: Path, config: dict[str, Any]) -> nn.Module:
-    """The model of `folder` as stock transformers loads it."""
+def reload(folder: Path, config: dict[str, Any], *, stored: bool = False) -> nn.Module:
+    """The model of `folder` as stock transformers loads it; `stored`: its weights stay on disk."""
     import transformers
     from transformers.utils import logging
 
@@ -223,7 +223,7 @@ def reload(folder: Path, config: dict[str, Any]) -> nn.Module:
     logging.set_verbosity_error()
     cls = getattr(transformers, config["architectures"][0])
     try:
-        model, info = cls.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        model, info = from_pretrained(cls, folder, weight_files(folder, WEIGHTS_NAME) if stored else None)
     except UNLOADABLE as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
     problems = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]

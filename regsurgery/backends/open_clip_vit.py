@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,11 +83,16 @@ def _model(checkpoint: Checkpoint, **options: Any) -> Any:
         model = host_open_clip.stock_model(checkpoint.folder, **options)
         open_clip.load_checkpoint(model, str(checkpoint.weights[0]), strict=True)  # type: ignore[arg-type]
         return model
+    return stored_model(checkpoint.folder, checkpoint.weights, **options)
+
+
+def stored_model(folder: str | Path, weights: Sequence[Path], **options: Any) -> Any:
+    """The stock model of `folder`, whose `weights` stay on disk; `options` go to `open_clip.create_model`."""
     from open_clip.model import resize_pos_embed, resize_text_pos_embed
 
     with without_memory():
-        model = host_open_clip.stock_model(checkpoint.folder, **options)
-    state = stored_state(checkpoint.weights, torch.float32)
+        model = host_open_clip.stock_model(folder, **options)
+    state = stored_state(weights, torch.float32)
     resize_pos_embed(state, model)
     resize_text_pos_embed(state, model)
     assign(model, state)

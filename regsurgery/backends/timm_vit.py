@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,7 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     dtype = weights_dtype(checkpoint.weights)
     try:
         if checkpoint.stored:
-            model: Any = _stored_model(checkpoint, dtype)
+            model: Any = stored_model(folder, checkpoint.weights, dtype)
         else:
             model = timm.create_model(f"local-dir:{folder}", pretrained=True).to(dtype)
         data = resolve_model_data_config(model)
@@ -67,12 +68,13 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     )
 
 
-def _stored_model(checkpoint: Checkpoint, dtype: torch.dtype, **options: Any) -> nn.Module:
+def stored_model(folder: Path, weights: Sequence[Path], dtype: torch.dtype, **options: Any) -> nn.Module:
+    """The stock model of `folder`, whose `weights` stay on disk; `options` go to `timm.create_model`."""
     import timm
 
     with without_memory():
-        model = timm.create_model(f"local-dir:{checkpoint.folder}", pretrained=False, **options)
-    state: Any = stored_state(checkpoint.weights, dtype)
+        model = timm.create_model(f"local-dir:{folder}", pretrained=False, **options)
+    state: Any = stored_state(weights, dtype)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     assign(model, state if convert is None else convert(state, model))
     return model
@@ -89,7 +91,7 @@ def at_size(loaded: Loaded, size: tuple[int, int]) -> Loaded:
     reference = next(loaded.model.parameters())
     try:
         if loaded.stored:
-            model = _stored_model(loaded, reference.dtype, dynamic_img_size=True)
+            model = stored_model(loaded.folder, loaded.weights, reference.dtype, dynamic_img_size=True)
         else:
             model = timm.create_model(f"local-dir:{loaded.folder}", pretrained=True, dynamic_img_size=True).to(
                 reference

@@ -398,7 +398,7 @@ def test_a_disk_that_is_full_at_the_end(run, demo, tmp_path, monkeypatch):
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint_io, "_fsync", full)
+    monkeypatch.setattr(checkpoint_io, "sync", full)
     done = run("patch", demo, "--recipe", "demo", "-q", "-o", tmp_path / "out", *FEW)
     assert_refused(done, tmp_path / "out", "No space left on device")
     assert everything(tmp_path) == set()

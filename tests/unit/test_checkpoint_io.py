@@ -7,6 +7,7 @@ import re
 import shutil
 import struct
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ import safetensors.torch
 import torch
 
 from regsurgery import checkpoint_io as io
+from regsurgery import copying
 from regsurgery.errors import CheckpointError, OutputError
+from regsurgery.stored import NotInMemory, StoredTensor, stored_state
 
 TENSORS = {
     "block.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -179,6 +182,40 @@ ADDED = "model-registers.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
+def test_tensors_are_written_as_safetensors_writes_them(tmp_path):
+    safetensors.torch.save_file(TENSORS, tmp_path / "theirs", metadata={"format": "pt"})
+    io.write_tensors(tmp_path / "ours", {**TENSORS, "block.weight": TENSORS["block.weight"].T.contiguous().T})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_tensors_on_disk_are_written_one_after_the_other(good, tmp_path, monkeypatch):
+    """Also those that are arranged anew: what lies in memory at a time is what one tensor is made of."""
+    state, whole = stored_state([good]), safetensors.torch.load_file(good)
+    more = {
+        "rows": torch.cat((state["block.weight"], state["block.weight"][:1])),
+        "columns": state["block.weight"].T,
+        "half": state["block.weight"].chunk(2)[1].reshape(1, -1).to(torch.float16),
+    }
+    assert all(isinstance(tensor, NotInMemory) for tensor in more.values())
+    order: list[str] = []
+    plain = StoredTensor.read
+    monkeypatch.setattr(StoredTensor, "read", lambda self: (order.append(self.entry.name), plain(self))[1])
+    io.write_tensors(tmp_path / "ours", state | more)
+    assert order == [
+        "scalar",
+        *["block.weight"] * 2,
+        "empty",
+        *["block.weight"] * 2,
+        "block.bias",
+        "block.weight",
+        "odd",
+    ]
+    weight = whole["block.weight"]
+    whole |= {"rows": torch.cat((weight, weight[:1])), "columns": weight.T.contiguous(), "half": weight[1:].half()}
+    safetensors.torch.save_file(whole, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
 @pytest.fixture
 def sharded(tmp_path) -> Path:
     folder = tmp_path / "sharded"
@@ -258,7 +295,8 @@ def test_shards_are_linked_on_request_and_copied_otherwise(sharded, tmp_path):
     for link in (True, False):
         target = tmp_path / f"target-{link}"
         target.mkdir()
-        io.write_weights([sharded / shard for shard in SHARDS], target, {"register_tokens": REGISTERS}, link=link)
+        place = partial(copying.copy_file, link=link)
+        io.write_weights([sharded / shard for shard in SHARDS], target, {"register_tokens": REGISTERS}, place)
         assert all(os.path.samefile(target / shard, sharded / shard) is link for shard in SHARDS)
         assert all((target / shard).read_bytes() == (sharded / shard).read_bytes() for shard in SHARDS)
 
@@ -269,7 +307,7 @@ def test_where_no_link_can_be_made_a_copy_is(sharded, tmp_path, monkeypatch, err
         raise OSError(error, "no")
 
     monkeypatch.setattr(os, "link", refuse)
-    io.copy_file(sharded / SHARDS[0], tmp_path / "copy", link=True)
+    copying.copy_file(sharded / SHARDS[0], tmp_path / "copy", link=True)
     assert (tmp_path / "copy").read_bytes() == (sharded / SHARDS[0]).read_bytes()
 
 
@@ -279,9 +317,44 @@ def test_a_copy_is_whole_where_the_kernel_cannot_copy(tmp_path, monkeypatch, err
     if error is not None:
         monkeypatch.setattr(os, "copy_file_range", lambda *a: (_ for _ in ()).throw(OSError(error, "no")))
     (tmp_path / "linked").symlink_to("source")
-    io.copy_file(tmp_path / "linked", tmp_path / "copy")
+    copying.copy_file(tmp_path / "linked", tmp_path / "copy")
     assert not (tmp_path / "copy").is_symlink()
     assert (tmp_path / "copy").read_bytes() == (tmp_path / "source").read_bytes()
+
+
+def test_copies_that_were_begun_are_moved_to_their_place(sharded, tmp_path, monkeypatch):
+    with io.copies_ahead(tmp_path / "out") as copies:
+        copies.start([sharded / SHARDS[0]])
+        copies.place(sharded / SHARDS[0], tmp_path / "begun")
+        copies.place(sharded / SHARDS[0], tmp_path / "again")
+        copies.place(sharded / SHARDS[1], tmp_path / "other")
+    for name, shard in (("begun", 0), ("again", 0), ("other", 1)):
+        assert (tmp_path / name).read_bytes() == (sharded / SHARDS[shard]).read_bytes()
+        assert not os.path.samefile(tmp_path / name, sharded / SHARDS[shard])
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_copies_that_were_not_needed_vanish(sharded, tmp_path):
+    with pytest.raises(KeyError), io.copies_ahead(tmp_path / "out") as copies:
+        copies.start([sharded / shard for shard in SHARDS])
+        assert len(list(tmp_path.glob(".out.partial-copies-*"))) == 1
+        raise KeyError
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_copy_that_fails_says_so_where_it_is_wanted(sharded, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(copying, "copy_bytes", full)
+    with (
+        pytest.raises(OutputError, match="No space left"),
+        io.copies_ahead(tmp_path / "out") as copies,
+    ):
+        copies.start([sharded / SHARDS[0]])
+        with io.whole_folder(tmp_path / "out") as folder:
+            copies.place(sharded / SHARDS[0], folder / SHARDS[0])
+    assert not list(tmp_path.glob(".out*")) and not (tmp_path / "out").exists()
 
 
 def test_a_source_that_shrinks_while_it_is_copied_is_an_error(tmp_path):
@@ -291,20 +364,20 @@ def test_a_source_that_shrinks_while_it_is_copied_is_an_error(tmp_path):
         (tmp_path / "copy").open("wb") as writer,
         pytest.raises(CheckpointError, match="became shorter"),
     ):
-        io.copy_bytes(reader, writer, 101)
+        copying.copy_bytes(reader, writer, 101)
 
 
 def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
     left, other = tmp_path / f".out.partial-{dead.pid}", tmp_path / f".another.partial-{dead.pid}"
-    living = tmp_path / f".out.partial-{os.getppid()}"
-    for folder in (left, other, living):
+    copies, living = tmp_path / f".out.partial-copies-{dead.pid}", tmp_path / f".out.partial-{os.getppid()}"
+    for folder in (left, copies, other, living):
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"half")
     with io.whole_folder(tmp_path / "out") as folder:
         (folder / "a").write_text("a")
-    assert not left.exists() and other.exists() and living.exists()
+    assert not left.exists() and not copies.exists() and other.exists() and living.exists()
     assert (tmp_path / "out" / "a").read_text() == "a"
 
 
@@ -357,7 +430,7 @@ def test_an_fsync_that_fails_is_an_output_error_and_leaves_nothing(tmp_path, mon
         if path.name.startswith(fails_on):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(io, "_fsync", fsync)
+    monkeypatch.setattr(io, "sync", fsync)
     with pytest.raises(OutputError, match="No space left on device"), io.whole_folder(parent / "out") as folder:
         fill(folder)
     assert list(parent.iterdir()) == []
@@ -368,7 +441,7 @@ def test_an_unconfirmed_rename_says_that_the_folder_is_whole(tmp_path, monkeypat
         if path == tmp_path:
             raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(io, "_fsync", fsync)
+    monkeypatch.setattr(io, "sync", fsync)
     with pytest.raises(OutputError, match="written whole"), io.whole_folder(tmp_path / "out") as folder:
         fill(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

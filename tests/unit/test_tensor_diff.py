@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import regsurgery
 from regsurgery import checkpoint_io, cli
-from regsurgery.checkpoint_io import CHUNK_BYTES
+from regsurgery.copying import CHUNK_BYTES
 from regsurgery.errors import CheckpointError, UserError
 from regsurgery.tensor_diff import Changed, Retyped, TensorInfo
 

@@ -1,0 +1,116 @@
+"""Files copied inside the kernel, and copies that are made while something else goes on."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
+from pathlib import Path
+from typing import BinaryIO
+
+from regsurgery.errors import CheckpointError
+
+CHUNK_BYTES = 1 << 22
+COPY_BYTES = 1 << 28  # at a time inside the kernel
+FICLONE = 0x40049409  # ioctl of Linux: share the blocks of another file
+CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP}
+CANNOT_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EBADF}
+
+
+def copy_file(source: Path, target: Path, *, link: bool = False) -> None:
+    """Copy a file's bytes inside the kernel, where the file system can by sharing its blocks.
+
+    Args:
+        link: make a hard link instead, where source and target are on one file system; to write into one of the two
+            files is then to write into the other.
+    """
+    source = source.resolve()  # the files of a Hub snapshot are symbolic links
+    if link:
+        try:
+            os.link(source, target)
+            return
+        except OSError as error:
+            if error.errno not in CANNOT_LINK:
+                raise
+    with source.open("rb", buffering=0) as reader, target.open("wb") as writer:
+        try:
+            fcntl.ioctl(writer, FICLONE, reader.fileno())
+        except OSError:  # most file systems cannot
+            copy_bytes(reader, writer, source.stat().st_size)
+
+
+def copy_bytes(reader: FileIO, writer: BinaryIO, num_bytes: int) -> None:
+    """Copy the next `num_bytes` of `reader`, which has no buffer, to `writer`, inside the kernel where it can.
+
+    Raises:
+        CheckpointError: `reader` ends before.
+    """
+    writer.flush()
+    left = num_bytes
+    while left and hasattr(os, "copy_file_range"):
+        try:
+            copied = os.copy_file_range(reader.fileno(), writer.fileno(), min(left, COPY_BYTES))
+        except OSError as error:
+            if error.errno not in CANNOT_COPY or left < num_bytes:
+                raise
+            break
+        if not copied:
+            raise CheckpointError(f"{reader.name}: became shorter while it was copied; patch it again")
+        left -= copied
+    while left:
+        chunk = reader.read(min(left, CHUNK_BYTES))
+        if not chunk:
+            raise CheckpointError(f"{reader.name}: became shorter while it was copied; patch it again")
+        writer.write(chunk)
+        left -= len(chunk)
+
+
+class CopiesAhead:
+    """Copies that are made in the background, in a folder beside the one that they are for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._pool = ThreadPoolExecutor(2)  # while one waits for the disk to confirm
+        self._copies: dict[Path, Future[None]] = {}
+
+    def start(self, sources: Sequence[Path]) -> None:
+        """Begin to copy `sources`, files of different names."""
+        self._folder.mkdir()
+        for source in sources:
+            self._copies[source] = self._pool.submit(_copy_to_disk, source, self._folder / source.name)
+
+    def place(self, source: Path, target: Path) -> None:
+        """Make `target` a copy of `source`: the one that was begun, if there is one.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        copy = self._copies.pop(source, None)
+        if copy is None:
+            copy_file(source, target)
+        else:
+            copy.result()
+            (self._folder / source.name).rename(target)
+
+    def close(self) -> None:
+        """Stop, and remove what was not placed."""
+        self._pool.shutdown(cancel_futures=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _copy_to_disk(source: Path, target: Path) -> None:
+    copy_file(source, target)
+    sync(target)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or the entries of a folder are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
