@@ -169,7 +169,7 @@ def load(
     limits.check_numbers(folder / config_name, config)
     weights, folder, scratch, pickled = _weights(folder, library, options, scratch)
     headers = [checkpoint_io.read_header(path) for path in weights]
-    weights_check.check_shards(folder, backends.library(library).WEIGHTS_NAME, headers)
+    weights_check.check_shards(folder, backends.WEIGHTS_NAMES[library], headers)
     _refuse_quantised(folder, config, headers)
     if use_meanwhile is not None:
         use_meanwhile(weights)
@@ -288,7 +288,7 @@ def _weights(
     """The safetensors files of a checkpoint, the folder they are in, its `scratch`, and the pickle behind them."""
     from regsurgery import backends
 
-    single = backends.library(library).WEIGHTS_NAME
+    single = backends.WEIGHTS_NAMES[library]
     weights = checkpoint_io.weight_files(folder, single)
     if weights:
         return tuple(weights), folder, scratch, None

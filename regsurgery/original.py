@@ -122,7 +122,7 @@ def restore_original(patched: Path, target: Path, fmt: str, progress: Progress |
             the message names every such file.
     """
     record = read_record(patched)
-    weights = checkpoint_io.weight_files(patched, backends.backend(fmt).WEIGHTS_NAME)
+    weights = checkpoint_io.weight_files(patched, backends.WEIGHTS_NAMES[fmt])
     sources = checkpoint_io.locate(weights)
     target.mkdir(exist_ok=True)
     if progress is not None:

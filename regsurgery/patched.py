@@ -38,7 +38,7 @@ def reloaded(folder: Path, fmt: str, *, stored: bool = False) -> nn.Module:
     """
     config = read_patched_config(folder, fmt)
     backend = backends.backend(fmt, config["regsurgery"]["mode"])
-    name = backends.backend(fmt).WEIGHTS_NAME if fmt in backends.LIBRARIES else ""
+    name = backends.WEIGHTS_NAMES[fmt] if fmt in backends.LIBRARIES else ""
     headers = [checkpoint_io.read_header(path) for path in checkpoint_io.weight_files(folder, name)] if name else []
     try:
         if not headers:
@@ -113,7 +113,7 @@ def take_our_tensors(surgery: Surgery, folder: Path, fmt: str) -> None:
         if fmt not in backends.LIBRARIES:
             added.copy_(backends.backend(fmt).state(folder)[surgery.added_name])
             return
-        for path in checkpoint_io.weight_files(folder, backends.backend(fmt).WEIGHTS_NAME):
+        for path in checkpoint_io.weight_files(folder, backends.WEIGHTS_NAMES[fmt]):
             with safe_open(path, framework="pt") as file:
                 for name in filter(_is_ours, file.keys()):
                     added.copy_(file.get_tensor(name))

@@ -1,6 +1,6 @@
 """One file a library or format: how its checkpoints are read, and how a patched one is written.
 
-A library module has `WEIGHTS_NAME`, `load` (folder -> `Loaded`), `emit` (write the patched folder's own files),
+A library module has `load` (folder -> `Loaded`), `emit` (write the patched folder's own files),
 `reload` (a patched folder -> its module, as a user would get it) and `snippet` (how to load the folder, for its card).
 A format without a library of its own (`pt2`, `onnx`) has `emit`, `reload` and `snippet`, and `state`, the tensors of a
 folder. So has a stock host of native mode (`native_*`), and `outputs`, which names what the host gives.
@@ -21,6 +21,8 @@ FORMATS = (*LIBRARIES, *PROGRAMS)
 _PROGRAMS = {"pt2": "pt2", "onnx": "onnx_program"}
 _MODULES = {"transformers": "hf_transformers", "timm": "timm_vit", "open_clip": "open_clip_vit", **_PROGRAMS}
 _NATIVE = {"transformers": "native_transformers", "timm": "native_timm", "open_clip": "native_open_clip", **_PROGRAMS}
+WEIGHTS_NAMES = {"transformers": "model.safetensors", "timm": "model.safetensors",
+                 "open_clip": "open_clip_model.safetensors"}  # fmt: skip
 EXTRAS = {"onnx": ("onnx", "onnxscript", "onnxruntime")}  # packages that come with `regsurgery[NAME]`
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from regsurgery.backends import host_transformers
+from regsurgery.backends import WEIGHTS_NAMES, host_transformers
 from regsurgery.backends.modeling import FILE_NAME, import_modeling, modeling_source, write_folder
 from regsurgery.checkpoint_io import weight_files
 from regsurgery.errors import CheckpointError, UnsupportedModelError
@@ -26,7 +26,7 @@ from regsurgery.stored import StoredTensor, is_stored, stored_state
 if TYPE_CHECKING:
     from regsurgery.surgery import Surgery
 
-WEIGHTS_NAME = "model.safetensors"
+WEIGHTS_NAME = WEIGHTS_NAMES["transformers"]
 CONFIG_NAME = "config.json"
 UNLOADABLE = (*BROKEN, SafetensorError, StrictDataclassError)  # what transformers raises on broken configs and weights
 SNIPPET = """\

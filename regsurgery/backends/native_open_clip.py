@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from regsurgery.backends import host_open_clip, native_timm
+from regsurgery.backends import WEIGHTS_NAMES, host_open_clip, native_timm
 from regsurgery.backends.canonical import TRUNK, canonical, config_block
 from regsurgery.backends.native_timm import tower_tensors, write_config
 from regsurgery.backends.open_clip_vit import UNLOADABLE, stored_model
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from regsurgery.loading import Loaded
     from regsurgery.surgery import Surgery
 
-WEIGHTS_NAME = "open_clip_model.safetensors"
+WEIGHTS_NAME = WEIGHTS_NAMES["open_clip"]
 CONFIG_NAME = "open_clip_config.json"
 SNIPPET = """\
 import open_clip

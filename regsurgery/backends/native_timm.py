@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from regsurgery.backends import WEIGHTS_NAMES
 from regsurgery.backends.canonical import Canonical, canonical, config_block, stock_tower
 from regsurgery.backends.timm_vit import stored_model
 from regsurgery.checkpoint_io import weight_files, weights_dtype, write_json, write_tensors
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from regsurgery.loading import Loaded
     from regsurgery.surgery import Surgery
 
-WEIGHTS_NAME = "model.safetensors"
+WEIGHTS_NAME = WEIGHTS_NAMES["timm"]
 CONFIG_NAME = "config.json"
 SNIPPET = """\
 import timm

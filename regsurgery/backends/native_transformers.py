@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from regsurgery.backends import WEIGHTS_NAMES
 from regsurgery.backends.canonical import (
     BICUBIC,
     BILINEAR,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from regsurgery.loading import Loaded
     from regsurgery.surgery import Surgery
 
-WEIGHTS_NAME = "model.safetensors"
+WEIGHTS_NAME = WEIGHTS_NAMES["transformers"]
 CONFIG_NAME = "config.json"
 PROCESSOR_NAME = "preprocessor_config.json"
 MODEL, CLASSIFIER = "Dinov2WithRegistersModel", "Dinov2WithRegistersForImageClassification"

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from regsurgery.backends import host_open_clip
+from regsurgery.backends import WEIGHTS_NAMES, host_open_clip
 from regsurgery.backends.modeling import import_modeling, modeling_source, write_folder
 from regsurgery.checkpoint_io import weight_files
 from regsurgery.errors import CheckpointError, UnsupportedModelError
@@ -22,7 +22,7 @@ from regsurgery.stored import assign, stored_state, without_memory
 if TYPE_CHECKING:
     from regsurgery.surgery import Surgery
 
-WEIGHTS_NAME = "open_clip_model.safetensors"
+WEIGHTS_NAME = WEIGHTS_NAMES["open_clip"]
 CONFIG_NAME = "open_clip_config.json"
 UNLOADABLE = (*BROKEN, SafetensorError)  # what open_clip raises on broken folders
 OUTPUT_NAMES = ("image_features", "text_features", "logit_scale", "logit_bias")

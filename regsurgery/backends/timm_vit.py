@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from regsurgery.backends import host_timm
+from regsurgery.backends import WEIGHTS_NAMES, host_timm
 from regsurgery.backends.modeling import import_modeling, modeling_source, write_folder
 from regsurgery.checkpoint_io import weight_files, weights_dtype
 from regsurgery.errors import CheckpointError, UnsupportedModelError
@@ -23,7 +23,7 @@ from regsurgery.stored import assign, stored_state, without_memory
 if TYPE_CHECKING:
     from regsurgery.surgery import Surgery
 
-WEIGHTS_NAME = "model.safetensors"
+WEIGHTS_NAME = WEIGHTS_NAMES["timm"]
 UNLOADABLE = (*BROKEN, SafetensorError)  # what timm raises on broken folders
 CONFIG_NAME = "config.json"
 SNIPPET = """\
