@@ -348,12 +348,13 @@ def sha256_each(paths: Sequence[Path]) -> tuple[str, ...]:
 SUMS_NAME = "SHA256SUMS"
 
 
-def write_sums(folder: Path, known: Mapping[str, str]) -> None:
+def write_sums(folder: Path, known: Mapping[str, str] | None = None) -> None:
     """Write SHA256SUMS over every other file of `folder`, in the form that `sha256sum -c` reads.
 
     Args:
         known: name -> sha256 of files that were copied whole, which need not be read once more.
     """
+    known = known or {}
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != SUMS_NAME)
     new = [name for name in names if name not in known]
     digests = {**known, **dict(zip(new, sha256_each([folder / name for name in new]), strict=True))}

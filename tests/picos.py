@@ -123,7 +123,9 @@ def _open_clip(quick_gelu: bool = False, *, coca: bool = False, **vision: Any) -
                                                      "layers": 2, "mlp_ratio": 4}  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "open_clip_config.json").write_text(json.dumps(config))
-        model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+        model: Any = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+        if coca:
+            torch.nn.init.normal_(model.text_decoder.text_projection, std=0.02)  # open_clip leaves what memory held
         state = {name: value.contiguous() for name, value in model.state_dict().items()}
         save_file(state, folder / "open_clip_model.safetensors")
 

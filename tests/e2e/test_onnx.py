@@ -62,7 +62,7 @@ def assert_as_graph(folder: Path, surgery: Surgery) -> None:
             assert float((outputs[name] - value).abs().max()) <= allowed(value)
             if value.is_floating_point():
                 moved = max(moved, float((original[name] - outputs[name]).abs().max()) / allowed(value))
-        assert moved > 10
+        assert moved > 2  # times what may differ
 
 
 @pytest.mark.parametrize("name", SAMPLES)
