@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -307,8 +309,14 @@ def test_killed_at_any_moment_it_gives_the_same_recipe(demo_folder: Path, whole:
     for _ in range(5):
         process = start(demo_folder, output)
         process.join(rng.uniform(0, 1) * duration)
+        readers = []
+        with suppress(psutil.NoSuchProcess):  # it may have finished
+            readers = psutil.Process(process.pid).children()
         process.kill()
         process.join(30)
+        for reader in readers:  # one that writes into a full pipe would wait there for ever
+            with suppress(psutil.NoSuchProcess):
+                reader.kill()
     finish(start(demo_folder, output))
     assert output.read_bytes() == whole.read_bytes()
 
