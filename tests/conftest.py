@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# For the processes that tests start, too: with a thread a core in each of several, threads wait for one another, and
+# what takes 28 s with one thread takes 165 s.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
@@ -24,8 +27,46 @@ from tests.picos import PICOS, Pico
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 PLANTED = {1: 2, 2: 1}
+IDS = {pico.id for pico in PICOS}
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
+    """What `--dist loadgroup` groups by. Marks would do, but xdist 3.8 does not see them with pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    return Groups(config, log) if config.getvalue("dist") == "loadgroup" else None  # type: ignore[arg-type]
+
+
+def group(nodeid: str) -> str:
+    """Tests that run in one process: a pico's, which plant it once; of all others those of a file.
+
+    `test_reload.py` takes all picos to one fresh process.
+    """
+    file, _, rest = nodeid.partition("::")
+    _, _, parameters = rest.removesuffix("]").partition("[")
+    ids = [name for name in IDS if f"-{parameters}-".startswith(f"-{name}-") or parameters.endswith(f"-{name}")]
+    return max(ids, key=len) if ids and not file.endswith("test_reload.py") else file
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long groups first, so that none is left at the end: files with real models, other files, picos, units."""
+    real = {group(item.nodeid) for item in items if item.get_closest_marker("real")}
+
+    def rank(item: pytest.Item) -> int:
+        if group(item.nodeid) in real:
+            return 0
+        if group(item.nodeid) in IDS:
+            return 2
+        return 3 if item.path.parent.name == "unit" else 1
+
+    items.sort(key=rank)
 
 
 def shared(*parts: str) -> Path:

@@ -20,9 +20,13 @@ from tests.picos import CORE, VIT, Pico, _timm, _transformers
 FORMATS = ("vit-tiny-transformers", "vit-tiny-timm", "vit-tiny-openclip")
 
 
+OTHER_IMAGES = [("vit-tiny-timm", None, 24), ("vit-tiny-timm", "calibration", 8)]
+
+
 @pytest.mark.real
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize(("images", "num_images"), [("calibration", 24), (None, 24), ("calibration", 8)])
+@pytest.mark.parametrize(
+    ("name", "images", "num_images"), [*((name, "calibration", 24) for name in FORMATS), *OTHER_IMAGES]
+)
 def test_the_real_vit_has_positional_outliers_from_block_7_on(name: str, images: str | None, num_images: int) -> None:
     folder = shared("images", images) if images else None
     diagnosis = regsurgery.doctor(str(shared("models", name)), images=folder, num_images=num_images)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
 import random
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,7 +30,6 @@ from tests.picos import CORE, Pico, _transformers
 from tests.planting import plant_model, random_counts, split_real_neuron
 
 FORMATS = ("vit-tiny-transformers", "vit-tiny-timm", "vit-tiny-openclip")
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def as_lists(recipe: regsurgery.Recipe) -> dict[int, list[int]]:
@@ -38,9 +39,13 @@ def as_lists(recipe: regsurgery.Recipe) -> dict[int, list[int]]:
 # --- the real network -----------------------------------------------------------------------------------------------
 
 
+OTHER_IMAGES = [("vit-tiny-timm", None, None), ("vit-tiny-timm", "calibration", 8)]
+
+
 @pytest.mark.real
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize(("images", "num_images"), [("calibration", None), (None, None), ("calibration", 8)])
+@pytest.mark.parametrize(
+    ("name", "images", "num_images"), [*((name, "calibration", None) for name in FORMATS), *OTHER_IMAGES]
+)
 def test_the_real_vit_has_exactly_one(name: str, images: str | None, num_images: int | None, tmp_path: Path) -> None:
     found = regsurgery.find(
         str(shared("models", name)),
@@ -269,29 +274,56 @@ def test_a_journal_that_does_not_fit_is_not_used(
     assert recipe.read_bytes() == (tmp_path / "plain.yaml").read_bytes()
 
 
-def find_in_a_process(folder: Path, output: Path, *launcher: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, *launcher, "-m", "regsurgery", "find", str(folder), "-o", str(output), "-q"]
-    return subprocess.Popen([*command, "--num-images", "160"], env=ENVIRONMENT, start_new_session=True)
+def find_demo(folder: Path, output: Path) -> None:
+    regsurgery.find(str(folder), output, num_images=160)
 
 
-def test_killed_at_any_moment_it_gives_the_same_recipe(demo_folder: Path, tmp_path: Path) -> None:
+def start(folder: Path, output: Path) -> BaseProcess:
+    """A process of its own, forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "regsurgery.finding", __name__])
+    process = context.Process(target=find_demo, args=(folder, output))
+    process.start()
+    return process
+
+
+def finish(process: BaseProcess) -> None:
+    process.join(240)
+    assert process.exitcode == 0
+
+
+@pytest.fixture(scope="module")
+def whole(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe of one process that nobody disturbed."""
+    output = tmp_path_factory.mktemp("whole") / "whole.yaml"
+    finish(start(demo_folder, output))
+    return output
+
+
+def test_killed_at_any_moment_it_gives_the_same_recipe(demo_folder: Path, whole: Path, tmp_path: Path) -> None:
     started = time.monotonic()
-    assert find_in_a_process(demo_folder, tmp_path / "whole.yaml").wait(120) == 0
+    finish(start(demo_folder, tmp_path / "timed.yaml"))
     duration = time.monotonic() - started
     rng = random.Random(0)
     output = tmp_path / "killed.yaml"
     for _ in range(5):
-        process = find_in_a_process(demo_folder, output)
-        time.sleep(rng.uniform(0.3, 1) * duration)
-        process.send_signal(signal.SIGKILL)
-        process.wait(30)
-    assert find_in_a_process(demo_folder, output).wait(120) == 0
-    assert output.read_bytes() == (tmp_path / "whole.yaml").read_bytes()
+        process = start(demo_folder, output)
+        process.join(rng.uniform(0, 1) * duration)
+        readers = []
+        with suppress(psutil.NoSuchProcess):  # it may have finished
+            readers = psutil.Process(process.pid).children()
+        process.kill()
+        process.join(30)
+        for reader in readers:  # one that writes into a full pipe would wait there for ever
+            with suppress(psutil.NoSuchProcess):
+                reader.kill()
+    finish(start(demo_folder, output))
+    assert output.read_bytes() == whole.read_bytes()
 
 
-def test_two_processes_find_the_same_as_one(demo_folder: Path, tmp_path: Path) -> None:
-    assert find_in_a_process(demo_folder, tmp_path / "one.yaml").wait(120) == 0
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    assert find_in_a_process(demo_folder, tmp_path / "two.yaml", *launcher).wait(240) == 0
-    assert (tmp_path / "two.yaml").read_bytes() == (tmp_path / "one.yaml").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.yaml", "two.yaml"]
+def test_two_processes_find_the_same_as_one(demo_folder: Path, whole: Path, tmp_path: Path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "regsurgery")
+    command = [sys.executable, *launcher, "find", str(demo_folder), "-o", str(tmp_path / "two.yaml"), "-q"]
+    assert subprocess.run([*command, "--num-images", "160"], check=False, timeout=240).returncode == 0
+    assert (tmp_path / "two.yaml").read_bytes() == whole.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["two.yaml"]

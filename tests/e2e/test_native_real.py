@@ -14,6 +14,7 @@ from torch import Tensor
 
 import regsurgery
 from regsurgery.loading import load
+from regsurgery.pipeline import PatchResult
 from regsurgery.recipe import Recipe
 from tests.conftest import shared
 from tests.e2e.test_real import photos as photos
@@ -55,12 +56,23 @@ def figures(original: dict[str, Tensor], patched: dict[str, Tensor]) -> dict[str
 # --- the real network -----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PatchResult]:
+    """The ViT-Ti of timm, not calibrated."""
+    folder = tmp_path_factory.mktemp("native") / "plain"
+    source, images = shared("models", "vit-tiny-timm"), shared("images", "calibration")
+    return folder, regsurgery.patch(
+        str(source), folder, recipe="vit-tiny", mode="native", calibrate=False, images=images
+    )
+
+
 @pytest.mark.real
-def test_the_real_vit_in_stock_timm_and_transformers(photos: Tensor, tmp_path: Path) -> None:
+def test_the_real_vit_in_stock_timm_and_transformers(
+    photos: Tensor, plain: tuple[Path, PatchResult], tmp_path: Path
+) -> None:
     model = shared("models", "vit-tiny-timm")
     options = {"recipe": "vit-tiny", "mode": "native", "images": shared("images", "calibration")}
     calibrated = regsurgery.patch(str(model), tmp_path / "calibrated", **options)
-    plain = regsurgery.patch(str(model), tmp_path / "plain", calibrate=False, **options)
     regsurgery.patch(str(model), tmp_path / "transformers", calibrate=False, format="transformers", **options)
     results = in_stock_libraries(
         tmp_path,
@@ -68,7 +80,7 @@ def test_the_real_vit_in_stock_timm_and_transformers(photos: Tensor, tmp_path: P
         {
             "original": ("timm", model, BLOCKS["timm"], 1),
             "calibrated": ("timm", tmp_path / "calibrated", BLOCKS["timm"], 2),
-            "plain": ("timm", tmp_path / "plain", BLOCKS["timm"], 2),
+            "plain": ("timm", plain[0], BLOCKS["timm"], 2),
             "transformers": ("transformers", tmp_path / "transformers", BLOCKS["transformers"], 2),
         },
     )
@@ -81,7 +93,7 @@ def test_the_real_vit_in_stock_timm_and_transformers(photos: Tensor, tmp_path: P
     for each in measured.values():
         assert each["outliers"] <= 0.01 and each["worst"] <= 40
     assert float((results["plain"]["output"] - results["transformers"]["output"]).abs().max()) <= 1e-4
-    for result in (calibrated, plain):
+    for result in (calibrated, plain[1]):
         assert result.verdict.passed and result.mode == "native"
         assert result.verdict.num_images == 25 and "held out" in result.verdict.images
         assert result.verdict.margin is not None and result.verdict.margin > 0.2
@@ -116,18 +128,16 @@ def test_the_real_vit_is_one_network_in_three_stock_libraries(photos: Tensor, tm
 
 
 @pytest.mark.real
-def test_the_real_neuron_spread_over_several_costs_the_same(tmp_path: Path) -> None:
+def test_the_real_neuron_spread_over_several_costs_the_same(plain: tuple[Path, PatchResult], tmp_path: Path) -> None:
     """Same input rows and biases, shares of the output column that sum to 1: the closed form must not care."""
     source, folder = shared("models", "vit-tiny-timm"), tmp_path / "split"
     neurons = split_real_neuron(source, folder, [0.2, 0.4, 0.3, 0.1], range(3))
-    verdicts = [
-        regsurgery.patch(
-            str(model), tmp_path / f"out{len(listed)}", recipe=Recipe({7: tuple(listed)}), mode="native",
-            calibrate=False, images=shared("images", "calibration"),
-        ).verdict
-        for model, listed in ((source, [REAL_NEURON]), (folder, neurons))
-    ]  # fmt: skip
-    whole, split = verdicts
+    split = regsurgery.patch(
+        str(folder), tmp_path / "out", recipe=Recipe({7: tuple(neurons)}), mode="native", calibrate=False,
+        images=shared("images", "calibration"),
+    ).verdict  # fmt: skip
+    whole = plain[1].verdict
+    assert plain[1].recipe.register_neurons == {7: (REAL_NEURON,)}
     assert whole.kl is not None and split.kl is not None
     assert abs(whole.kl - split.kl) <= 0.01
     assert split.outliers_per_image.patched <= 0.01 and split.worst_patch_norm.patched <= 40

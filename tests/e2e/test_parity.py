@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import random
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -30,9 +32,14 @@ from tests.picos import OTHER_SIZES, PICOS, Pico
 from tests.reference import hook
 
 
+@functools.cache
+def picture(index: int) -> Image.Image:
+    return dead_leaves(random.Random(f"parity/{index}"), 256)
+
+
 def pictures(batch: int, size: tuple[int, int]) -> Tensor:
     """Different pictures on which planted neurons fire, `[B, 3, H, W]` in [-1, 1]."""
-    leaves = [dead_leaves(random.Random(f"parity/{index}"), 256).resize(size[::-1]) for index in range(batch)]
+    leaves = [picture(index).resize(size[::-1]) for index in range(batch)]
     return torch.stack([pil_to_tensor(image) for image in leaves]).float() / 127.5 - 1
 
 
