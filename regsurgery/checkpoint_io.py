@@ -305,13 +305,22 @@ def weight_files(folder: Path, single: str) -> list[Path]:
         return []
     names = sorted(set(weight_map(index).values()))
     for name in names:
-        if Path(name).name != name or "\0" in name or len(os.fsencode(name.encode(errors="replace"))) > 255:
+        if not is_plain_name(name):
             raise CheckpointError(
                 f"{index}: names the shard {name[:300]!r}, which is not a plain file name in the folder"
             )
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: named by {index.name} but missing; download it again")
     return [folder / name for name in names]
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a folder can have a file of that name in it."""
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError:  # half a pair of surrogates
+        return False
+    return len(encoded) < 256 and name not in ("", "..") and Path(name).name == name and "\0" not in name
 
 
 def weight_map(index: Path) -> dict[str, str]:

@@ -216,6 +216,6 @@ def _unpack(text: str | None) -> bytes | None:
 
 
 def _plain(name: str) -> str:
-    if Path(name).name != name or name.startswith("."):
-        raise ValueError(f"names {name!r}, which is not a plain file name")
+    if not checkpoint_io.is_plain_name(name) or name.startswith("."):
+        raise ValueError(f"names {name[:300]!r}, which is not a plain file name")
     return name

@@ -45,7 +45,7 @@ def reloaded(folder: Path, fmt: str, *, stored: bool = False) -> nn.Module:
             return rebuilt(folder, config, fmt, stored=stored)
         with bounded_model(folder / backend.CONFIG_NAME, headers):
             return rebuilt(folder, config, fmt, stored=stored)
-    except BROKEN as error:
+    except getattr(backend, "UNLOADABLE", BROKEN) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(f"{folder}: its model cannot be built: {reason}; patch the model again") from error
 

@@ -46,7 +46,7 @@ class Bases:
 
 
 def build(root: Path) -> Bases:
-    from regsurgery import checkpoint_io, emit, loading, pipeline
+    from regsurgery import emit, loading, pipeline
     from regsurgery.recipe import parse_recipe
     from regsurgery.surgery import perform
 
@@ -76,7 +76,7 @@ def build(root: Path) -> Bases:
         found = pipeline._locate(loaded, pipeline.Progress())
         surgery = perform(loaded, recipe, *found)
         with emit.emit(surgery, root / f"patched-{name}", loaded.library) as folder:
-            checkpoint_io.write_sums(folder)
+            emit.complete(surgery, folder, loaded.library, None)
     return Bases({path.name: path for path in root.iterdir()}, *found)
 
 

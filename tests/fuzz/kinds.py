@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
 import pickle
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,6 +259,24 @@ def patched_files(rng: Random, folder: Path) -> None:
         resum(folder)
 
 
+def patched_record(rng: Random, folder: Path) -> None:
+    """Damage to what restoring the original takes; deflated entries among it."""
+    path = folder / "regsurgery_original.json"
+    tree = json.loads(path.read_text("utf-8"))
+    entry = rng.choice(list(tree["files"].values()))
+    if rng.random() < 0.3:
+        entry[rng.choice(["header", "content"])] = rng.choice(
+            ["", "!", "eJw=", base64.b64encode(zlib.compress(bytes(1 << 26))).decode(),
+             base64.b64encode(zlib.compress(mutate.dump(rng, {"a": mutate.value(rng)}).encode())).decode()]
+        )  # fmt: skip
+    elif rng.random() < 0.3:
+        tree["files"][rng.choice(["../x", "/etc/x", "a/b", "", ".", ".hidden", "\0", "a" * 300])] = entry
+    else:
+        mutate.damage_tree(rng, tree, ("files", "sha256", "header", "not_copied", "converted_from"))
+    path.write_text(mutate.dump(rng, tree), "utf-8")
+    resum(folder)
+
+
 def patched_sums(rng: Random, folder: Path) -> None:
     path = folder / "SHA256SUMS"
     lines = path.read_text("utf-8").splitlines()
@@ -310,14 +330,14 @@ def run_recipe(rng: Random, folder: Path, bases: Bases) -> None:
 
 
 def run_patched(rng: Random, folder: Path, bases: Bases) -> None:
-    from regsurgery import checkpoint_io, loading, patched
+    from regsurgery import checkpoint_io, loading, original, patched
     from regsurgery.recipe import find_recipe
 
     checkpoint_io.check_sums(patched.existing_folder(folder))
     fmt = patched.folder_format(folder)
     patched.patched_mode(folder, fmt)
     find_recipe(str(folder / "recipe.yaml"))
-    patched.restore_original(folder, folder.parent / "restored", fmt)
+    original.restore_original(folder, folder.parent / "restored", fmt)
     loading.load(str(folder.parent / "restored"))
     patched.load(folder)
 
@@ -337,5 +357,6 @@ KINDS = {
     "recipe": Kind(("vit",), recipe_text, run_recipe, 15),
     "patched: config": Kind(("patched-vit", "patched-timm"), patched_block, run_patched, 12),
     "patched: files": Kind(("patched-vit", "patched-timm"), patched_files, run_patched, 6),
+    "patched: record": Kind(("patched-vit", "patched-timm"), patched_record, run_patched, 6),
     "patched: sums": Kind(("patched-vit", "patched-timm"), patched_sums, run_patched, 3),
 }
