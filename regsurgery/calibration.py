@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import os
 import pickle
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -115,9 +116,16 @@ class ImageSet:
             num_workers=min(MAX_WORKERS, max(1, len(os.sched_getaffinity(0)) - 1)),
             collate_fn=_packed,
             multiprocessing_context="fork",
+            worker_init_fn=_end_with_parent,
             generator=torch.Generator(),  # the global one stays untouched
         )
         yield from map(_unpacked, loader)
+
+
+def _end_with_parent(worker: int) -> None:
+    """A worker whose parent is killed while it writes into a full pipe would wait there for ever."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of Linux
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 class _Reader:

@@ -828,3 +828,38 @@ def test_dead_leaves_in_workers(monkeypatch, three_workers):
     monkeypatch.setattr("regsurgery.calibration.IN_PROCESS", MANY)
     assert torch.cat(list(replace(images).batches(8, small))).equal(with_workers)
     assert len(with_workers) == MANY
+
+
+KILLED_WHILE_READING = """
+import os, signal, sys
+import psutil, torch
+from regsurgery.calibration import image_set
+
+def large(images):  # more than a pipe takes
+    return torch.zeros(len(images), 3, 512, 512)
+
+batches = image_set(None, 200).batches(4, large)
+next(batches)
+print(*[child.pid for child in psutil.Process().children()], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_no_worker_outlives_a_process_that_is_killed() -> None:
+    import psutil
+
+    command = [sys.executable, "-c", KILLED_WHILE_READING]
+    done = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert done.stdout is not None
+    workers = [int(pid) for pid in done.stdout.readline().split()]
+    assert workers and done.wait(60) == -9
+    running = []
+    for pid in workers:
+        try:
+            running.append(psutil.Process(pid))
+        except psutil.NoSuchProcess:
+            continue
+    left = psutil.wait_procs(running, timeout=10)[1]
+    for process in left:
+        process.kill()
+    assert left == []
