@@ -270,6 +270,28 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             writer.write(elements.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
+def write_sharded(folder: Path, single: str, tensors: Mapping[str, Tensor], largest: int | None) -> None:
+    """Write `tensors` to the file `single` of `folder`, or to shards of up to `largest` bytes and their index."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    if largest is None:
+        write_tensors(folder / single, tensors)
+        return
+    stem, _, suffix = single.rpartition(".")
+    split = split_state_dict_into_shards_factory(
+        {name: tensors[name] for name in sorted(tensors)},
+        get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
+        get_storage_id=lambda tensor: None,  # what shares memory here is written twice
+        filename_pattern=f"{stem}{{suffix}}.{suffix}",
+        max_shard_size=largest,
+    )
+    for name, members in split.filename_to_tensors.items():
+        write_tensors(folder / name, {member: tensors[member] for member in members})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / f"{single}.index.json", index)
+
+
 def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
 

@@ -23,7 +23,7 @@ from regsurgery.backends.canonical import (
 )
 from regsurgery.backends.hf_transformers import UNLOADABLE, from_pretrained
 from regsurgery.backends.native_timm import blank_registers, token_kinds
-from regsurgery.checkpoint_io import weight_files, write_json, write_tensors
+from regsurgery.checkpoint_io import weight_files, write_json, write_sharded
 from regsurgery.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -53,7 +53,9 @@ def emit(surgery: Surgery, folder: Path, target: Path) -> None:
     """Write config, weights and, if there is none yet, the preprocessor's config."""
     tower = canonical(surgery.loaded, surgery.state())
     config, tensors = _contents(tower, surgery.register_tokens)
-    write_tensors(folder / WEIGHTS_NAME, tensors)
+    sources = surgery.loaded.weights
+    largest = max(path.stat().st_size for path in sources) if len(sources) > 1 else None
+    write_sharded(folder, WEIGHTS_NAME, tensors, largest)
     write_json(folder / CONFIG_NAME, {**config, "regsurgery": config_block(surgery, tower)})
     if not (folder / PROCESSOR_NAME).is_file():
         write_json(folder / PROCESSOR_NAME, _processor(tower))

@@ -81,6 +81,25 @@ def test_native_mode_writes_the_same_bytes(
     assert regsurgery.verify("out", num_images=8, options=ON_DISK).passed
 
 
+def test_native_mode_of_shards_writes_shards(planted_picos: Callable[[Pico], Planted], tmp_path: Path) -> None:
+    from transformers import Dinov2WithRegistersModel
+
+    planted = planted_picos(by_id("hf-dinov2"))
+    planted.loaded.model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    recipe = Recipe({block: tuple(neurons) for block, neurons in planted.neurons.items()}, mode="native")
+    for where, options in (("memory", None), ("disk", ON_DISK)):
+        regsurgery.patch(
+            str(tmp_path / "sharded"), tmp_path / where, recipe=recipe, calibrate=False, format="transformers",
+            num_images=8, options=options,
+        )  # fmt: skip
+    assert (tmp_path / "memory" / "SHA256SUMS").read_text() == (tmp_path / "disk" / "SHA256SUMS").read_text()
+    shards = sorted((tmp_path / "disk").glob("*.safetensors"))
+    largest = max(path.stat().st_size for path in (tmp_path / "sharded").glob("*.safetensors"))
+    assert len(shards) > 1 and all(path.stat().st_size <= largest + 10_000 for path in shards)
+    _, info = Dinov2WithRegistersModel.from_pretrained(tmp_path / "disk", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
 def test_find_reads_from_disk(planted_picos: Callable[[Pico], Planted]) -> None:
     planted = planted_picos(by_id("hf-vit-classes"))
     found = regsurgery.find(str(planted.folder), num_images=32, options=ON_DISK)
