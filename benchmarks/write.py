@@ -20,7 +20,6 @@ Memory is the peak resident size (VmHWM) of the process.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -101,6 +100,8 @@ def make(folder: Path, gigabytes: float) -> None:
     from huggingface_hub import _local_folder
     from safetensors.torch import load_file, save_file
 
+    from regsurgery.checkpoint_io import sha256
+
     config = transformers.ViTConfig(
         hidden_size=WIDTH, intermediate_size=HIDDEN, num_attention_heads=25, image_size=IMAGE, patch_size=PATCH,
         num_hidden_layers=1, dtype="float32", architectures=["ViTModel"],
@@ -134,9 +135,7 @@ def make(folder: Path, gigabytes: float) -> None:
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        _local_folder.write_download_metadata(folder, path.name, "0" * 40, digest)
+        _local_folder.write_download_metadata(folder, path.name, "0" * 40, sha256(path))
 
 
 def cold(folder: Path) -> None:

@@ -272,11 +272,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def write_sharded(folder: Path, single: str, tensors: Mapping[str, Tensor], largest: int | None) -> None:
     """Write `tensors` to the file `single` of `folder`, or to shards of up to `largest` bytes and their index."""
-    from huggingface_hub import split_state_dict_into_shards_factory
-
     if largest is None:
         write_tensors(folder / single, tensors)
         return
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     stem, _, suffix = single.rpartition(".")
     split = split_state_dict_into_shards_factory(
         {name: tensors[name] for name in sorted(tensors)},

@@ -38,7 +38,7 @@ def reloaded(folder: Path, fmt: str, *, stored: bool = False) -> nn.Module:
     """
     config = read_patched_config(folder, fmt)
     backend = backends.backend(fmt, config["regsurgery"]["mode"])
-    name = backends.WEIGHTS_NAMES[fmt] if fmt in backends.LIBRARIES else ""
+    name = backends.WEIGHTS_NAMES.get(fmt)
     headers = [checkpoint_io.read_header(path) for path in checkpoint_io.weight_files(folder, name)] if name else []
     try:
         if not headers:

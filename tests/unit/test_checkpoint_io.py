@@ -322,7 +322,7 @@ def test_a_copy_is_whole_where_the_kernel_cannot_copy(tmp_path, monkeypatch, err
     assert (tmp_path / "copy").read_bytes() == (tmp_path / "source").read_bytes()
 
 
-def test_copies_that_were_begun_are_moved_to_their_place(sharded, tmp_path, monkeypatch):
+def test_copies_that_were_begun_are_moved_to_their_place(sharded, tmp_path):
     with io.copies_ahead(tmp_path / "out") as copies:
         copies.start([sharded / SHARDS[0]])
         copies.place(sharded / SHARDS[0], tmp_path / "begun")

@@ -24,11 +24,11 @@ def weights(tmp_path: Path) -> Path:
     return path
 
 
-def record(path: Path, etag: str, *, seconds: float = 0.0, commit: str = "c" * 40) -> None:
+def record(path: Path, etag: str, *, seconds: float = 0.0) -> None:
     """Metadata as `hf download --local-dir` leaves them, written `seconds` after the file."""
     metadata = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
     metadata.parent.mkdir(parents=True, exist_ok=True)
-    metadata.write_text(f"{commit}\n{etag}\n{path.stat().st_mtime + seconds}\n")
+    metadata.write_text(f"{'c' * 40}\n{etag}\n{path.stat().st_mtime + seconds}\n")
 
 
 def test_of_a_blob_in_the_cache(weights: Path, tmp_path: Path) -> None:
