@@ -78,8 +78,11 @@ class CopiesAhead:
         self._copies: dict[Path, Future[None]] = {}
 
     def start(self, sources: Sequence[Path]) -> None:
-        """Begin to copy `sources`, files of different names."""
-        self._folder.mkdir()
+        """Begin to copy `sources`, files of different names; a disk that refuses now does so again at `place`."""
+        try:
+            self._folder.mkdir()
+        except OSError:
+            return
         for source in sources:
             self._copies[source] = self._pool.submit(_copy_to_disk, source, self._folder / source.name)
 

@@ -514,3 +514,14 @@ def test_sums_that_are_none_are_refused(summed, content):
     (summed / "SHA256SUMS").write_bytes(content)
     with pytest.raises(CheckpointError, match="SHA256SUMS"):
         io.check_sums(summed)
+
+
+def test_copies_that_cannot_begin_are_made_when_they_are_placed(tmp_path):
+    source, taken = tmp_path / "source", tmp_path / "copies"
+    source.write_bytes(b"bytes")
+    taken.write_bytes(b"no folder")
+    copies = copying.CopiesAhead(taken)
+    copies.start([source])
+    copies.place(source, tmp_path / "target")
+    copies.close()
+    assert (tmp_path / "target").read_bytes() == b"bytes" and taken.read_bytes() == b"no folder"
