@@ -7,18 +7,39 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from regsurgery import __version__
+from regsurgery import __version__, cli_recipes
+from regsurgery.cli_errors import exit_code_of
+from regsurgery.cli_options import (
+    AllowPickle,
+    AsJson,
+    DeviceMap,
+    Force,
+    Format,
+    Images,
+    MaxMemory,
+    Mode,
+    Model,
+    NumImages,
+    OutputFolder,
+    Patched,
+    Quiet,
+    RecipeName,
+    Revision,
+    Seed,
+    TrustRemoteCode,
+)
 from regsurgery.errors import (
     EXIT_DIFFERENT,
     EXIT_NOTHING_TO_FIX,
+    EXIT_USER_ERROR,
     EXIT_VERIFICATION_FAILED,
     NothingToFixError,
-    RegsurgeryError,
 )
 
 if TYPE_CHECKING:
@@ -29,42 +50,12 @@ app = typer.Typer(
     name="regsurgery",
     help="Rewrite Vision Transformer checkpoints so that outlier tokens are gone.\n\nMODEL is a folder, a Hub id, "
     "timm:NAME, open_clip:ARCH/TAG, or demo. Exit codes: 0 done; 1 verification failed (diff: differences); 2 the "
-    "input is at fault; 3 nothing to fix.",
-    no_args_is_help=True,
-    add_completion=False,
+    "input is at fault; 3 nothing to fix; 130 interrupted.",
+    epilog="Example: regsurgery patch demo -o demo-patched",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[
-    str, typer.Argument(help="Folder, Hub id, timm:NAME, open_clip:ARCH/TAG, or demo.", show_default=False)
-]
-Images = Annotated[
-    Path | None,
-    typer.Option(
-        "--images", help="Folder of images, parquet or arrow files or WebDataset tars; dead-leaves pictures by default."
-    ),
-]
-Seed = Annotated[int, typer.Option("--seed", help="Of generated pictures and random controls.")]
-Force = Annotated[bool, typer.Option("--force", help="Also find in a model that was trained with registers.")]
-DeviceMap = Annotated[
-    str | None, typer.Option("--device-map", help="Where the model runs: auto (accelerate), cuda, ...; CPU by default.")
-]
-MaxMemory = Annotated[
-    str | None,
-    typer.Option(
-        "--max-memory",
-        help="8GB: weights of larger checkpoints stay on disk; half of what is free by default.",
-    ),
-]
-NumImages = Annotated[int | None, typer.Option("--num-images", help="At most that many images.", min=1)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights (weights_only).")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that the source checkpoint brings.")
-]
-Revision = Annotated[str | None, typer.Option("--revision", help="Hub revision of MODEL.")]
+app.add_typer(cli_recipes.app)
 
 
 @app.command(epilog="Example: regsurgery doctor demo")
@@ -134,13 +125,13 @@ def find(
 @app.command(epilog="Example: regsurgery patch demo -o demo-patched")
 def patch(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="New folder to write.")],
-    recipe: Annotated[str | None, typer.Option("--recipe", help="Recipe file, or name of a bundled recipe.")] = None,
-    mode: Annotated[str | None, typer.Option("--mode", help="shift, native or bias; by default the recipe's.")] = None,
+    output: OutputFolder,
+    recipe: RecipeName = None,
+    mode: Mode = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate/--no-calibrate", help="Native mode: train the registers on the images.")
     ] = True,
-    format: Annotated[str | None, typer.Option("--format", help="transformers, timm, open_clip, pt2 or onnx.")] = None,
+    format: Format = None,
     num_registers: Annotated[int | None, typer.Option("--num-registers", help="Register tokens.", min=1)] = None,
     images: Images = None,
     num_images: NumImages = None,
@@ -188,7 +179,7 @@ def patch(
 
 @app.command(epilog="Example: regsurgery verify demo-patched")
 def verify(
-    folder: Annotated[Path, typer.Argument(help="Folder that regsurgery patch wrote.", show_default=False)],
+    folder: Patched,
     original: Annotated[str | None, typer.Option("--original", help="MODEL to compare with.")] = None,
     images: Images = None,
     num_images: NumImages = None,
@@ -212,8 +203,8 @@ def verify(
 
 @app.command(epilog="Example: regsurgery unpatch demo-patched -o demo-restored")
 def unpatch(
-    folder: Annotated[Path, typer.Argument(help="Folder that regsurgery patch wrote.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="New folder to write.")],
+    folder: Patched,
+    output: OutputFolder,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -247,24 +238,11 @@ def diff(
         raise typer.Exit(EXIT_DIFFERENT)
 
 
-@app.command(epilog="Example: regsurgery recipes")
-def recipes(as_json: AsJson = False) -> None:
-    """List the bundled recipes."""
-    from regsurgery.recipe import bundled_recipes
-
-    found = bundled_recipes()
-    if as_json:
-        print(json.dumps({name: recipe.as_dict() for name, recipe in found.items()}, indent=2))
-        return
-    from regsurgery.render import recipe_table
-
-    recipe_table(found)
-
-
 @app.command(epilog="Example: regsurgery families")
 def families(
-    as_json: AsJson = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """List the model families that the tests hold to the parity gate, mode by mode, and what is refused."""
     from regsurgery.families import FAMILIES, REFUSED
@@ -276,8 +254,10 @@ def families(
         ]
         print(json.dumps({"families": rows, "refused": [asdict(refused) for refused in REFUSED]}, indent=2))
         return
-    from regsurgery.render import family_markdown, family_table
+    from regsurgery.tables import family_markdown, family_table
 
+    if quiet:
+        return
     if markdown:
         print(family_markdown(), end="")
     else:
@@ -318,20 +298,18 @@ def _version(show: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        raise typer.Exit(EXIT_USER_ERROR)
 
 
 def main() -> NoReturn:
     """Parse the command line, do it, and raise SystemExit with the exit code."""
-    try:
-        app()
-    except RegsurgeryError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    sys.exit(0)
+    sys.exit(exit_code_of(partial(app, prog_name="regsurgery", standalone_mode=False)))

@@ -16,6 +16,8 @@ EXIT_VERIFICATION_FAILED = 1
 EXIT_DIFFERENT = 1  # of `diff`, as of the Unix tool
 EXIT_USER_ERROR = 2
 EXIT_NOTHING_TO_FIX = 3
+EXIT_INTERRUPTED = 130  # as shells have it: 128 and the number of the signal
+EXIT_BROKEN_PIPE = 141
 
 
 class RegsurgeryError(Exception):

@@ -299,11 +299,7 @@ def find_recipe(name_or_path: str) -> Recipe:
     except OSError:  # a name that no file can have
         is_file = False
     if is_file:
-        try:
-            with path.open("rb") as file:
-                return parse_recipe(file.read(MAX_BYTES * 4 + 1).decode("utf-8"), path.name)
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"{path}: not a UTF-8 text file") from error
+        return read_recipe(path)
     bundled = bundled_recipes()
     if name_or_path in bundled:
         return bundled[name_or_path]
@@ -312,6 +308,21 @@ def find_recipe(name_or_path: str) -> Recipe:
         f"{name_or_path[:300]}: no such recipe file, and no bundled recipe of that name{hint or '; '}"
         f"{'' if hint else 'bundled are ' + ', '.join(bundled)}"
     )
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a file.
+
+    Raises:
+        RecipeError: the file cannot be read, or is no recipe.
+    """
+    try:
+        with path.open("rb") as file:
+            return parse_recipe(file.read(MAX_BYTES * 4 + 1).decode("utf-8"), str(path))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror or error}); name a recipe file") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not a UTF-8 text file; name a recipe file") from error
 
 
 def recipe_for_model(model_id: str) -> tuple[str, Recipe] | None:

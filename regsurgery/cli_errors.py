@@ -1,0 +1,67 @@
+"""How a command ends: what `main` makes of an exception, as one line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+
+import typer
+
+from regsurgery.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_OK, RegsurgeryError
+
+INTERRUPTED = (
+    "interrupted; nothing is left half written, run the same command again (a search for neurons goes on where it was)"
+)
+
+
+def exit_code_of(command: Callable[[], int | None]) -> int:
+    """Run `command`, which returns its exit code or raises; print one line for an error of the user's.
+
+    Whatever else is raised is a bug and goes on as it is.
+    """
+    try:
+        code = command() or EXIT_OK
+        sys.stdout.flush()
+    except RegsurgeryError as error:
+        _print_error(str(error))
+        return error.exit_code
+    except typer.TyperException as error:
+        _print_error(_usage(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        code = EXIT_BROKEN_PIPE
+    except SystemExit as end:
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        code = EXIT_BROKEN_PIPE  # typer and rich made it 1, which is that of a failed verification
+    if code == EXIT_INTERRUPTED:
+        _print_error(INTERRUPTED)
+    if code == EXIT_BROKEN_PIPE:
+        _forget_output()
+    return code
+
+
+def _print_error(message: str) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+
+
+def _usage(error: typer.TyperException) -> str:
+    """What typer has against the command line, in the words of all other errors."""
+    context = getattr(error, "ctx", None)
+    message = " ".join(error.format_message().split()).removesuffix(".")
+    message = f"{message[:1].lower()}{message[1:]}{'' if message.endswith('?') else ';'}"
+    if context is None:  # typer's parser does not say which command it was at
+        return f"regsurgery: {message} see --help of the command"
+    return f"{context.command_path}: {message} see {context.command_path} --help"
+
+
+def _forget_output() -> None:
+    """What is still to be written goes nowhere, without a word at the end of the process."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        os.dup2(nowhere, number)
