@@ -6,7 +6,7 @@ import atexit
 import os
 import sys
 
-from regsurgery.cli import main
+from regsurgery.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
 
 
 def run() -> None:
@@ -15,7 +15,12 @@ def run() -> None:
     That goes over all of torch and takes 2 s.
     """
     try:
+        from regsurgery.cli import main
+
         main()
+    except KeyboardInterrupt:  # while the command line was imported
+        print("error: interrupted before anything was done; run the same command again", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
     except SystemExit as end:
         if "torch" not in sys.modules or not (end.code is None or isinstance(end.code, int)):
             raise
@@ -24,8 +29,8 @@ def run() -> None:
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    except BrokenPipeError:  # as Python ends where the reader of its output has gone
-        code = 120
+    except BrokenPipeError:
+        code = EXIT_BROKEN_PIPE
     os._exit(code)
 
 

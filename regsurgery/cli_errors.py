@@ -12,7 +12,7 @@ import typer
 from regsurgery.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_OK, RegsurgeryError
 
 INTERRUPTED = (
-    "interrupted; nothing is left half written, run the same command again (a search for neurons goes on where it was)"
+    "interrupted; nothing is left half written: run the same command again, a search for neurons goes on where it was"
 )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from regsurgery.verification import Pair, Verdict
 
 BAR_WIDTH = 16
+PLAIN_EVERY = 10.0  # seconds between two lines about the same stage, where nothing can be drawn
 
 
 class _DoneColumn(ProgressColumn):
@@ -45,6 +48,34 @@ class _DoneColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return (self.bytes if task.fields["in_bytes"] else self.images).render(task)
+
+
+class _PlainLines:
+    """Progress where nothing can be drawn, in a log: a line when a stage begins, and one now and then while it runs."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.name, self.total, self.done, self.in_bytes = "", None, 0, False
+        self.began = self.said = time.monotonic()
+
+    def stage(self, name: str, total: int | None, in_bytes: bool) -> None:
+        self.name, self.total, self.done, self.in_bytes = name, total, 0, in_bytes
+        self.began = self.said = time.monotonic()
+        self._print(name if total is None else f"{name}: 0 of {self._amount(total)}")
+
+    def advance(self, number: int) -> None:
+        self.done += number
+        now = time.monotonic()
+        if now - self.said >= PLAIN_EVERY:
+            self.said = now
+            of = "" if self.total is None else f" of {self._amount(self.total)}"
+            self._print(f"{self.name}: {self._amount(self.done)}{of} after {now - self.began:.0f} s")
+
+    def _amount(self, number: int) -> str:
+        return decimal(number) if self.in_bytes else str(number)
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True, markup=False)
 
 
 class Screen(Progress):
@@ -64,6 +95,7 @@ class Screen(Progress):
             disable=not self.errors.is_terminal,
         )
         self.task = self.bar.add_task("", visible=False, total=None, in_bytes=False)
+        self.lines = None if self.errors.is_terminal else _PlainLines(self.errors)
 
     def __enter__(self) -> Screen:
         self.bar.start()
@@ -76,9 +108,13 @@ class Screen(Progress):
 
     def stage(self, name: str, total: int | None = None, *, in_bytes: bool = False) -> None:
         self.bar.reset(self.task, description=name, total=total, visible=True, in_bytes=in_bytes)
+        if self.lines is not None:
+            self.lines.stage(name, total, in_bytes)
 
     def advance(self, number: int) -> None:
         self.bar.advance(self.task, number)
+        if self.lines is not None:
+            self.lines.advance(number)
 
     def say(self, line: str) -> None:
         self.errors.print(line, soft_wrap=True, markup=False)
