@@ -14,11 +14,12 @@ def models(incomplete: str) -> list[tuple[str, str]]:
     offered = {"demo": "a small bundled model", "timm:": "a model of timm", "open_clip:": "ARCH/TAG of open_clip"}
     for name, recipe in bundled_recipes().items():
         offered.setdefault(recipe.model, f"recipe {name}")
+    begins: dict[str, list[str]] = {}
     for family in FAMILIES:
         if family.library == "timm":
             for member in family.members:
-                offered.setdefault(f"timm:{member.partition('*')[0]}", family.name)
-    return _matching(offered, incomplete)
+                begins.setdefault(f"timm:{member.partition('*')[0]}", []).append(family.name)
+    return _matching(offered | {value: ", ".join(names) for value, names in begins.items()}, incomplete)
 
 
 def recipes(incomplete: str) -> list[tuple[str, str]]:

@@ -27,6 +27,7 @@ from regsurgery.errors import (
     UnsupportedModelError,
     UserError,
     VerificationError,
+    did_you_mean,
 )
 from regsurgery.families import family_of
 from regsurgery.loading import Loaded, LoadOptions
@@ -39,7 +40,7 @@ from regsurgery.patched import (
     reloaded,
     take_our_tensors,
 )
-from regsurgery.recipe import Recipe, find_recipe, recipe_for_model
+from regsurgery.recipe import MAX_REGISTERS, MODES, Recipe, find_recipe, recipe_for_model
 
 if TYPE_CHECKING:
     from regsurgery.calibration import ImageSet
@@ -146,8 +147,11 @@ def patch(
     output = Path(output)
     if not dry_run:
         checkpoint_io.check_output(output)
-    if format is not None and format not in backends.FORMATS:
-        raise UserError(f"format {format}: not one of {', '.join(backends.FORMATS)}")
+    for name, chosen, known in (("format", format, backends.FORMATS), ("mode", mode, MODES)):
+        if chosen is not None and chosen not in known:
+            raise UserError(f"{name} {chosen}: not one of {', '.join(known)}{did_you_mean(chosen, list(known))}")
+    if num_registers is not None and not 1 <= num_registers <= MAX_REGISTERS:
+        raise UserError(f"--num-registers {num_registers}: must be from 1 to {MAX_REGISTERS}")
     if format is not None:
         backends.require(format)
     given = None if recipe is None else _given_recipe(model, recipe, progress)

@@ -1,0 +1,368 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import typer.cli
+import typer.main
+from typer.testing import CliRunner
+
+from regsurgery import cli, pipeline, render
+from regsurgery.backends import FORMATS
+from regsurgery.recipe import MODES, bundled_recipes, find_recipe, parse_recipe
+
+PROGRAM = Path(sys.executable).parent / "regsurgery"
+REFERENCE = Path(__file__).parents[2] / "docs" / "cli.md"
+REGENERATE = "typer regsurgery.cli utils docs --name regsurgery --title 'The command line' --output docs/cli.md"
+VALID = "schema: 1\nregister_neurons: {7: [417]}\n"
+TYPO = VALID + "num_register: 1\n"
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def in_process(*args: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["regsurgery", *map(str, args)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return Done(int(ended.value.code or 0), captured.out, captured.err)
+
+    return in_process
+
+
+def program(*args: object, **env: str) -> Done:
+    done = subprocess.run([PROGRAM, *map(str, args)], capture_output=True, text=True, env={**os.environ, **env})
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def commands(command=None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], typer.core.TyperCommand]]:
+    """Every command and group, with the words that call it."""
+    command = command or typer.main.get_command(cli.app)
+    yield path, command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from commands(inner, (*path, name))
+
+
+COMMANDS = {" ".join(path): command for path, command in commands()}
+LEAVES = {name: command for name, command in COMMANDS.items() if name}
+
+
+# --- every command --------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_are_found():
+    assert {"patch", "recipes", "recipes validate", "families"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_every_command_has_json_and_quiet(name):
+    options = {option for parameter in LEAVES[name].params for option in parameter.opts}
+    assert {"--json", "--quiet", "-q"} <= options
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_help_has_an_example_that_parses(name, run):
+    epilog = COMMANDS[name].epilog
+    assert epilog is not None and epilog.startswith(f"Example: regsurgery {name}".rstrip())
+    assert epilog in run(*name.split(), "--help").out
+    words = iter(shlex.split(epilog.partition(" > ")[0])[2:])
+    command, context = COMMANDS[""], None
+    for word in words:
+        command = command.commands[word]
+        if not hasattr(command, "commands"):
+            context = command.make_context(word, list(words))
+    assert context is not None
+
+
+def test_no_help_imports_a_model_library():
+    """What makes `--help` quick; benchmarks/startup.py has the figures."""
+    calls = [[*name.split(), "--help"] for name in COMMANDS]
+    code = f"""
+import contextlib, io, sys
+from regsurgery import cli
+for args in {calls}:
+    sys.argv = ["regsurgery", *args]
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
+        cli.main()
+    assert out.getvalue().startswith("Usage: " + " ".join(["regsurgery", *args[:-1]])), out.getvalue()
+heavy = {{"torch", "numpy", "transformers", "timm", "open_clip", "huggingface_hub", "rich", "yaml"}}
+print(sorted(heavy & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
+def test_the_reference_is_what_typer_generates(tmp_path, monkeypatch):
+    monkeypatch.setattr(typer.cli, "state", typer.cli.State())
+    arguments = ["regsurgery.cli", *shlex.split(REGENERATE)[2:-1], str(tmp_path / "cli.md")]
+    assert CliRunner().invoke(typer.cli.app, arguments).exit_code == 0
+    same = (tmp_path / "cli.md").read_text("utf-8") == REFERENCE.read_text("utf-8")
+    assert same, f"docs/cli.md is not what the commands say; regenerate it: {REGENERATE}"
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "args, said, what_next",
+    [
+        (["ptch"], "regsurgery: no such command 'ptch'. Did you mean 'patch'", "see regsurgery --help"),
+        (["patch"], "regsurgery patch: missing argument", "see regsurgery patch --help"),
+        (["patch", "demo"], "regsurgery patch: missing option '--output' / '-o';", "see regsurgery patch --help"),
+        (["patch", "demo", "--imges", "x"], "no such option: --imges (", "see regsurgery patch --help"),
+        (["patch", "demo", "-o"], "option '-o' requires an argument;", "see --help of the command"),
+        (["patch", "demo", "x", "-o", "y"], "unexpected extra argument", "see regsurgery patch --help"),
+        (["doctor", "demo", "--num-images", "0"], "invalid value for '--num-images':", "see regsurgery doctor --help"),
+        (["doctor", "demo", "--num-images", "x"], "invalid value for '--num-images':", "see regsurgery doctor --help"),
+        (["recipes", "lst"], "no such command 'lst'. Did you mean 'list'?", "see regsurgery recipes --help"),
+        (["recipes", "-q", "list"], "--quiet: write it behind list: regsurgery recipes list --quiet", "--help"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_that_says_what_next(run, args, said, what_next):
+    done = run(*args)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: regsurgery")
+    assert done.err.endswith(f"{what_next}\n") and done.err.count("\n") == 1
+    assert said in done.err
+
+
+def test_no_command_at_all_shows_the_help_as_an_error(run):
+    done = run()
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("Usage: regsurgery ") and "patch" in done.err
+
+
+@pytest.mark.parametrize(
+    "option, said",
+    [
+        (("--mode", "shft"), "mode shft: not one of shift, native, bias; did you mean 'shift'?"),
+        (("--format", "onx"), "format onx: not one of transformers, timm, open_clip, pt2, onnx; did you mean 'onnx'?"),
+        (("--num-registers", "65"), "--num-registers 65: must be from 1 to 64"),
+        (("--recipe", "dmo"), "dmo: no such recipe file"),
+    ],
+)
+def test_a_wrong_value_is_refused_before_the_model_is_read(run, tmp_path, monkeypatch, option, said):
+    monkeypatch.setattr(pipeline, "load_original", lambda *args, **how: pytest.fail("the model was read"))
+    done = run("patch", "demo", "-o", tmp_path / "out", *option)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"error: {said}") and done.err.count("\n") == 1
+
+
+def ends_with(error: BaseException):
+    def command(*args: object, **how: object) -> None:
+        raise error
+
+    return command
+
+
+def test_an_interrupt_is_one_line_and_130(run, monkeypatch):
+    monkeypatch.setattr(pipeline, "doctor", ends_with(KeyboardInterrupt()))
+    done = run("doctor", "demo")
+    assert (done.code, done.out) == (130, "")
+    assert done.err.startswith("error: interrupted; ") and done.err.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(pipeline, "doctor", ends_with(ZeroDivisionError()))
+    monkeypatch.setattr(sys, "argv", ["regsurgery", "doctor", "demo"])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_ctrl_c_while_a_folder_is_written_leaves_nothing(tmp_path):
+    command = [PROGRAM, "patch", "demo", "-o", tmp_path / "out", "--num-images", "2000"]
+    patching = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    lines = iter(patching.stderr.readline, "")
+    assert any(line.startswith("verify: 0 of 2000") for line in lines)
+    assert list(tmp_path.iterdir()) != []  # what is there before its name
+    patching.send_signal(signal.SIGINT)
+    out, err = patching.communicate(timeout=60)
+    assert (patching.returncode, out) == (130, "")
+    assert err.startswith("error: interrupted; ") and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("args", [("families", "--json"), ("families",), ("families", "--help"), ("recipes", "x")])
+def test_output_that_nobody_reads_any_more_is_no_error(args):
+    read, write = os.pipe()
+    os.close(read)
+    failing = args == ("recipes", "x")  # that writes to stderr
+    to = {"stdout": subprocess.PIPE, "stderr": write} if failing else {"stdout": write, "stderr": subprocess.PIPE}
+    done = subprocess.run([PROGRAM, *args], **to)
+    os.close(write)
+    assert (done.returncode, done.stdout or b"", done.stderr or b"") == (2 if failing else 141, b"", b"")
+
+
+# --- recipes --------------------------------------------------------------------------------------------------------
+
+
+def test_recipes_alone_is_recipes_list(run):
+    alone = run("recipes")
+    assert alone == run("recipes", "list")
+    assert alone.code == 0
+    for name in bundled_recipes():
+        assert f" {name} " in alone.out
+    listed = run("recipes", "--json")
+    assert listed == run("recipes", "list", "--json")
+    assert set(json.loads(listed.out)) == set(bundled_recipes())
+
+
+def test_a_recipe_is_shown_as_it_is_read(run, tmp_path):
+    shown = run("recipes", "show", "vit-tiny")
+    assert (shown.code, shown.err) == (0, "")
+    assert parse_recipe(shown.out, "shown") == find_recipe("vit-tiny")
+    (tmp_path / "mine.yaml").write_text(VALID, "utf-8")
+    mine = json.loads(run("recipes", "show", tmp_path / "mine.yaml", "--json").out)
+    assert (mine["register_neurons"], mine["fill"]) == ({"7": [417]}, "zero")
+    unknown = run("recipes", "show", "vit-tny")
+    assert (unknown.code, unknown.out) == (2, "")
+    assert "did you mean 'vit-tiny'?" in unknown.err
+
+
+def test_validate_names_file_key_and_remedy(run, tmp_path):
+    good, typo, absent = (tmp_path / name for name in ("good.yaml", "typo.yaml", "absent.yaml"))
+    good.write_text(VALID, "utf-8")
+    typo.write_text(TYPO, "utf-8")
+    assert run("recipes", "validate", good) == Done(
+        0, f"{good}: valid; 1 register neurons in block(s) 7, mode shift\n", ""
+    )
+    done = run("recipes", "validate", typo, good, absent)
+    assert done.code == 2
+    assert done.out.startswith(f"{good}: valid") and done.out.count("\n") == 1
+    problem = f"{typo}: unknown key 'num_register'; did you mean 'num_registers'?"
+    assert done.err.splitlines()[0] == f"error: {problem}"
+    assert done.err.splitlines()[1].startswith(f"error: {absent}: cannot be read (No such file or directory)")
+    as_json = run("recipes", "validate", typo, good, "--json")
+    assert as_json.code == 2
+    assert json.loads(as_json.out) == {
+        "valid": False,
+        "recipes": [
+            {"file": str(typo), "valid": False, "error": problem},
+            {"file": str(good), "valid": True, "error": None},
+        ],
+    }
+
+
+@pytest.mark.parametrize("args", ["recipes", "recipes list", "recipes show demo", "families", "families --markdown"])
+def test_quiet_is_silent_and_json_one_object(run, args):
+    assert run(*args.split(), "--quiet") == Done(0, "", "")
+    for more in (("--json",), ("--json", "--quiet")):
+        done = run(*args.split(), *more)
+        assert (done.code, done.err) == (0, "")
+        assert isinstance(json.loads(done.out), dict)
+
+
+# --- progress -------------------------------------------------------------------------------------------------------
+
+
+def work(**how: bool) -> None:
+    with render.Screen(**{"as_json": False, "quiet": False, **how}) as screen:
+        screen.stage("load")
+        screen.stage("norms", 30)
+        screen.advance(10)
+        screen.say("a [fact]")
+
+
+def test_progress_is_plain_lines_where_nothing_can_be_drawn(capsys, monkeypatch):
+    work()
+    assert capsys.readouterr() == ("", "load\nnorms: 0 of 30\na [fact]\n")
+    monkeypatch.setattr(render, "PLAIN_EVERY", 0.0)
+    work()
+    assert capsys.readouterr() == ("", "load\nnorms: 0 of 30\nnorms: 10 of 30 after 0 s\na [fact]\n")
+
+
+@pytest.mark.parametrize("how", ["as_json", "quiet"])
+@pytest.mark.parametrize("terminal", ["0", "1"])
+def test_no_progress_with_json_and_quiet(capsys, monkeypatch, how, terminal):
+    monkeypatch.setenv("TTY_COMPATIBLE", terminal)
+    work(**{how: True})
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_gets_a_bar_and_colours_unless_no_color(capsys, monkeypatch):
+    colour = re.compile(r"\x1b\[(?:\d+;)*[39][0-7]m")
+    for name, value in {"TTY_COMPATIBLE": "1", "TERM": "xterm-256color"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    work()
+    err = capsys.readouterr().err
+    assert colour.search(err) and "━" in err and "10/30" in err
+    monkeypatch.setenv("NO_COLOR", "1")
+    work()
+    err = capsys.readouterr().err
+    assert not colour.search(err) and "━" in err and "10/30" in err
+
+
+# --- completion -----------------------------------------------------------------------------------------------------
+
+
+def completed(monkeypatch, capsys, *words: str) -> list[str]:
+    """What bash is offered for the last word, without a bash."""
+    monkeypatch.setenv("_REGSURGERY_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "\n".join(["regsurgery", *words]))
+    monkeypatch.setenv("COMP_CWORD", str(len(words)))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    return capsys.readouterr().out.split()
+
+
+@pytest.mark.parametrize(
+    "words, offered",
+    [
+        (("pa",), ["patch"]),
+        (("patch", "demo", "--mode", ""), list(MODES)),
+        (("patch", "demo", "--format", "o"), [name for name in FORMATS if name.startswith("o")]),
+        (("patch", "demo", "--recipe", ""), list(bundled_recipes())),
+        (("patch", "demo", "--recipe", "vi"), ["vit-tiny"]),
+        (("recipes", "show", "dinov2"), ["dinov2-large", "dinov2-large-torchhub"]),
+        (("recipes", ""), ["list", "show", "validate"]),
+        (("doctor", "dem"), ["demo"]),
+        (("doctor", "facebook/"), ["facebook/dinov2-large"]),
+        (("doctor", "open"), ["open_clip:"]),
+        (("doctor", "--num-i"), ["--num-images"]),
+        (("doctor", "./"), []),
+        (("patch", "demo", "-o", ""), []),
+    ],
+)
+def test_the_shell_is_offered(monkeypatch, capsys, words, offered):
+    assert completed(monkeypatch, capsys, *words) == offered
+
+
+def test_models_of_timm_are_offered_by_what_their_names_begin_with(monkeypatch, capsys):
+    offered = completed(monkeypatch, capsys, "doctor", "ti")
+    assert {"timm:", "timm:vit_", "timm:deit3_"} <= set(offered)
+    assert not any("*" in name for name in offered)
+
+
+def test_completion_installs_itself_into_bash_and_is_quick(tmp_path):
+    script = f"""
+{PROGRAM} --install-completion; source ~/.bash_completions/regsurgery.sh
+export PYTHONPROFILEIMPORTTIME=1
+COMP_WORDS=(regsurgery patch demo --recipe v); COMP_CWORD=4; _regsurgery_completion {PROGRAM}
+echo "${{COMPREPLY[*]}}"
+"""
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, env={**os.environ, "HOME": str(tmp_path)}
+    )
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == "vit-tiny"
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "regsurgery.completion" in imported
+    assert not {"torch", "transformers", "timm", "rich"} & imported
