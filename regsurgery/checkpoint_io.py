@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import struct
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -464,6 +465,24 @@ def replace_file(path: Path, content: bytes) -> None:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[tempfile.TemporaryDirectory[str]]:
+    """A folder for temporary files, which stays after the block for as long as it is referred to.
+
+    Raises:
+        OutputError: there is no room for it, or for what the block writes there.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield tempfile.TemporaryDirectory(prefix="regsurgery-")
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"temporary files cannot be written ({getattr(error, 'strerror', None) or error}); free some space, or set "
+            "TMPDIR to a folder that has it"
+        ) from error
 
 
 @contextmanager

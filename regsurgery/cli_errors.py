@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 import typer
 
-from regsurgery.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_OK, RegsurgeryError
+from regsurgery.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, RegsurgeryError
 
 INTERRUPTED = (
     "interrupted; nothing is left half written: run the same command again, a search for neurons goes on where it was"
@@ -34,6 +36,13 @@ def exit_code_of(command: Callable[[], int | None]) -> int:
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
         code = EXIT_BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or "the output, or a temporary file"
+        _print_error(f"{where}: {error.strerror}; free some space, or set TMPDIR to a folder that has it")
+        _forget(sys.stdout)
+        return EXIT_USER_ERROR
     except SystemExit as end:
         if not isinstance(end.__context__, BrokenPipeError):
             raise
@@ -41,7 +50,8 @@ def exit_code_of(command: Callable[[], int | None]) -> int:
     if code == EXIT_INTERRUPTED:
         _print_error(INTERRUPTED)
     if code == EXIT_BROKEN_PIPE:
-        _forget_output()
+        _forget(sys.stdout)
+        _forget(sys.stderr)
     return code
 
 
@@ -60,8 +70,6 @@ def _usage(error: typer.TyperException) -> str:
     return f"{context.command_path}: {message} see {context.command_path} --help"
 
 
-def _forget_output() -> None:
-    """What is still to be written goes nowhere, without a word at the end of the process."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for number in (1, 2):
-        os.dup2(nowhere, number)
+def _forget(stream: TextIO) -> None:
+    """What is still to be written there goes nowhere, without a word at the end of the process."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

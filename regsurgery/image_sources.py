@@ -79,7 +79,9 @@ def open_source(where: Path) -> Source:
         UserError: nothing there that holds images, and what was looked for; or a broken dataset file.
     """
     if not where.exists():
-        raise UserError(f"{where}: no such folder of images")
+        raise UserError(
+            f"{where}: no such folder of images; check the spelling, or leave --images out for generated ones"
+        )
     kinds: dict[str, list[Path]] = {}
     for path in sorted(filter(_is_shown_file, where.rglob("*"))) if where.is_dir() else [where]:
         if kind := KINDS.get(path.suffix.lower()):

@@ -150,9 +150,9 @@ def load(
     if model_id == DEMO:
         from regsurgery.demo import write_demo
 
-        scratch = tempfile.TemporaryDirectory(prefix="regsurgery-")
-        folder, revision = Path(scratch.name) / DEMO, None
-        write_demo(folder)
+        with checkpoint_io.scratch_folder() as scratch:
+            folder, revision = Path(scratch.name) / DEMO, None
+            write_demo(folder)
     elif Path(model_id).is_dir():
         folder, revision = Path(model_id), options.revision
     else:
@@ -294,7 +294,7 @@ def _weights(
         return tuple(weights), folder, scratch, None
     pickled = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in (".bin", ".pt", ".pth"))
     if not pickled:
-        raise CheckpointError(f"{folder}: has a config but no weights; {single} is missing")
+        raise CheckpointError(f"{folder}: has a config but no weights; {single} is missing, download it again")
     if not options.allow_pickle:
         raise CheckpointError(
             f"{pickled[0]}: pickled weights can run code when loaded and are refused; convert them to safetensors, or "
@@ -304,9 +304,9 @@ def _weights(
         raise CheckpointError(
             f"{folder}: has {len(pickled)} pickled weight files; merge them into one safetensors file"
         )
-    scratch = scratch or tempfile.TemporaryDirectory(prefix="regsurgery-")
-    converted = Path(scratch.name) / "converted"
-    _convert_pickle(pickled[0], folder, converted, single)
+    with checkpoint_io.scratch_folder() as scratch:
+        converted = Path(scratch.name) / "converted"
+        _convert_pickle(pickled[0], folder, converted, single)
     return (converted / single,), converted, scratch, pickled[0]
 
 
@@ -342,10 +342,12 @@ def _combined(digests: Sequence[str]) -> str:
 def _repository(model_id: str) -> str:
     """The Hub repository of a Hub id, `timm:NAME` or `open_clip:ARCH/TAG`."""
     prefix, _, name = model_id.partition(":")
-    if prefix == "timm" and name:
+    if prefix == "timm":
         return _timm_repo(name)
-    if prefix == "open_clip" and name:
+    if prefix == "open_clip":
         return _open_clip_repo(name)
+    if Path(model_id).is_file():
+        raise ModelNotFoundError(f"{model_id}: a file; give the folder that holds the checkpoint")
     return model_id
 
 
@@ -355,7 +357,9 @@ def _timm_repo(name: str) -> str:
     known = timm.is_model(name.partition(".")[0]) and (name in timm.list_pretrained() or "." not in name)
     cfg = timm.models.get_pretrained_cfg(name, allow_unregistered=False) if known else None
     if cfg is None:
-        hint = did_you_mean(name, timm.list_pretrained())
+        known_names = timm.list_pretrained()
+        hint = did_you_mean(name, known_names if "." in name else timm.list_models(pretrained=True))
+        hint = hint or "; timm.list_pretrained() in Python lists them"
         raise ModelNotFoundError(f"timm:{name}: timm has no pretrained model of that name{hint}")
     if not cfg.hf_hub_id:
         raise ModelNotFoundError(f"timm:{name}: timm publishes no Hub repository for it")

@@ -209,7 +209,10 @@ def patch(
             )
 
         if given is not None:
-            return operate_and_write(given)
+            try:
+                return operate_and_write(given)
+            except RecipeError as error:
+                raise error if isinstance(recipe, Recipe) else RecipeError(f"{recipe}: {error}") from error
         bundled = recipe_for_model(loaded.source.repo or loaded.source.id)
         if bundled is not None:
             name, chosen = bundled
@@ -401,7 +404,12 @@ def _load_and_locate(
         loaded = load_original(model, options, **how)
         if fmt == "onnx":
             backends.backend(fmt).check(loaded)
-        return loaded, *_locate(loaded, progress)
+        try:
+            return loaded, *_locate(loaded, progress)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(
+                f"{loaded.source.id}: {error}; regsurgery families lists what is supported"
+            ) from error
 
 
 @contextlib.contextmanager

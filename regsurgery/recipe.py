@@ -165,7 +165,8 @@ def parse_recipe(text: str, where: str) -> Recipe:
     try:
         data = yaml.load(text, Loader=_StrictLoader)
     except NOT_YAML as error:
-        raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())[:400]}; correct it") from error
+        what = str(error).replace('in "<unicode string>", ', "at ")  # PyYAML's name of a text
+        raise RecipeError(f"{where}: not valid YAML: {' '.join(what.split())[:400]}; correct it") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{where}: expected a mapping with the keys {', '.join(KEYS)}")
 

@@ -204,7 +204,7 @@ class Screen(Progress):
                 )
             self.out.print(f"patch norms after each block, {diagnosis.images}", soft_wrap=True, markup=False)
             self.out.print(table)
-        fix = "" if diagnosis.verdict == "register_neurons" else "nothing to fix: "
+        fix = {"register_neurons": "", "unsupported": "cannot be patched: "}.get(diagnosis.verdict, "nothing to fix: ")
         self.out.print(f"{diagnosis.verdict}: {fix}{diagnosis.reason}", soft_wrap=True, markup=False)
 
     def unpatched(self, restored: Restored) -> None:

@@ -87,7 +87,9 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     entry, feature_layer = ENTRIES.get(architecture, ("", None))
     parameters = inspect.signature(model.get_submodule(entry).forward).parameters
     if "pixel_values" not in parameters:
-        raise UnsupportedModelError(f"{folder}: {architecture} takes no pixel_values; it is no vision model")
+        raise UnsupportedModelError(
+            f"{folder}: {architecture} takes no pixel_values, it is no vision model; give one that takes images"
+        )
     for name, reason in PACKED_INPUTS.items():
         if name in parameters:
             raise UnsupportedModelError(f"{folder}: {architecture} is not supported: {reason} (its input '{name}')")

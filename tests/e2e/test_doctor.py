@@ -99,7 +99,7 @@ def test_an_unsupported_model_is_a_diagnosis_with_the_reason(tmp_path: Path) -> 
     _transformers("ConvNextModel", "ConvNextConfig", **sizes, image_size=64)(tmp_path / "model")
     diagnosis = regsurgery.doctor(str(tmp_path / "model"), num_images=2)
     assert diagnosis.verdict == "unsupported"
-    assert diagnosis.reason.startswith("no match: ")
+    assert diagnosis.reason.startswith(f"{tmp_path / 'model'}: no match: ")
 
 
 def test_the_threshold_wants_distance_from_the_bulk_and_from_the_median() -> None:

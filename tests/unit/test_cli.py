@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import typer.cli
 import typer.main
 from typer.testing import CliRunner
 
-from regsurgery import cli, pipeline, render
+from regsurgery import cli, pipeline, render, written
 from regsurgery.backends import FORMATS
 from regsurgery.recipe import MODES, bundled_recipes, find_recipe, parse_recipe
 
@@ -185,16 +186,33 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         cli.main()
 
 
-def test_ctrl_c_while_a_folder_is_written_leaves_nothing(tmp_path):
-    command = [PROGRAM, "patch", "demo", "-o", tmp_path / "out", "--num-images", "2000"]
-    patching = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    lines = iter(patching.stderr.readline, "")
-    assert any(line.startswith("verify: 0 of 2000") for line in lines)
-    assert list(tmp_path.iterdir()) != []  # what is there before its name
-    patching.send_signal(signal.SIGINT)
-    out, err = patching.communicate(timeout=60)
-    assert (patching.returncode, out) == (130, "")
-    assert err.startswith("error: interrupted; ") and err.count("\n") == 1
+def test_ctrl_c_while_a_folder_is_verified_leaves_nothing(run, tmp_path, monkeypatch):
+    def press(*args: object, **how: object) -> None:
+        assert list(tmp_path.iterdir()) != []  # it is written there before it gets its name
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(written, "verify_folder", press)
+    done = run("patch", "demo", "-q", "-o", tmp_path / "out", "--num-images", "4")
+    assert (done.code, done.out) == (130, "")
+    assert done.err.startswith("error: interrupted; ") and done.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_room_for_output_and_temporary_files(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([PROGRAM, "families"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*No space left on device; free some space.*\n", done.stderr)
+
+
+def test_no_folder_for_temporary_files(run, tmp_path, monkeypatch):
+    def none(*args: object, **how: object) -> None:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", none)
+    done = run("patch", "demo", "-q", "-o", tmp_path / "out", "--num-images", "4")
+    assert (done.code, done.out) == (2, "")
+    assert re.fullmatch("error: temporary files .*No usable temporary directory.*set TMPDIR.*\n", done.err)
     assert list(tmp_path.iterdir()) == []
 
 
