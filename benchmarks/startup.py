@@ -20,13 +20,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import typer.main
+
+from regsurgery.cli import app
+
 PROGRAM = Path(sys.executable).parent / "regsurgery"
-COMMANDS = ("doctor", "find", "patch", "verify", "unpatch", "diff", "families", "recipes")
 RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
     "python -c pass": ([sys.executable, "-c", "pass"], {}),
     "import regsurgery": ([sys.executable, "-c", "import regsurgery"], {}),
     "regsurgery --help": ([str(PROGRAM), "--help"], {}),
-    **{f"regsurgery {name} --help": ([str(PROGRAM), name, "--help"], {}) for name in COMMANDS},
+    **{
+        f"regsurgery {name} --help": ([str(PROGRAM), name, "--help"], {})
+        for name in getattr(typer.main.get_command(app), "commands", ())
+    },
     "completion of --recipe": (
         [str(PROGRAM)],
         {

@@ -402,7 +402,8 @@ def read_sums(folder: Path) -> dict[str, str]:
     sums = folder / SUMS_NAME
     if not sums.is_file():
         raise CheckpointError(
-            f"{folder}: no {SUMS_NAME}; it is not a folder that regsurgery wrote, or it is incomplete"
+            f"{folder}: no {SUMS_NAME}, it is not a folder that regsurgery wrote, or it is incomplete; give one that "
+            "regsurgery patch wrote"
         )
     try:
         with sums.open("rb") as file:
