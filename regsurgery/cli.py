@@ -71,7 +71,7 @@ def doctor(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Is there anything to fix in MODEL, where does it start, and is surgery the cure?"""
+    """Say what is wrong with MODEL. Is there anything to fix, where does it start, and is surgery the cure?"""
     from regsurgery import pipeline
     from regsurgery.render import Screen
 
@@ -99,7 +99,7 @@ def find(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Find the register neurons of MODEL and write a recipe."""
+    """Find register neurons and write a recipe."""
     from regsurgery import pipeline
     from regsurgery.distributed import is_first_process
     from regsurgery.render import Screen
@@ -151,7 +151,7 @@ def patch(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Patch MODEL: find its register neurons (or take a recipe), surgery, verification, a new checkpoint folder."""
+    """Patch MODEL into a new checkpoint folder. Finds its register neurons or takes a recipe, operates and verifies."""
     from regsurgery import pipeline
     from regsurgery.render import Screen
 
@@ -187,7 +187,7 @@ def verify(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare a patched folder against its original: figures and a verdict."""
+    """Compare a patched folder with its original. Prints figures and a verdict."""
     from regsurgery import pipeline
     from regsurgery.render import Screen
 
@@ -208,7 +208,7 @@ def unpatch(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write the checkpoint that was patched, byte for byte; every file is checked against its recorded sha256."""
+    """Restore the checkpoint that was patched. Byte for byte: every file is checked against its recorded sha256."""
     from regsurgery import restoring
     from regsurgery.render import Screen
 
@@ -224,7 +224,7 @@ def diff(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """List the tensors that differ between two checkpoints, by name.
+    """List the tensors that differ, by name.
 
     Exit codes, as of the Unix tool: 0 identical; 1 differences; 2 the input is at fault.
     """
@@ -244,7 +244,7 @@ def families(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """List the model families that the tests hold to the parity gate, mode by mode, and what is refused."""
+    """List the model families that are supported. The tests hold each to the parity gate; also what is refused."""
     from regsurgery.families import FAMILIES, REFUSED
 
     if as_json:

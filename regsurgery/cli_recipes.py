@@ -15,7 +15,7 @@ from regsurgery.errors import EXIT_USER_ERROR, RecipeError
 
 app = typer.Typer(
     name="recipes",
-    help="The bundled recipes, and whether your own are right; by itself, recipes list.",
+    help="List, show and check recipes. By itself, recipes list.",
     epilog="Example: regsurgery recipes show vit-tiny",
     rich_markup_mode=None,
 )
@@ -56,7 +56,7 @@ def show(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Print a recipe as regsurgery reads it, with every default."""
+    """Print a recipe, with every default."""
     from regsurgery.recipe import find_recipe
 
     found = find_recipe(recipe)
@@ -72,7 +72,7 @@ def validate(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say of each recipe file whether it can be read, or what is wrong and where; exit code 2 where any cannot.
+    """Check recipe files. Says what is wrong and where; exit code 2 where anything is.
 
     Whether blocks and neurons are those of a model, patch --dry-run says.
     """
