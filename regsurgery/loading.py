@@ -153,7 +153,7 @@ def load(
         with checkpoint_io.scratch_folder() as scratch:
             folder, revision = Path(scratch.name) / DEMO, None
             write_demo(folder)
-    elif Path(model_id).is_dir():
+    elif model_id and Path(model_id).is_dir():
         folder, revision = Path(model_id), options.revision
     else:
         repo = _repository(model_id)
@@ -346,6 +346,10 @@ def _repository(model_id: str) -> str:
         return _timm_repo(name)
     if prefix == "open_clip":
         return _open_clip_repo(name)
+    if not model_id.strip():
+        raise ModelNotFoundError(
+            "the MODEL given is empty; give a folder, a Hub id, timm:NAME, open_clip:ARCH/TAG or demo"
+        )
     if Path(model_id).is_file():
         raise ModelNotFoundError(f"{model_id}: a file; give the folder that holds the checkpoint")
     return model_id
@@ -357,10 +361,14 @@ def _timm_repo(name: str) -> str:
     known = timm.is_model(name.partition(".")[0]) and (name in timm.list_pretrained() or "." not in name)
     cfg = timm.models.get_pretrained_cfg(name, allow_unregistered=False) if known else None
     if cfg is None:
-        known_names = timm.list_pretrained()
-        hint = did_you_mean(name, known_names if "." in name else timm.list_models(pretrained=True))
-        hint = hint or "; timm.list_pretrained() in Python lists them"
-        raise ModelNotFoundError(f"timm:{name}: timm has no pretrained model of that name{hint}")
+        base, _, tag = name.partition(".")
+        tags = [full for full in timm.list_pretrained() if tag and full.startswith(f"{base}.")]
+        bases = sorted({full.partition(".")[0] for full in timm.list_pretrained()})
+        hint = did_you_mean(name, tags) if tags else did_you_mean(base, bases)
+        raise ModelNotFoundError(
+            f"timm:{name}: timm has no pretrained model of that name"
+            f"{hint or '; timm.list_pretrained() in Python lists them'}"
+        )
     if not cfg.hf_hub_id:
         raise ModelNotFoundError(f"timm:{name}: timm publishes no Hub repository for it")
     return f"timm/{cfg.architecture}.{cfg.tag}" if cfg.hf_hub_id == "timm/" else cfg.hf_hub_id
@@ -394,6 +402,11 @@ def _snapshot(repo: str, model_id: str, options: LoadOptions) -> tuple[Path, str
             + (f" and the revision {options.revision}" if options.revision else "")
         ) from error
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            raise ModelNotFoundError(
+                f"{model_id}: no such folder, not in the Hub's cache either, and HF_HUB_OFFLINE is set; check the "
+                "spelling, unset it, or give a folder"
+            ) from error
         raise ModelNotFoundError(
             f"{model_id}: no such folder, and the Hub could not be reached for it ({type(error).__name__}); "
             "check the spelling and the network, or give a folder"

@@ -47,6 +47,8 @@ class _DoneColumn(ProgressColumn):
         self.images, self.bytes = MofNCompleteColumn(), DownloadColumn()
 
     def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text()
         return (self.bytes if task.fields["in_bytes"] else self.images).render(task)
 
 

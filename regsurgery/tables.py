@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def recipe_table(found: Mapping[str, Recipe]) -> None:
-    table = Table("recipe", "model", "register neurons", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("recipe", "model", "register neurons"):
+        table.add_column(name, overflow="fold")
     for name, recipe in found.items():
         blocks = ", ".join(map(str, recipe.register_neurons))
         table.add_row(name, recipe.model, f"{recipe.num_neurons} in block(s) {blocks}")
@@ -49,7 +51,7 @@ def family_table() -> None:
     families, refused = family_rows()
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("library", "family and models", "native", "sizes", "registers"):
-        table.add_column(name, no_wrap=name in ("library", "sizes"))
+        table.add_column(name, no_wrap=name in ("library", "sizes"), overflow="fold")
     for library, family, models, _, native, any_size, placement in families:
         table.add_row(library, f"{family}\n[dim]{models}[/dim]", native, any_size, placement)
     Console().print(table)

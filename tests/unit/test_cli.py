@@ -165,6 +165,24 @@ def test_a_wrong_value_is_refused_before_the_model_is_read(run, tmp_path, monkey
     assert done.err.startswith(f"error: {said}") and done.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "model, said",
+    [
+        ("timm:vit_tny_patch16_224", "did you mean 'vit_tiny_patch16_224'?"),
+        ("timm:vit_tiny_patch16_224.augreg_in22k", "did you mean 'vit_tiny_patch16_224.augreg_in21k'?"),
+        ("timm:", "timm.list_pretrained() in Python lists them"),
+        ("nobody/no-such-model", "HF_HUB_OFFLINE is set; check the spelling, unset it, or give a folder"),
+        ("", "the MODEL given is empty; give a folder, a Hub id, timm:NAME, open_clip:ARCH/TAG or demo"),
+        (__file__, "a file; give the folder that holds the checkpoint"),
+    ],
+)
+def test_a_model_that_is_none_is_told_what_to_give(run, model, said):
+    done = run("doctor", model, "-q")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"error: {model}") or not model
+    assert done.err.endswith(f"{said}\n") and done.err.count("\n") == 1
+
+
 def ends_with(error: BaseException):
     def command(*args: object, **how: object) -> None:
         raise error
@@ -239,6 +257,12 @@ def test_recipes_alone_is_recipes_list(run):
     listed = run("recipes", "--json")
     assert listed == run("recipes", "list", "--json")
     assert set(json.loads(listed.out)) == set(bundled_recipes())
+
+
+@pytest.mark.parametrize("command", ["recipes", "families"])
+def test_a_narrow_table_cuts_no_name_off(run, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert "…" not in run(command).out
 
 
 def test_a_recipe_is_shown_as_it_is_read(run, tmp_path):
@@ -320,7 +344,7 @@ def test_a_terminal_gets_a_bar_and_colours_unless_no_color(capsys, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     work()
     err = capsys.readouterr().err
-    assert colour.search(err) and "━" in err and "10/30" in err
+    assert colour.search(err) and "━" in err and "10/30" in err and "/?" not in err
     monkeypatch.setenv("NO_COLOR", "1")
     work()
     err = capsys.readouterr().err
