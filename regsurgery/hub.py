@@ -8,8 +8,6 @@ repository holds the whole folder or nothing of it, and after a broken upload th
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from regsurgery import __version__, checkpoint_io
 from regsurgery.checkpoint_io import SUMS_NAME, WEIGHT_SUFFIXES
 from regsurgery.errors import CheckpointError, HubError
+from regsurgery.hub_client import check_name, client, told
 from regsurgery.run_record import RUN_RECORD_NAME, read_run_record
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from regsurgery.pipeline import Progress
 
 KEPT = {".gitattributes"}  # the Hub's own; a repository with nothing else is empty
-AGAIN = "run it again to finish, what has arrived is not sent twice"
 
 
 @dataclass(frozen=True)
@@ -114,9 +112,9 @@ def push(
     if dry_run:
         return Pushed(repo, revision, None, None, None, ready.sizes, (), ready.paths)
 
-    with _client() as api:
+    with client() as api:
         place = destination(repo, private=private, revision=revision, create_pr=create_pr, force=force)
-        with _told(repo):
+        with told(repo, f"`regsurgery push {folder} {repo}` finishes it, what has arrived is not sent twice"):
             if place.head is None:
                 url = str(api.create_repo(repo, private=private, exist_ok=True))
             else:
@@ -137,17 +135,11 @@ def push(
     return Pushed(repo, revision, url, commit.oid, commit.pr_url, ready.sizes, tuple(removed), ready.paths)
 
 
-def check_name(repo: str) -> None:
-    """Raise `HubError` where `repo` is no USER/NAME that the Hub takes."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(repo)
-        reason = None if repo.count("/") == 1 else "it must be USER/NAME"
-    except HFValidationError as error:
-        reason = " ".join(str(error).split())
-    if reason is not None:
-        raise HubError(f"{repo}: not a repository's name: {reason}")
+def check_before_patching(repo: str, *, private: bool | None, verification: bool) -> None:
+    """Raise where a folder that is still to be patched could not be pushed; nothing is written."""
+    if not verification:
+        raise HubError(f"{repo}: only what was verified is pushed; leave out --no-verify or --push")
+    destination(repo, private=private)
 
 
 def _check_verified(folder: Path) -> None:
@@ -181,7 +173,7 @@ def destination(
     check_name(repo)
     if create_pr and revision is not None:
         raise HubError(f"{repo}: a pull request is made to the main branch; give either --create-pr or --revision")
-    with _client() as api, _told(repo):
+    with client() as api, told(repo):
         user = api.whoami()
         if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise HubError(
@@ -198,7 +190,7 @@ def destination(
             if create_pr:
                 raise HubError(
                     f"{repo}: does not exist, and a pull request needs a repository; push without --create-pr"
-                )
+                ) from None
             return Destination(repo, None, revision not in (None, "main"), frozenset())
         if not create_pr:
             api.auth_check(repo, write=True)
@@ -207,8 +199,8 @@ def destination(
         raise HubError(f"{repo}: exists and is public; make it private in its settings, or push without --private")
     if place.files - KEPT and not place.is_ours and not force:
         raise HubError(
-            f"{repo}: exists, and regsurgery did not write what is in it ({len(place.files - KEPT)} files); choose another "
-            "name, or replace its content with --force"
+            f"{repo}: exists, and regsurgery did not write what is in it ({len(place.files - KEPT)} files); choose "
+            "another name, or replace its content with --force"
         )
     return place
 
@@ -264,68 +256,3 @@ def _commit(
         create_pr=create_pr,
         parent_commit=None if create_pr else place.head,
     )
-
-
-@contextmanager
-def _client() -> Iterator[HfApi]:
-    """The Hub's client; it draws no bars of its own and its warnings of retries stay back."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
-
-    verbosity, silent = logging.get_verbosity(), are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    disable_progress_bars()
-    try:
-        yield HfApi(library_name="regsurgery", library_version=__version__)
-    finally:
-        logging.set_verbosity(verbosity)
-        if not silent:
-            enable_progress_bars()
-
-
-@contextmanager
-def _told(repo: str) -> Iterator[None]:
-    """Whatever the Hub or its client say in the block, in one line that says what to do.
-
-    Raises:
-        HubError: instead of the client's errors.
-    """
-    from huggingface_hub import errors
-
-    # The root of the errors of the client's HTTP library, which is httpx in 1.x and httpx2 in 2.x. The client wraps
-    # errors of uploads in a RuntimeError, and has ValueError for answers that it does not understand.
-    (http_error, *_) = errors.HfHubHTTPError.__bases__
-    try:
-        yield
-    except (http_error, OSError, RuntimeError, ValueError) as error:
-        raise HubError(f"{repo}: {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    from huggingface_hub import errors
-
-    while isinstance(error, RuntimeError) and error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(str(error).split())[:300] or type(error).__name__
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, so nothing can be pushed; unset it"
-    if isinstance(error, errors.LocalTokenNotFoundError):
-        return "no token; log in with `hf auth login`, or set HF_TOKEN"
-    if not isinstance(error, errors.HfHubHTTPError):
-        kept = (
-            "the upload failed" if isinstance(error, (RuntimeError, ValueError)) else "the connection to the Hub broke"
-        )
-        return f"{kept} ({text}); {AGAIN}"
-    status, said = error.response.status_code, (error.server_message or "").strip()
-    said = " ".join(said.split())[:300]
-    told = {
-        401: "the Hub does not accept the token; log in anew with `hf auth login`, or correct HF_TOKEN",
-        403: "the token has no permission to write there; log in (hf auth login) with one that has",
-        404: "the repository or branch is not there any more; run it again",
-        409: "somebody else changed the repository meanwhile; run it again",
-        412: "somebody else changed the repository meanwhile; run it again",
-        429: f"the Hub had too many requests; wait some minutes, then {AGAIN}",
-    }.get(status)
-    if told is None:
-        told = f"the Hub failed; {AGAIN}" if status >= 500 else f"the Hub refuses: {said or text}"
-    return f"{told} (HTTP {status}{': ' + said if said and said not in told else ''})"

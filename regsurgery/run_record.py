@@ -52,7 +52,8 @@ def read_run_record(folder: Path) -> dict[str, Any]:
     path = folder / RUN_RECORD_NAME
     if not path.is_file():
         raise CheckpointError(
-            f"{path}: missing; an earlier regsurgery wrote this folder, or a library saved it anew: patch the model again"
+            f"{path}: missing; an earlier regsurgery wrote this folder, or a library saved it anew: patch the model "
+            "again"
         )
     record = read_json(path, "patch the model again")
     if record.get("schema") != SCHEMA:
