@@ -27,8 +27,8 @@ class Fault(NamedTuple):
     """What goes wrong at the requests `first` to `last`, counted from 1, whose method and path match.
 
     `kind` is an HTTP status, or: `cut` (half of the body is read, then the connection ends), `cut answer` (half of the
-    answer is sent), `corrupt` (the body is stored with a byte changed), `no etag`, `wrong etag`, `slow` (half a second),
-    `lost answer` (it is done, but nobody hears of it).
+    answer is sent), `corrupt` (the body is stored with a byte changed), `no etag`, `wrong etag`, `slow` (half a
+    second), `lost answer` (it is done, but nobody hears of it).
     """
 
     method: str
@@ -117,7 +117,7 @@ class Hub(ThreadingHTTPServer):
         self.server_close()
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     def __init__(self, status: int, message: str, code: str = "", **body: Any) -> None:
         self.status, self.message, self.code, self.body = status, message, code, body
 
@@ -150,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             with self.server.lock:
                 self.route(path)
-        except Refused as refused:
+        except RefusedError as refused:
             headers = {"X-Error-Message": refused.message, "X-Error-Code": refused.code}
             self.answer(refused.status, {"error": refused.message, **refused.body}, headers)
         assert self.sent, f"{self.command} {path}: no answer"
@@ -192,14 +192,14 @@ class Handler(BaseHTTPRequestHandler):
     def user(self) -> tuple[str, str]:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token not in TOKENS:
-            raise Refused(401, "Invalid credentials in Authorization header")
+            raise RefusedError(401, "Invalid credentials in Authorization header")
         return TOKENS[token]
 
     def may_write(self, namespace: str) -> None:
         name, role = self.user()
         writable = {name, *(org["name"] for org in ORGS[name] if org["roleInOrg"] != "read")}
         if role != "write" or namespace not in writable:
-            raise Refused(403, f"You don't have the rights to write to {namespace}")
+            raise RefusedError(403, f"You don't have the rights to write to {namespace}")
 
     def repo(self, name: str) -> Repo:
         repo = self.server.repos.get(name)
@@ -208,13 +208,13 @@ class Handler(BaseHTTPRequestHandler):
             if TOKENS.get(token, ("",))[0] != name.partition("/")[0]:
                 repo = None
         if repo is None:
-            raise Refused(404, "Repository not found", "RepoNotFound")
+            raise RefusedError(404, "Repository not found", "RepoNotFound")
         return repo
 
     def commit_of(self, repo: Repo, revision: str) -> str:
         oid = repo.at(revision)
         if oid is None:
-            raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            raise RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return oid
 
     # --- routes -----------------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ class Handler(BaseHTTPRequestHandler):
             if match and self.command in method:
                 getattr(self, name)(*match.groups())
                 return
-        raise Refused(404, f"no such route: {path}", "EntryNotFound")
+        raise RefusedError(404, f"no such route: {path}", "EntryNotFound")
 
     def json(self) -> Any:
         return json.loads(self.body)
@@ -241,7 +241,7 @@ class Handler(BaseHTTPRequestHandler):
         name = f"{namespace}/{asked['name']}"
         url = f"{self.server.url}/{name}"
         if name in self.server.repos:
-            raise Refused(409, "You already created this model repo", url=url)
+            raise RefusedError(409, "You already created this model repo", url=url)
         self.server.repos[name] = Repo.new(asked.get("visibility") == "private")
         self.answer(200, {"url": url, "name": name})
 
@@ -261,7 +261,7 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.repo(name)
         self.may_write(name.partition("/")[0])
         if branch in repo.branches:
-            raise Refused(409, "Reference already exists")
+            raise RefusedError(409, "Reference already exists")
         repo.branches[branch] = self.commit_of(repo, self.json().get("startingPoint", "main"))
         self.answer(200, {})
 
@@ -273,7 +273,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             assert content.startswith("---\n") and isinstance(yaml.safe_load(parts[1]), dict)
         except (AssertionError, yaml.YAMLError):
-            raise Refused(400, "Invalid metadata", errors=[{"message": "not YAML"}], warnings=[]) from None
+            raise RefusedError(400, "Invalid metadata", errors=[{"message": "not YAML"}], warnings=[]) from None
         self.answer(200, {"errors": [], "warnings": []})
 
     def preupload(self, name: str, revision: str) -> None:
@@ -316,7 +316,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def keep(self, oid: str, size: str, content: bytes) -> None:
         if len(content) != int(size) or hashlib.sha256(content).hexdigest() != oid:
-            raise Refused(400, "the sha256 of what was uploaded is another one")
+            raise RefusedError(400, "the sha256 of what was uploaded is another one")
         self.server.objects[oid] = content
 
     def upload(self, oid: str, size: str) -> None:
@@ -333,7 +333,7 @@ class Handler(BaseHTTPRequestHandler):
         for part in self.json()["parts"]:
             stored = self.server.parts.pop((oid, part["partNumber"]), b"")
             if etag(stored) != part["etag"]:
-                raise Refused(400, "a part's ETag is another one")
+                raise RefusedError(400, "a part's ETag is another one")
             content += stored
         self.keep(oid, size, content)
         self.answer(200, {})
@@ -341,7 +341,7 @@ class Handler(BaseHTTPRequestHandler):
     def verify(self, name: str) -> None:
         asked = self.json()
         if len(self.server.objects.get(asked["oid"], b"")) != asked["size"]:
-            raise Refused(404, "the object is not there")
+            raise RefusedError(404, "the object is not there")
         self.answer(200, {})
 
     def commit(self, name: str, revision: str) -> None:
@@ -353,7 +353,7 @@ class Handler(BaseHTTPRequestHandler):
         lines = [json.loads(line) for line in self.body.splitlines()]
         header = lines[0]["value"]
         if header.get("parentCommit", parent) != parent:
-            raise Refused(412, "A commit has happened since")
+            raise RefusedError(412, "A commit has happened since")
         files = dict(repo.commits[parent])
         for line in lines[1:]:
             value = line["value"]
@@ -361,10 +361,10 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = File(base64.b64decode(value["content"]), False)
             elif line["key"] == "lfsFile":
                 if value["oid"] not in self.server.objects:
-                    raise Refused(422, "LFS pointer pointed to a file that does not exist")
+                    raise RefusedError(422, "LFS pointer pointed to a file that does not exist")
                 files[value["path"]] = File(self.server.objects[value["oid"]], True)
             elif files.pop(value["path"], None) is None:
-                raise Refused(404, "A file with this name doesn't exist", "EntryNotFound")
+                raise RefusedError(404, "A file with this name doesn't exist", "EntryNotFound")
         oid = secrets.token_hex(20)
         repo.commits[oid] = files
         number = sum(name.startswith("refs/pr/") for name in repo.branches) + 1
@@ -384,7 +384,7 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.repo(name)
         files = repo.commits[self.commit_of(repo, revision)]
         if folder and not any(path.startswith(f"{folder}/") for path in files):
-            raise Refused(404, f"{folder} does not exist", "EntryNotFound")
+            raise RefusedError(404, f"{folder} does not exist", "EntryNotFound")
         entries = [entry(path, file) for path, file in files.items() if path.startswith(f"{folder}/" if folder else "")]
         self.answer(200, entries)
 
@@ -399,7 +399,7 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": oid}
         file = repo.commits[oid].get(path)
         if file is None:
-            raise Refused(404, "Entry not found", "EntryNotFound")
+            raise RefusedError(404, "Entry not found", "EntryNotFound")
         tag = f'"{"0" * len(file.oid) if self.kind == "wrong etag" else file.oid}"'
         if not file.large:
             self.ranged(file.content, {**headers, "ETag": tag})
