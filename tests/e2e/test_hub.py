@@ -22,11 +22,12 @@ from regsurgery import checkpoint_io
 from regsurgery.errors import HubError
 from regsurgery.run_record import RUN_RECORD_NAME, read_run_record
 from tests.conftest import shared
-from tests.hub import commands, fresh_load
+from tests.hub import commands
 from tests.hub.commands import Done, environment
 from tests.hub.server import Fault, File, Hub, Repo
 
 REPO = "me/model"
+FRESH = Path(commands.__file__).with_name("fresh_load.py")
 PUT, COMMIT, PART = "^/upload/", "/commit/", 1 << 18
 MANY = 99
 
@@ -263,7 +264,7 @@ BROKEN = {
     "card check 500": ([Fault("POST", "/validate-yaml", "500")], None, "the Hub failed"),
     "storage 500 for good": ([Fault("PUT", PUT, "500", 1, MANY)], None, "the Hub failed"),
     "cut, then refused": ([Fault("PUT", PUT, "cut"), Fault("PUT", PUT, "403", 2, MANY)], None, "no permission"),
-    "second part cut, then refused": ([Fault("PUT", PUT, "cut", 2, 2), Fault("PUT", PUT, "400", 3, 3)], PART, "refuses"),
+    "a part cut, then refused": ([Fault("PUT", PUT, "cut", 2, 2), Fault("PUT", PUT, "400", 3, 3)], PART, "refuses"),
     "bytes changed on the way": ([Fault("PUT", PUT, "corrupt")], None, "sha256"),
     "a part changed on the way": ([Fault("PUT", PUT, "corrupt", 2, 2)], PART, "sha256"),
     "no ETag of a part": ([Fault("PUT", PUT, "no etag", 2, 2)], PART, "etag"),
@@ -394,7 +395,7 @@ def in_a_fresh_process(hub: Hub, tmp_path: Path, repos: dict[str, str], pixels: 
     """The outputs of models on the Hub where `import regsurgery` fails; see `fresh_load.py`."""
     torch.save({"pixels": pixels, "repos": repos}, tmp_path / "manifest")
     settings = environment(hub.url, tmp_path / "home", token=None)
-    command = [sys.executable, fresh_load.__file__, str(tmp_path / "manifest")]
+    command = [sys.executable, str(FRESH), str(tmp_path / "manifest")]
     subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, **settings})
     return torch.load(tmp_path / "manifest.results")
 

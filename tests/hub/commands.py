@@ -1,4 +1,4 @@
-"""The command line in a process of its own whose Hub is the loopback server: huggingface_hub reads that once, at import."""
+"""The command line in a process whose Hub is the loopback server: huggingface_hub reads that once, when imported."""
 
 from __future__ import annotations
 
