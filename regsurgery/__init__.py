@@ -1,7 +1,7 @@
 """regsurgery: rewrite Vision Transformer checkpoints so that outlier tokens are gone.
 
-Public API: `doctor`, `find`, `patch`, `verify`, `unpatch`, `diff`, `load`, `find_recipe`, `Recipe`. Importing the
-package is cheap; torch and the model libraries are imported on first use.
+Public API: `doctor`, `find`, `patch`, `verify`, `unpatch`, `diff`, `load`, `push`, `find_recipe`, `Recipe`. Importing
+the package is cheap; torch and the model libraries are imported on first use.
 """
 
 from __future__ import annotations
@@ -9,9 +9,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "__version__", "diff", "doctor", "find", "find_recipe", "load", "patch", "unpatch", "verify"]
+__all__ = [
+    "Recipe",
+    "__version__",
+    "diff",
+    "doctor",
+    "find",
+    "find_recipe",
+    "load",
+    "patch",
+    "push",
+    "unpatch",
+    "verify",
+]
 
 if TYPE_CHECKING:
+    from regsurgery.hub import push
     from regsurgery.patched import load
     from regsurgery.pipeline import doctor, find, patch, verify
     from regsurgery.recipe import Recipe, find_recipe
@@ -26,6 +39,7 @@ _WHERE = {
     "unpatch": "restoring",
     "diff": "tensor_diff",
     "load": "patched",
+    "push": "hub",
     "Recipe": "recipe",
     "find_recipe": "recipe",
 }

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from regsurgery.copying import CopiesAhead, copy_bytes, copy_file, sync
 from regsurgery.errors import CheckpointError, OutputError
-from regsurgery.limits import MAX_JSON_BYTES, read_json
+from regsurgery.limits import MAX_JSON_BYTES, places_of, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -417,22 +417,21 @@ def read_sums(folder: Path) -> dict[str, str]:
     return digests
 
 
-def check_sums(folder: Path) -> None:
+def check_sums(folder: Path, remedy: str = "patch the model again") -> None:
     """Raise `CheckpointError` for the first file that SHA256SUMS lists and that is missing or changed."""
+    allowed = places_of(folder)
     for name, digest in read_sums(folder).items():
         path = folder / name
         try:
             real = path.resolve(strict=True)
         except (OSError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{folder / name[:300]}: listed in {SUMS_NAME} but missing; patch the model again"
-            ) from error
-        if not real.is_relative_to(folder.resolve()):
+            raise CheckpointError(f"{folder / name[:300]}: listed in {SUMS_NAME} but missing; {remedy}") from error
+        if not any(real.is_relative_to(place) for place in allowed):
             raise CheckpointError(f"{folder / SUMS_NAME}: names {name[:300]!r}, which is not inside the folder")
         if not real.is_file():
-            raise CheckpointError(f"{path}: listed in {SUMS_NAME} but missing; patch the model again")
+            raise CheckpointError(f"{path}: listed in {SUMS_NAME} but missing; {remedy}")
         if sha256(path) != digest:
-            raise CheckpointError(f"{path}: differs from {SUMS_NAME}; patch the model again")
+            raise CheckpointError(f"{path}: differs from {SUMS_NAME}; {remedy}")
 
 
 def check_output(target: Path) -> None:

@@ -28,6 +28,7 @@ from regsurgery.cli_options import (
     NumImages,
     OutputFolder,
     Patched,
+    Private,
     Quiet,
     RecipeName,
     Revision,
@@ -137,6 +138,8 @@ def patch(
     num_images: NumImages = None,
     seed: Seed = 0,
     force: Force = False,
+    push: Annotated[str | None, typer.Option("--push", help="USER/NAME on the Hub to push the folder to.")] = None,
+    private: Private = None,
     link: Annotated[
         bool, typer.Option("--link", help="Hard links instead of copies of shards that stay what they are.")
     ] = False,
@@ -152,10 +155,12 @@ def patch(
     quiet: Quiet = False,
 ) -> None:
     """Patch MODEL into a new checkpoint folder. Finds its register neurons or takes a recipe, operates and verifies."""
-    from regsurgery import pipeline
+    from regsurgery import hub, pipeline
     from regsurgery.render import Screen
 
     with Screen(as_json=as_json, quiet=quiet) as screen, _nothing_to_fix(screen):
+        if push is not None:
+            hub.check_before_patching(push, private=private, verification=verification)
         result = pipeline.patch(
             model,
             output,
@@ -174,7 +179,10 @@ def patch(
             progress=screen,
             options=_options(allow_pickle, trust_remote_code, revision, max_memory),
         )
-    screen.patched(result)
+        pushed = None
+        if push is not None and not dry_run:
+            pushed = hub.push(output, push, private=private, progress=screen)
+    screen.patched(result, pushed)
 
 
 @app.command(epilog="Example: regsurgery verify demo-patched")
@@ -215,6 +223,40 @@ def unpatch(
     with Screen(as_json=as_json, quiet=quiet) as screen:
         restored = restoring.unpatch(folder, output, progress=screen)
     screen.unpatched(restored)
+
+
+@app.command(epilog="Example: regsurgery push demo-patched USER/demo-patched")
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder that regsurgery patch wrote.", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="USER/NAME on the Hub.", show_default=False)],
+    private: Private = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch to push to.")] = None,
+    message: Annotated[str | None, typer.Option("--message", "--commit-message", help="Of the commit.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace what is in a repository that regsurgery did not write.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List files and sizes, and push nothing.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Push a verified folder to the Hugging Face Hub, as one commit; log in before with `hf auth login`."""
+    from regsurgery import hub
+    from regsurgery.render import Screen
+
+    with Screen(as_json=as_json, quiet=quiet) as screen:
+        pushed = hub.push(
+            folder,
+            repo,
+            private=private,
+            revision=revision,
+            message=message,
+            create_pr=create_pr,
+            force=force,
+            dry_run=dry_run,
+            progress=screen,
+        )
+    screen.pushed(pushed)
 
 
 @app.command(epilog="Example: regsurgery diff demo-patched demo-restored")

@@ -61,4 +61,7 @@ AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled 
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that the source checkpoint brings.")
 ]
+Private = Annotated[
+    bool | None, typer.Option("--private/--public", help="Of a repository that is created; as your account has it.")
+]
 Revision = Annotated[str | None, typer.Option("--revision", help="Hub revision of MODEL.")]

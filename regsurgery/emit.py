@@ -11,6 +11,7 @@ from regsurgery import backends, checkpoint_io
 from regsurgery.card import model_card
 from regsurgery.checkpoint_io import WEIGHT_SUFFIXES
 from regsurgery.original import RECORD_NAME, write_record
+from regsurgery.run_record import RUN_RECORD_NAME, write_run_record
 from regsurgery.surgery import Surgery
 from regsurgery.verification import Verdict
 
@@ -37,6 +38,7 @@ def complete(surgery: Surgery, folder: Path, fmt: str, verdict: Verdict | None) 
     """Write the model card, which has the verdict's figures, what undoing takes, and last SHA256SUMS."""
     snippet = backends.backend(fmt, surgery.recipe.mode).snippet(surgery, THIS_FOLDER)
     (folder / CARD_NAME).write_text(model_card(surgery, fmt, verdict, snippet), "utf-8")
+    write_run_record(folder, {}, verdict)
     loaded, known = surgery.loaded, {}
     if surgery.recipe.mode != "native" and fmt == loaded.library:
         write_record(loaded, folder)
@@ -55,7 +57,7 @@ def _copy_side_files(source: Path, folder: Path) -> None:
         if (
             not path.is_file()
             or path.name.startswith(".")
-            or path.name in weights | {CARD_NAME, RECIPE_NAME, RECORD_NAME}
+            or path.name in weights | {CARD_NAME, RECIPE_NAME, RECORD_NAME, RUN_RECORD_NAME}
         ):
             continue
         if path.suffix in WEIGHT_SUFFIXES - {".safetensors"} or path.name == checkpoint_io.SUMS_NAME:

@@ -46,6 +46,10 @@ class OutputError(UserError):
     """The output folder cannot be written."""
 
 
+class HubError(UserError):
+    """The Hugging Face Hub refuses, fails or cannot be reached; nothing that loads was left there half done."""
+
+
 class UnsupportedModelError(UserError):
     """The model's graph has no site for the surgery; the message names the reason and the node."""
 

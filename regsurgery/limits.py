@@ -55,13 +55,18 @@ def read_json(path: Path, remedy: str = "download it again") -> dict[str, Any]:
     return data
 
 
+def places_of(folder: Path) -> tuple[Path, ...]:
+    """Where files of `folder` may be: below it, or, of a snapshot in the Hub's cache, in `blobs` of its repository."""
+    home = folder.resolve()
+    return (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
+
+
 def refuse_links_out(folder: Path) -> None:
     """Raise `CheckpointError` for a symbolic link to a place outside of `folder`, whose content would be copied along.
 
-    The Hub's cache is the exception: its snapshots are links into the `blobs` of the same repository.
+    The Hub's cache is the exception, see `places_of`.
     """
-    home = folder.resolve()
-    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    allowed = places_of(folder)
     for path in sorted(folder.iterdir()):
         if not path.is_symlink():
             continue

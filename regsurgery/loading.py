@@ -157,7 +157,10 @@ def load(
         folder, revision = Path(model_id), options.revision
     else:
         repo = _repository(model_id)
-        folder, revision = _snapshot(repo, model_id, options)
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
+        patterns += ["*.bin", "*.pt", "*.pth"] if options.allow_pickle else []
+        folder = snapshot(repo, model_id, options.revision, patterns)
+        revision = folder.name
 
     from regsurgery import backends
 
@@ -387,19 +390,25 @@ def _open_clip_repo(name: str) -> str:
     return cfg["hf_hub"].rstrip("/")
 
 
-def _snapshot(repo: str, model_id: str, options: LoadOptions) -> tuple[Path, str | None]:
+def snapshot(repo: str, model_id: str, revision: str | None = None, patterns: list[str] | None = None) -> Path:
+    """The files of a Hub repository, downloaded or from the cache; the folder's name is the commit.
+
+    Args:
+        model_id: what the user called it.
+        patterns: of the files that are needed; all by default.
+
+    Raises:
+        ModelNotFoundError: there is no such repository, or it cannot be reached.
+    """
     import huggingface_hub
     from huggingface_hub import errors
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"] + (
-        ["*.bin", "*.pt", "*.pth"] if options.allow_pickle else []
-    )
     try:
-        path = huggingface_hub.snapshot_download(repo, revision=options.revision, allow_patterns=patterns)
+        path = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns)
     except (errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise ModelNotFoundError(
             f"{model_id}: no such folder, and no such model on the Hub; check the spelling"
-            + (f" and the revision {options.revision}" if options.revision else "")
+            + (f" and the revision {revision}" if revision else "")
         ) from error
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         if huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -411,4 +420,4 @@ def _snapshot(repo: str, model_id: str, options: LoadOptions) -> tuple[Path, str
             f"{model_id}: no such folder, and the Hub could not be reached for it ({type(error).__name__}); "
             "check the spelling and the network, or give a folder"
         ) from error
-    return Path(path), Path(path).name
+    return Path(path)

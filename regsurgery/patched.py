@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +11,62 @@ from regsurgery.errors import CheckpointError, UserError
 from regsurgery.limits import BROKEN, bounded_model, read_json, refuse_links_out
 from regsurgery.recipe import MODES
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
 if TYPE_CHECKING:
     from torch import nn
 
     from regsurgery.surgery import Surgery
 
 
-def load(folder: str | Path) -> nn.Module:
-    """The patched model of a folder that regsurgery wrote, in eval mode. Runs the folder's own loader file."""
-    root = existing_folder(folder)
+def load(folder: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> nn.Module:
+    """The patched model of a folder that regsurgery wrote, or of a Hub repository, in eval mode.
+
+    Runs the folder's own loader file. One from the Hub is run where it is, byte for byte, what this regsurgery writes.
+
+    Args:
+        folder: the folder, or USER/NAME on the Hub.
+        revision: Hub revision.
+        trust_remote_code: run whatever code the repository brings.
+
+    Raises:
+        ModelNotFoundError: there is no such folder, and no such repository or no way to it.
+        CheckpointError: the files are not those of SHA256SUMS, or the model cannot be built from them.
+    """
+    root = at_home(folder, revision, trust_remote_code=trust_remote_code)
     return reloaded(root, folder_format(root))
+
+
+def at_home(folder: str | Path, revision: str | None = None, *, trust_remote_code: bool = False) -> Path:
+    """`folder`, or where the Hub repository of that name was downloaded to; see `load`."""
+    if isinstance(folder, Path) or Path(folder).is_dir() or not HUB_ID.fullmatch(folder):
+        return existing_folder(folder)
+    from regsurgery.loading import snapshot
+
+    root = existing_folder(snapshot(folder, folder, revision))
+    checkpoint_io.check_sums(root, "remove it from the Hub's cache (hf cache rm) and load it again")
+    if not trust_remote_code:
+        _refuse_foreign_code(root, folder)
+    return root
+
+
+def _refuse_foreign_code(root: Path, repo: str) -> None:
+    """Raise `CheckpointError` for code from the Hub that is not this regsurgery's own."""
+    from regsurgery.backends.modeling import FILE_NAME
+
+    fmt = folder_format(root)
+    foreign = None
+    if fmt == "pt2":
+        foreign = backends.backend(fmt).PROGRAM_NAME  # torch unpickles parts of it
+    elif fmt in backends.LIBRARIES and patched_mode(root, fmt) != "native":
+        file = root / FILE_NAME
+        if file.is_file() and not backends.backend(fmt).is_own_source(file.read_text("utf-8", "replace")):
+            foreign = FILE_NAME
+    if foreign is not None:
+        raise CheckpointError(
+            f"{repo}: its {foreign} is not what this regsurgery writes, so loading it would run unknown code; read it "
+            "and load with trust_remote_code=True (--trust-remote-code), or patch the source yourself"
+        )
 
 
 def rebuilt(folder: Path, config: dict[str, Any], fmt: str, *, stored: bool) -> nn.Module:

@@ -29,6 +29,7 @@ from regsurgery.pipeline import Progress
 if TYPE_CHECKING:
     from regsurgery.diagnosis import Diagnosis
     from regsurgery.finding import Found
+    from regsurgery.hub import Pushed
     from regsurgery.pipeline import PatchResult
     from regsurgery.recipe import Recipe
     from regsurgery.restoring import Restored
@@ -121,9 +122,10 @@ class Screen(Progress):
     def say(self, line: str) -> None:
         self.errors.print(line, soft_wrap=True, markup=False)
 
-    def patched(self, result: PatchResult) -> None:
+    def patched(self, result: PatchResult, pushed: Pushed | None = None) -> None:
         if self.as_json:
-            print(json.dumps(result.as_dict(), indent=2))
+            more = {} if pushed is None else {"pushed": pushed.as_dict()}
+            print(json.dumps({**result.as_dict(), **more}, indent=2))
         if result.verdict is None:
             self.out.print("not verified: no image went through what was written")
         else:
@@ -136,6 +138,8 @@ class Screen(Progress):
             soft_wrap=True,
             markup=False,
         )
+        if pushed is not None:
+            self._pushed(pushed)
 
     def verified(self, verdict: Verdict) -> None:
         if self.as_json:
@@ -222,6 +226,31 @@ class Screen(Progress):
                 self.out.print(f"{', '.join(names)}: {what}", soft_wrap=True, markup=False)
         self.out.print(
             f"wrote {restored.output}: {restored.source['id']} as it was, sha256 of {len(restored.files)} files equal",
+            soft_wrap=True,
+            markup=False,
+        )
+
+    def pushed(self, pushed: Pushed) -> None:
+        if self.as_json:
+            print(json.dumps(pushed.as_dict(), indent=2))
+        table = Table("file", "bytes", box=box.SIMPLE_HEAD)
+        table.columns[1].justify = "right"
+        for name, size in pushed.files.items():
+            table.add_row(Text(name), f"{size:,}")
+        self.out.print(table)
+        for name in pushed.removed:
+            self.out.print(f"removed {name}", soft_wrap=True, markup=False)
+        total = sum(pushed.files.values()) / 1e6
+        what = f"{len(pushed.files)} files, {total:.1f} MB"
+        if pushed.url is None:
+            self.out.print(f"dry run: {what} would go to {pushed.repo}", soft_wrap=True, markup=False)
+        else:
+            self._pushed(pushed)
+
+    def _pushed(self, pushed: Pushed) -> None:
+        where = pushed.pull_request or pushed.url
+        self.out.print(
+            f"pushed {len(pushed.files)} files to {where} (commit {(pushed.commit or '')[:12]})",
             soft_wrap=True,
             markup=False,
         )

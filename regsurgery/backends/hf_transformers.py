@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from regsurgery.backends import WEIGHTS_NAMES, host_transformers
-from regsurgery.backends.modeling import FILE_NAME, import_modeling, modeling_source, write_folder
+from regsurgery.backends.modeling import FILE_NAME, import_modeling, is_source, modeling_source, write_folder
 from regsurgery.checkpoint_io import weight_files
 from regsurgery.errors import CheckpointError, UnsupportedModelError
 from regsurgery.families import ENTRIES, NOISE_INPUTS, PACKED_INPUTS, TEXT_CONFIG_KEY
@@ -319,6 +319,11 @@ def _auto_classes(loaded: Loaded) -> dict[str, str]:
 def auto_class(loaded: Loaded) -> str:
     """The auto class that loads the checkpoint's own architecture."""
     return next(auto for auto, name in _auto_classes(loaded).items() if name == loaded.architecture)
+
+
+def is_own_source(text: str) -> bool:
+    """Whether `text` is the `modeling_regsurgery.py` that this version writes, for one model or another."""
+    return is_source(text, host_transformers, CLASS, CONFIG_CLASS)
 
 
 def snippet(surgery: Surgery, folder: str) -> str:

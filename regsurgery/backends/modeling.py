@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,13 @@ def modeling_source(host: ModuleType, tail: str = "") -> str:
         if docstring or module == "__future__" or module.split(".")[0] == "regsurgery":
             del lines[statement.lineno - 1 : statement.end_lineno]
     return f"{runtime.rstrip()}\n\n\n{chr(10).join(lines).strip()}\n{tail}"
+
+
+def is_source(text: str, host: ModuleType, *tails: str) -> bool:
+    """Whether `text` is `modeling_source(host)` behind which any of `tails` stand, with a name at each `{name}`."""
+    plain = modeling_source(host)
+    templates = "|".join(re.escape(tail).replace(re.escape("{name}"), r"\w+") for tail in tails)
+    return text.startswith(plain) and re.fullmatch(f"({templates})*", text[len(plain) :]) is not None
 
 
 def write_folder(surgery: Surgery, folder: Path, config_name: str, source: str, **entries: Any) -> None:

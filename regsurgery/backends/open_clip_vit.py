@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from regsurgery.backends import WEIGHTS_NAMES, host_open_clip
-from regsurgery.backends.modeling import import_modeling, modeling_source, write_folder
+from regsurgery.backends.modeling import import_modeling, is_source, modeling_source, write_folder
 from regsurgery.checkpoint_io import weight_files
 from regsurgery.errors import CheckpointError, UnsupportedModelError
 from regsurgery.limits import BROKEN
@@ -116,6 +116,11 @@ def at_size(loaded: Loaded, size: tuple[int, int]) -> Loaded:
 def emit(surgery: Surgery, folder: Path, target: Path) -> None:
     """Write config, weights and `modeling_regsurgery.py`."""
     write_folder(surgery, folder, CONFIG_NAME, modeling_source(host_open_clip))
+
+
+def is_own_source(text: str) -> bool:
+    """Whether `text` is the `modeling_regsurgery.py` that this version writes, for one model or another."""
+    return is_source(text, host_open_clip)
 
 
 def snippet(surgery: Surgery, folder: str) -> str:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from regsurgery.backends import WEIGHTS_NAMES, host_timm
-from regsurgery.backends.modeling import import_modeling, modeling_source, write_folder
+from regsurgery.backends.modeling import import_modeling, is_source, modeling_source, write_folder
 from regsurgery.checkpoint_io import weight_files, weights_dtype
 from regsurgery.errors import CheckpointError, UnsupportedModelError
 from regsurgery.limits import BROKEN, MAX_SIDE
@@ -104,6 +104,11 @@ def at_size(loaded: Loaded, size: tuple[int, int]) -> Loaded:
 def emit(surgery: Surgery, folder: Path, target: Path) -> None:
     """Write config, weights and `modeling_regsurgery.py`."""
     write_folder(surgery, folder, CONFIG_NAME, modeling_source(host_timm))
+
+
+def is_own_source(text: str) -> bool:
+    """Whether `text` is the `modeling_regsurgery.py` that this version writes, for one model or another."""
+    return is_source(text, host_timm)
 
 
 def snippet(surgery: Surgery, folder: str) -> str:

@@ -1,0 +1,444 @@
+"""Pushed to a Hub over HTTP, loaded from there, and what is left when something breaks on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import regsurgery
+from regsurgery import checkpoint_io
+from regsurgery.errors import HubError
+from regsurgery.run_record import RUN_RECORD_NAME, read_run_record
+from tests.conftest import shared
+from tests.hub import commands
+from tests.hub.commands import Done, environment
+from tests.hub.server import Fault, File, Hub, Repo
+
+REPO = "me/model"
+FRESH = Path(commands.__file__).with_name("fresh_load.py")
+PUT, COMMIT, PART = "^/upload/", "/commit/", 1 << 18
+MANY = 99
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Hub]:
+    with Hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(server: Hub) -> Hub:
+    server.reset()
+    return server
+
+
+@pytest.fixture(scope="module")
+def call(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    with commands.process(server.url, tmp_path_factory.mktemp("home")) as call:
+        yield call
+
+
+@pytest.fixture(scope="module")
+def run(call: Callable[..., Any]) -> Callable[..., Done]:
+    return lambda *argv, token=commands.TOKEN: call(partial(commands.run, token=token), *argv)
+
+
+@pytest.fixture(scope="module")
+def demo(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model, patched from a folder with an absolute path."""
+    folder = tmp_path_factory.mktemp("demo-patched") / "demo"
+    regsurgery.patch(str(demo_folder), folder, recipe="demo", num_images=8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(demo: Path) -> dict[str, bytes]:
+    """What an undisturbed push of `demo` puts into a repository."""
+    from regsurgery.published import published
+
+    files = published(demo, REPO).files
+    return {name: file if isinstance(file, bytes) else file.read_bytes() for name, file in files.items()}
+
+
+def sums_hold(files: dict[str, bytes], folder: Path) -> None:
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    checkpoint_io.check_sums(folder)
+
+
+def rewritten(demo: Path, folder: Path, change: Callable[[Path], object]) -> Path:
+    """A copy of `demo` with a change that its SHA256SUMS knows of."""
+    shutil.copytree(demo, folder)
+    change(folder)
+    checkpoint_io.write_sums(folder)
+    return folder
+
+
+# --- what goes there ------------------------------------------------------------------------------------------------
+
+
+def test_a_push_is_one_commit_of_the_folder(
+    hub: Hub, run: Callable[..., Done], demo: Path, demo_folder: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    done = run("push", demo, REPO, "--json", "--message", "a word")
+    assert done.code == 0 and not done.err
+    told = json.loads(done.out)
+    assert hub.files(REPO) == whole
+    assert told["files"] == {name: len(content) for name, content in whole.items()}
+    assert told["commit"] == hub.repos[REPO].branches["main"] and told["url"].endswith(REPO)
+    assert hub.repos[REPO].messages == ["a word"]
+    sums_hold(whole, tmp_path / "download")
+    kept = {name for name in whole if (demo / name).read_bytes() == whole[name]}
+    assert kept >= {"model.safetensors", "modeling_regsurgery.py", "preprocessor_config.json"}
+    texts = [name for name in whole if not name.endswith((".safetensors", ".py"))]
+    assert [name for name in texts if str(demo_folder.parent) in whole[name].decode()] == []
+    assert str(demo_folder) in (demo / "config.json").read_text() and told["paths"] == {str(demo_folder): "demo"}
+    assert f'from_pretrained("{REPO}"' in whole["README.md"].decode()
+    again = run("push", demo, REPO, "--quiet")
+    assert again == (0, "", "")
+    assert len(hub.repos[REPO].commits) == 2, "the same content makes no new commit"
+
+
+def test_a_dry_run_lists_files_and_asks_no_hub(hub: Hub, run: Callable[..., Done], demo: Path, whole: Any) -> None:
+    told = json.loads(run("push", demo, REPO, "--dry-run", "--json", token=None).out)
+    assert told["files"] == {name: len(content) for name, content in whole.items()}
+    assert told["commit"] is None and told["url"] is None
+    shown = run("push", demo, REPO, "--dry-run").out
+    assert "model.safetensors" in shown and f"{len(whole['model.safetensors']):,}" in shown and "dry run" in shown
+    assert hub.requests == [] and hub.repos == {}
+
+
+def test_private_branches_and_pull_requests(hub: Hub, run: Callable[..., Done], demo: Path, whole: Any) -> None:
+    assert run("push", demo, "club/model", "--private", "--revision", "v1").code == 0
+    assert hub.repos["club/model"].private
+    assert hub.files("club/model") == {} and hub.files("club/model", "v1").keys() == whole.keys()
+    hub.repos[REPO] = Repo.new(False)
+    opened = json.loads(run("push", demo, REPO, "--create-pr", "--json", token="hf_other").out)
+    assert opened["pull_request"].endswith("/discussions/1")
+    assert hub.files(REPO) == {} and hub.files(REPO, "refs/pr/1") == whole
+
+
+def test_an_update_replaces_what_an_earlier_push_wrote(
+    hub: Hub, run: Callable[..., Done], demo: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    earlier = rewritten(demo, tmp_path / "earlier", lambda folder: (folder / "extra.txt").write_text("of then"))
+    assert run("push", earlier, REPO).code == 0
+    repo = hub.repos[REPO]
+    repo.commits[repo.branches["main"]]["samples.png"] = File(b"the user's own", False)
+    done = run("push", demo, REPO)
+    assert done.code == 0 and "removed extra.txt" in done.out
+    assert hub.files(REPO) == {**whole, "samples.png": b"the user's own"}
+
+
+def test_what_others_wrote_is_replaced_by_force_alone(
+    hub: Hub, run: Callable[..., Done], demo: Path, whole: dict[str, bytes]
+) -> None:
+    hub.repos[REPO] = repo = Repo.new(False)
+    repo.commits[repo.branches["main"]]["pytorch_model.bin"] = File(b"another model", True)
+    done = run("push", demo, REPO)
+    assert done.code == 2 and "regsurgery did not write what is in it (1 files)" in done.err and "--force" in done.err
+    assert hub.files(REPO) == {"pytorch_model.bin": b"another model"}
+    assert run("push", demo, REPO, "--force").code == 0
+    assert hub.files(REPO) == whole
+
+
+def test_patch_pushes_what_it_wrote(hub: Hub, run: Callable[..., Done], tmp_path: Path) -> None:
+    done = run("patch", "demo", "-o", tmp_path / "out", "--num-images", "8", "--push", REPO, "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert told["output"] == str(tmp_path / "out") and told["verify"]["passed"]
+    assert told["pushed"]["commit"] == hub.repos[REPO].branches["main"]
+    assert hub.files(REPO)["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+REFUSED = [
+    ([REPO], None, "no token; log in with `hf auth login`, or set HF_TOKEN"),
+    ([REPO], "hf_gone", "the Hub does not accept the token"),
+    ([REPO], "hf_reader", "the token of me may only read"),
+    (["me/there"], "hf_other", "no permission to write there"),
+    (["other/model"], "hf_me", "me is no member of other"),
+    (["library/model"], "hf_me", "me may only read in library"),
+    (["model"], "hf_me", "it must be USER/NAME"),
+    (["me/a--b"], "hf_me", "not a repository's name"),
+    (["me/there", "--private"], "hf_me", "exists and is public"),
+    ([REPO, "--create-pr"], "hf_me", "a pull request needs a repository"),
+    (["me/there", "--create-pr", "--revision", "v1"], "hf_me", "give either --create-pr or --revision"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "token", "message"), REFUSED, ids=[message for *_, message in REFUSED])
+def test_refused_by_name_token_or_permission(
+    hub: Hub, run: Callable[..., Done], demo: Path, arguments: list[str], token: str | None, message: str
+) -> None:
+    hub.repos["me/there"] = Repo.new(False)
+    done = run("push", demo, *arguments, token=token)
+    assert done.code == 2 and message in done.err and done.err.startswith("error: ") and done.err.count("\n") == 1
+    assert hub.repos.keys() == {"me/there"} and hub.files("me/there") == {}
+
+
+def test_patch_asks_the_hub_before_it_works(hub: Hub, run: Callable[..., Done], tmp_path: Path) -> None:
+    for arguments, token, message in (
+        (["--push", "a/b/c"], "hf_me", "not a repository's name"),
+        (["--push", REPO], "hf_reader", "may only read"),
+        (["--push", REPO, "--no-verify"], "hf_me", "only what was verified is pushed"),
+    ):
+        begun = time.monotonic()
+        done = run("patch", "no-such-model", "-o", tmp_path / "out", *arguments, token=token)
+        assert done.code == 2 and message in done.err, "the Hub is asked before the model is looked for"
+        assert time.monotonic() - begun < 30
+    assert not (tmp_path / "out").exists() and hub.repos == {}
+
+
+def test_unverified_or_changed_folders_are_refused(
+    hub: Hub, run: Callable[..., Done], demo: Path, tmp_path: Path
+) -> None:
+    def verdict(passed: bool | None, folder: Path) -> None:
+        record = read_run_record(folder)
+        record["verify"] = None if passed is None else {**record["verify"], "passed": passed}
+        (folder / RUN_RECORD_NAME).write_text(json.dumps(record))
+
+    def unlisted(folder: Path) -> None:
+        sums = (folder / "SHA256SUMS").read_text().splitlines(keepends=True)
+        (folder / "SHA256SUMS").write_text("".join(line for line in sums if RUN_RECORD_NAME not in line))
+
+    cases: dict[str, tuple[Callable[[Path], object], str]] = {
+        "not verified": (partial(verdict, None), "without verification"),
+        "failed": (partial(verdict, False), "its verification failed"),
+        "no record": (lambda folder: (folder / RUN_RECORD_NAME).unlink(), RUN_RECORD_NAME),
+    }
+    for name, (change, message) in cases.items():
+        done = run("push", rewritten(demo, tmp_path / name, change), REPO)
+        assert done.code == 2 and message in done.err, name
+    stale = shutil.copytree(demo, tmp_path / "stale")
+    weights = bytearray((stale / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (stale / "model.safetensors").write_bytes(weights)
+    done = run("push", stale, REPO)
+    assert done.code == 2 and "model.safetensors: differs from SHA256SUMS" in done.err
+    unlisted(stale := shutil.copytree(demo, tmp_path / "unlisted"))
+    done = run("push", stale, REPO)
+    assert done.code == 2 and f"{RUN_RECORD_NAME}: not in SHA256SUMS" in done.err
+    assert run("push", tmp_path / "nothing", REPO).code == 2
+    assert hub.requests == []
+
+
+def test_offline_is_said(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_me")
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
+        regsurgery.push(demo, REPO)
+
+
+# --- what breaks ----------------------------------------------------------------------------------------------------
+
+HEALED = {  # the client tries again by itself
+    "429 at preupload": ([Fault("POST", "/preupload/", "429")], None),
+    "500 at the batch": ([Fault("POST", "/batch", "500")], None),
+    "cut in the middle of a large file": ([Fault("PUT", PUT, "cut")], None),
+    "cut in the middle of a part": ([Fault("PUT", PUT, "cut", 2, 2)], PART),
+    "500 at a part": ([Fault("PUT", PUT, "500", 3, 3)], PART),
+    "500 at completion": ([Fault("POST", "/complete/", "500")], PART),
+    "a slow server": ([Fault("PUT", PUT, "slow"), Fault("POST", COMMIT, "slow"), Fault("GET", "whoami", "slow")], None),
+}  # fmt: skip
+BROKEN = {
+    "whoami 500": ([Fault("GET", "whoami", "500")], None, "the Hub failed"),
+    "whoami 429": ([Fault("GET", "whoami", "429")], None, "too many requests"),
+    "whoami cut": ([Fault("GET", "whoami", "cut")], None, "the connection to the Hub broke"),
+    "create 500": ([Fault("POST", "/repos/create", "500")], None, "the Hub failed"),
+    "create 429": ([Fault("POST", "/repos/create", "429")], None, "too many requests"),
+    "created, answer lost": ([Fault("POST", "/repos/create", "lost answer")], None, "the connection to the Hub broke"),
+    "card check 500": ([Fault("POST", "/validate-yaml", "500")], None, "the Hub failed"),
+    "storage 500 for good": ([Fault("PUT", PUT, "500", 1, MANY)], None, "the Hub failed"),
+    "cut, then refused": ([Fault("PUT", PUT, "cut"), Fault("PUT", PUT, "403", 2, MANY)], None, "no permission"),
+    "a part cut, then refused": ([Fault("PUT", PUT, "cut", 2, 2), Fault("PUT", PUT, "400", 3, 3)], PART, "refuses"),
+    "bytes changed on the way": ([Fault("PUT", PUT, "corrupt")], None, "sha256"),
+    "a part changed on the way": ([Fault("PUT", PUT, "corrupt", 2, 2)], PART, "sha256"),
+    "no ETag of a part": ([Fault("PUT", PUT, "no etag", 2, 2)], PART, "etag"),
+    "wrong ETag of a part": ([Fault("PUT", PUT, "wrong etag", 2, 2)], PART, "ETag"),
+    "commit 500": ([Fault("POST", COMMIT, "500")], None, "the Hub failed"),
+    "commit 429": ([Fault("POST", COMMIT, "429")], None, "too many requests"),
+    "commit cut": ([Fault("POST", COMMIT, "cut")], None, "the connection to the Hub broke"),
+    "committed, answer lost": ([Fault("POST", COMMIT, "lost answer")], None, "the connection to the Hub broke"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", HEALED)
+def test_a_passing_fault_is_overcome(
+    hub: Hub, run: Callable[..., Done], demo: Path, whole: dict[str, bytes], fault: str
+) -> None:
+    hub.faults, part_bytes = HEALED[fault]
+    hub.part_bytes = part_bytes or hub.part_bytes
+    done = run("push", demo, REPO, "-q")
+    assert done == (0, "", "")
+    assert hub.files(REPO) == whole and hub.seen.keys() == set(hub.faults)
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_push_leaves_nothing_that_loads_and_the_next_finishes(
+    hub: Hub, run: Callable[..., Done], demo: Path, whole: dict[str, bytes], fault: str
+) -> None:
+    hub.faults, part_bytes, message = BROKEN[fault]
+    hub.part_bytes = part_bytes or hub.part_bytes
+    done = run("push", demo, REPO)
+    assert done.code == 2 and done.err.startswith(f"error: {REPO}: ") and done.err.count("\n") == 1
+    assert message in done.err and ("run it again" in done.err or "finishes it" in done.err or "refuse" in message)
+    left = hub.files(REPO)
+    assert left == (whole if fault == "committed, answer lost" else {})
+    sent = len([request for request in hub.requests if request.startswith("PUT")])
+    hub.faults = []
+    assert run("push", demo, REPO, "-q").code == 0
+    assert hub.files(REPO) == whole
+    if fault.startswith("commit"):
+        assert len([request for request in hub.requests if request.startswith("PUT")]) == sent, "sent twice"
+
+
+def test_a_killed_push_leaves_nothing_and_the_next_finishes(
+    hub: Hub, run: Callable[..., Done], demo: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.faults, hub.part_bytes = [Fault("PUT", PUT, "slow", 2, MANY)], PART
+    command = [sys.executable, "-m", "regsurgery", "push", str(demo), REPO]
+    process = subprocess.Popen(command, env={**os.environ, **environment(hub.url, tmp_path / "home")})
+    while not hub.seen:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert hub.files(REPO) == {} and REPO in hub.repos
+    hub.faults = []
+    assert run("push", demo, REPO, "-q").code == 0
+    assert hub.files(REPO) == whole
+
+
+def test_a_broken_update_leaves_what_was_there(
+    hub: Hub, run: Callable[..., Done], demo: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    assert run("push", demo, REPO).code == 0
+    newer = rewritten(demo, tmp_path / "newer", lambda folder: (folder / "extra.txt").write_text("new"))
+    hub.faults = [Fault("POST", COMMIT, "500")]
+    assert run("push", newer, REPO).code == 2
+    assert hub.files(REPO) == whole
+    hub.faults = [Fault("POST", "/preupload/", "slow", 1, MANY)]
+    repo = hub.repos[REPO]
+
+    assert run("push", newer, REPO).code == 0
+    assert hub.files(REPO)["extra.txt"] == b"new" and len(repo.commits) == 3
+
+
+# --- loaded from there ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pixels() -> Tensor:
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def local_output(folder: Path, pixels: Tensor) -> Tensor:
+    model: Any = regsurgery.load(folder)
+    result = model.encode_image(pixels) if hasattr(model, "encode_image") else model(pixels)
+    return getattr(result, "logits", result)
+
+
+LOADING = {
+    "undisturbed": [],
+    "500 at a large file": [Fault("GET", "/cdn/", "500")],
+    "429 at the tree": [Fault("GET", "/tree/", "429")],
+    "cut in the middle of a large file": [Fault("GET", "/cdn/", "cut answer")],
+    "a wrong ETag": [Fault("HEAD", "model.safetensors", "wrong etag")],
+    "a slow server": [Fault("GET", "/cdn/", "slow"), Fault("HEAD", "config.json", "slow")],
+}
+
+
+@pytest.mark.parametrize("fault", LOADING)
+def test_load_by_repository_id(
+    hub: Hub, run: Callable[..., Done], call: Callable[..., Any], demo: Path, pixels: Tensor, fault: str
+) -> None:
+    repo = f"me/load-{list(LOADING).index(fault)}"  # each with a cache of its own
+    assert run("push", demo, repo).code == 0
+    hub.faults = LOADING[fault]
+    assert torch.equal(call(commands.load_and_run, repo, pixels), local_output(demo, pixels))
+
+
+def test_load_refuses_changed_bytes_and_code_that_is_not_ours(
+    hub: Hub, run: Callable[..., Done], call: Callable[..., Any], demo: Path, pixels: Tensor, tmp_path: Path
+) -> None:
+    assert run("push", demo, "me/changed").code == 0
+    hub.faults = [Fault("GET", "/cdn/", "corrupt")]
+    assert "model.safetensors: differs from SHA256SUMS" in call(commands.load_and_run, "me/changed", pixels)
+
+    def code(folder: Path) -> None:
+        with (folder / "modeling_regsurgery.py").open("a") as file:
+            file.write("import this\n")
+
+    assert run("push", rewritten(demo, tmp_path / "code", code), "me/code").code == 0
+    assert "would run unknown code" in call(commands.load_and_run, "me/code", pixels)
+    trusted = call(partial(commands.load_and_run, trust_remote_code=True), "me/code", pixels)
+    assert torch.equal(trusted, local_output(demo, pixels))
+    assert "no such model on the Hub" in call(commands.load_and_run, "me/nowhere", pixels)
+
+
+def in_a_fresh_process(hub: Hub, tmp_path: Path, repos: dict[str, str], pixels: Tensor) -> dict[str, list[Tensor]]:
+    """The outputs of models on the Hub where `import regsurgery` fails; see `fresh_load.py`."""
+    torch.save({"pixels": pixels, "repos": repos}, tmp_path / "manifest")
+    settings = environment(hub.url, tmp_path / "home", token=None)
+    command = [sys.executable, str(FRESH), str(tmp_path / "manifest")]
+    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, **settings})
+    return torch.load(tmp_path / "manifest.results")
+
+
+def test_the_demo_in_a_fresh_process(
+    hub: Hub, run: Callable[..., Done], demo: Path, pixels: Tensor, tmp_path: Path
+) -> None:
+    assert run("push", demo, REPO).code == 0
+    outputs = in_a_fresh_process(hub, tmp_path, {REPO: "auto"}, pixels)[REPO]
+    expected = local_output(demo, pixels)
+    assert len(outputs) == 2 and all(torch.equal(output, expected) for output in outputs)
+
+
+HOWS = {
+    ("timm", "shift"): "card alone",
+    ("transformers", "shift"): "auto",
+    ("openclip", "shift"): "card alone",
+    ("timm", "native"): "timm native",
+    ("transformers", "native"): "auto",
+    ("openclip", "native"): "open_clip native",
+}
+
+
+@pytest.mark.real
+def test_every_real_folder_in_a_fresh_process(hub: Hub, run: Callable[..., Done], tmp_path: Path) -> None:
+    """The ViT-Ti of three libraries, in two modes: pushed, and loaded by its library's own line and by its card."""
+    images = shared("images", "calibration")
+    expected = {}
+    pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    for library, mode in HOWS:
+        folder = tmp_path / f"{library}-{mode}"
+        source = shared("models", f"vit-tiny-{library}")
+        options = {"recipe": "vit-tiny", "mode": mode, "images": images, "num_images": 40, "calibrate": False}
+        format = "transformers" if (library, mode) == ("transformers", "native") else None
+        regsurgery.patch(str(source), folder, format=format, **options)
+        done = run("push", folder, f"me/{library}-{mode}", "-q")
+        assert done == (0, "", "")
+        expected[f"me/{library}-{mode}"] = local_output(folder, pixels)
+        for name, content in hub.files(f"me/{library}-{mode}").items():
+            assert name.endswith(".safetensors") or str(source).encode() not in content, name
+            assert name.endswith(".safetensors") or str(folder).encode() not in content, name
+    repos = {f"me/{library}-{mode}": how for (library, mode), how in HOWS.items()}
+    outputs = in_a_fresh_process(hub, tmp_path, repos, pixels)
+    for repo, how in repos.items():
+        assert len(outputs[repo]) == (1 if how == "card alone" else 2)
+        assert all(torch.equal(output, expected[repo]) for output in outputs[repo]), repo
