@@ -379,7 +379,7 @@ def _snapshot(repo: str, model_id: str, options: LoadOptions) -> tuple[Path, str
     import huggingface_hub
     from huggingface_hub import errors
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"] + (
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md", "LICENSE*"] + (
         ["*.bin", "*.pt", "*.pth"] if options.allow_pickle else []
     )
     try:
