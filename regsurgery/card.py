@@ -104,8 +104,8 @@ def _metadata(
     repo = surgery.loaded.source.repo
     tags = dict.fromkeys([*TAGS, *source_card.lists.get("tags", [])])
     classifies = any(name in LOGIT_OUTPUTS for name in surgery.traced.output_names)
-    texts = {**({"pipeline_tag": "image-classification"} if classifies else {}), **source_card.texts}
-    derived = {} if repo is None else {"base_model": repo, "base_model_relation": RELATION}
+    texts: dict[str, Any] = {**({"pipeline_tag": "image-classification"} if classifies else {}), **source_card.texts}
+    derived: dict[str, Any] = {} if repo is None else {"base_model": repo, "base_model_relation": RELATION}
     return ModelCardData(
         library_name=LIBRARY_NAMES.get(fmt, fmt),
         language=source_card.lists.get("language"),

@@ -125,8 +125,8 @@ def patch(
         calibrate: native mode: train the register tokens and the register neurons' output columns on the images.
         format: one of `backends.FORMATS`; by default that of the model's library, or in native mode the one of a stock
             host.
-        images: where images for finding, fitting and verification are, see `calibration.image_set`, or they. A mode that is
-            fitted on images is verified on others: every `HELD_OUT_EVERY`-th, or other generated pictures.
+        images: where images for finding, fitting and verification are, see `calibration.image_set`, or themselves. A
+            mode that is fitted on images is verified on others: every `HELD_OUT_EVERY`-th, or other generated pictures.
         seed: of generated pictures.
         force: find neurons in a model that was trained with registers, too.
         link: make hard links of shards that stay what they are, where the file system can.
@@ -269,8 +269,9 @@ def _disjoint(images: str | Path | ImageSet | None, pictures: ImageSet, seed: in
     if images is None:
         return image_set(None, GENERATED_TO_FIT, seed=seed + 1), pictures
     if pictures.num_images < 2 * MIN_IMAGES:
+        where = pictures.note if isinstance(images, ImageSet) else images
         raise UserError(
-            f"{pictures.note if isinstance(images, ImageSet) else images}: {pictures.num_images} images, at least {2 * MIN_IMAGES} are needed to fit on some and verify "
+            f"{where}: {pictures.num_images} images, at least {2 * MIN_IMAGES} are needed to fit on some and verify "
             "on others"
         )
     fit, unseen = pictures.split(HELD_OUT_EVERY)

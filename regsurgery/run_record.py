@@ -10,8 +10,8 @@
              "versions": {package: version} of what computed the bytes},
      "verify": null where nobody verified, else the verdict, its numbers to six digits}
 
-The same input and flags give the same bytes: it holds no date and nothing of how the run went. Flags that change no byte
-(links, how much memory, where the model ran, what is allowed while loading) are no part of it.
+The same input and flags give the same bytes: it holds no date and nothing of how the run went. Flags that change no
+byte (links, how much memory, what is allowed while loading) are no part of it.
 """
 
 from __future__ import annotations

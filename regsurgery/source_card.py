@@ -1,4 +1,4 @@
-"""What the model card of a source says about itself that its patched form has to repeat: licence, languages, data, tags."""
+"""What a source's model card says that the card of its patched form has to repeat: licence, languages, data, tags."""
 
 from __future__ import annotations
 

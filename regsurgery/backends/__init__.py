@@ -3,7 +3,8 @@
 A library module has `load` (folder -> `Loaded`), `emit` (write the patched folder's own files),
 `reload` (a patched folder -> its module, as a user would get it) and `snippets` (two ways to load the folder, for its
 card: a title and a program that runs as it stands). A format without a library of its own (`pt2`, `onnx`) has `emit`,
-`reload` and `snippets`, and `state`, the tensors of a folder. So has a stock host of native mode (`native_*`), and `outputs`, which names what the host gives.
+`reload` and `snippets`, and `state`, the tensors of a folder. So has a stock host of native mode (`native_*`), and
+`outputs`, which names what the host gives.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def build(root: Path) -> Bases:
     from regsurgery import emit, loading, pipeline
     from regsurgery.recipe import parse_recipe
     from regsurgery.run_record import run_of
-from regsurgery.surgery import perform
+    from regsurgery.surgery import perform
 
     quiet()
     _transformers("ViTForImageClassification", "ViTConfig", **TINY, num_labels=3)(root / "vit")
