@@ -1,6 +1,6 @@
 """regsurgery: rewrite Vision Transformer checkpoints so that outlier tokens are gone.
 
-Public API: `doctor`, `find`, `patch`, `verify`, `unpatch`, `diff`, `load`, `find_recipe`, `Recipe`. Importing the
+Public API: `doctor`, `find`, `patch`, `verify`, `unpatch`, `reproduce`, `diff`, `load`, `find_recipe`, `Recipe`. Importing the
 package is cheap; torch and the model libraries are imported on first use.
 """
 
@@ -9,12 +9,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "__version__", "diff", "doctor", "find", "find_recipe", "load", "patch", "unpatch", "verify"]
+__all__ = [
+    "Recipe",
+    "__version__",
+    "diff",
+    "doctor",
+    "find",
+    "find_recipe",
+    "load",
+    "patch",
+    "reproduce",
+    "unpatch",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from regsurgery.patched import load
     from regsurgery.pipeline import doctor, find, patch, verify
     from regsurgery.recipe import Recipe, find_recipe
+    from regsurgery.reproducing import reproduce
     from regsurgery.restoring import unpatch
     from regsurgery.tensor_diff import diff
 
@@ -24,6 +37,7 @@ _WHERE = {
     "patch": "pipeline",
     "verify": "pipeline",
     "unpatch": "restoring",
+    "reproduce": "reproducing",
     "diff": "tensor_diff",
     "load": "patched",
     "Recipe": "recipe",
