@@ -1,7 +1,7 @@
 """regsurgery: rewrite Vision Transformer checkpoints so that outlier tokens are gone.
 
-Public API: `doctor`, `find`, `patch`, `verify`, `unpatch`, `reproduce`, `diff`, `load`, `find_recipe`, `Recipe`. Importing the
-package is cheap; torch and the model libraries are imported on first use.
+Public API: `doctor`, `find`, `patch`, `verify`, `unpatch`, `reproduce`, `diff`, `load`, `find_recipe`, `Recipe`.
+Importing the package is cheap; torch and the model libraries are imported on first use.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="regsurgery",
     help="Rewrite Vision Transformer checkpoints so that outlier tokens are gone.\n\nMODEL is a folder, a Hub id, "
-    "timm:NAME, open_clip:ARCH/TAG, or demo. Exit codes: 0 done; 1 verification failed (diff, reproduce: differences); 2 the "
-    "input is at fault; 3 nothing to fix.",
+    "timm:NAME, open_clip:ARCH/TAG, or demo. Exit codes: 0 done; 1 verification failed (diff, reproduce: "
+    "differences); 2 the input is at fault; 3 nothing to fix.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

@@ -181,8 +181,8 @@ def load(
     source = Source(model_id, revision, _combined(digests), repo)
     if options.sha256 not in (None, source.sha256):
         raise CheckpointError(
-            f"{model_id}: its weights have sha256 {source.sha256}, expected {options.sha256}: they were changed, or are "
-            "another model's; get those back that are expected"
+            f"{model_id}: its weights have sha256 {source.sha256}, expected {options.sha256}: they were "
+            "changed, or are another model's; get those back that are expected"
         )
     stored = sum(path.stat().st_size for path in weights) > _memory(options)
     checkpoint = Checkpoint(source, library, folder, weights, digests, pickled, config, config_name, stored, scratch)

@@ -190,18 +190,19 @@ def _differences(root: Path, target: Path, wanted: Mapping[str, str], *, is_fold
 
 def _differ_by_their_place(root: Path, target: Path) -> bool:
     """Whether two configs of native mode in open_clip, which names its tower by the folder's path, are else alike."""
-    configs = [
-        read_json(folder / OPEN_CLIP_CONFIG) for folder in (root, target) if (folder / OPEN_CLIP_CONFIG).is_file()
-    ]
-    for config in configs:
-        tower = config.get("model_cfg", {}).get("vision_cfg", {})
-        if str(tower.get("timm_model_name", "")).startswith("local-dir:"):
-            tower["timm_model_name"] = "local-dir:"
-    return len(configs) == 2 and configs[0] == configs[1]
+    configs = []
+    for path in (root / OPEN_CLIP_CONFIG, target / OPEN_CLIP_CONFIG):
+        config = read_json(path) if path.is_file() else {}
+        model = config.get("model_cfg")
+        tower = model.get("vision_cfg") if isinstance(model, dict) else None
+        if not isinstance(tower, dict) or not str(tower.get("timm_model_name", "")).startswith("local-dir:"):
+            return False
+        tower["timm_model_name"] = "local-dir:"
+        configs.append(config)
+    return configs[0] == configs[1]
 
 
 def _other_figures(then: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> dict[str, tuple[Any, Any]]:
     then, now = then or {}, now or {}
-    return {
-        name: (then.get(name), now.get(name)) for name in then.keys() | now.keys() if then.get(name) != now.get(name)
-    }
+    names = sorted(then.keys() | now.keys())
+    return {name: (then.get(name), now.get(name)) for name in names if then.get(name) != now.get(name)}

@@ -288,11 +288,13 @@ CLASS = '''
 
 class {name}(PatchedModel, transformers.{name}):
     """{name} with test-time registers; see the folder's README.md."""
+
+    config_class = {config}
 '''
 CONFIG_CLASS = '''
 
-class {name}(transformers.{name}):
-    """{name} as it is; transformers 4 knows this part of a larger config only inside of it."""
+class {name}(PatchedConfig, transformers.{name}):
+    """{name} as it is, but for its model type on disk."""
 '''
 
 
@@ -300,13 +302,14 @@ def emit(surgery: Surgery, folder: Path, target: Path) -> None:
     """Write config, weights and `modeling_regsurgery.py`."""
     loaded = surgery.loaded
     classes = _auto_classes(loaded)
-    tail = "".join(CLASS.format(name=name) for name in dict.fromkeys(classes.values()))
-    config_class: Any = type(loaded.model.config)
-    if config_class.base_config_key:
-        classes["AutoConfig"] = config_class.__name__
-        tail += CONFIG_CLASS.format(name=config_class.__name__)
+    config_name = type(loaded.model.config).__name__
+    tail = CONFIG_CLASS.format(name=config_name)
+    tail += "".join(CLASS.format(name=name, config=config_name) for name in dict.fromkeys(classes.values()))
+    classes["AutoConfig"] = config_name
     auto_map = {auto: f"{Path(FILE_NAME).stem}.{name}" for auto, name in classes.items()}
-    write_folder(surgery, folder, CONFIG_NAME, modeling_source(host_transformers, tail), auto_map=auto_map)
+    model_type = host_transformers.FOREIGN + loaded.config["model_type"]
+    source = modeling_source(host_transformers, tail)
+    write_folder(surgery, folder, CONFIG_NAME, source, model_type=model_type, auto_map=auto_map)
 
 
 def _auto_classes(loaded: Loaded) -> dict[str, str]:
