@@ -1,8 +1,8 @@
 """Run by tests in another process: the ```python blocks of model cards, as they are written.
 
 `python fresh_snippets.py JOBS`: JOBS is a JSON file `[[FOLDER, CODE], ...]`; every block runs by itself with its folder
-as the working directory. `import regsurgery` fails, but for blocks that say `import regsurgery`. Prints a JSON list: for
-each block "" or its traceback, and whether a torch module came out that has register tokens or attention constants.
+as the working directory. `import regsurgery` fails, but for blocks that say `import regsurgery`. Prints a JSON list:
+for each block "" or its traceback, and whether a torch module came out that has register tokens or attention constants.
 """
 
 import json
