@@ -1,4 +1,4 @@
-"""A patched transformers folder whose code is not trusted: never the unpatched model without a sign, in 4.57 and in 5."""
+"""A patched transformers folder whose code is not trusted: never the original without a sign, in 4.57 and in 5."""
 
 from __future__ import annotations
 
