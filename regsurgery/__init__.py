@@ -1,7 +1,7 @@
 """regsurgery: rewrite Vision Transformer checkpoints so that outlier tokens are gone.
 
-Public API: `doctor`, `find`, `patch`, `verify`, `unpatch`, `diff`, `load`, `push`, `find_recipe`, `Recipe`. Importing
-the package is cheap; torch and the model libraries are imported on first use.
+Public API: `doctor`, `find`, `patch`, `verify`, `unpatch`, `reproduce`, `diff`, `load`, `push`, `find_recipe`,
+`Recipe`. Importing the package is cheap; torch and the model libraries are imported on first use.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ __all__ = [
     "load",
     "patch",
     "push",
+    "reproduce",
     "unpatch",
     "verify",
 ]
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from regsurgery.patched import load
     from regsurgery.pipeline import doctor, find, patch, verify
     from regsurgery.recipe import Recipe, find_recipe
+    from regsurgery.reproducing import reproduce
     from regsurgery.restoring import unpatch
     from regsurgery.tensor_diff import diff
 
@@ -37,6 +39,7 @@ _WHERE = {
     "patch": "pipeline",
     "verify": "pipeline",
     "unpatch": "restoring",
+    "reproduce": "reproducing",
     "diff": "tensor_diff",
     "load": "patched",
     "push": "hub",

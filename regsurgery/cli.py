@@ -50,8 +50,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="regsurgery",
     help="Rewrite Vision Transformer checkpoints so that outlier tokens are gone.\n\nMODEL is a folder, a Hub id, "
-    "timm:NAME, open_clip:ARCH/TAG, or demo. Exit codes: 0 done; 1 verification failed (diff: differences); 2 the "
-    "input is at fault; 3 nothing to fix; 130 interrupted.",
+    "timm:NAME, open_clip:ARCH/TAG, or demo. Exit codes: 0 done; 1 verification failed (diff, reproduce: "
+    "differences); 2 the input is at fault; 3 nothing to fix; 130 interrupted.",
     epilog="Example: regsurgery patch demo -o demo-patched",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -257,6 +257,36 @@ def push(
             progress=screen,
         )
     screen.pushed(pushed)
+
+
+@app.command(epilog="Example: regsurgery reproduce demo-patched")
+def reproduce(
+    where: Annotated[
+        str, typer.Argument(help="Folder that regsurgery patch wrote, or the Hub id of one.", show_default=False)
+    ],
+    images: Annotated[
+        Path | None, typer.Option("--images", help="The images of that run, where it used photos.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="New folder to keep what comes out in.")] = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    max_memory: MaxMemory = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Patch the source of a patched checkpoint again, as its records say, and compare SHA256SUMS.
+
+    Exit codes: 0 identical; 1 different; 2 the input is at fault.
+    """
+    from regsurgery import reproducing
+    from regsurgery.render import Screen
+
+    options = _options(allow_pickle, trust_remote_code, max_memory=max_memory)
+    with Screen(as_json=as_json, quiet=quiet) as screen:
+        reproduction = reproducing.reproduce(where, output, images=images, options=options, progress=screen)
+    screen.reproduced(reproduction)
+    if not reproduction.identical:
+        raise typer.Exit(EXIT_DIFFERENT)
 
 
 @app.command(epilog="Example: regsurgery diff demo-patched demo-restored")

@@ -17,12 +17,18 @@ from regsurgery.calibration import ImageSet
 from regsurgery.families import REGISTER_KEYS
 from regsurgery.loading import Loaded
 from regsurgery.sites import Sites
-from regsurgery.statistics import MIN_RATIO, robust_outliers, tap, token_norms
+from regsurgery.statistics import (
+    MIN_RATIO,
+    POSITIONAL_SHARE,
+    robust_outliers,
+    share_at_common_places,
+    tap,
+    token_norms,
+)
 from regsurgery.trace import Traced, tensor_inputs
 
 MIN_OUTLIERS = 0.25  # per image; fewer than one in four images is nothing to operate on
 EMERGED_SHARE = 0.5  # of the outliers after the last but one block; from so many on they have emerged
-POSITIONAL_SHARE = 0.8  # of all outliers at the few places where they sit most often
 EMBEDDED_SHARE = 0.5  # of the last blocks' outliers that the position embedding has at the same places
 
 Cause = Literal["register_neurons", "none", "already_registered", "position_embedding", "unsupported"]
@@ -166,7 +172,8 @@ def _conclude(sites: Sites, sums: dict[str, _Sums], writes: Tensor, images: Imag
     emergence = probe
     while emergence > 0 and blocks[emergence - 1].outliers >= max(MIN_OUTLIERS, EMERGED_SHARE * found):
         emergence -= 1
-    positional = _share_at_common_places(last) >= POSITIONAL_SHARE
+    assert isinstance(last.hits_N, Tensor)
+    positional = share_at_common_places(last.hits_N, last.norms().outliers) >= POSITIONAL_SHARE
     where = "at the same places in every image" if positional else "at places that the content decides"
     settled = max([emergence, *(block for block, count in enumerate(writes.tolist()) if count)])
     facts = {"positional": positional, "emergence_block": emergence, "settled_block": settled, **common}
@@ -191,13 +198,6 @@ def trained_registers(loaded: Loaded, sites: Sites) -> int:
             if isinstance(value, Tensor) and value.ndim == 3:
                 return value.shape[1]
     return 0
-
-
-def _share_at_common_places(sums: _Sums) -> float:
-    """Share of all outliers that sit at the k most frequent places, k outliers being usual in an image."""
-    assert isinstance(sums.hits_N, Tensor)
-    usual = max(1, round(sums.norms().outliers))
-    return float(sums.hits_N.topk(usual).values.sum() / sums.hits_N.sum())
 
 
 def _shared_places(early: _Sums, late: _Sums) -> float:

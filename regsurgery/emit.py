@@ -6,18 +6,19 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from regsurgery import backends, checkpoint_io
 from regsurgery.card import model_card
 from regsurgery.checkpoint_io import WEIGHT_SUFFIXES
 from regsurgery.original import RECORD_NAME, write_record
+from regsurgery.picture import before_after
 from regsurgery.run_record import RUN_RECORD_NAME, write_run_record
+from regsurgery.source_card import CARD_NAME
 from regsurgery.surgery import Surgery
 from regsurgery.verification import Verdict
 
 RECIPE_NAME = "recipe.yaml"
-CARD_NAME = "README.md"
-THIS_FOLDER = "."  # in the card: its bytes do not depend on the folder's name
 
 
 @contextmanager
@@ -34,11 +35,13 @@ def emit(surgery: Surgery, target: Path, fmt: str) -> Iterator[Path]:
         yield folder
 
 
-def complete(surgery: Surgery, folder: Path, fmt: str, verdict: Verdict | None) -> None:
-    """Write the model card, which has the verdict's figures, what undoing takes, and last SHA256SUMS."""
-    snippet = backends.backend(fmt, surgery.recipe.mode).snippet(surgery, THIS_FOLDER)
-    (folder / CARD_NAME).write_text(model_card(surgery, fmt, verdict, snippet), "utf-8")
-    write_run_record(folder, {}, verdict)
+def complete(surgery: Surgery, folder: Path, fmt: str, verdict: Verdict | None, run: dict[str, Any]) -> None:
+    """Write the model card and its picture, which have the verdict's figures, the record of the `run` (see
+    `run_record.py`), what undoing takes, and last SHA256SUMS.
+    """
+    picture = None if verdict is None else before_after(verdict, folder)
+    (folder / CARD_NAME).write_text(model_card(surgery, fmt, verdict, run, picture), "utf-8")
+    write_run_record(folder, run, verdict)
     loaded, known = surgery.loaded, {}
     if surgery.recipe.mode != "native" and fmt == loaded.library:
         write_record(loaded, folder)

@@ -1,9 +1,12 @@
-"""What huggingface_hub left on disk about the files that it downloaded."""
+"""Downloads by huggingface_hub, and what it left on disk about the files that it downloaded."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+
+from regsurgery.errors import ModelNotFoundError
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 CLOCK_SECONDS = 1.0  # by which a file may be younger than its metadata; huggingface_hub allows the same
@@ -26,3 +29,36 @@ def published_sha256(path: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return etag if known and SHA256.fullmatch(etag) else None
+
+
+def snapshot(repo: str, named: str, revision: str | None, patterns: Sequence[str] | None = None) -> tuple[Path, str]:
+    """The files of a Hub repository, in the cache, and the commit they are of.
+
+    Args:
+        named: what the user called it, for the message.
+        patterns: of the files that are needed; all by default.
+
+    Raises:
+        ModelNotFoundError: there is no such repository or revision, or it cannot be reached.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        path = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns and list(patterns))
+    except (errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise ModelNotFoundError(
+            f"{named}: no such folder, and no such model on the Hub; check the spelling"
+            + (f" and the revision {revision}" if revision else "")
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            raise ModelNotFoundError(
+                f"{named}: no such folder, not in the Hub's cache either, and HF_HUB_OFFLINE is set; check the "
+                "spelling, unset it, or give a folder"
+            ) from error
+        raise ModelNotFoundError(
+            f"{named}: no such folder, and the Hub could not be reached for it ({type(error).__name__}); "
+            "check the spelling and the network, or give a folder"
+        ) from error
+    return Path(path), Path(path).name

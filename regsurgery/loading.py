@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from regsurgery import checkpoint_io, limits, weights_check
 from regsurgery.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError, UserError, did_you_mean
-from regsurgery.hub_files import published_sha256
+from regsurgery.hub_files import published_sha256, snapshot
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -115,6 +115,7 @@ class LoadOptions:
         device_map: where the model goes, as accelerate has it: `auto`, or a device such as `cuda`; the CPU by default.
         max_memory: bytes; the weights of a larger checkpoint stay on disk and are read operator by operator. By default
             half of what the machine has free.
+        sha256: what `Source.sha256` must be; anything by default.
     """
 
     allow_pickle: bool = False
@@ -122,6 +123,7 @@ class LoadOptions:
     revision: str | None = None
     device_map: str | None = None
     max_memory: int | None = None
+    sha256: str | None = None
 
 
 def load(
@@ -180,6 +182,11 @@ def load(
     if digests is None:
         digests = weights_check.finite_digests(headers)
     source = Source(model_id, revision, _combined(digests), repo)
+    if options.sha256 not in (None, source.sha256):
+        raise CheckpointError(
+            f"{model_id}: its weights have sha256 {source.sha256}, expected {options.sha256}: they were "
+            "changed, or are another model's; get those back that are expected"
+        )
     stored = sum(path.stat().st_size for path in weights) > _memory(options)
     checkpoint = Checkpoint(source, library, folder, weights, digests, pickled, config, config_name, stored, scratch)
     with limits.bounded_model(folder / config_name, headers):
@@ -390,34 +397,7 @@ def _open_clip_repo(name: str) -> str:
     return cfg["hf_hub"].rstrip("/")
 
 
-def snapshot(repo: str, model_id: str, revision: str | None = None, patterns: list[str] | None = None) -> Path:
-    """The files of a Hub repository, downloaded or from the cache; the folder's name is the commit.
-
-    Args:
-        model_id: what the user called it.
-        patterns: of the files that are needed; all by default.
-
-    Raises:
-        ModelNotFoundError: there is no such repository, or it cannot be reached.
-    """
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    try:
-        path = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns)
-    except (errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise ModelNotFoundError(
-            f"{model_id}: no such folder, and no such model on the Hub; check the spelling"
-            + (f" and the revision {revision}" if revision else "")
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
-            raise ModelNotFoundError(
-                f"{model_id}: no such folder, not in the Hub's cache either, and HF_HUB_OFFLINE is set; check the "
-                "spelling, unset it, or give a folder"
-            ) from error
-        raise ModelNotFoundError(
-            f"{model_id}: no such folder, and the Hub could not be reached for it ({type(error).__name__}); "
-            "check the spelling and the network, or give a folder"
-        ) from error
-    return Path(path)
+def _snapshot(repo: str, model_id: str, options: LoadOptions) -> tuple[Path, str | None]:
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md", "LICENSE*"]
+    pickles = ["*.bin", "*.pt", "*.pth"] if options.allow_pickle else []
+    return snapshot(repo, model_id, options.revision, patterns + pickles)

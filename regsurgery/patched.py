@@ -41,9 +41,9 @@ def at_home(folder: str | Path, revision: str | None = None, *, trust_remote_cod
     """`folder`, or where the Hub repository of that name was downloaded to; see `load`."""
     if isinstance(folder, Path) or Path(folder).is_dir() or not HUB_ID.fullmatch(folder):
         return existing_folder(folder)
-    from regsurgery.loading import snapshot
+    from regsurgery.hub_files import snapshot
 
-    root = existing_folder(snapshot(folder, folder, revision))
+    root = existing_folder(snapshot(folder, folder, revision)[0])
     checkpoint_io.check_sums(root, "remove it from the Hub's cache (hf cache rm) and load it again")
     if not trust_remote_code:
         _refuse_foreign_code(root, folder)

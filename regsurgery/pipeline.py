@@ -106,7 +106,7 @@ def patch(
     calibrate: bool = True,
     format: str | None = None,
     num_registers: int | None = None,
-    images: str | Path | None = None,
+    images: str | Path | ImageSet | None = None,
     num_images: int | None = None,
     seed: int = 0,
     force: bool = False,
@@ -126,8 +126,8 @@ def patch(
         calibrate: native mode: train the register tokens and the register neurons' output columns on the images.
         format: one of `backends.FORMATS`; by default that of the model's library, or in native mode the one of a stock
             host.
-        images: where images for finding, fitting and verification are, see `calibration.image_set`. A mode that is
-            fitted on images is verified on others: every `HELD_OUT_EVERY`-th, or other generated pictures.
+        images: where images for finding, fitting and verification are, see `calibration.image_set`, or themselves. A
+            mode that is fitted on images is verified on others: every `HELD_OUT_EVERY`-th, or other generated pictures.
         seed: of generated pictures.
         force: find neurons in a model that was trained with registers, too.
         link: make hard links of shards that stay what they are, where the file system can.
@@ -140,7 +140,7 @@ def patch(
         UserError: the input is at fault; see `errors`.
         VerificationError: the patched model fails verification; `output` is not created.
     """
-    from regsurgery.calibration import image_set
+    from regsurgery.calibration import ImageSet, image_set
 
     started = time.monotonic()
     progress = progress or Progress()
@@ -155,7 +155,7 @@ def patch(
     if format is not None:
         backends.require(format)
     given = None if recipe is None else _given_recipe(model, recipe, progress)
-    pictures = image_set(images, num_images, seed=seed, say=progress.say)
+    pictures = images if isinstance(images, ImageSet) else image_set(images, num_images, seed=seed, say=progress.say)
 
     linked = link or dry_run
     # Without a recipe there may be nothing to fix; other formats and modes have files of their own.
@@ -179,6 +179,7 @@ def patch(
 
         def operate_and_write(chosen: Recipe) -> PatchResult:
             from regsurgery.fitting import perform_bias, perform_native
+            from regsurgery.run_record import run_of
             from regsurgery.surgery import perform
 
             if num_registers is not None:
@@ -202,7 +203,18 @@ def patch(
             with tempfile.TemporaryDirectory() as nowhere:
                 target = Path(nowhere) / "dry-run" if dry_run else output
                 surgery = replace(surgery, place=partial(copy_file, link=True) if linked else copies.place)
-                verdict = _write(surgery, target, fmt, unseen if verification else None, progress)
+                run = run_of(
+                    loaded,
+                    chosen,
+                    fmt,
+                    pictures if verification or chosen.mode != "shift" else None,
+                    calibrate=calibrate,
+                    seed=seed,
+                    num_images=num_images,
+                    force=force,
+                    verification=verification,
+                )
+                verdict = _write(surgery, target, fmt, unseen if verification else None, run, progress)
             seconds = time.monotonic() - started
             return PatchResult(
                 None if dry_run else str(output), chosen.mode, fmt, chosen, verdict, seconds, _peak_rss_mb()
@@ -257,15 +269,16 @@ def _check_memory(loaded: Loaded, what: str) -> None:
         )
 
 
-def _disjoint(images: str | Path | None, pictures: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
+def _disjoint(images: str | Path | ImageSet | None, pictures: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
     """Images to fit on, and others to verify on."""
-    from regsurgery.calibration import MIN_IMAGES, image_set
+    from regsurgery.calibration import MIN_IMAGES, ImageSet, image_set
 
     if images is None:
         return image_set(None, GENERATED_TO_FIT, seed=seed + 1), pictures
     if pictures.num_images < 2 * MIN_IMAGES:
+        where = pictures.note if isinstance(images, ImageSet) else images
         raise UserError(
-            f"{images}: {pictures.num_images} images, at least {2 * MIN_IMAGES} are needed to fit on some and verify "
+            f"{where}: {pictures.num_images} images, at least {2 * MIN_IMAGES} are needed to fit on some and verify "
             "on others"
         )
     fit, unseen = pictures.split(HELD_OUT_EVERY)
@@ -441,7 +454,9 @@ def _locate(loaded: Loaded, progress: Progress) -> tuple[Traced, Sites]:
     return traced, beside_trained(sites, trained_registers(loaded, sites))
 
 
-def _write(surgery: Surgery, target: Path, fmt: str, pictures: ImageSet | None, progress: Progress) -> Verdict | None:
+def _write(
+    surgery: Surgery, target: Path, fmt: str, pictures: ImageSet | None, run: dict[str, Any], progress: Progress
+) -> Verdict | None:
     """emit, with verification (if there are images for it) of what was emitted before it gets its final name."""
     from regsurgery.emit import complete, emit
     from regsurgery.written import verify_folder
@@ -450,7 +465,7 @@ def _write(surgery: Surgery, target: Path, fmt: str, pictures: ImageSet | None, 
         verdict = None if pictures is None else verify_folder(surgery, folder, fmt, pictures, progress)
         if verdict is not None and not verdict.passed:
             raise VerificationError(f"verification failed, nothing was written: {'; '.join(verdict.failures)}")
-        complete(surgery, folder, fmt, verdict)
+        complete(surgery, folder, fmt, verdict, run)
     return verdict
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from regsurgery.hub import Pushed
     from regsurgery.pipeline import PatchResult
     from regsurgery.recipe import Recipe
+    from regsurgery.reproducing import Reproduction
     from regsurgery.restoring import Restored
     from regsurgery.tensor_diff import Difference
     from regsurgery.verification import Pair, Verdict
@@ -254,6 +255,20 @@ class Screen(Progress):
             soft_wrap=True,
             markup=False,
         )
+
+    def reproduced(self, reproduction: Reproduction) -> None:
+        if self.as_json:
+            print(json.dumps(reproduction.as_dict(), indent=2))
+        for name, difference in reproduction.differences.items():
+            self.out.print(f"{name}  {difference}", soft_wrap=True, markup=False)
+        for name, (then, now) in reproduction.figures.items():
+            self.out.print(f"figure {name} was {then}, is {now}", soft_wrap=True, markup=False)
+        if reproduction.note:
+            self.out.print(reproduction.note, soft_wrap=True, markup=False)
+        number, files = len(reproduction.differences), reproduction.num_files
+        outcome = f"DIFFERENT in {number} of {files} files" if number else f"all {files} files identical"
+        where = f"; wrote {reproduction.output}" if reproduction.output else ""
+        self.out.print(f"{reproduction.source} patched again: {outcome}{where}", soft_wrap=True, markup=False)
 
     def compared(self, difference: Difference) -> None:
         if self.as_json:

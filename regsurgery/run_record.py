@@ -1,66 +1,181 @@
-"""`regsurgery_run.json`: how a patched folder came about, and what its verification said; SHA256SUMS covers it.
+"""`regsurgery_run.json` of a patched folder: what repeats the run that wrote it, and the figures that it was given.
 
-{"schema": 1, "regsurgery": VERSION, "run": {what `patch` was asked for}, "verify": null or the verdict}
+    {"schema": 1,
+     "regsurgery": the version that wrote the folder,
+     "run": {"model": MODEL as given, "revision": the Hub commit it stood for or null, "sha256": of its weights,
+             "mode", "format", "num_registers": as written; "calibrate": native mode only, else null,
+             "seed", "num_images", "force", "verification": as given,
+             "images": null where pictures were generated or no image was used, else {"note": what they are called,
+                       "count": how many, "sha256": of what they are, see `image_digest`},
+             "versions": {package: version} of what computed the bytes},
+     "verify": null where nobody verified, else the verdict, its numbers to six digits}
+
+The same input and flags give the same bytes: it holds no date and nothing of how the run went. Flags that change no
+byte (links, how much memory, what is allowed while loading) are no part of it.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
+import math
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regsurgery import __version__
+import regsurgery
+from regsurgery.checkpoint_io import write_json
 from regsurgery.errors import CheckpointError
 from regsurgery.limits import read_json
 
 if TYPE_CHECKING:
+    from regsurgery.calibration import ImageSet
+    from regsurgery.image_sources import Content
+    from regsurgery.loading import Loaded
+    from regsurgery.recipe import Recipe
     from regsurgery.verification import Verdict
 
 RUN_RECORD_NAME = "regsurgery_run.json"
 SCHEMA = 1
-DIGITS = 6  # significant ones: the last bits of a mean are not the same on every machine
+DIGITS = 6
+PACKAGES = {"torch": "torch", "torchvision": "torchvision", "transformers": "transformers", "timm": "timm",
+            "open_clip": "open_clip_torch", "Pillow": "Pillow"}  # fmt: skip
+READ_AT_ONCE = 256  # images
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "model": str, "revision": (str, type(None)), "sha256": str, "mode": str, "format": str, "num_registers": int,
+    "calibrate": (bool, type(None)), "seed": int, "num_images": (int, type(None)), "force": bool, "verification": bool,
+    "images": (dict, type(None)), "versions": dict,
+}  # fmt: skip
 
 
 def write_run_record(folder: Path, run: dict[str, Any], verdict: Verdict | None) -> None:
-    """Write the record of `folder`; the same arguments give the same bytes."""
+    """Write the record of `run` to the patched `folder`."""
     record = {
         "schema": SCHEMA,
-        "regsurgery": __version__,
+        "regsurgery": regsurgery.__version__,
         "run": run,
-        "verify": None if verdict is None else verdict.as_dict(),
+        "verify": None if verdict is None else rounded(verdict.as_dict()),
     }
-    text = json.dumps(_rounded(record), indent=2, sort_keys=True, ensure_ascii=False)
-    (folder / RUN_RECORD_NAME).write_text(text + "\n", "utf-8")
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}")
-    if isinstance(value, dict):
-        return {str(key): _rounded(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(inner) for inner in value]
-    return value
+    write_json(folder / RUN_RECORD_NAME, record)
 
 
 def read_run_record(folder: Path) -> dict[str, Any]:
-    """The record of a patched folder.
+    """The record of a patched folder, as in the module's docstring.
 
     Raises:
-        CheckpointError: there is none, or it is not one that this regsurgery can read.
+        CheckpointError: there is none, it is broken, or of a schema that this version does not know.
     """
-    path = folder / RUN_RECORD_NAME
+    path = Path(folder) / RUN_RECORD_NAME
     if not path.is_file():
         raise CheckpointError(
-            f"{path}: missing; an earlier regsurgery wrote this folder, or a library saved it anew: patch the model "
-            "again"
+            f"{path}: missing; how this folder was made is not known (an earlier regsurgery wrote it, or something "
+            "else): patch the model again"
         )
     record = read_json(path, "patch the model again")
     if record.get("schema") != SCHEMA:
-        raise CheckpointError(f"{path}: schema {record.get('schema')!r}; this regsurgery reads schema {SCHEMA}")
-    verdict = record.get("verify")
-    if not isinstance(record.get("run"), dict) or not (
-        verdict is None or (isinstance(verdict, dict) and isinstance(verdict.get("passed"), bool))
-    ):
-        raise CheckpointError(f"{path}: not a record that regsurgery wrote; patch the model again")
+        raise CheckpointError(
+            f"{path}: schema {str(record.get('schema'))[:100]!r}; this regsurgery reads schema {SCHEMA}: update "
+            "regsurgery, or patch the model again"
+        )
+    problem = _problem(record)
+    if problem:
+        raise CheckpointError(f"{path}: not a valid record of a run ({problem}); patch the model again")
     return record
+
+
+def _problem(record: dict[str, Any]) -> str | None:
+    run, verify = record.get("run"), record.get("verify")
+    if not isinstance(record.get("regsurgery"), str):
+        return "'regsurgery' is no version"
+    if not isinstance(run, dict):
+        return "'run' is no object"
+    if verify is not None and not (isinstance(verify, dict) and isinstance(verify.get("passed"), bool)):
+        return "'verify' is no verdict"
+    for key, kind in TYPES.items():
+        if key not in run or not isinstance(run[key], kind):
+            return f"'run' has no valid '{key}'"
+    images = run["images"]
+    if images is not None and not all(
+        isinstance(images.get(key), kind) for key, kind in (("note", str), ("count", int), ("sha256", str))
+    ):
+        return "'images' under 'run' lacks note, count or sha256"
+    return None
+
+
+def run_of(
+    loaded: Loaded,
+    recipe: Recipe,
+    fmt: str,
+    pictures: ImageSet | None,
+    *,
+    calibrate: bool,
+    seed: int,
+    num_images: int | None,
+    force: bool,
+    verification: bool,
+) -> dict[str, Any]:
+    """The `run` entry of a record.
+
+    Args:
+        recipe: the one that was applied; the folder's `recipe.yaml` has it.
+        pictures: the images of the run, where any were used.
+    """
+    return {
+        "model": loaded.source.id,
+        "revision": loaded.source.revision,
+        "sha256": loaded.source.sha256,
+        "mode": recipe.mode,
+        "format": fmt,
+        "num_registers": recipe.num_registers,
+        "calibrate": calibrate if recipe.mode == "native" else None,
+        "seed": seed,
+        "num_images": num_images,
+        "force": force,
+        "verification": verification,
+        "images": None if pictures is None else images_of(pictures),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that have a part in what is written."""
+    return {name: metadata.version(package) for name, package in PACKAGES.items()}
+
+
+def images_of(pictures: ImageSet) -> dict[str, Any] | None:
+    """The `images` entry of a record: None for generated pictures, which `seed` and `num_images` make again."""
+    from regsurgery.image_sources import Generated
+
+    if isinstance(pictures.source, Generated):
+        return None
+    return {"note": pictures.note, "count": pictures.num_images, "sha256": image_digest(pictures)}
+
+
+def image_digest(pictures: ImageSet) -> str:
+    """The sha256 over the sha256 of every image file or record, in their order; folders may be called anything."""
+    items = iter(pictures.source.items(pictures.chosen))
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor() as pool:
+        while some := [content for _, (_, content) in zip(range(READ_AT_ONCE), items, strict=False)]:
+            for part in pool.map(_digest, some):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def _digest(content: Content) -> bytes:
+    if isinstance(content, Path):
+        with content.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    data = content.encode() if isinstance(content, str) else content if isinstance(content, bytes) else content.read()
+    return hashlib.sha256(data).digest()
+
+
+def rounded(value: Any) -> Any:
+    """`value`, plain data, with numbers to `DIGITS` digits; JSON has no infinity and no NaN: null."""
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(inner) for inner in value]
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    return value

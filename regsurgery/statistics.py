@@ -13,6 +13,7 @@ from regsurgery.graph import drop_unused
 OUTLIER_FACTOR = 5.0  # a patch is an outlier above this many times the median patch norm of its image
 ROBUST_DEVIATIONS = 10.0
 MIN_RATIO = 3.0
+POSITIONAL_SHARE = 0.8  # of all outliers at the few places where they sit most often
 
 
 def tap(graph_module: fx.GraphModule, nodes: Mapping[str, str], *, early_exit: bool = False) -> fx.GraphModule:
@@ -56,3 +57,12 @@ def robust_outliers(norms_BN: Tensor) -> Tensor:
     one-peaked distribution from being called bimodal.
     """
     return norms_BN > robust_threshold(norms_BN)
+
+
+def share_at_common_places(hits_N: Tensor, usual: float) -> float:
+    """Share of all outliers that sit at the k most frequent places, where an image has k of them on average.
+
+    Args:
+        hits_N: of how many images each patch is an outlier, `[N]`; not all zero.
+    """
+    return float(hits_N.topk(max(1, round(usual))).values.sum() / hits_N.sum())

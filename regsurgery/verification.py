@@ -7,7 +7,7 @@ images, and its outputs must equal the patched graph's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from regsurgery.mlp import mlp_of
 from regsurgery.native import separation
 from regsurgery.recipe import Recipe
 from regsurgery.sites import Sites
-from regsurgery.statistics import outliers, tap, token_norms
+from regsurgery.statistics import POSITIONAL_SHARE, outliers, share_at_common_places, tap, token_norms
 from regsurgery.surgery import Surgery
 from regsurgery.trace import Traced, tensor_inputs
 
@@ -29,6 +29,8 @@ from regsurgery.trace import Traced, tensor_inputs
 MAX_OUTLIERS = 0.05
 MAX_OUTLIERS_SHARE = 0.1
 MIN_COSINE_OUTPUT = 0.8
+MIN_IMAGES_POSITIONAL = 4  # of fewer, places that are the same say little
+NUM_EXAMPLES = 4  # images whose norms are kept for a picture
 PARITY = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # other dtypes: 0
 
 
@@ -40,6 +42,14 @@ class Pair:
     patched: float
 
 
+@dataclass(frozen=True, eq=False)
+class NormMaps:
+    """Patch norms of the first images, before and after, `[E, rows, columns]` each, float32 on the CPU."""
+
+    original_ERC: Tensor
+    patched_ERC: Tensor
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The figures of the contract. Norms are L2 norms of tokens after block `block`; means are over the images.
@@ -49,6 +59,8 @@ class Verdict:
         max_patch_norm: mean of each image's largest patch norm; `worst_patch_norm` is the largest of all.
         register_norm: mean norm of the register tokens in the patched model; None without registers.
         register_norm_std: its standard deviation over the images.
+        positional: whether the original's outliers sit at the same places in every image; None where there are none, or
+            fewer than `MIN_IMAGES_POSITIONAL` images.
         margin: native mode: how well its detectors keep registers apart, see `native.separation`; the smallest.
         cosine_patches: mean cosine, original to patched, of the patches that were no outliers, after the last block.
         cosine_output: mean cosine of `output`, over its tokens where it has some.
@@ -57,6 +69,8 @@ class Verdict:
         parity_max_abs: largest absolute difference between the graph and the written artefact over all outputs.
         parity_allowed: the largest that passes: rounding, by the outputs' dtype and size, times the format's factor.
         failures: why `passed` is false.
+        norm_maps: of the first `NUM_EXAMPLES` images, for a picture and no part of `as_dict`; None where the patches
+            make no grid.
     """
 
     passed: bool
@@ -70,6 +84,7 @@ class Verdict:
     median_patch_norm: Pair
     register_norm: float | None
     register_norm_std: float | None
+    positional: bool | None
     margin: float | None
     cosine_patches: float
     cosine_output: float
@@ -78,9 +93,12 @@ class Verdict:
     parity_max_abs: float
     parity_allowed: float
     failures: tuple[str, ...] = field(default=())
+    norm_maps: NormMaps | None = field(default=None, repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "failures": list(self.failures)}
+        facts = asdict(replace(self, norm_maps=None))
+        del facts["norm_maps"]
+        return {**facts, "failures": list(self.failures)}
 
 
 @dataclass(frozen=True)
@@ -120,6 +138,44 @@ def detectors(traced: Traced, sites: Sites, recipe: Recipe) -> tuple[tuple[str, 
         gate = mlp_of(traced, sites.blocks[block]).gate
         found.append((gate.node, gate.offset + neurons[0]))
     return tuple(found)
+
+
+class _Places:
+    """Where the original's outliers sit, and the first images' norms of both models, by patch."""
+
+    def __init__(self) -> None:
+        self.hits_N: Tensor | None = None
+        self.num_images, self.kept = 0, 0
+        self.examples: list[tuple[Tensor, Tensor]] = []
+        self.image_size = (0, 0)
+
+    def add(self, original_BN: Tensor, patched_BN: Tensor, image_size: tuple[int, int]) -> None:
+        hits_N = outliers(original_BN).sum(dim=0).cpu()
+        self.hits_N = hits_N if self.hits_N is None else self.hits_N + hits_N
+        self.num_images += len(original_BN)
+        wanted = NUM_EXAMPLES - self.kept
+        if wanted > 0:
+            self.examples.append((original_BN[:wanted].cpu(), patched_BN[:wanted].cpu()))
+            self.kept += len(original_BN[:wanted])
+            self.image_size = image_size
+
+    def positional(self) -> bool | None:
+        if self.hits_N is None or self.num_images < MIN_IMAGES_POSITIONAL or not self.hits_N.any():
+            return None
+        usual = float(self.hits_N.sum()) / self.num_images
+        return share_at_common_places(self.hits_N, usual) >= POSITIONAL_SHARE
+
+    def norm_maps(self) -> NormMaps | None:
+        if not self.examples:
+            return None
+        height, width = self.image_size
+        original_EN, patched_EN = (torch.cat(group) for group in zip(*self.examples, strict=True))
+        num_patches = original_EN.shape[1]
+        rows = round((num_patches * height / width) ** 0.5)
+        if rows < 1 or num_patches % rows or patched_EN.shape[1] != num_patches:
+            return None
+        return NormMaps(original_EN.reshape(-1, rows, num_patches // rows),
+                        patched_EN.reshape(-1, rows, num_patches // rows))  # fmt: skip
 
 
 class _Margins:
@@ -180,7 +236,7 @@ def verify(
         progress: called with the number of images just done.
     """
     sites = original_side.sites
-    margins = _Margins(patched_side)
+    margins, places = _Margins(patched_side), _Places()
     original = tap(original_side.graph_module, probe_nodes(sites))
     patched = tap(patched_side.graph_module, {**probe_nodes(patched_side.sites), **margins.nodes()})
     main = ""
@@ -203,6 +259,7 @@ def verify(
         compare(means, sites, main, (outputs, taps), (compared, new_taps), outliers, tokens)
         margins.add(new_taps)
         norms = token_norms(taps["probe"])[:, sites.patches], token_norms(new_taps["probe"])[:, patched_side.patches]
+        places.add(*norms, (batch.shape[-2], batch.shape[-1]))
         worst = [max(before, float(norms_BN.max())) for before, norms_BN in zip(worst, norms, strict=True)]
         for name, value in artefact.as_graph.items():
             if name in shapes:
@@ -241,6 +298,7 @@ def verify(
         median_patch_norm=pair("median"),
         register_norm=means.get("register"),
         register_norm_std=means.deviation("register"),
+        positional=places.positional(),
         margin=margins.smallest(),
         cosine_patches=means["cosine patches"],
         cosine_output=means["cosine output"],
@@ -249,4 +307,5 @@ def verify(
         parity_max_abs=difference,
         parity_allowed=limit,
         failures=tuple(failures),
+        norm_maps=places.norm_maps(),
     )

@@ -1,9 +1,10 @@
 """One file a library or format: how its checkpoints are read, and how a patched one is written.
 
 A library module has `load` (folder -> `Loaded`), `emit` (write the patched folder's own files),
-`reload` (a patched folder -> its module, as a user would get it) and `snippet` (how to load the folder, for its card).
-A format without a library of its own (`pt2`, `onnx`) has `emit`, `reload` and `snippet`, and `state`, the tensors of a
-folder. So has a stock host of native mode (`native_*`), and `outputs`, which names what the host gives.
+`reload` (a patched folder -> its module, as a user would get it) and `snippets` (two ways to load the folder, for its
+card: a title and a program that runs as it stands). A format without a library of its own (`pt2`, `onnx`) has `emit`,
+`reload` and `snippets`, and `state`, the tensors of a folder. So has a stock host of native mode (`native_*`), and
+`outputs`, which names what the host gives.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from regsurgery.errors import UserError
 
+Snippets = tuple[tuple[str, str], tuple[str, str]]  # title, Python code
 LIBRARIES = ("transformers", "timm", "open_clip")
 PROGRAMS = ("pt2", "onnx")
 FORMATS = (*LIBRARIES, *PROGRAMS)

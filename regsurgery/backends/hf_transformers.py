@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from regsurgery.backends import WEIGHTS_NAMES, host_transformers
+from regsurgery.backends import WEIGHTS_NAMES, Snippets, host_transformers
 from regsurgery.backends.modeling import FILE_NAME, import_modeling, is_source, modeling_source, write_folder
 from regsurgery.checkpoint_io import weight_files
 from regsurgery.errors import CheckpointError, UnsupportedModelError
@@ -33,6 +33,21 @@ SNIPPET = """\
 from transformers import {auto_class}
 
 model = {auto_class}.from_pretrained("{folder}", trust_remote_code=True)
+"""
+HALF = """\
+import torch
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("{folder}", trust_remote_code=True, dtype=torch.bfloat16)
+"""
+REGISTERS = """\
+import torch
+from transformers import AutoModel
+
+tower = AutoModel.from_pretrained("{folder}", trust_remote_code=True, keep_registers=True).eval()
+images = torch.zeros(1, 3, {height}, {width}, dtype=tower.dtype)  # preprocessed photos
+with torch.no_grad():
+    tokens = tower(images).last_hidden_state
 """
 
 
@@ -275,11 +290,13 @@ CLASS = '''
 
 class {name}(PatchedModel, transformers.{name}):
     """{name} with test-time registers; see the folder's README.md."""
+
+    config_class = {config}
 '''
 CONFIG_CLASS = '''
 
-class {name}(transformers.{name}):
-    """{name} as it is; transformers 4 knows this part of a larger config only inside of it."""
+class {name}(PatchedConfig, transformers.{name}):
+    """{name} as it is, but for its model type on disk."""
 '''
 
 
@@ -287,13 +304,14 @@ def emit(surgery: Surgery, folder: Path, target: Path) -> None:
     """Write config, weights and `modeling_regsurgery.py`."""
     loaded = surgery.loaded
     classes = _auto_classes(loaded)
-    tail = "".join(CLASS.format(name=name) for name in dict.fromkeys(classes.values()))
-    config_class: Any = type(loaded.model.config)
-    if config_class.base_config_key:
-        classes["AutoConfig"] = config_class.__name__
-        tail += CONFIG_CLASS.format(name=config_class.__name__)
+    config_name = type(loaded.model.config).__name__
+    tail = CONFIG_CLASS.format(name=config_name)
+    tail += "".join(CLASS.format(name=name, config=config_name) for name in dict.fromkeys(classes.values()))
+    classes["AutoConfig"] = config_name
     auto_map = {auto: f"{Path(FILE_NAME).stem}.{name}" for auto, name in classes.items()}
-    write_folder(surgery, folder, CONFIG_NAME, modeling_source(host_transformers, tail), auto_map=auto_map)
+    model_type = host_transformers.FOREIGN + loaded.config["model_type"]
+    source = modeling_source(host_transformers, tail)
+    write_folder(surgery, folder, CONFIG_NAME, source, model_type=model_type, auto_map=auto_map)
 
 
 def _auto_classes(loaded: Loaded) -> dict[str, str]:
@@ -326,8 +344,23 @@ def is_own_source(text: str) -> bool:
     return is_source(text, host_transformers, CLASS, CONFIG_CLASS)
 
 
-def snippet(surgery: Surgery, folder: str) -> str:
-    return SNIPPET.format(auto_class=auto_class(surgery.loaded), folder=folder)
+def snippets(surgery: Surgery, folder: str) -> Snippets:
+    name = auto_class(surgery.loaded)
+    first = ("transformers, 4.57 or 5", SNIPPET.format(auto_class=name, folder=folder))
+    if not _shows_registers(surgery):
+        return first, ("In half precision", HALF.format(auto_class=name, folder=folder))
+    height, width = surgery.traced.image_size
+    kept = REGISTERS.format(folder=folder, height=height, width=width)
+    start = surgery.sites.num_prefix if surgery.sites.placement == "prefix" else surgery.sites.num_tokens
+    return first, (f"Tokens of the bare tower, with the register token(s) kept, from index {start} on", kept)
+
+
+def _shows_registers(surgery: Surgery) -> bool:
+    """Whether the checkpoint's `AutoModel` is the bare tower, which can keep its registers."""
+    loaded = surgery.loaded
+    base = _auto_classes(loaded).get("AutoModel")
+    tower = getattr(loaded.model, "base_model_prefix", "") if base != loaded.architecture else ""
+    return surgery.plan.num_registers > 0 and base is not None and surgery.sites.tower_path == tower
 
 
 def reload(folder: Path, config: dict[str, Any], *, stored: bool = False) -> nn.Module:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from regsurgery.backends import WEIGHTS_NAMES, host_open_clip, native_timm
+from regsurgery.backends import WEIGHTS_NAMES, Snippets, host_open_clip, native_timm
 from regsurgery.backends.canonical import TRUNK, canonical, config_block
 from regsurgery.backends.native_timm import tower_tensors, write_config
 from regsurgery.backends.open_clip_vit import UNLOADABLE, stored_model
@@ -30,6 +30,16 @@ SNIPPET = """\
 import open_clip
 
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{folder}")
+"""
+FEATURES = """\
+import open_clip
+import torch
+from PIL import Image
+
+model, preprocess = open_clip.create_model_from_pretrained("local-dir:{folder}")
+photo = Image.new("RGB", (640, 480))  # or Image.open("photo.jpg")
+with torch.no_grad():
+    features = model.eval().encode_image(preprocess(photo).unsqueeze(0))
 """
 
 
@@ -63,8 +73,11 @@ def emit(surgery: Surgery, folder: Path, target: Path) -> None:
     write_json(folder / CONFIG_NAME, {**config, "regsurgery": config_block(surgery, tower)})
 
 
-def snippet(surgery: Surgery, folder: str) -> str:
-    return SNIPPET.format(folder=folder)
+def snippets(surgery: Surgery, folder: str) -> Snippets:
+    return (
+        ("open_clip, unmodified", SNIPPET.format(folder=folder)),
+        ("Features of a photo", FEATURES.format(folder=folder)),
+    )
 
 
 def reload(folder: Path, config: dict[str, Any], *, stored: bool = False) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from regsurgery.backends import WEIGHTS_NAMES
+from regsurgery.backends import WEIGHTS_NAMES, Snippets
 from regsurgery.backends.canonical import Canonical, canonical, config_block, stock_tower
 from regsurgery.backends.timm_vit import stored_model
 from regsurgery.checkpoint_io import weight_files, weights_dtype, write_json, write_tensors
@@ -24,6 +24,15 @@ SNIPPET = """\
 import timm
 
 model = timm.create_model("local-dir:{folder}", pretrained=True)
+"""
+FEATURES = """\
+import timm
+import torch
+
+backbone = timm.create_model("local-dir:{folder}", pretrained=True, num_classes=0).eval()
+images = torch.zeros(1, 3, {height}, {width})  # preprocessed photos
+with torch.no_grad():
+    features = backbone(images)
 """
 
 
@@ -96,8 +105,12 @@ def tower_tensors(tower: Canonical, register_tokens_1RD: Tensor) -> dict[str, Te
     return tensors
 
 
-def snippet(surgery: Surgery, folder: str) -> str:
-    return SNIPPET.format(folder=folder)
+def snippets(surgery: Surgery, folder: str) -> Snippets:
+    height, width = canonical(surgery.loaded, surgery.state()).image_size
+    return (
+        ("timm, unmodified", SNIPPET.format(folder=folder)),
+        ("Pooled features, without the classifier", FEATURES.format(folder=folder, height=height, width=width)),
+    )
 
 
 def reload(folder: Path, config: dict[str, Any], *, stored: bool = False) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from regsurgery.backends import WEIGHTS_NAMES
+from regsurgery.backends import WEIGHTS_NAMES, Snippets
 from regsurgery.backends.canonical import (
     BICUBIC,
     BILINEAR,
@@ -46,6 +46,17 @@ SNIPPET = """\
 from transformers import {auto_class}
 
 model = {auto_class}.from_pretrained("{folder}")
+"""
+FEATURES = """\
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+processor, backbone = AutoImageProcessor.from_pretrained("{folder}"), AutoModel.from_pretrained("{folder}")
+photo = Image.new("RGB", (640, 480))  # or Image.open("photo.jpg")
+with torch.no_grad():
+    pixels = processor(photo, return_tensors="pt").pixel_values.to(backbone.dtype)
+    tokens = backbone(pixels).last_hidden_state
 """
 
 
@@ -210,10 +221,12 @@ def _processor(tower: Canonical) -> dict[str, Any]:
     }
 
 
-def snippet(surgery: Surgery, folder: str) -> str:
+def snippets(surgery: Surgery, folder: str) -> Snippets:
     tower = canonical(surgery.loaded, surgery.state())
-    return SNIPPET.format(
-        auto_class="AutoModelForImageClassification" if tower.num_classes else "AutoModel", folder=folder
+    auto_class = "AutoModelForImageClassification" if tower.num_classes else "AutoModel"
+    return (
+        ("transformers, unmodified", SNIPPET.format(auto_class=auto_class, folder=folder)),
+        ("Tokens of a photo as features", FEATURES.format(folder=folder)),
     )
 
 

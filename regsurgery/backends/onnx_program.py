@@ -25,6 +25,7 @@ from regsurgery.backends.pt2 import CONFIG_NAME, input_names, lower, write_confi
 from regsurgery.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
+    from regsurgery.backends import Snippets
     from regsurgery.loading import Loaded
     from regsurgery.surgery import Surgery
 
@@ -46,8 +47,14 @@ import numpy as np
 import onnxruntime
 
 model = onnxruntime.InferenceSession("{folder}/model.onnx")
-# inputs, numpy arrays with any batch size: {inputs}
+{examples}
 outputs = model.run(None, {{{feed}}})  # a list: {outputs}
+"""
+PROVIDERS = """\
+import onnxruntime
+
+providers = onnxruntime.get_available_providers()  # a GPU's first, where onnxruntime was built for it
+model = onnxruntime.InferenceSession("{folder}/model.onnx", providers=providers)
 """
 
 
@@ -86,11 +93,17 @@ def emit(surgery: Surgery, folder: Path, target: Path) -> None:
     write_config(surgery, folder, "onnx")
 
 
-def snippet(surgery: Surgery, folder: str) -> str:
+def snippets(surgery: Surgery, folder: str) -> Snippets:
     inputs = input_names(surgery)
+    examples = [
+        f"{name} = np.zeros((2, {', '.join(map(str, value.shape[1:]))}), np.{str(value.dtype).removeprefix('torch.')})"
+        for name, value in zip(inputs, surgery.traced.example, strict=True)
+    ]
+    examples[0] += "  # preprocessed photos, as many as you like"
     feed = ", ".join(f'"{name}": {name}' for name in inputs)
     outputs = ", ".join(surgery.traced.output_names)
-    return SNIPPET.format(folder=folder, inputs=", ".join(inputs), feed=feed, outputs=outputs)
+    filled = SNIPPET.format(folder=folder, examples="\n".join(examples), feed=feed, outputs=outputs)
+    return ("onnxruntime alone", filled), ("On whatever device there is", PROVIDERS.format(folder=folder))
 
 
 def state(folder: Path) -> dict[str, Tensor]:

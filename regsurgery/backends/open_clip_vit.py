@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from regsurgery.backends import WEIGHTS_NAMES, host_open_clip
+from regsurgery.backends import WEIGHTS_NAMES, Snippets, host_open_clip
 from regsurgery.backends.modeling import import_modeling, is_source, modeling_source, write_folder
 from regsurgery.checkpoint_io import weight_files
 from regsurgery.errors import CheckpointError, UnsupportedModelError
@@ -33,6 +33,17 @@ from modeling_regsurgery import image_transform, load
 
 model = load("{folder}")
 preprocess = image_transform(model)
+"""
+FEATURES = """\
+import sys; sys.path.insert(0, "{folder}")
+import torch
+from PIL import Image
+from modeling_regsurgery import image_transform, load
+
+model = load("{folder}")
+photo = Image.new("RGB", (640, 480))  # or Image.open("photo.jpg")
+with torch.no_grad():
+    features = model.encode_image(image_transform(model)(photo).unsqueeze(0))
 """
 
 
@@ -123,8 +134,11 @@ def is_own_source(text: str) -> bool:
     return is_source(text, host_open_clip)
 
 
-def snippet(surgery: Surgery, folder: str) -> str:
-    return SNIPPET.format(folder=folder)
+def snippets(surgery: Surgery, folder: str) -> Snippets:
+    return (
+        ("open_clip, through the folder's own loader file", SNIPPET.format(folder=folder)),
+        ("Features of a photo", FEATURES.format(folder=folder)),
+    )
 
 
 def reload(folder: Path, config: dict[str, Any], *, stored: bool = False) -> nn.Module:

@@ -15,6 +15,7 @@ from regsurgery.passes.spec import CALLABLES
 from regsurgery.trace import EXAMPLE_BATCH
 
 if TYPE_CHECKING:
+    from regsurgery.backends import Snippets
     from regsurgery.surgery import Surgery
 
 PROGRAM_NAME = "model.pt2"
@@ -24,7 +25,15 @@ SNIPPET = """\
 import torch
 
 model = torch.export.load("{folder}/model.pt2").module()
-outputs = model(*inputs)  # {inputs}; returns a dict: {outputs}
+{examples}
+outputs = model({inputs})  # a dict: {outputs}
+"""
+ON_GPU = """\
+import torch
+from torch.export.passes import move_to_device_pass
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model = move_to_device_pass(torch.export.load("{folder}/model.pt2"), device).module()
 """
 
 
@@ -72,9 +81,17 @@ def write_config(surgery: Surgery, folder: Path, fmt: str) -> None:
     )
 
 
-def snippet(surgery: Surgery, folder: str) -> str:
+def snippets(surgery: Surgery, folder: str) -> Snippets:
     inputs, outputs = input_names(surgery), surgery.traced.output_names
-    return SNIPPET.format(folder=folder, inputs=", ".join(inputs), outputs=", ".join(outputs))
+    examples = [
+        f"{name} = torch.zeros(2, {', '.join(map(str, value.shape[1:]))}, dtype={value.dtype})"
+        for name, value in zip(inputs, surgery.traced.example, strict=True)
+    ]
+    examples[0] += "  # preprocessed photos, as many as you like"
+    filled = SNIPPET.format(
+        folder=folder, examples="\n".join(examples), inputs=", ".join(inputs), outputs=", ".join(outputs)
+    )
+    return ("torch alone", filled), ("On a GPU, where there is one", ON_GPU.format(folder=folder))
 
 
 def state(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from regsurgery.backends import WEIGHTS_NAMES, host_timm
+from regsurgery.backends import WEIGHTS_NAMES, Snippets, host_timm
 from regsurgery.backends.modeling import import_modeling, is_source, modeling_source, write_folder
 from regsurgery.checkpoint_io import weight_files, weights_dtype
 from regsurgery.errors import CheckpointError, UnsupportedModelError
@@ -31,6 +31,16 @@ import sys; sys.path.insert(0, "{folder}")
 from modeling_regsurgery import load
 
 model = load("{folder}")
+"""
+FEATURES = """\
+import sys; sys.path.insert(0, "{folder}")
+import torch
+from modeling_regsurgery import load
+
+model = load("{folder}")
+images = torch.zeros(1, 3, {height}, {width}, dtype=next(model.parameters()).dtype)  # preprocessed photos
+with torch.no_grad():
+    tokens = model.forward_features(images)
 """
 
 
@@ -111,8 +121,12 @@ def is_own_source(text: str) -> bool:
     return is_source(text, host_timm)
 
 
-def snippet(surgery: Surgery, folder: str) -> str:
-    return SNIPPET.format(folder=folder)
+def snippets(surgery: Surgery, folder: str) -> Snippets:
+    height, width = surgery.traced.image_size
+    return (
+        ("timm, through the folder's own loader file", SNIPPET.format(folder=folder)),
+        ("Tokens as features", FEATURES.format(folder=folder, height=height, width=width)),
+    )
 
 
 def reload(folder: Path, config: dict[str, Any], *, stored: bool = False) -> nn.Module:

@@ -34,6 +34,14 @@ def names(path):
         return set(file.keys())
 
 
+def refuses(auto_class):
+    try:
+        auto_class.from_pretrained(folder, trust_remote_code=False)
+    except ValueError as error:
+        return "pass the argument `trust_remote_code=True`" in str(error)
+    return False
+
+
 model = load()
 with torch.no_grad():
     close("sdpa", load(attn_implementation="sdpa")(images).logits, logits, 1e-5)
@@ -51,12 +59,13 @@ with torch.no_grad():
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     found = half(images.bfloat16()).logits
     close("bfloat16", found, logits, 0.5)
-    stock = AutoModelForImageClassification.from_pretrained(folder).eval()
-    assert float((stock(images).logits - logits).abs().max()) > 0.5, "without trust_remote_code it is the original"
+    assert refuses(AutoModel) and refuses(AutoModelForImageClassification), "loads without trust_remote_code"
 
 model.save_pretrained(scratch / "saved")
 assert names(scratch / "saved") == names(folder), names(scratch / "saved") ^ names(folder)
-assert json.loads((scratch / "saved" / "config.json").read_text())["regsurgery"] == model.config.regsurgery
+saved = json.loads((scratch / "saved" / "config.json").read_text())
+assert (saved["regsurgery"], saved["model_type"]) == (model.config.regsurgery, "regsurgery_vit")
+assert model.config.model_type == "vit"
 with torch.no_grad():
     close("save_pretrained and back", load(scratch / "saved")(images).logits, logits, 1e-5)
 

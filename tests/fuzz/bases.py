@@ -48,6 +48,7 @@ class Bases:
 def build(root: Path) -> Bases:
     from regsurgery import emit, loading, pipeline
     from regsurgery.recipe import parse_recipe
+    from regsurgery.run_record import run_of
     from regsurgery.surgery import perform
 
     quiet()
@@ -76,7 +77,9 @@ def build(root: Path) -> Bases:
         found = pipeline._locate(loaded, pipeline.Progress())
         surgery = perform(loaded, recipe, *found)
         with emit.emit(surgery, root / f"patched-{name}", loaded.library) as folder:
-            emit.complete(surgery, folder, loaded.library, None)
+            flags: Any = dict.fromkeys(("calibrate", "force", "verification"), False)
+            run = run_of(loaded, recipe, loaded.library, None, seed=0, num_images=None, **flags)
+            emit.complete(surgery, folder, loaded.library, None, run)
     return Bases({path.name: path for path in root.iterdir()}, *found)
 
 

@@ -1,0 +1,208 @@
+"""`reproduce`: a patched folder or Hub repository -> the surgery again, from its source, and what comes out other."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regsurgery import checkpoint_io, run_record
+from regsurgery.errors import ModelNotFoundError, UserError
+from regsurgery.hub_files import snapshot
+from regsurgery.limits import read_json, refuse_links_out
+from regsurgery.loading import DEMO, LoadOptions
+from regsurgery.recipe import find_recipe
+
+if TYPE_CHECKING:
+    from regsurgery.calibration import ImageSet
+    from regsurgery.pipeline import Progress
+
+RECORDS = ("*.json", "*.yaml", checkpoint_io.SUMS_NAME)  # what is needed of a repository; no weights
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What `reproduce` found.
+
+    Attributes:
+        identical: every file came out with the sha256 that SHA256SUMS has for it.
+        output: the new folder, where one was asked for.
+        source: the model that was patched, as it was given.
+        num_files: that SHA256SUMS lists.
+        differences: file -> what is other about it.
+        versions: package -> (then, now), where they differ.
+        figures: figure of the verdict -> (then, now), where they differ.
+        note: what is not counted as a difference; "" where there is nothing of that kind.
+    """
+
+    identical: bool
+    output: str | None
+    source: str
+    num_files: int
+    differences: Mapping[str, str]
+    versions: Mapping[str, tuple[str, str]]
+    figures: Mapping[str, tuple[Any, Any]]
+    note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for `--json`: the attributes."""
+        return asdict(self)
+
+
+def reproduce(
+    where: str | Path,
+    output: str | Path | None = None,
+    *,
+    images: str | Path | None = None,
+    options: LoadOptions | None = None,
+    progress: Progress | None = None,
+) -> Reproduction:
+    """Patch the source of a patched checkpoint again, with the recipe and flags of its records, and compare SHA256SUMS.
+
+    Nothing of the checkpoint is run. Its neurons are those of its recipe; they are not looked for again.
+
+    Args:
+        where: folder that `patch` wrote, or the Hub id of one; of a repository no weights are downloaded.
+        output: new folder for what comes out; by default it is thrown away.
+        images: the images of the run, where it used photos.
+        options: what is allowed while the source is loaded; its revision is that of the record.
+
+    Raises:
+        ModelNotFoundError: the source, or the repository, is not there.
+        CheckpointError: the records are missing or broken, or the source's weights are not those that were patched.
+        UserError: `images` are missing, or not those of the run.
+        VerificationError: what comes out does not pass verification.
+    """
+    from regsurgery import pipeline
+
+    progress = progress or pipeline.Progress()
+    root = Path(where)
+    is_folder = root.is_dir()
+    if is_folder:
+        refuse_links_out(root)
+    else:
+        progress.stage("download")
+        root, _ = snapshot(str(where), str(where), None, RECORDS)
+    record = run_record.read_run_record(root)
+    run, recipe, wanted = record["run"], find_recipe(str(root / "recipe.yaml")), checkpoint_io.read_sums(root)
+    _check_source(run)
+    pictures = _pictures(run, images, where, progress)
+    versions = _other_versions(record)
+    for package, (then, now) in versions.items():
+        progress.say(f"note: {package} was {then}, here it is {now}; figures and fitted weights may differ by that")
+    with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
+        target = Path(scratch) / "reproduced" if output is None else Path(output)
+        pipeline.patch(
+            run["model"],
+            target,
+            recipe=recipe,
+            calibrate=run["calibrate"] is not False,
+            format=run["format"],
+            images=pictures,
+            num_images=run["num_images"],
+            seed=run["seed"],
+            force=run["force"],
+            verification=run["verification"],
+            options=replace(options or LoadOptions(), revision=run["revision"], sha256=run["sha256"]),
+            progress=progress,
+        )
+        progress.stage("checksums")
+        differences = _differences(root, target, wanted, is_folder=is_folder)
+        note = ""
+        if OPEN_CLIP_CONFIG in differences and _differ_by_their_place(root, target):
+            del differences[OPEN_CLIP_CONFIG]
+            note = f"{OPEN_CLIP_CONFIG} names the folder that it is in, and is the same but for that"
+        figures = _other_figures(record["verify"], run_record.read_run_record(target)["verify"])
+    return Reproduction(
+        not differences,
+        None if output is None else str(output),
+        run["model"],
+        len(wanted),
+        differences,
+        versions,
+        figures,
+        note,
+    )
+
+
+def _check_source(run: Mapping[str, Any]) -> None:
+    """A source without a revision was a folder, or the demo."""
+    model = run["model"]
+    if model != DEMO and run["revision"] is None and not Path(model).is_dir():
+        where = "" if Path(model).is_absolute() else f", seen from {Path.cwd()}"
+        raise ModelNotFoundError(
+            f"{model}: the folder that was patched is not there{where}; bring it back to that path (weights sha256 "
+            f"{run['sha256']}), or run this where it is"
+        )
+
+
+def _pictures(
+    run: Mapping[str, Any], images: str | Path | None, where: str | Path, progress: Progress
+) -> ImageSet | None:
+    """The images of the run, or None where it used generated ones or none."""
+    from regsurgery.calibration import image_set
+
+    recorded = run["images"]
+    if recorded is None:
+        if images is not None:
+            raise UserError(f"{images}: the run that wrote {where} used no photos; leave out --images")
+        return None
+    described = f"{recorded['note']} (sha256 {recorded['sha256'][:16]}...)"
+    if images is None:
+        raise UserError(f"{where}: the run that wrote it used {described}; give them with --images")
+    pictures = image_set(images, run["num_images"], seed=run["seed"], say=progress.say)
+    digest = run_record.image_digest(pictures)
+    if digest != recorded["sha256"]:
+        raise UserError(
+            f"{images}: not the images of the run: it used {described}, here are {pictures.num_images} with sha256 "
+            f"{digest[:16]}...; give the same files, and no others beside them"
+        )
+    return replace(pictures, note=recorded["note"])  # the folder may be called something else now
+
+
+def _other_versions(record: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    import regsurgery
+
+    now = {"regsurgery": regsurgery.__version__, **run_record.versions()}
+    then = {"regsurgery": record["regsurgery"], **record["run"]["versions"]}
+    return {name: (str(then.get(name)), now[name]) for name in now if then.get(name) != now[name]}
+
+
+def _differences(root: Path, target: Path, wanted: Mapping[str, str], *, is_folder: bool) -> dict[str, str]:
+    """File -> what is other in `target` than the sums `wanted` of `root` say, or in `root` itself."""
+    found = checkpoint_io.read_sums(target)
+    differences = {}
+    for name in sorted(wanted.keys() | found.keys()):
+        path = root / name
+        if name not in found:
+            differences[name] = "does not come out again"
+        elif name not in wanted:
+            differences[name] = "comes out, and was not there"
+        elif found[name] != wanted[name]:
+            differences[name] = "comes out with other content"
+        elif (is_folder or path.is_file()) and not (path.is_file() and checkpoint_io.sha256(path) == wanted[name]):
+            differences[name] = f"comes out as {checkpoint_io.SUMS_NAME} says; the file there was changed or lost since"
+    return differences
+
+
+def _differ_by_their_place(root: Path, target: Path) -> bool:
+    """Whether two configs of native mode in open_clip, which names its tower by the folder's path, are else alike."""
+    configs = []
+    for path in (root / OPEN_CLIP_CONFIG, target / OPEN_CLIP_CONFIG):
+        config = read_json(path) if path.is_file() else {}
+        model = config.get("model_cfg")
+        tower = model.get("vision_cfg") if isinstance(model, dict) else None
+        if not isinstance(tower, dict) or not str(tower.get("timm_model_name", "")).startswith("local-dir:"):
+            return False
+        tower["timm_model_name"] = "local-dir:"
+        configs.append(config)
+    return configs[0] == configs[1]
+
+
+def _other_figures(then: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> dict[str, tuple[Any, Any]]:
+    then, now = then or {}, now or {}
+    names = sorted(then.keys() | now.keys())
+    return {name: (then.get(name), now.get(name)) for name in names if then.get(name) != now.get(name)}

@@ -1,0 +1,38 @@
+"""Run by tests in another process: the ```python blocks of model cards, as they are written.
+
+`python fresh_snippets.py JOBS`: JOBS is a JSON file `[[FOLDER, CODE], ...]`; every block runs by itself with its folder
+as the working directory. `import regsurgery` fails, but for blocks that say `import regsurgery`. Prints a JSON list:
+for each block "" or its traceback, and whether a torch module came out that has register tokens or attention constants.
+"""
+
+import json
+import os
+import sys
+import traceback
+
+import torch
+
+ADDED = ("register_tokens", "reg_token", "attention_constants")
+
+results = []
+with open(sys.argv[1]) as file:
+    jobs = json.load(file)
+path = list(sys.path)
+for folder, code in sorted(jobs, key=lambda job: "import regsurgery" in job[1]):
+    os.chdir(folder)
+    sys.path[:] = path
+    sys.modules.pop("modeling_regsurgery", None)
+    if "import regsurgery" in code:
+        sys.modules.pop("regsurgery", None)
+    else:
+        sys.modules["regsurgery"] = None  # type: ignore[assignment]
+    names: dict = {"__name__": "__main__"}
+    try:
+        exec(compile(code, "README.md", "exec"), names)
+        error = ""
+    except BaseException:
+        error = traceback.format_exc()
+    modules = [value for value in names.values() if isinstance(value, torch.nn.Module)]
+    added = any(name.split(".")[-1] in ADDED for module in modules for name, _ in module.named_parameters())
+    results.append({"folder": folder, "code": code, "error": error, "added": added})
+print("\n" + json.dumps(results))

@@ -1,0 +1,248 @@
+"""The model card: metadata that the Hub takes, snippets that run as they are written, and what it says about itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from PIL import Image
+
+import regsurgery
+from regsurgery.pipeline import PatchResult
+from regsurgery.recipe import find_recipe
+from regsurgery.run_record import read_run_record
+from tests.conftest import shared
+
+REPO, COMMIT = "someone/pico-vit", "0123456789abcdef0123456789abcdef01234567"
+SOURCE_CARD = """\
+---
+license: other
+license_name: pico-licence
+license_link: https://example.org/licence
+language: en
+datasets: [imagenet-1k]
+pipeline_tag: image-classification
+tags: [vision, pico]
+base_model: someone/teacher
+---
+# The pico
+"""
+# What is patched, mode and format.
+JOBS: dict[str, dict[str, Any]] = {
+    "shift": {"recipe": "demo"},
+    "bias": {"recipe": "demo", "mode": "bias"},
+    "native": {"recipe": "demo", "mode": "native", "calibrate": False},
+    "pt2": {"recipe": "demo", "format": "pt2"},
+    "onnx": {"recipe": "demo", "format": "onnx"},
+    "unverified": {"recipe": "demo", "verification": False},
+}
+FOLDERS = {"transformers": "vit-tiny-transformers", "timm": "vit-tiny-timm", "open_clip": "vit-tiny-openclip"}
+REAL = [f"{library} {mode}" for library in FOLDERS for mode in ("shift", "native")]
+
+
+def cached(home: Path, folder: Path) -> None:
+    """Put `folder` and a model card where huggingface_hub looks for REPO."""
+    repo = home / f"models--{REPO.replace('/', '--')}"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(COMMIT)
+    snapshot = repo / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    for path in folder.iterdir():
+        (snapshot / path.name).write_bytes(path.read_bytes())
+    (snapshot / "README.md").write_text(SOURCE_CARD)
+
+
+@pytest.fixture(scope="module")
+def patched(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, PatchResult]]:
+    """The demo as a Hub repository with a card, patched in every way."""
+    root = tmp_path_factory.mktemp("cards")
+    cached(root / "hub", demo_folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(root / "hub"))
+        return {
+            name: (root / name, regsurgery.patch(REPO, root / name, num_images=4, **job)) for name, job in JOBS.items()
+        }
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, PatchResult]]:
+    root, images = tmp_path_factory.mktemp("real cards"), shared("images", "labelled")
+    found = {}
+    for name in REAL:
+        library, mode = name.split()
+        model, out = str(shared("models", FOLDERS[library])), root / name
+        found[name] = (
+            out,
+            regsurgery.patch(
+                model, out, recipe="vit-tiny", mode=mode, calibrate=False, format=library, images=images, num_images=20
+            ),
+        )
+    return found
+
+
+def body(folder: Path) -> str:
+    """The card's text on one line."""
+    return " ".join(ModelCard.load(folder / "README.md").text.split())
+
+
+def snippets(folder: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (folder / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+
+
+def run_snippets(folders: list[Path], tmp_path: Path) -> list[dict[str, Any]]:
+    jobs = [(str(folder), code) for folder in folders for code in snippets(folder)]
+    assert len(jobs) == 3 * len(folders)
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("fresh_snippets.py")), str(tmp_path / "jobs.json")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert len(results) == len(jobs)
+    return results
+
+
+def check_snippets(results: list[dict[str, Any]], programs: tuple[str, ...] = ()) -> None:
+    for result in results:
+        assert result["error"] == "", f"{result['folder']}:\n{result['code']}\n{result['error'][-2000:]}"
+        if Path(result["folder"]).name not in programs:
+            assert result["added"], f"{result['folder']}: not the patched model:\n{result['code']}"
+    assert {result["folder"] for result in results if "import regsurgery" in result["code"]} == {
+        result["folder"] for result in results
+    }
+
+
+def check_metadata(folder: Path) -> ModelCardData:
+    """The front matter passes through huggingface_hub's own classes and comes out the same."""
+    card = ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
+    plain = huggingface_hub.metadata_load(folder / "README.md")
+    assert plain is not None and card.data.to_dict() == plain
+    if "model-index" in plain:
+        name, results = model_index_to_eval_results(plain["model-index"])
+        assert eval_results_to_model_index(name, results) == plain["model-index"]
+        assert all(isinstance(result.metric_value, float) for result in results)
+    assert plain.get("base_model_relation") in (None, "adapter", "merge", "quantized", "finetune")
+    assert isinstance(card.data, ModelCardData)
+    return card.data
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_metadata_are_the_sources(job: str, patched: dict[str, tuple[Path, PatchResult]]) -> None:
+    folder, result = patched[job]
+    data = check_metadata(folder)
+    assert (data.license, data.license_name, data.license_link) == (
+        "other",
+        "pico-licence",
+        "https://example.org/licence",
+    )
+    assert (data.language, data.datasets, data.pipeline_tag) == (["en"], ["imagenet-1k"], "image-classification")
+    assert data.base_model == REPO and data.get("base_model_relation") == "finetune"
+    assert {"regsurgery", "vision", "pico"} <= set(data.tags or [])
+    assert data.library_name == {"pt2": "pytorch"}.get(result.format, result.format)
+    assert (data.eval_results is None) == (job == "unverified")
+
+
+def test_every_snippet_runs_as_written(patched: dict[str, tuple[Path, PatchResult]], tmp_path: Path) -> None:
+    check_snippets(run_snippets([folder for folder, _ in patched.values()], tmp_path), programs=("pt2", "onnx"))
+
+
+def test_figures_of_the_card_are_those_of_the_verdict(patched: dict[str, tuple[Path, PatchResult]]) -> None:
+    folder, result = patched["shift"]
+    verdict, text = result.verdict, body(folder)
+    assert verdict is not None and verdict.kl is not None and verdict.same_argmax is not None
+    found = verdict.outliers_per_image
+    assert f"| outlier tokens per image | {found.original:.2f} | {found.patched:.2f} |" in text
+    assert f"is {verdict.kl:.3g} nats; {100 * verdict.same_argmax:.1f} % of the images keep" in text
+    data = check_metadata(folder)
+    assert data.eval_results is not None
+    measured = {entry.metric_type: entry.metric_value for entry in data.eval_results}
+    assert measured["outlier_tokens_per_image"] == pytest.approx(found.patched)
+    assert measured["kl_to_original"] == pytest.approx(verdict.kl, rel=1e-5)
+    assert read_run_record(folder)["verify"]["kl"] == pytest.approx(verdict.kl, rel=1e-5)
+
+
+def test_costs_are_counted(patched: dict[str, tuple[Path, PatchResult]]) -> None:
+    assert "1 more token(s) in every block: 146 where there were 145 at 96x96 pixels" in body(patched["shift"][0])
+    assert "64 parameters more, of 222,410." in body(patched["shift"][0])
+    text = body(patched["bias"][0])
+    assert "more token(s)" not in text and "one constant key and value in 2 attentions" in text
+
+
+def test_generated_pictures_are_called_so(patched: dict[str, tuple[Path, PatchResult]]) -> None:
+    assert "**No photo was used**" in body(patched["shift"][0])
+    assert "regsurgery reproduce . ```" in body(patched["shift"][0])
+
+
+def test_a_folder_that_nobody_verified_says_so(patched: dict[str, tuple[Path, PatchResult]]) -> None:
+    folder, _ = patched["unverified"]
+    text = body(folder)
+    assert "is **not known**" in text and "None is known because none was looked for" in text
+    assert not (folder / "before_after.png").exists() and "![" not in text
+    assert read_run_record(folder)["verify"] is None
+
+
+def test_the_picture_is_there_and_holds_nothing_but_pixels(patched: dict[str, tuple[Path, PatchResult]]) -> None:
+    for name in set(JOBS) - {"unverified"}:
+        folder, _ = patched[name]
+        assert "](before_after.png)" in body(folder)
+        with Image.open(folder / "before_after.png") as picture:
+            assert picture.info == {} and picture.width > 700
+
+
+def test_both_papers_are_cited_and_the_source_named(patched: dict[str, tuple[Path, PatchResult]]) -> None:
+    text = body(patched["native"][0])
+    assert "arXiv:2506.08010" in text and "arXiv:2309.16588" in text
+    assert f"Source: `{REPO}`, revision `{COMMIT}`" in text
+    assert "`pico-licence` (https://example.org/licence)" in text
+
+
+def test_a_local_source_is_called_by_its_name_and_is_no_base_model(demo_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    recipe = find_recipe("demo")
+    candidate = {"block": 1, "index": 25, "contribution": 123.4, "mean_activation": 5.25}
+    provenance = {"candidates": [candidate, "not one"], "found_by": "a\ntest", "positional": True}
+    known = regsurgery.Recipe(recipe.register_neurons, provenance=provenance)
+    regsurgery.patch(str(demo_folder), folder, recipe=known, verification=False)
+    card, text = (folder / "README.md").read_text(), body(folder)
+    assert str(demo_folder.parent) not in card
+    assert "Source: a local folder called `demo`" in text and "The source's files name no licence" in text
+    data = check_metadata(folder)
+    assert data.base_model is None and data.get("base_model_relation") is None and data.license is None
+    assert "| 1 | 25 | 123 | 5.25 |" in text and "| 1 | 73 | not recorded | not recorded |" in text
+    assert "Found by: a test." in text
+    assert "The outliers are **positional**" in text
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", REAL)
+def test_cards_of_the_real_models(name: str, real: dict[str, tuple[Path, PatchResult]]) -> None:
+    folder, result = real[name]
+    data = check_metadata(folder)
+    assert data.library_name == name.split()[0] and data.base_model is None
+    text = body(folder)
+    if name.endswith("shift"):
+        assert result.verdict is not None and result.verdict.positional is True
+    assert "The outliers are **positional**" in text  # the corners
+    assert "**No photo was used**" not in text
+    assert "regsurgery reproduce . --images FOLDER" in text
+    assert "| 7 | 417 |" in text
+
+
+@pytest.mark.real
+def test_every_snippet_of_the_real_models_runs_as_written(
+    real: dict[str, tuple[Path, PatchResult]], tmp_path: Path
+) -> None:
+    check_snippets(run_snippets([folder for folder, _ in real.values()], tmp_path))

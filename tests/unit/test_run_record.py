@@ -1,0 +1,140 @@
+"""The record of a run: what it holds, that it says the same of the same, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import regsurgery
+from regsurgery.calibration import image_set
+from regsurgery.errors import CheckpointError
+from regsurgery.run_record import (
+    RUN_RECORD_NAME,
+    image_digest,
+    images_of,
+    read_run_record,
+    rounded,
+    versions,
+    write_run_record,
+)
+from regsurgery.verification import Pair, Verdict
+
+RUN: dict[str, Any] = {
+    "model": "demo", "revision": None, "sha256": "0" * 64, "mode": "shift", "format": "transformers",
+    "num_registers": 1, "calibrate": None, "seed": 0, "num_images": None, "force": False, "verification": True,
+    "images": None, "versions": {"torch": "2.15.0"},
+}  # fmt: skip
+PAIR = Pair(1 / 3, 2e-7 / 3)
+VERDICT = Verdict(True, 4, "4 images", 2, "logits", PAIR, PAIR, PAIR, PAIR, 1.5, float("inf"), False, None, 0.9, 0.99,
+                  0.123456789, 1.0, 0.0, 1e-5)  # fmt: skip
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    write_run_record(tmp_path, RUN, VERDICT)
+    record = read_run_record(tmp_path)
+    assert (record["schema"], record["regsurgery"], record["run"]) == (1, regsurgery.__version__, RUN)
+    assert record["verify"].keys() == VERDICT.as_dict().keys()
+    assert record["verify"]["outliers_per_image"] == {"original": 0.333333, "patched": 6.66667e-08}
+    assert (record["verify"]["kl"], record["verify"]["passed"]) == (0.123457, True)
+
+
+def test_without_verification_there_are_no_figures(tmp_path: Path) -> None:
+    write_run_record(tmp_path, RUN, None)
+    assert read_run_record(tmp_path)["verify"] is None
+
+
+def test_the_file_is_json_as_everybody_reads_it(tmp_path: Path) -> None:
+    write_run_record(tmp_path, RUN, VERDICT)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    json.loads((tmp_path / RUN_RECORD_NAME).read_text(), parse_constant=refuse)
+
+
+def test_numbers_keep_six_digits() -> None:
+    assert rounded({"a": [123456.789, 0.1 + 0.2], "b": True, "c": "x", "d": 7}) == {
+        "a": [123457.0, 0.3],
+        "b": True,
+        "c": "x",
+        "d": 7,
+    }
+    assert rounded(float("nan")) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 2}, "reads schema 1"),
+        ({"run": []}, "'run' is no object"),
+        ({"run": {**RUN, "model": None}}, "no valid 'model'"),
+        ({"run": {key: value for key, value in RUN.items() if key != "seed"}}, "no valid 'seed'"),
+        ({"run": {**RUN, "images": {"note": "x"}}}, "lacks note, count or sha256"),
+        ({"verify": {"passed": "yes"}}, "'verify' is no verdict"),
+        ({"regsurgery": 1}, "'regsurgery' is no version"),
+    ],
+)
+def test_a_broken_record_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write_run_record(tmp_path, RUN, None)
+    path = tmp_path / RUN_RECORD_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=message) as refused:
+        read_run_record(tmp_path)
+    assert str(path) in str(refused.value) and "patch the model again" in str(refused.value)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "\0"])
+def test_what_is_no_record_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / RUN_RECORD_NAME).write_text(content)
+    with pytest.raises(CheckpointError, match=RUN_RECORD_NAME):
+        read_run_record(tmp_path)
+
+
+def test_a_folder_without_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"missing; how this folder was made is not known"):
+        read_run_record(tmp_path)
+
+
+def test_versions_are_those_that_are_imported() -> None:
+    import timm
+    import torch
+
+    assert versions()["timm"] == timm.__version__
+    assert torch.__version__.startswith(versions()["torch"])
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    for number in range(6):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(folder / ("sub" if number % 2 else "") / f"{number}.png")
+    return folder
+
+
+def test_the_digest_is_of_the_images_wherever_they_lie(pictures: Path, tmp_path: Path) -> None:
+    before = images_of(image_set(pictures))
+    assert before is not None and (before["note"], before["count"]) == ("6 images of photos", 6)
+    moved = pictures.rename(tmp_path / "elsewhere")
+    assert image_digest(image_set(moved)) == before["sha256"]
+
+
+def test_the_digest_tells_other_images(pictures: Path) -> None:
+    whole, some = image_digest(image_set(pictures)), image_digest(image_set(pictures, 4))
+    path = pictures / "sub" / "3.png"
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert len({whole, some, image_digest(image_set(pictures))}) == 3
+
+
+def test_generated_pictures_need_no_digest() -> None:
+    assert images_of(image_set(None, 4)) is None
+
+
+def test_norm_maps_are_no_part_of_the_verdicts_figures() -> None:
+    assert "norm_maps" not in VERDICT.as_dict()
+    assert dataclasses.replace(VERDICT, norm_maps=None) == VERDICT
