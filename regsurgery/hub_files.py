@@ -45,7 +45,9 @@ def snapshot(repo: str, named: str, revision: str | None, patterns: Sequence[str
     from huggingface_hub import errors
 
     try:
-        path = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns and list(patterns))
+        path = huggingface_hub.snapshot_download(
+            repo, revision=revision, allow_patterns=None if patterns is None else list(patterns)
+        )
     except (errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise ModelNotFoundError(
             f"{named}: no such folder, and no such model on the Hub; check the spelling"

@@ -159,10 +159,7 @@ def load(
         folder, revision = Path(model_id), options.revision
     else:
         repo = _repository(model_id)
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
-        patterns += ["*.bin", "*.pt", "*.pth"] if options.allow_pickle else []
-        folder = snapshot(repo, model_id, options.revision, patterns)
-        revision = folder.name
+        folder, revision = _snapshot(repo, model_id, options)
 
     from regsurgery import backends
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from regsurgery import backends
+from regsurgery.card import THIS_FOLDER
 from regsurgery.checkpoint_io import SUMS_NAME, read_sums
-from regsurgery.emit import CARD_NAME, RECIPE_NAME, THIS_FOLDER
+from regsurgery.emit import CARD_NAME, RECIPE_NAME
 from regsurgery.loading import CONFIG_NAMES
 from regsurgery.run_record import RUN_RECORD_NAME, read_run_record
 
