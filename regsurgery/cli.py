@@ -267,6 +267,9 @@ def reproduce(
     images: Annotated[
         Path | None, typer.Option("--images", help="The images of that run, where it used photos.")
     ] = None,
+    source: Annotated[
+        str | None, typer.Option("--source", help="Where the MODEL is that was patched, if not where it was.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="New folder to keep what comes out in.")] = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -283,7 +286,9 @@ def reproduce(
 
     options = _options(allow_pickle, trust_remote_code, max_memory=max_memory)
     with Screen(as_json=as_json, quiet=quiet) as screen:
-        reproduction = reproducing.reproduce(where, output, images=images, options=options, progress=screen)
+        reproduction = reproducing.reproduce(
+            where, output, images=images, source=source, options=options, progress=screen
+        )
     screen.reproduced(reproduction)
     if not reproduction.identical:
         raise typer.Exit(EXIT_DIFFERENT)

@@ -116,6 +116,7 @@ class LoadOptions:
         max_memory: bytes; the weights of a larger checkpoint stay on disk and are read operator by operator. By default
             half of what the machine has free.
         sha256: what `Source.sha256` must be; anything by default.
+        called: what the model is called in what is written; by default as it was given.
     """
 
     allow_pickle: bool = False
@@ -124,6 +125,7 @@ class LoadOptions:
     device_map: str | None = None
     max_memory: int | None = None
     sha256: str | None = None
+    called: str | None = None
 
 
 def load(
@@ -178,7 +180,9 @@ def load(
     digests = None if look_through else _published(weights)
     if digests is None:
         digests = weights_check.finite_digests(headers)
-    source = Source(model_id, revision, _combined(digests), repo)
+    if options.called is not None:
+        repo = None if revision is None else _repository(options.called)
+    source = Source(options.called or model_id, revision, _combined(digests), repo)
     if options.sha256 not in (None, source.sha256):
         raise CheckpointError(
             f"{model_id}: its weights have sha256 {source.sha256}, expected {options.sha256}: they were "

@@ -32,10 +32,12 @@ class Published:
 
     Attributes:
         files: name -> the file of the folder, or the bytes that take its place.
+        digests: name -> sha256 of all files but SHA256SUMS.
         paths: absolute paths of this machine -> what is published instead.
     """
 
     files: dict[str, Path | bytes]
+    digests: dict[str, str]
     paths: dict[str, str]
 
     @property
@@ -69,7 +71,7 @@ def published(folder: Path, repo: str, revision: str | None = None) -> Published
             files[name] = text.encode()
             digests[name] = hashlib.sha256(text.encode()).hexdigest()
     files[SUMS_NAME] = "".join(f"{digest}  {name}\n" for name, digest in digests.items()).encode()
-    return Published(files, paths)
+    return Published(files, digests, paths)
 
 
 def _local_paths(folder: Path) -> Iterator[str]:

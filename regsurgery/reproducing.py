@@ -13,6 +13,7 @@ from regsurgery.errors import ModelNotFoundError, UserError
 from regsurgery.hub_files import snapshot
 from regsurgery.limits import read_json, refuse_links_out
 from regsurgery.loading import DEMO, LoadOptions
+from regsurgery.published import published
 from regsurgery.recipe import find_recipe
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def reproduce(
     output: str | Path | None = None,
     *,
     images: str | Path | None = None,
+    source: str | None = None,
     options: LoadOptions | None = None,
     progress: Progress | None = None,
 ) -> Reproduction:
@@ -68,6 +70,7 @@ def reproduce(
         where: folder that `patch` wrote, or the Hub id of one; of a repository no weights are downloaded.
         output: new folder for what comes out; by default it is thrown away.
         images: the images of the run, where it used photos.
+        source: where the model is that was patched; by default where it was then.
         options: what is allowed while the source is loaded; its revision is that of the record.
 
     Raises:
@@ -88,7 +91,8 @@ def reproduce(
         root, _ = snapshot(str(where), str(where), None, RECORDS)
     record = run_record.read_run_record(root)
     run, recipe, wanted = record["run"], find_recipe(str(root / "recipe.yaml")), checkpoint_io.read_sums(root)
-    _check_source(run)
+    if source is None:
+        _check_source(run)
     pictures = _pictures(run, images, where, progress)
     versions = _other_versions(record)
     for package, (then, now) in versions.items():
@@ -96,7 +100,7 @@ def reproduce(
     with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
         target = Path(scratch) / "reproduced" if output is None else Path(output)
         pipeline.patch(
-            run["model"],
+            source or run["model"],
             target,
             recipe=recipe,
             calibrate=run["calibrate"] is not False,
@@ -106,11 +110,14 @@ def reproduce(
             seed=run["seed"],
             force=run["force"],
             verification=run["verification"],
-            options=replace(options or LoadOptions(), revision=run["revision"], sha256=run["sha256"]),
+            options=replace(
+                options or LoadOptions(), revision=run["revision"], sha256=run["sha256"], called=run["model"]
+            ),
             progress=progress,
         )
         progress.stage("checksums")
-        differences = _differences(root, target, wanted, is_folder=is_folder)
+        found = checkpoint_io.read_sums(target) if is_folder else published(target, str(where)).digests
+        differences = _differences(root, wanted, found, is_folder=is_folder)
         note = ""
         if OPEN_CLIP_CONFIG in differences and _differ_by_their_place(root, target):
             del differences[OPEN_CLIP_CONFIG]
@@ -135,7 +142,7 @@ def _check_source(run: Mapping[str, Any]) -> None:
         where = "" if Path(model).is_absolute() else f", seen from {Path.cwd()}"
         raise ModelNotFoundError(
             f"{model}: the folder that was patched is not there{where}; bring it back to that path (weights sha256 "
-            f"{run['sha256']}), or run this where it is"
+            f"{run['sha256']}), or say with --source where it is"
         )
 
 
@@ -171,9 +178,8 @@ def _other_versions(record: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     return {name: (str(then.get(name)), now[name]) for name in now if then.get(name) != now[name]}
 
 
-def _differences(root: Path, target: Path, wanted: Mapping[str, str], *, is_folder: bool) -> dict[str, str]:
-    """File -> what is other in `target` than the sums `wanted` of `root` say, or in `root` itself."""
-    found = checkpoint_io.read_sums(target)
+def _differences(root: Path, wanted: Mapping[str, str], found: Mapping[str, str], *, is_folder: bool) -> dict[str, str]:
+    """File -> what is other in the sums `found` than in `wanted`, which are `root`'s, or in `root` itself."""
     differences = {}
     for name in sorted(wanted.keys() | found.keys()):
         path = root / name

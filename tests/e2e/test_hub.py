@@ -112,6 +112,16 @@ def test_a_push_is_one_commit_of_the_folder(
     assert len(hub.repos[REPO].commits) == 2, "the same content makes no new commit"
 
 
+def test_a_repository_is_reproduced(hub: Hub, run: Callable[..., Done], demo: Path, demo_folder: Path) -> None:
+    """A pushed card names its repository, and no folder of the machine that it came from."""
+    assert run("push", demo, REPO).code == 0
+    lost = run("reproduce", REPO)
+    assert lost.code == 2 and "say with --source where it is" in lost.err
+    done = run("reproduce", REPO, "--source", demo_folder, "--json")
+    told = json.loads(done.out)
+    assert done.code == 0 and told["identical"] and told["differences"] == {} and told["num_files"] >= 8
+
+
 def test_a_dry_run_lists_files_and_asks_no_hub(hub: Hub, run: Callable[..., Done], demo: Path, whole: Any) -> None:
     told = json.loads(run("push", demo, REPO, "--dry-run", "--json", token=None).out)
     assert told["files"] == {name: len(content) for name, content in whole.items()}
