@@ -87,5 +87,5 @@ def _reason(error: BaseException, again: str) -> str:
         429: f"the Hub had too many requests; wait some minutes, then: {again}",
     }.get(status)
     if told is None:
-        told = f"the Hub failed; {again}" if status >= 500 else f"the Hub refuses: {said or text}"
+        told = f"the Hub failed; {again}" if status >= 500 else f"the Hub refuses: {said or text}; {again}"
     return f"{told} (HTTP {status}{': ' + said if said and said not in told else ''})"

@@ -45,7 +45,7 @@ def process(url: str, home: Path) -> Iterator[Callable[..., Any]]:
         pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         pool.submit(os.getpid).result()
     with pool:
-        yield lambda function, *arguments: pool.submit(function, *arguments).result()
+        yield lambda function, *arguments: pool.submit(function, *arguments).result(timeout=120)
 
 
 def run(*argv: Any, token: str | None = TOKEN) -> Done:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import secrets
+import socket
 import threading
 import time
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ class Fault(NamedTuple):
 
     `kind` is an HTTP status, or: `cut` (half of the body is read, then the connection ends), `cut answer` (half of the
     answer is sent), `corrupt` (the body is stored with a byte changed), `no etag`, `wrong etag`, `slow` (half a
-    second), `lost answer` (it is done, but nobody hears of it).
+    second), `lost answer` (it is done, but nobody hears of it), `overtaken` (somebody else commits first).
     """
 
     method: str
@@ -98,12 +99,11 @@ class Hub(ThreadingHTTPServer):
     def fault(self, method: str, path: str) -> str:
         with self.lock:
             self.requests.append(f"{method} {path}")
-            for fault in self.faults:
-                if fault.method == method and re.search(fault.path, path):
-                    self.seen[fault] = self.seen.get(fault, 0) + 1
-                    if fault.first <= self.seen[fault] <= fault.last:
-                        return fault.kind
-        return ""
+            matching = [fault for fault in self.faults if fault.method == method and re.search(fault.path, path)]
+            for fault in matching:
+                self.seen[fault] = self.seen.get(fault, 0) + 1
+            kinds = [fault.kind for fault in matching if fault.first <= self.seen[fault] <= fault.last]
+        return kinds[0] if kinds else ""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that goes away is part of the tests."""
@@ -136,7 +136,7 @@ class Handler(BaseHTTPRequestHandler):
         kind = self.server.fault(self.command, path)
         self.kind, self.sent = kind, False
         if kind == "cut":
-            self.rfile.read(int(self.headers.get("Content-Length", 2)) // 2)
+            self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
             self.drop()
             return
         self.body = self.read_body()
@@ -159,7 +159,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def drop(self) -> None:
         self.close_connection = self.sent = True
-        self.connection.close()
+        self.connection.shutdown(socket.SHUT_RDWR)
 
     def read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -205,7 +205,8 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.server.repos.get(name)
         if repo is not None and repo.private:
             token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-            if TOKENS.get(token, ("",))[0] != name.partition("/")[0]:
+            reader = TOKENS.get(token, ("",))[0]
+            if name.partition("/")[0] not in {reader, *(org["name"] for org in ORGS.get(reader, ()))}:
                 repo = None
         if repo is None:
             raise RefusedError(404, "Repository not found", "RepoNotFound")
@@ -291,6 +292,10 @@ class Handler(BaseHTTPRequestHandler):
             for file in self.json()["files"]
         ]
         self.answer(200, {"files": files})
+
+        if self.kind == "overtaken":
+            repo.branches[revision] = oid = secrets.token_hex(20)
+            repo.commits[oid] = {**there, "theirs.txt": File(b"theirs", False)}
 
     def batch(self, name: str) -> None:
         self.repo(name)
