@@ -22,6 +22,7 @@ for folder, code in sorted(jobs, key=lambda job: "import regsurgery" in job[1]):
     os.chdir(folder)
     sys.path[:] = path
     sys.modules.pop("modeling_regsurgery", None)
+    sys.path_importer_cache.pop(".", None)  # it remembers which folder "." was
     if "import regsurgery" in code:
         sys.modules.pop("regsurgery", None)
     else:
