@@ -462,7 +462,9 @@ def replace_file(path: Path, content: bytes) -> None:
         sync(partial)
         partial.replace(path)
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror or error}); choose another file with -o, or make room there"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -505,7 +507,10 @@ def whole_folder(target: Path) -> Iterator[Path]:
         sync(partial)
         partial.rename(target.absolute())
     except OSError as error:
-        raise OutputError(f"{target}: cannot be written ({error.strerror or error}); nothing is left behind") from error
+        raise OutputError(
+            f"{target}: cannot be written ({error.strerror or error}), and nothing is left behind; choose another "
+            "folder with -o, or make room there"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     try:

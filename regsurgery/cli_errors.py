@@ -37,7 +37,8 @@ def exit_code_of(command: Callable[[], int | None]) -> int:
     except BrokenPipeError:
         code = EXIT_BROKEN_PIPE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and "No usable temporary directory" not in str(error):  # tempfile's words; torch needs one, too
             raise
         where = error.filename or "the output, or a temporary file"
         _print_error(f"{where}: {error.strerror}; free some space, or set TMPDIR to a folder that has it")

@@ -279,7 +279,7 @@ def verify(
     if found.patched > max(MAX_OUTLIERS, MAX_OUTLIERS_SHARE * found.original):
         failures.append(
             f"{found.patched:.2f} outlier tokens per image remain of {found.original:.2f}: these are not, or not all, "
-            "of the register neurons"
+            "of the register neurons, which regsurgery find names"
         )
     if not means["cosine output"] >= MIN_COSINE_OUTPUT:
         failures.append(

@@ -17,7 +17,7 @@ import typer.cli
 import typer.main
 from typer.testing import CliRunner
 
-from regsurgery import cli, pipeline, render, written
+from regsurgery import cli, cli_errors, pipeline, render, written
 from regsurgery.backends import FORMATS
 from regsurgery.recipe import MODES, bundled_recipes, find_recipe, parse_recipe
 
@@ -221,6 +221,22 @@ def test_no_room_for_output_and_temporary_files(tmp_path):
         done = subprocess.run([PROGRAM, "families"], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
     assert re.fullmatch(r"error: .*No space left on device; free some space.*\n", done.stderr)
+
+
+@pytest.mark.parametrize("number, end", [(2, "No usable temporary directory found in ['/tmp']"), (28, "No space left")])
+def test_a_library_without_room_for_its_files(run, monkeypatch, number, end):
+    monkeypatch.setattr(pipeline, "doctor", ends_with(OSError(number, end)))
+    monkeypatch.setattr(cli_errors, "_forget", lambda stream: None)  # pytest has its own streams
+    done = run("doctor", "demo")
+    assert (done.code, done.out) == (2, "")
+    assert end in done.err and "set TMPDIR" in done.err and done.err.count("\n") == 1
+
+
+def test_another_error_of_the_system_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(pipeline, "doctor", ends_with(FileNotFoundError(2, "No such file or directory", "x")))
+    monkeypatch.setattr(sys, "argv", ["regsurgery", "doctor", "demo"])
+    with pytest.raises(FileNotFoundError):
+        cli.main()
 
 
 def test_no_folder_for_temporary_files(run, tmp_path, monkeypatch):
