@@ -110,7 +110,7 @@ def test_a_push_is_one_commit_of_the_folder(
     sums_hold(whole, tmp_path / "download")
     kept = {name for name in whole if (demo / name).read_bytes() == whole[name]}
     assert kept >= {"model.safetensors", "modeling_regsurgery.py", "preprocessor_config.json"}
-    texts = [name for name in whole if not name.endswith((".safetensors", ".py"))]
+    texts = [name for name in whole if not name.endswith((".safetensors", ".py", ".png"))]
     assert [name for name in texts if str(demo_folder.parent) in whole[name].decode()] == []
     assert str(demo_folder) in (demo / "config.json").read_text() and told["paths"] == {str(demo_folder): "demo"}
     assert f'from_pretrained("{REPO}"' in whole["README.md"].decode()

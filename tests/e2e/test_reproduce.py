@@ -15,6 +15,7 @@ from PIL import Image
 import regsurgery
 from regsurgery import checkpoint_io, cli, run_record
 from regsurgery.errors import CheckpointError, ModelNotFoundError, UserError
+from regsurgery.published import published
 from regsurgery.run_record import RUN_RECORD_NAME, read_run_record
 from tests.conftest import shared
 
@@ -152,16 +153,22 @@ def test_a_folder_without_a_record_is_refused(patched: Path) -> None:
 
 
 def test_a_repository_needs_no_download_of_weights(
-    with_photos: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    with_photos: Path, photos: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of a folder's path only the name was published, and the card names the repository."""
     repo = tmp_path / "hub" / f"models--{REPO.replace('/', '--')}"
     snapshot = repo / "snapshots" / COMMIT
-    shutil.copytree(with_photos, snapshot)
-    (snapshot / "model.safetensors").unlink()
+    snapshot.mkdir(parents=True)
+    for name, content in published(with_photos, REPO).files.items():
+        if name != "model.safetensors":
+            (snapshot / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(COMMIT)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert regsurgery.reproduce(REPO, images=photos).identical
+    with pytest.raises(ModelNotFoundError, match="model: the folder that was patched is not there.*--source"):
+        regsurgery.reproduce(REPO, images=photos)
+    result = regsurgery.reproduce(REPO, images=photos, source=str(source))
+    assert result.identical and result.differences == {}
     with pytest.raises(ModelNotFoundError, match="someone/else: no such folder"):
         regsurgery.reproduce("someone/else")
 
