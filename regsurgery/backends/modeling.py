@@ -36,9 +36,9 @@ def modeling_source(host: ModuleType, tail: str = "") -> str:
 
 
 def is_source(text: str, host: ModuleType, *tails: str) -> bool:
-    """Whether `text` is `modeling_source(host)` behind which any of `tails` stand, with a name at each `{name}`."""
+    """Whether `text` is `modeling_source(host)` behind which any of `tails` stand, with a name at each `{...}`."""
     plain = modeling_source(host)
-    templates = "|".join(re.escape(tail).replace(re.escape("{name}"), r"\w+") for tail in tails)
+    templates = "|".join(r"\w+".join(re.escape(part) for part in re.split(r"\{\w+\}", tail)) for tail in tails)
     return text.startswith(plain) and re.fullmatch(f"({templates})*", text[len(plain) :]) is not None
 
 

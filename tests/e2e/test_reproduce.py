@@ -165,7 +165,7 @@ def test_a_repository_needs_no_download_of_weights(
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(COMMIT)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(ModelNotFoundError, match="model: the folder that was patched is not there.*--source"):
+    with pytest.raises(ModelNotFoundError, match=r"model: the folder that was patched is not there.*--source"):
         regsurgery.reproduce(REPO, images=photos)
     result = regsurgery.reproduce(REPO, images=photos, source=str(source))
     assert result.identical and result.differences == {}
