@@ -399,8 +399,10 @@ def snapshot(repo: str, model_id: str, revision: str | None = None, patterns: li
             + (f" and the revision {revision}" if revision else "")
         ) from error
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        failed = isinstance(error, errors.HfHubHTTPError)
+        reason = f"HTTP {error.response.status_code}" if failed else type(error).__name__
         raise ModelNotFoundError(
-            f"{model_id}: no such folder, and the Hub could not be reached for it ({type(error).__name__}); "
+            f"{model_id}: no such folder, and the Hub could not be reached for it ({reason}); "
             "check the spelling and the network, or give a folder"
         ) from error
     return Path(path)
