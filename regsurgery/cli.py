@@ -187,10 +187,14 @@ def patch(
 
 @app.command(epilog="Example: regsurgery verify demo-patched")
 def verify(
-    folder: Patched,
+    folder: Annotated[
+        str, typer.Argument(help="Folder that regsurgery patch wrote, or USER/NAME on the Hub.", show_default=False)
+    ],
     original: Annotated[str | None, typer.Option("--original", help="MODEL to compare with.")] = None,
     images: Images = None,
     num_images: NumImages = None,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Annotated[str | None, typer.Option("--revision", help="Hub revision.")] = None,
     max_memory: MaxMemory = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -199,7 +203,7 @@ def verify(
     from regsurgery import pipeline
     from regsurgery.render import Screen
 
-    options = _options(max_memory=max_memory)
+    options = _options(trust_remote_code=trust_remote_code, revision=revision, max_memory=max_memory)
     with Screen(as_json=as_json, quiet=quiet) as screen:
         verdict = pipeline.verify(
             folder, original=original, images=images, num_images=num_images, options=options, progress=screen

@@ -59,8 +59,10 @@ def snapshot(repo: str, named: str, revision: str | None, patterns: Sequence[str
                 f"{named}: no such folder, not in the Hub's cache either, and HF_HUB_OFFLINE is set; check the "
                 "spelling, unset it, or give a folder"
             ) from error
+        failed = isinstance(error, errors.HfHubHTTPError)
+        reason = f"HTTP {error.response.status_code}" if failed else type(error).__name__
         raise ModelNotFoundError(
-            f"{named}: no such folder, and the Hub could not be reached for it ({type(error).__name__}); "
+            f"{named}: no such folder, and the Hub could not be reached for it ({reason}); "
             "check the spelling and the network, or give a folder"
         ) from error
     return Path(path), Path(path).name

@@ -34,7 +34,7 @@ from regsurgery.loading import Loaded, LoadOptions
 from regsurgery.loading import load as load_original
 from regsurgery.original import restore_original
 from regsurgery.patched import (
-    existing_folder,
+    at_home,
     folder_format,
     read_patched_config,
     reloaded,
@@ -478,7 +478,7 @@ def verify(
     options: LoadOptions | None = None,
     progress: Progress | None = None,
 ) -> Verdict:
-    """Compare a patched folder against its original.
+    """Compare a patched folder, or one on the Hub (USER/NAME, see `load`), against its original.
 
     The folder's files are checked against its SHA256SUMS, then its own loader file is run: a folder to be verified must
     be one that the user trusts. A patched checkpoint holds the original's tensors unchanged and is compared with them,
@@ -491,7 +491,8 @@ def verify(
     from regsurgery.written import verify_folder, verify_native
 
     progress = progress or Progress()
-    root = existing_folder(folder)
+    allowed = options or LoadOptions()
+    root = at_home(folder, allowed.revision, trust_remote_code=allowed.trust_remote_code)
     pictures = image_set(images, num_images, say=progress.say)
     progress.stage("checksums")
     checkpoint_io.check_sums(root)

@@ -383,7 +383,6 @@ def local_output(folder: Path, pixels: Tensor) -> Tensor:
 
 LOADING = {
     "undisturbed": [],
-    "500 at a large file": [Fault("GET", "/cdn/", "500")],
     "429 at the tree": [Fault("GET", "/tree/", "429")],
     "cut in the middle of a large file": [Fault("GET", "/cdn/", "cut answer")],
     "a wrong ETag": [Fault("HEAD", "model.safetensors", "wrong etag")],
@@ -398,12 +397,18 @@ def test_load_by_repository_id(
     repo = f"me/load-{list(LOADING).index(fault)}"  # each with a cache of its own
     assert run("push", demo, repo).code == 0
     hub.faults = LOADING[fault]
-    assert torch.equal(call(commands.load_and_run, repo, pixels), local_output(demo, pixels))
+    given = call(commands.load_and_run, repo, pixels)
+    assert isinstance(given, Tensor), given
+    assert torch.equal(given, local_output(demo, pixels))
 
 
-def test_load_refuses_changed_bytes_and_code_that_is_not_ours(
+def test_load_refuses_failures_changed_bytes_and_code_that_is_not_ours(
     hub: Hub, run: Callable[..., Done], call: Callable[..., Any], demo: Path, pixels: Tensor, tmp_path: Path
 ) -> None:
+    assert run("push", demo, "me/failing").code == 0
+    hub.faults = [Fault("GET", "/cdn/", "500")]
+    assert "could not be reached for it (HTTP 500)" in call(commands.load_and_run, "me/failing", pixels)
+    assert isinstance(call(commands.load_and_run, "me/failing", pixels), Tensor), "what is missing is fetched then"
     assert run("push", demo, "me/changed").code == 0
     hub.faults = [Fault("GET", "/cdn/", "corrupt")]
     assert "model.safetensors: differs from SHA256SUMS" in call(commands.load_and_run, "me/changed", pixels)
@@ -417,6 +422,14 @@ def test_load_refuses_changed_bytes_and_code_that_is_not_ours(
     trusted = call(partial(commands.load_and_run, trust_remote_code=True), "me/code", pixels)
     assert torch.equal(trusted, local_output(demo, pixels))
     assert "no such model on the Hub" in call(commands.load_and_run, "me/nowhere", pixels)
+
+
+def test_verify_by_repository_id(hub: Hub, run: Callable[..., Done], demo: Path) -> None:
+    assert run("push", demo, "me/verified").code == 0
+    done = run("verify", "me/verified", "--json", "--num-images", "8")
+    assert done.code == 0 and json.loads(done.out)["passed"]
+    told, recorded = json.loads(done.out), read_run_record(demo)["verify"]
+    assert told["outliers_per_image"] == pytest.approx(recorded["outliers_per_image"])
 
 
 def in_a_fresh_process(hub: Hub, tmp_path: Path, repos: dict[str, str], pixels: Tensor) -> dict[str, list[Tensor]]:
@@ -456,7 +469,7 @@ def test_every_real_folder_in_a_fresh_process(hub: Hub, run: Callable[..., Done]
     for library, mode in HOWS:
         folder = tmp_path / f"{library}-{mode}"
         source = shared("models", f"vit-tiny-{library}")
-        options = {"recipe": "vit-tiny", "mode": mode, "images": images, "num_images": 40, "calibrate": False}
+        options = {"recipe": "vit-tiny", "mode": mode, "images": images, "num_images": 10, "calibrate": False}
         format = "transformers" if (library, mode) == ("transformers", "native") else None
         regsurgery.patch(str(source), folder, format=format, **options)
         done = run("push", folder, f"me/{library}-{mode}", "-q")

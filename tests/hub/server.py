@@ -145,7 +145,7 @@ class Handler(BaseHTTPRequestHandler):
         if kind.isdigit():
             self.answer(int(kind), {"error": "a fault"}, {"Retry-After": "0"})
             return
-        if kind == "corrupt":
+        if kind == "corrupt" and self.body:
             self.body = bytes([self.body[0] ^ 1]) + self.body[1:]
         try:
             with self.server.lock:
