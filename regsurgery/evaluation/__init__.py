@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 # name -> what it shows; the module is of the same name, with _ for -
 TASKS = {
     "norms": "patch norms and outlier tokens after every block",
+    "lost": "unsupervised object discovery (LOST) on data in VOC layout: CorLoc",
 }
 NEEDS = ("scipy", "sklearn", "matplotlib")  # packages of the extra `eval`
 

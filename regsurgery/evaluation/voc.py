@@ -2,46 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from regsurgery.errors import UserError
-from regsurgery.image_sources import SUFFIXES
 
 EDGES = ("xmin", "ymin", "xmax", "ymax")
 
 
-@dataclass(frozen=True)
-class Annotated:
-    """An image and its objects.
-
-    Attributes:
-        boxes: `[left, top, right, bottom]` of each object in pixels from the image's corner, float64 `[G, 4]`.
-    """
-
-    path: Path
-    boxes: np.ndarray
-
-
-def annotated_images(root: Path) -> list[Annotated]:
-    """The images below `root` that have objects, in name order.
+def boxes_of_image(path: Path) -> np.ndarray:
+    """The boxes of the objects in `DIR/JPEGImages/NAME.jpg`, read from `DIR/Annotations/NAME.xml`, `[G, 4]`.
 
     Raises:
-        UserError: no such folders, an image without its annotation, or a broken one.
+        UserError: there is no such annotation, or a broken one.
     """
-    images, annotations = root / "JPEGImages", root / "Annotations"
-    for folder in (images, annotations):
-        if not folder.is_dir():
-            raise UserError(
-                f"{folder}: no such folder; give --images a folder in VOC layout, JPEGImages/ + Annotations/"
-            )
-    paths = sorted(path for path in images.iterdir() if path.suffix.lower() in SUFFIXES)
-    found = [Annotated(path, read_boxes(annotations / f"{path.stem}.xml")) for path in paths]
-    if not any(len(each.boxes) for each in found):
-        raise UserError(f"{annotations}: no object in the annotations of {len(paths)} images")
-    return [each for each in found if len(each.boxes)]
+    annotation = path.parent.parent / "Annotations" / f"{path.stem}.xml"
+    if not annotation.is_file():
+        raise UserError(
+            f"{annotation}: no such annotation of {path.name}; give --images a folder in VOC layout, with JPEGImages/ "
+            "and Annotations/"
+        )
+    return read_boxes(annotation)
 
 
 def read_boxes(path: Path) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""LOST against loops written from the paper, VOC annotations, and features read off models."""
+"""LOST against loops written from the paper; VOC annotations."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from regsurgery.errors import UnsupportedModelError, UserError
-from regsurgery.evaluation import discovery, own_size, voc
-from regsurgery.sites import Block
+from regsurgery.errors import UserError
+from regsurgery.evaluation import discovery, voc
 
 HEIGHT, WIDTH, BIASES = 9, 13, (0.0, -0.2, -0.4)
 
@@ -108,49 +107,3 @@ def test_broken_annotations_are_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.xml").write_text(text)
     with pytest.raises(UserError, match=r"a\.xml"):
         voc.read_boxes(tmp_path / "a.xml")
-
-
-def block(*weights: str) -> Block:
-    return Block(0, "", "", (), "", 1, False, "", "", "", weights)
-
-
-class Separate(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.k_proj, self.q_proj, self.v_proj = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.v_proj(x) + self.k_proj(x) + self.q_proj(x)
-
-
-@pytest.mark.parametrize("fast", [True, False])
-def test_projections_of_torchs_own_attention(fast: bool) -> None:
-    torch.manual_seed(0)
-    attention = nn.MultiheadAttention(6, 2, batch_first=True).eval()
-    nn.init.normal_(attention.in_proj_bias)
-    x_BTD = torch.randn(3, 5, 6)
-    assert attention.in_proj_weight is not None
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(fast)
-    try:
-        with torch.no_grad(), own_size._Linears({"attn.in_proj_weight": attention.in_proj_weight}) as linears:
-            attention(x_BTD, x_BTD, x_BTD, need_weights=False)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-    keys = own_size.projection(linears.given, block("attn.in_proj_weight"), "keys")
-    expected = x_BTD @ attention.in_proj_weight[6:12].T + attention.in_proj_bias[6:12]
-    torch.testing.assert_close(keys, expected)
-
-
-def test_separate_projections_go_by_their_names() -> None:
-    model, x_BTD = Separate(), torch.randn(2, 4, 6)
-    names = ("k_proj.weight", "q_proj.weight", "v_proj.weight")
-    with torch.no_grad(), own_size._Linears({name: model.get_parameter(name) for name in names}) as linears:
-        model(x_BTD)
-        for kind, linear in (("queries", model.q_proj), ("keys", model.k_proj), ("values", model.v_proj)):
-            torch.testing.assert_close(own_size.projection(linears.given, block(*names), kind), linear(x_BTD))
-    with pytest.raises(UnsupportedModelError, match="calls no linear with gone"):
-        own_size.projection(linears.given, block("gone.weight"), "keys")
-    given = {"a.weight": x_BTD, "b.weight": x_BTD}
-    with pytest.raises(UnsupportedModelError, match=r"a\.weight, b\.weight"):
-        own_size.projection(given, block("a.weight", "b.weight"), "keys")
