@@ -36,7 +36,16 @@ if TYPE_CHECKING:
 # name -> what it shows; the module is of the same name, with _ for -
 TASKS = {
     "norms": "patch norms and outlier tokens after every block",
+    "attention": "entropy, maximum, spatial coherence of attention maps; attention to the register",
+    "fidelity": "how far outputs and tokens moved: KL divergence, first class, cosines",
+    "classify": "top-1 and top-5 on labelled images, by the model's own head or zero-shot",
+    "controls": "the shift against random neurons, and against neurons zeroed without a register",
+    "latency": "time and memory, patched over original",
+    "probe": "a linear probe on frozen features, on held-out labelled images",
+    "knn": "nearest neighbours of frozen features, on labelled images",
     "lost": "unsupervised object discovery (LOST) on data in VOC layout: CorLoc",
+    "segment": "patches' classes by a linear or k-means probe, on images with masks: mIoU",
+    "shift-map": "outliers moved to chosen places instead of the register",
 }
 NEEDS = ("scipy", "sklearn", "matplotlib")  # packages of the extra `eval`
 

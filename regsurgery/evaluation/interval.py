@@ -51,6 +51,7 @@ class Row:
         name: what it is; `where`: block, head or setting, by name, in the order in which a table shows them.
         difference: patched - original, paired: both models saw the same images.
         unit: "" for a pure number.
+        is_detail: one of many, such as a single head's; tables leave it out.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Row:
     difference: Estimate | None = None
     where: Mapping[str, int | str] = field(default_factory=dict)
     unit: str = ""
+    is_detail: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         estimates = {"original": self.original, "patched": self.patched, "difference": self.difference}
@@ -126,7 +128,7 @@ class Values:
 
     Attributes:
         original, patched: `[B]`; NaN where the figure is not defined for an image, which is then left out.
-        where, unit: as in `Row`.
+        where, unit, is_detail: as in `Row`.
         is_share: the values are zeros and ones.
         out_of: makes the figure sum(values) / sum(out_of) over the images instead of the mean, `[B]`, for both models.
     """
@@ -136,6 +138,7 @@ class Values:
     where: tuple[tuple[str, int | str], ...] = ()
     unit: str = ""
     is_share: bool = False
+    is_detail: bool = False
     out_of: Tensor | None = None
 
 
@@ -179,4 +182,4 @@ class Figures:
         if original is not None and patched is not None:
             moved_R = sums[1].resampled() - sums[0].resampled()
             difference = from_resamples(sums[1].value - sums[0].value, moved_R, min(original.n, patched.n))
-        return Row(name, original, patched, difference, dict(given.where), given.unit)
+        return Row(name, original, patched, difference, dict(given.where), given.unit, given.is_detail)

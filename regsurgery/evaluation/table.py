@@ -24,14 +24,14 @@ HTML = """\
 
 
 def number(value: float | None) -> str:
-    """Four significant digits, at most four decimals."""
+    """Three to four significant digits."""
     if value is None:
         return ""
-    if value == 0:
-        return "0"
-    if abs(value) >= 1000:
-        return f"{value:.0f}"
-    return f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}" if abs(value) >= 10 else f"{value:.4f}"
+    size = abs(value)
+    if 0 < size < 0.001:
+        return f"{value:.0e}"
+    decimals = next((places for bound, places in ((1000, 0), (100, 1), (10, 2)) if size >= bound), 4)
+    return f"{value:.{decimals}f}" if value else "0"
 
 
 def interval(estimate: Estimate | None) -> str:
@@ -41,10 +41,11 @@ def interval(estimate: Estimate | None) -> str:
 
 
 def cells(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
-    """Head and body of the table: what, where, and both models' figures."""
-    places = list(dict.fromkeys(place for row in evaluation.rows for place in row.where))
+    """Head and body of the table: what, where, and both models' figures; without details."""
+    rows = [row for row in evaluation.rows if not row.is_detail]
+    places = list(dict.fromkeys(place for row in rows for place in row.where))
     body = []
-    for row in evaluation.rows:
+    for row in rows:
         estimates = (row.original, row.patched, row.difference)
         figures = [text for one in estimates for text in (number(None if one is None else one.value), interval(one))]
         n = next((one.n for one in (row.patched, row.original) if one is not None), 0)
