@@ -60,7 +60,8 @@ def _box(mask_HW: np.ndarray, seed: tuple[int, int]) -> np.ndarray:
     """The box round the region of `mask_HW`, connected by patches' sides, that has the seed; else round the seed."""
     from scipy import ndimage
 
-    regions_HW: Any = ndimage.label(mask_HW, SIDES_ONLY)[0]
+    labelled: Any = ndimage.label(mask_HW, SIDES_ONLY)
+    regions_HW = labelled[0]
     row, column = seed
     if regions_HW[row, column] == 0:
         return np.array([column, row, column + 1, row + 1])

@@ -77,8 +77,8 @@ def evaluate(
             drawn = [_drawn(side, blocks, kinds, biases) for side in seen]
             values = []
             for setting in drawn[0]:
-                hits = (_hits(side[setting], batch.names, objects) for side in drawn)
-                values.append(("CorLoc", Values(*hits, setting, is_share=True)))
+                original, patched = (_hits(side[setting], batch.names, objects) for side in drawn)
+                values.append(("CorLoc", Values(original, patched, setting, is_share=True)))
             figures.add(len(batch.names), values)
             for place, name in enumerate(batch.names):
                 if name in shown:
