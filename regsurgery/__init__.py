@@ -1,7 +1,8 @@
 """regsurgery: rewrite Vision Transformer checkpoints so that outlier tokens are gone.
 
-Public API: `doctor`, `find`, `patch`, `verify`, `unpatch`, `diff`, `load`, `find_recipe`, `Recipe`. Importing the
-package is cheap; torch and the model libraries are imported on first use.
+Public API: `doctor`, `find`, `patch`, `verify`, `evaluate`, `observe`, `plot_norms`, `plot_norm_maps`,
+`plot_attention`, `unpatch`, `diff`, `load`, `find_recipe`, `Recipe`. Importing the package is cheap; torch and the model
+libraries are imported on first use.
 """
 
 from __future__ import annotations
@@ -9,11 +10,30 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "__version__", "diff", "doctor", "find", "find_recipe", "load", "patch", "unpatch", "verify"]
+__all__ = [
+    "Recipe",
+    "__version__",
+    "diff",
+    "doctor",
+    "evaluate",
+    "find",
+    "find_recipe",
+    "load",
+    "observe",
+    "patch",
+    "plot_attention",
+    "plot_norm_maps",
+    "plot_norms",
+    "unpatch",
+    "verify",
+]
 
 if TYPE_CHECKING:
+    from regsurgery.evaluation import evaluate
+    from regsurgery.evaluation.observed import observe
     from regsurgery.patched import load
     from regsurgery.pipeline import doctor, find, patch, verify
+    from regsurgery.plots import plot_attention, plot_norm_maps, plot_norms
     from regsurgery.recipe import Recipe, find_recipe
     from regsurgery.restoring import unpatch
     from regsurgery.tensor_diff import diff
@@ -23,6 +43,11 @@ _WHERE = {
     "find": "pipeline",
     "patch": "pipeline",
     "verify": "pipeline",
+    "evaluate": "evaluation",
+    "observe": "evaluation.observed",
+    "plot_norms": "plots",
+    "plot_norm_maps": "plots",
+    "plot_attention": "plots",
     "unpatch": "restoring",
     "diff": "tensor_diff",
     "load": "patched",

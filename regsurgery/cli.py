@@ -20,6 +20,7 @@ from regsurgery.errors import (
     NothingToFixError,
     RegsurgeryError,
 )
+from regsurgery.evaluation import TASKS
 
 if TYPE_CHECKING:
     from regsurgery.loading import LoadOptions
@@ -208,6 +209,48 @@ def verify(
     screen.verified(verdict)
     if not verdict.passed:
         raise typer.Exit(EXIT_VERIFICATION_FAILED)
+
+
+@app.command("eval", epilog="Example: regsurgery eval norms demo-patched")
+def evaluate(
+    task: Annotated[str, typer.Argument(help=f"{', '.join(TASKS)}.", show_default=False)],
+    folder: Annotated[str, typer.Argument(help="Folder that regsurgery patch wrote, or MODEL.", show_default=False)],
+    original: Annotated[str | None, typer.Option("--original", help="MODEL to compare with.")] = None,
+    images: Images = None,
+    num_images: NumImages = None,
+    block: Annotated[int | None, typer.Option("--block", help="norms, attention: that block only, from 0.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="classify: zero-shot; one class a line, prompts split by tabs.")
+    ] = None,
+    draws: Annotated[int | None, typer.Option("--draws", help="controls: sets of random neurons.", min=1)] = None,
+    runs: Annotated[int | None, typer.Option("--runs", help="latency: pairs of runs.", min=4)] = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="latency: images in a batch.", min=1)] = None,
+    png: Annotated[Path | None, typer.Option("--png", help="norms, attention: picture to write.")] = None,
+    seed: Seed = 0,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Figures of the original and the patched model side by side, each with n and a 95 % interval."""
+    from regsurgery import evaluation
+    from regsurgery.render import Screen
+
+    given = {"block": block, "prompts": prompts, "draws": draws, "runs": runs, "batch": batch}
+    with Screen(as_json=as_json, quiet=quiet) as screen:
+        found = evaluation.evaluate(
+            folder,
+            task,
+            original=original,
+            images=images,
+            num_images=num_images,
+            seed=seed,
+            png=png,
+            options=_options(max_memory=max_memory, device_map=device_map),
+            progress=screen,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+    screen.evaluated(found)
 
 
 @app.command(epilog="Example: regsurgery unpatch demo-patched -o demo-restored")

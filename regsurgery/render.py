@@ -28,6 +28,7 @@ from regsurgery.pipeline import Progress
 
 if TYPE_CHECKING:
     from regsurgery.diagnosis import Diagnosis
+    from regsurgery.evaluation import Evaluation
     from regsurgery.finding import Found
     from regsurgery.pipeline import PatchResult
     from regsurgery.recipe import Recipe
@@ -108,6 +109,26 @@ class Screen(Progress):
         self.out.print(
             "passed" if verdict.passed else "FAILED: " + "; ".join(verdict.failures), soft_wrap=True, markup=False
         )
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        from regsurgery.evaluation.table import caption, cells
+
+        if self.as_json:
+            print(json.dumps(evaluation.as_dict(), indent=2))
+        self.out.print(caption(evaluation), soft_wrap=True, markup=False)
+        head, body = cells(evaluation)
+        first = head.index("original")
+        table = Table(*head[:first], *head[first::2], box=box.SIMPLE_HEAD)  # an interval stands below its figure
+        for column in table.columns[first:]:
+            column.justify, column.no_wrap = "right", True
+        for row in body:
+            pairs = zip(row[first:-1:2], row[first + 1 : -1 : 2], strict=True)
+            figures = [f"{value}\n{interval}".rstrip() for value, interval in pairs]
+            table.add_row(*row[:first], *figures, row[-1])
+        self.out.print(table)
+        for line in (evaluation.expectation, *evaluation.notes):
+            if line:
+                self.out.print(line, soft_wrap=True, markup=False)
 
     def found(self, found: Found, output: Path) -> None:
         if self.as_json:

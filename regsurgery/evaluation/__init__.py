@@ -58,11 +58,13 @@ class Result:
         rows: the figures.
         notes: facts worth a line.
         details: what a picture or a program needs beside the figures; plain data.
+        num_images: how many images were seen, where it was not all of them.
     """
 
     rows: Sequence[Row]
     notes: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+    num_images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ def evaluate(
     original: str | None = None,
     num_images: int | None = None,
     seed: int = 0,
+    png: str | Path | None = None,
     options: LoadOptions | None = None,
     progress: Progress | None = None,
     **settings: Any,
@@ -145,6 +148,7 @@ def evaluate(
         images, num_images: see `calibration.image_set`.
         original: MODEL to compare with, where the folder cannot restore it.
         seed: of resampled intervals, generated pictures and random controls.
+        png: picture to write, of the tasks that draw one; see `pictures.DRAWN`.
         settings: options of the task, see its module.
 
     Raises:
@@ -152,30 +156,38 @@ def evaluate(
     """
     from regsurgery.calibration import image_set
     from regsurgery.evaluation.pair import open_pair
+    from regsurgery.evaluation.pictures import check_png, write_pictures
     from regsurgery.pipeline import Progress
 
     progress = progress or Progress()
     module = task_module(task)
     _check_settings(task, module, settings)
+    if png is not None:
+        check_png(task, Path(png))
     pictures = image_set(images, num_images, seed=seed, say=progress.say)
     with open_pair(folder, original, options, progress) as pair:
         progress.say(f"preprocessing: {pair.loaded.preprocess_note}; images: {pictures.note}")
         result = module.evaluate(pair, pictures, progress=progress, seed=seed, **settings)
         found = pair.outliers.per_image
-        return Evaluation(
+        no_neurons = pair.recipe is not None and not pair.recipe.register_neurons
+        evaluation = Evaluation(
             task=task,
             folder=pair.folder,
             format=pair.format,
             mode=pair.mode,
             images=pictures.note,
-            num_images=pictures.num_images - len(pictures.broken),
+            num_images=result.num_images or pictures.num_images - len(pictures.broken),
             outliers_per_image=found,
-            expectation=_expectation(pair.is_same, pair.recipe is not None and not pair.recipe.register_neurons, found),
+            expectation=_expectation(pair.is_same, no_neurons, found),
             rows=tuple(result.rows),
             notes=result.notes,
             details=result.details,
             settings=settings,
         )
+        if png is not None:
+            for written in write_pictures(task, evaluation, pair, pictures, Path(png)):
+                progress.say(f"wrote {written}")
+        return evaluation
 
 
 def task_module(task: str) -> ModuleType:

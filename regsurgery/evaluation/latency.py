@@ -70,7 +70,7 @@ def evaluate(pair: Pair, images: ImageSet, *, progress: Progress, seed: int, run
     notes = [f"batches of {len(pixels)} on {device}, {torch.get_num_threads()} threads, {runs} pairs of runs"]
     if pair.format == "onnx":
         notes.append("the patched model runs in onnxruntime, the original in torch: the ratio is not the patch's alone")
-    return Result(rows, tuple(notes))
+    return Result(rows, tuple(notes), num_images=len(pixels))
 
 
 def _runs(pair: Pair, pixels: Tensor) -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -115,8 +115,8 @@ def _median(values_R: np.ndarray, seed: int) -> Estimate:
 
 
 def _once(size: float | None) -> Estimate | None:
-    """A figure that is the same in every run."""
-    return None if size is None else Estimate(size, size, size, 1)
+    """A figure that is the same in every run, so that it has no interval."""
+    return None if size is None else Estimate(size, None, None, 1)
 
 
 def _weights(pair: Pair) -> tuple[float, float]:

@@ -37,7 +37,7 @@ def number(value: float | None) -> str:
 def interval(estimate: Estimate | None) -> str:
     if estimate is None or estimate.low is None:
         return ""
-    return f"{number(estimate.low)} .. {number(estimate.high)}"
+    return f"{number(estimate.low)}..{number(estimate.high)}"
 
 
 def cells(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
