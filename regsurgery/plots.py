@@ -98,6 +98,23 @@ def plot_attention(
     return _maps(original, maps, count, "attention")
 
 
+def plot_shift_maps(evaluation: Evaluation) -> Figure:
+    """The mean norm maps of the task `shift-map` on one scale; crosses mark the chosen patches."""
+    maps = evaluation.details["norm_maps"]
+    columns = evaluation.details["grid"][1]
+    figure = _figure(4.0 * len(maps), 4.0)
+    axes = figure.subplots(1, len(maps))
+    largest = max(max(map(max, rows)) for rows in maps.values())
+    shown = [axis.imshow(rows, vmin=0, vmax=largest) for axis, rows in zip(axes, maps.values(), strict=True)]
+    for axis, name in zip(axes, maps, strict=True):
+        axis.set_title(name if name == "original" else f"moved to the {name}")
+        axis.set_axis_off()
+    places = [divmod(patch, columns) for patch in evaluation.details["chosen"]]
+    axes[-1].plot([column for _, column in places], [row for row, _ in places], "x", color="white")
+    figure.colorbar(shown[0], ax=list(axes), label="mean patch norm")
+    return figure
+
+
 def _of_block(kept: Any, block: int, what: str) -> Tensor:
     blocks = sorted(kept)
     if not blocks or (block not in kept and not -len(blocks) <= block < 0):

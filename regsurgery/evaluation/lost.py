@@ -43,27 +43,27 @@ def evaluate(
     *,
     progress: Progress,
     seed: int,
-    blocks: Sequence[int] = (),
-    kinds: Sequence[str] = KINDS,
-    biases: Sequence[float] = BIASES,
+    block: int | None = None,
+    kind: Sequence[str] = KINDS,
+    bias: Sequence[float] = BIASES,
 ) -> Result:
     """CorLoc: the share of the images whose box has an IoU of 0.5 or more with one of their objects.
 
     Args:
         images: `DIR/JPEGImages/NAME.jpg` whose objects are in `DIR/Annotations/NAME.xml`; images without are left out.
-        blocks: 0-based; by default the last four.
-        kinds: of `KINDS`, as attention reads them, all heads together.
-        biases: what is added to the similarity of any two patches, which is a cosine.
+        block: by default each of the last four.
+        kind: which of `KINDS`, as attention reads them, all heads together.
+        bias: what is added to the similarity of any two patches, which is a cosine; each of these is tried.
 
     Raises:
         UserError: the images have no annotations, or a setting is none.
         UnsupportedModelError: the model takes one image size only.
     """
-    unknown = sorted(set(kinds) - set(KINDS))
+    unknown = sorted(set(kind) - set(KINDS))
     if unknown:
         raise UserError(f"eval lost: '{unknown[0]}' is no kind of feature; there are {', '.join(KINDS)}")
     depth = pair.original.num_blocks
-    blocks = [check_block(pair.original, block) for block in blocks] or range(max(0, depth - LAST_BLOCKS), depth)
+    blocks = range(max(0, depth - LAST_BLOCKS), depth) if block is None else [check_block(pair.original, block)]
     objects = {name: boxes_of_image(Path(name)) for name, _ in images.source.items(images.chosen)}
     if not any(map(len, objects.values())):
         raise UserError(f"{images.note}: no objects in their annotations, so there is nothing to discover")
@@ -71,10 +71,10 @@ def evaluate(
     figures = Figures(seed)
     progress.stage("lost", images.num_images)
     for sized, batches in by_size(pair, images):
-        observe = sized.observer(blocks=blocks, what=kinds)
+        observe = sized.observer(blocks=blocks, what=kind)
         for batch in batches:
             seen = observe(batch.pixels)
-            drawn = [_drawn(side, blocks, kinds, biases) for side in seen]
+            drawn = [_drawn(side, blocks, kind, bias) for side in seen]
             values = []
             for setting in drawn[0]:
                 original, patched = (_hits(side[setting], batch.names, objects) for side in drawn)

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 EXAMPLES = 4  # images that maps are drawn of
 DPI = 150
-DRAWN = {"norms": "the norms over the blocks, and beside it, as FILE-maps, norm maps", "attention": "attention maps"}
+DRAWN = {
+    "norms": "the norms over the blocks, and beside it, as FILE-maps, norm maps",
+    "attention": "attention maps",
+    "shift-map": "mean norm maps, with the outliers where they were, on the register, and at the places",
+}
 
 
 def check_png(task: str, png: Path) -> None:
@@ -27,7 +31,7 @@ def check_png(task: str, png: Path) -> None:
     OutputError: the file cannot be written.
     """
     if task not in DRAWN:
-        raise UserError(f"eval {task}: draws no picture; {' and '.join(DRAWN)} do")
+        raise UserError(f"eval {task}: draws no picture; {', '.join(DRAWN)} do")
     if not png.absolute().parent.is_dir():
         raise OutputError(f"{png}: no such folder; create it first")
     if png.suffix.lower() != ".png":
@@ -43,6 +47,8 @@ def write_pictures(task: str, evaluation: Evaluation, pair: Pair, images: ImageS
         where = pair.sites.probe_block if block is None else block
         both = _examples(pair, images, where, "blocks")
         figures[png.with_name(f"{png.stem}-maps{png.suffix}")] = plots.plot_norm_maps(*both, block=where)
+    elif task == "shift-map":
+        figures[png] = plots.plot_shift_maps(evaluation)
     else:
         where = pair.original.num_blocks - 1 if block is None else block
         figures[png] = plots.plot_attention(*_examples(pair, images, where, "attention"), block=where)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from regsurgery.calibration import ImageSet
     from regsurgery.pipeline import Progress
 
-REGISTER, PLACES = "the register", "the places"
+ORIGINAL, REGISTER, PLACES = "original", "register", "places"
 SAME = "same first class"
 
 
@@ -40,7 +40,6 @@ def evaluate(
     seed: int,
     where: str | None = None,
     mask: str | Path | None = None,
-    png: str | Path | None = None,
 ) -> Result:
     """Norms of the chosen patches and of all others, and what becomes of the output, with the neurons' extremes on the
     register (the patched model), and on the chosen patches (no register; this is no checkpoint).
@@ -52,7 +51,6 @@ def evaluate(
         where: `x,y,w,h` of a box in the model's input image, from the left upper corner: fractions of its width and
             height if none is above 1, else pixels. Patches whose centre is in it are chosen.
         mask: an image instead, white where patches are chosen; it is squeezed to the model's input.
-        png: a file to draw the three mean norm maps into.
 
     Raises:
         UserError: there is no recipe, or not one of `where` and `mask`, or no patch in it.
@@ -70,14 +68,14 @@ def evaluate(
     main = main_output(pair.traced.output_names)
 
     figures = Figures(seed)
-    norm_sums = {name: torch.zeros(last - first, dtype=torch.float64) for name in ("original", REGISTER, PLACES)}
+    norm_sums = {name: torch.zeros(last - first, dtype=torch.float64) for name in (ORIGINAL, REGISTER, PLACES)}
     progress.stage("shift-map", images.num_images)
     for batch in pair.batches(images):
         original, patched = observe(batch.pixels)
         with torch.no_grad():
             outputs, taps = moved_graph(*tensor_inputs(pair.loaded, batch.pixels))
         before_BN = token_norms(original.patches(pair.sites.probe_block)).cpu()
-        norm_sums["original"] += before_BN.double().sum(dim=0)
+        norm_sums[ORIGINAL] += before_BN.double().sum(dim=0)
         values = []
         for target, tokens_BND, given in (
             (REGISTER, patched.patches(pair.sites.probe_block), patched.outputs),
@@ -93,8 +91,6 @@ def evaluate(
         figures.add(len(batch.pixels), values)
         progress.advance(len(batch.pixels))
     maps = {name: (total / figures.num_images).reshape(rows, columns).numpy() for name, total in norm_sums.items()}
-    if png is not None:
-        _draw(maps, Path(png), chosen_N.reshape(rows, columns).numpy())
     details = {
         "chosen": torch.nonzero(chosen_N)[:, 0].tolist(),
         "grid": [rows, columns],
@@ -200,25 +196,3 @@ def _in_mask(path: Path, grid: tuple[int, int]) -> Tensor:
     except UNREADABLE as error:
         raise UserError(f"{path}: not a readable mask ({' '.join(str(error).split())})") from error
     return torch.from_numpy(np.array(squeezed) > 127).flatten()
-
-
-def _draw(maps: dict[str, np.ndarray], path: Path, chosen: np.ndarray) -> None:
-    """The norm maps side by side with one scale; crosses where the chosen patches are."""
-    from matplotlib.figure import Figure
-
-    if path.suffix.lower() != ".png" or not path.absolute().parent.is_dir():
-        raise UserError(f"{path}: give --png a .png file in a folder that exists")
-    figure = Figure(figsize=(4 * len(maps), 4), layout="constrained")
-    axes = figure.subplots(1, len(maps))
-    largest = max(float(norms.max()) for norms in maps.values())
-    images = []
-    for axis, (name, norms) in zip(axes, maps.items(), strict=True):
-        images.append(axis.imshow(norms, vmin=0, vmax=largest, cmap="viridis"))
-        axis.set_title(name if name == "original" else f"moved to {name}")
-        axis.set_xticks([])
-        axis.set_yticks([])
-        if name == PLACES:
-            down, right = np.nonzero(chosen)
-            axis.plot(right, down, "x", color="white", markersize=4)
-    figure.colorbar(images[0], ax=list(axes), label="mean patch norm")
-    figure.savefig(path, dpi=120)
