@@ -1,8 +1,8 @@
 """regsurgery: rewrite Vision Transformer checkpoints so that outlier tokens are gone.
 
 Public API: `doctor`, `find`, `patch`, `verify`, `evaluate`, `observe`, `plot_norms`, `plot_norm_maps`,
-`plot_attention`, `unpatch`, `diff`, `load`, `find_recipe`, `Recipe`. Importing the package is cheap; torch and the model
-libraries are imported on first use.
+`plot_attention`, `plot_shift_maps`, `unpatch`, `diff`, `load`, `find_recipe`, `Recipe`. Importing the package is
+cheap; torch and the model libraries are imported on first use.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ __all__ = [
     "plot_attention",
     "plot_norm_maps",
     "plot_norms",
+    "plot_shift_maps",
     "unpatch",
     "verify",
 ]
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from regsurgery.evaluation.observed import observe
     from regsurgery.patched import load
     from regsurgery.pipeline import doctor, find, patch, verify
-    from regsurgery.plots import plot_attention, plot_norm_maps, plot_norms
+    from regsurgery.plots import plot_attention, plot_norm_maps, plot_norms, plot_shift_maps
     from regsurgery.recipe import Recipe, find_recipe
     from regsurgery.restoring import unpatch
     from regsurgery.tensor_diff import diff
@@ -46,6 +47,7 @@ _WHERE = {
     "evaluate": "evaluation",
     "observe": "evaluation.observed",
     "plot_norms": "plots",
+    "plot_shift_maps": "plots",
     "plot_norm_maps": "plots",
     "plot_attention": "plots",
     "unpatch": "restoring",

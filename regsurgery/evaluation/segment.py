@@ -90,4 +90,5 @@ def evaluate(
         progress.advance(len(batch.numbers))
     details = {"iou": {str(name): values for name, values in zip(classes.tolist(), sums.ious(), strict=True)}}
     note = f"{method} probe, {len(classes)} classes, fitted on {samples.count} patches"
-    return Result(sums.rows(), (note + (f" in {folds} folds" if method == "linear" else ""),), details)
+    note += f" in {folds} folds" if method == "linear" else ""
+    return Result(sums.rows(), (f"{images.note}; {note}",), details, sums.num_images)
