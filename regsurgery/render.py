@@ -118,6 +118,7 @@ class Screen(Progress):
         self.out.print(caption(evaluation), soft_wrap=True, markup=False)
         head, body = cells(evaluation)
         table = Table(*(name for name in head if name != INTERVAL), box=box.SIMPLE_HEAD)
+        table.columns[0].no_wrap = True
         for column in table.columns:
             if column.header in FIGURES:
                 column.justify, column.no_wrap = "right", True
@@ -128,7 +129,7 @@ class Screen(Progress):
                     shown.append(cell)
                 elif cell:  # an interval stands below its figure
                     shown[-1] += f"\n{cell}"
-            table.add_row(*shown)
+            table.add_row(*map(Text, shown))  # as it is: [ms] is no markup
         self.out.print(table)
         for line in (evaluation.expectation, *evaluation.notes):
             if line:
