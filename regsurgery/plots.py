@@ -60,7 +60,7 @@ def _curve(axes: Any, evaluation: Evaluation, name: str, style: str) -> None:
             )
 
 
-def plot_norm_maps(original: Observed, patched: Observed, *, block: int = -2, count: int = 4) -> Figure:
+def plot_norm_maps(original: Observed, patched: Observed, *, block: int = -1, count: int = 4) -> Figure:
     """Norms of the patches after a block, on the patch grid, under the pictures.
 
     Args:
@@ -118,9 +118,8 @@ def plot_shift_maps(evaluation: Evaluation) -> Figure:
 def _of_block(kept: Any, block: int, what: str) -> Tensor:
     blocks = sorted(kept)
     if not blocks or (block not in kept and not -len(blocks) <= block < 0):
-        raise UserError(
-            f"block {block}: its {what} were not observed; there are {blocks or 'none'}, name it in observe()"
-        )
+        listed = ", ".join(map(str, blocks)) or "none"
+        raise UserError(f"block {block}: its {what} were not observed (those of: {listed}); name it in observe()")
     return kept[block if block in kept else blocks[block]]
 
 
@@ -131,9 +130,8 @@ def _maps(original: Observed, maps_BN: Sequence[Tensor], count: int, label: str)
     rows = figure.subplots(3, number, squeeze=False)
     for index in range(number):
         rows[0][index].imshow(original.pictures[index].permute(1, 2, 0).numpy())
-        for axes, (kind, map_BN) in zip(
-            (rows[1][index], rows[2][index]), zip(COLOURS, maps_BN, strict=True), strict=True
-        ):
+        for row, (kind, map_BN) in enumerate(zip(COLOURS, maps_BN, strict=True), start=1):
+            axes = rows[row][index]
             image = axes.imshow(map_BN[index].float().cpu().reshape(original.grid).numpy(), cmap="viridis")
             figure.colorbar(image, ax=axes, fraction=0.046)
             axes.set_title(f"{kind}: {label}", fontsize="small")

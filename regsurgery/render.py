@@ -111,20 +111,25 @@ class Screen(Progress):
         )
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        from regsurgery.evaluation.table import caption, cells
+        from regsurgery.evaluation.table import FIGURES, INTERVAL, caption, cells
 
         if self.as_json:
             print(json.dumps(evaluation.as_dict(), indent=2))
         self.out.print(caption(evaluation), soft_wrap=True, markup=False)
         head, body = cells(evaluation)
-        first = head.index("original")
-        table = Table(*head[:first], *head[first::2], box=box.SIMPLE_HEAD)  # an interval stands below its figure
-        for column in table.columns[first:]:
-            column.justify, column.no_wrap = "right", True
+        table = Table(*(name for name in head if name != INTERVAL), box=box.SIMPLE_HEAD)
+        table.columns[0].no_wrap = True
+        for column in table.columns:
+            if column.header in FIGURES:
+                column.justify, column.no_wrap = "right", True
         for row in body:
-            pairs = zip(row[first:-1:2], row[first + 1 : -1 : 2], strict=True)
-            figures = [f"{value}\n{interval}".rstrip() for value, interval in pairs]
-            table.add_row(*row[:first], *figures, row[-1])
+            shown: list[str] = []
+            for name, cell in zip(head, row, strict=True):
+                if name != INTERVAL:
+                    shown.append(cell)
+                elif cell:  # an interval stands below its figure
+                    shown[-1] += f"\n{cell}"
+            table.add_row(*map(Text, shown))  # as it is: [ms] is no markup
         self.out.print(table)
         for line in (evaluation.expectation, *evaluation.notes):
             if line:

@@ -5,8 +5,8 @@ A **task** is one module of this package. Its contract:
     def evaluate(pair: Pair, images: ImageSet, *, progress: Progress, seed: int, OPTION=DEFAULT, ...) -> Result
 
 - its keyword parameters beside `progress` and `seed` are the options it takes; `TASKS` says which module a task is;
-- `pair.batches(images)` (or `pair.whole_patches`, `pair.at_size` for images at their own size) gives the images,
-  `pair.observer(...)` looks at both models with one forward of each;
+- `pair.batches(images)` gives the images, `pair.observer(...)` looks at both models with one forward of each,
+  `pair.at_size(...)` is the pair for another image size;
 - figures are added to `interval.Figures`, one value an image, and come back as `Result.rows`;
 - memory must not grow with the number of images: sums, no lists of maps;
 - `progress.stage(name, total)` and `progress.advance(images)` tell how far it is.
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # name -> what it shows; the module is of the same name, with _ for -
 TASKS = {
     "norms": "patch norms and outlier tokens after every block",
-    "attention": "entropy, maximum, spatial coherence of attention maps; attention to the register",
+    "attention": "entropy, maximum and spatial coherence of attention maps; attention to the register",
     "fidelity": "how far outputs and tokens moved: KL divergence, first class, cosines",
     "classify": "top-1 and top-5 on labelled images, by the model's own head or zero-shot",
     "controls": "the shift against random neurons, and against neurons zeroed without a register",

@@ -26,7 +26,7 @@ ALL = "all"
 def evaluate(pair: Pair, images: ImageSet, *, progress: Progress, seed: int, block: int | None = None) -> Result:
     """Of every block and head, means over the images:
 
-    - `attention to registers`: what the class token (or the patches) pays to register tokens; in mode `bias`, to the
+    - `to registers`: attention of the class token (or the patches) to register tokens; in mode `bias`, to the
       constant key;
     - `maximum`: the largest share that one patch gets;
     - `entropy`: of the map over the patches, made to sum to 1, in nats; at most log of their number;
@@ -70,7 +70,7 @@ def _of_maps(seen: Observation, block: int) -> dict[str, Tensor]:
     map_BAN, registers_BA = attention_map(seen, block)
     share_BAN = map_BAN / map_BAN.sum(dim=-1, keepdim=True)
     return {
-        "attention to registers": registers_BA,
+        "to registers": registers_BA,
         "maximum": map_BAN.amax(dim=-1),
         "entropy": torch.special.entr(share_BAN).sum(dim=-1),
         "coherence": morans_i(map_BAN.unflatten(-1, seen.subject.grid)),

@@ -17,7 +17,6 @@ from regsurgery import backends, checkpoint_io, pipeline
 from regsurgery.calibration import ImageSet
 from regsurgery.errors import UnsupportedModelError, UserError
 from regsurgery.fitting import restored_native
-from regsurgery.image_sources import UNREADABLE, decode
 from regsurgery.loading import Loaded, LoadOptions
 from regsurgery.observing import Observation, Observer, Subject
 from regsurgery.patched import existing_folder, folder_format, read_patched_config, take_our_tensors
@@ -109,26 +108,6 @@ class Pair:
             names = next(itertools.islice(groups, number - seen - 1, None))
             seen = number
             yield Batch(pixels, tuple(name for name in names if name not in images.broken))
-
-    def whole_patches(self, images: ImageSet) -> Iterator[Batch]:
-        """Each image alone at its own size, cut at the right and at the bottom to whole patches, normalised as by the
-        model's preprocessing; `[1, 3, H, W]`, to be looked at with `at_size((H, W))`.
-        """
-        mean_311, scale_311 = normalisation(self.loaded)
-        patch = self.original.patch_size
-        for name, content in images.source.items(images.chosen):
-            try:
-                image = decode(content)
-            except UNREADABLE as error:
-                images.broken[name] = " ".join(str(error).split())
-                images.say(f"skipped {name}: {images.broken[name]}")
-                continue
-            width, height = (side // patch * patch for side in image.size)
-            if not width or not height:
-                images.say(f"skipped {name}: smaller than a patch")
-                continue
-            pixels = pixels_of(image.crop((0, 0, width, height)))
-            yield Batch(((pixels - mean_311) * scale_311)[None].to(self.traced.example[0].dtype), (name,))
 
     def observer(self, *, blocks: Sequence[int] = (), what: Sequence[str] = (), outputs: bool = False) -> PairObserver:
         """Looks at both models; see `observing.Observer`. The images that go through it are counted in `outliers`."""

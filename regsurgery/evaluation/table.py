@@ -9,7 +9,8 @@ from regsurgery.evaluation.interval import Estimate
 if TYPE_CHECKING:
     from regsurgery.evaluation import Evaluation
 
-COLUMNS = ("original", "95 %", "patched", "95 %", "difference", "95 %", "n")
+FIGURES, INTERVAL = ("original", "patched", "difference", "n"), "95 %"
+COLUMNS = ("original", INTERVAL, "patched", INTERVAL, "difference", INTERVAL, "n")
 
 HTML = """\
 <table class="regsurgery">
@@ -30,7 +31,7 @@ def number(value: float | None) -> str:
     size = abs(value)
     if 0 < size < 0.001:
         return f"{value:.0e}"
-    decimals = next((places for bound, places in ((1000, 0), (100, 1), (10, 2)) if size >= bound), 4)
+    decimals = next((places for bound, places in ((1000, 0), (100, 1), (10, 2), (1, 3)) if size >= bound), 4)
     return f"{value:.{decimals}f}" if value else "0"
 
 
@@ -41,7 +42,7 @@ def interval(estimate: Estimate | None) -> str:
 
 
 def cells(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
-    """Head and body of the table: what, where, and both models' figures; without details."""
+    """Head and body of the table: what, where, and both models' figures; without details and empty columns."""
     rows = [row for row in evaluation.rows if not row.is_detail]
     places = list(dict.fromkeys(place for row in rows for place in row.where))
     body = []
@@ -51,7 +52,9 @@ def cells(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
         n = next((one.n for one in (row.patched, row.original) if one is not None), 0)
         name = f"{row.name} [{row.unit}]" if row.unit else row.name
         body.append([name, *(str(row.where.get(place, "")) for place in places), *figures, str(n)])
-    return ["figure", *places, *COLUMNS], body
+    head = ["figure", *places, *COLUMNS]
+    filled = [index for index in range(len(head)) if not body or any(row[index] for row in body)]
+    return [head[index] for index in filled], [[row[index] for index in filled] for row in body]
 
 
 def caption(evaluation: Evaluation) -> str:
