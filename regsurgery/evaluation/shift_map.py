@@ -58,7 +58,7 @@ def evaluate(
     if pair.recipe is None or not pair.recipe.register_neurons:
         raise UserError(f"{pair.folder}: has no register neurons to move the outliers with; give a folder of patch")
     rows, columns = pair.original.grid
-    chosen_N = _chosen(where, mask, pair.original.image_size, (rows, columns))
+    chosen_N = chosen_patches(where, mask, pair.original.image_size, (rows, columns))
     first, last = pair.sites.patches.start, pair.sites.patches.stop
     places = tuple((first + torch.nonzero(chosen_N)[:, 0]).tolist())
     probe = pair.sites.blocks[pair.sites.probe_block].output
@@ -157,8 +157,12 @@ def extremes_at(
 # --- places ---------------------------------------------------------------------------------------------------------
 
 
-def _chosen(where: str | None, mask: str | Path | None, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Which patches are chosen, bool `[N]`."""
+def chosen_patches(where: str | None, mask: str | Path | None, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Which patches are chosen, bool `[N]`, row by row; see `evaluate`.
+
+    Args:
+        size: (height, width) of the model's input in pixels; `grid`: its rows and columns of patches.
+    """
     if (where is None) == (mask is None):
         raise UserError("eval shift-map: give the places, either with --where x,y,w,h or with --mask FILE")
     chosen_N = in_box(where, size, grid) if where is not None else _in_mask(Path(str(mask)), grid)

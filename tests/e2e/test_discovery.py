@@ -258,15 +258,7 @@ def test_outliers_go_where_they_are_sent(patched: Path, tmp_path: Path) -> None:
     assert PIL.Image.open(png).width > 1000
 
 
-def test_places_by_mask_and_what_is_no_place(patched: Path, tmp_path: Path) -> None:
-    mask = PIL.Image.new("L", (48, 48), 0)
-    mask.paste(255, (24, 0, 36, 12))
-    mask.save(tmp_path / "mask.png")
-    evaluation = evaluate(patched, "shift-map", num_images=4, mask=tmp_path / "mask.png")
-    assert evaluation.details["chosen"] == [12 * row + column for row in range(3) for column in range(6, 9)]
-    for settings in ({}, {"where": "0,0,1,1", "mask": "x"}, {"where": "0,0,1,1"}, {"where": "0.01,0,0.01,0.01"}):
-        with pytest.raises(UserError, match="shift-map"):
-            evaluate(patched, "shift-map", num_images=4, **settings)
+def test_an_unpatched_model_has_nothing_to_move() -> None:
     with pytest.raises(UserError, match="no register neurons"):
         evaluate("demo", "shift-map", num_images=4, where="0,0,0.5,0.5")
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -12,7 +15,7 @@ from regsurgery.errors import UserError
 from regsurgery.evaluation import patch_probe
 from regsurgery.evaluation.knn import TEMPERATURE, vote
 from regsurgery.evaluation.masks import IGNORED
-from regsurgery.evaluation.shift_map import extremes_at, in_box
+from regsurgery.evaluation.shift_map import chosen_patches, extremes_at, in_box
 
 RNG = np.random.default_rng(0)
 
@@ -107,3 +110,27 @@ def test_a_box_in_fractions_and_in_pixels() -> None:
     assert not in_box("0.3,0.3,0.01,0.01", (96, 64), (3, 4)).any()
     with pytest.raises(UserError, match="x,y,w,h"):
         in_box("1,2,3", (96, 64), (3, 4))
+
+
+def test_places_by_mask(tmp_path: Path) -> None:
+    mask = PIL.Image.new("L", (48, 48), 0)
+    mask.paste(255, (24, 0, 36, 12))
+    mask.save(tmp_path / "mask.png")
+    chosen_N = chosen_patches(None, tmp_path / "mask.png", (96, 96), (12, 12))
+    assert torch.equal(chosen_N, in_box("0.5,0,0.25,0.25", (96, 96), (12, 12)))
+    assert int(chosen_N.sum()) == 9
+
+
+@pytest.mark.parametrize(
+    ("where", "mask", "reason"),
+    [
+        (None, None, "either with --where x,y,w,h or with --mask"),
+        ("0,0,0.5,0.5", "mask.png", "either with --where x,y,w,h or with --mask"),
+        ("0,0,1,1", None, "all patches are in 0,0,1,1"),
+        ("0.01,0,0.01,0.01", None, "no patch is in"),
+        (None, "absent.png", "absent.png: not a readable mask"),
+    ],
+)
+def test_what_is_no_place(where: Any, mask: Any, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        chosen_patches(where, mask, (96, 96), (12, 12))
