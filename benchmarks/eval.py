@@ -2,7 +2,8 @@
 
     python benchmarks/eval.py shift=DIR native=DIR --images labelled --voc voc2007-subset --json benchmarks/eval.json
 
-The original's figures stand beside each folder's. `--only TASK ...` runs some tasks and keeps what the file has of others.
+The original's figures stand beside each folder's. `--only TASK ...` runs some tasks and keeps what the file has of
+others.
 """
 
 from __future__ import annotations
