@@ -9,7 +9,7 @@ Shape suffixes: B images, T tokens, N patches, D width, H hidden units, A heads,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,14 +98,8 @@ def attention_site(graph_module: fx.GraphModule, block: Block) -> AttentionSite:
     Raises:
         UnsupportedModelError: the graph computes attention in a way that is not known.
     """
-    work = [find_node(graph_module, block.attention_output)]
-    seen = set(work)
-    for node in work:
-        if node.target in ATTENTIONS:
-            break
-        work += [source for source in node.all_input_nodes if source not in seen]
-        seen.update(node.all_input_nodes)
-    else:
+    node = _first(find_node(graph_module, block.attention_output), ATTENTIONS, lambda node: node.all_input_nodes)
+    if node is None:
         raise UnsupportedModelError(f"block {block.index}: no attention above node '{block.attention_output}'")
     if node.target is not aten.scaled_dot_product_attention.default:
         return _eager(node, block)
@@ -128,6 +122,18 @@ def attention_site(graph_module: fx.GraphModule, block: Block) -> AttentionSite:
     )
 
 
+def _first(start: fx.Node, targets: Collection, neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> fx.Node | None:
+    """The nearest node with one of `targets`, from `start` on."""
+    work, seen = [start], {start}
+    for node in work:
+        if node.target in targets:
+            return node
+        fresh = [other for other in neighbours(node) if other not in seen]
+        work += fresh
+        seen.update(fresh)
+    return None
+
+
 def _eager(softmax: fx.Node, block: Block) -> AttentionSite:
     """The attention around a softmax that stands in the graph by itself."""
     products = (aten.matmul.default, aten.bmm.default)
@@ -135,20 +141,15 @@ def _eager(softmax: fx.Node, block: Block) -> AttentionSite:
     through = ADDS | {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.to.dtype}
     while product.target in through:
         product = product.all_input_nodes[0]
-    weighted: list[fx.Node] = [softmax]
-    for node in weighted:
-        if node.target in products:
-            break
-        weighted += node.users
-    operands = [product, node]
-    if any(node.target not in products for node in operands):
+    weighted = _first(softmax, products, lambda node: node.users)
+    if product.target not in products or weighted is None:
         raise UnsupportedModelError(
             f"block {block.index}: query, key and value of its attention are not found around node '{softmax.name}'"
         )
     query, key = product.args[:2]
-    assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(node.args[1], fx.Node)
+    assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(weighted.args[1], fx.Node)
     return AttentionSite(
-        query.name, key.name, node.args[1].name, transposed=True, scores=scores.name, weights=softmax.name
+        query.name, key.name, weighted.args[1].name, transposed=True, scores=scores.name, weights=softmax.name
     )
 
 

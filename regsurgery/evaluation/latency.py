@@ -65,8 +65,9 @@ def evaluate(pair: Pair, images: ImageSet, *, progress: Progress, seed: int, run
         Row("time, patched over original", None, _median(times_2R[1] / times_2R[0], seed)),
     ]
     peaks = [_peak(run, pixels) for run in (original, patched)]
-    rows.append(Row("peak memory of activations", *(_once(peak) for peak in peaks), unit="MB"))
-    rows.append(Row("weights", *(_once(size) for size in _weights(pair)), unit="MB"))
+    rows.append(Row("peak memory of activations", _once(peaks[0]), _once(peaks[1]), unit="MB"))
+    weights = _weights(pair)
+    rows.append(Row("weights", _once(weights[0]), _once(weights[1]), unit="MB"))
     notes = [f"batches of {len(pixels)} on {device}, {torch.get_num_threads()} threads, {runs} pairs of runs"]
     if pair.format == "onnx":
         notes.append("the patched model runs in onnxruntime, the original in torch: the ratio is not the patch's alone")
@@ -77,7 +78,7 @@ def _runs(pair: Pair, pixels: Tensor) -> tuple[Callable[[], Any], Callable[[], A
     """Both models as a user would run them: modules for folders of a library; for programs, graphs."""
     loaded = pair.loaded
     if pair.is_same:
-        return (lambda: loaded.call(loaded.model, pixels),) * 2
+        return lambda: loaded.call(loaded.model, pixels), lambda: loaded.call(loaded.model, pixels)
     root = Path(pair.folder)
     if pair.format not in backends.LIBRARIES:
         module = reloaded(root, pair.format)

@@ -192,7 +192,7 @@ def test_classify(patched: Path, demo_folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_zero_shot_is_the_text_towers(tmp_path: Path) -> None:
-    """With open_clip's own functions; the text tower has random weights, and the model is not patched, which is said."""
+    """With open_clip's own functions; the text tower has random weights, and it is said that nothing is patched."""
     import open_clip
 
     folder = shared("models", "vit-tiny-openclip")
@@ -422,9 +422,6 @@ def test_the_real_models_figures(tmp_path: Path) -> None:
     classes = regsurgery.evaluate(folder, "classify", images=labelled)
     assert values(classes, "top-1") == pytest.approx((0.806, 0.777), abs=1e-3)
     assert values(classes, "top-5") == pytest.approx((0.954, 0.931), abs=1e-3)
-    attention = regsurgery.evaluate(folder, "attention", images=labelled, num_images=48, block=11)
-    before, after = values(attention, "to registers", head="all")
-    assert before == 0 and after == pytest.approx(0.127, abs=0.02)
 
 
 @pytest.mark.real
