@@ -1,7 +1,8 @@
 """regsurgery: rewrite Vision Transformer checkpoints so that outlier tokens are gone.
 
-Public API: `doctor`, `find`, `patch`, `verify`, `unpatch`, `reproduce`, `diff`, `load`, `push`, `find_recipe`,
-`Recipe`. Importing the package is cheap; torch and the model libraries are imported on first use.
+Public API: `doctor`, `find`, `patch`, `verify`, `evaluate`, `observe`, `plot_norms`, `plot_norm_maps`,
+`plot_attention`, `plot_shift_maps`, `unpatch`, `reproduce`, `diff`, `load`, `push`, `find_recipe`, `Recipe`. Importing
+the package is cheap; torch and the model libraries are imported on first use.
 """
 
 from __future__ import annotations
@@ -14,10 +15,16 @@ __all__ = [
     "__version__",
     "diff",
     "doctor",
+    "evaluate",
     "find",
     "find_recipe",
     "load",
+    "observe",
     "patch",
+    "plot_attention",
+    "plot_norm_maps",
+    "plot_norms",
+    "plot_shift_maps",
     "push",
     "reproduce",
     "unpatch",
@@ -25,9 +32,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from regsurgery.evaluation import evaluate
+    from regsurgery.evaluation.observed import observe
     from regsurgery.hub import push
     from regsurgery.patched import load
     from regsurgery.pipeline import doctor, find, patch, verify
+    from regsurgery.plots import plot_attention, plot_norm_maps, plot_norms, plot_shift_maps
     from regsurgery.recipe import Recipe, find_recipe
     from regsurgery.reproducing import reproduce
     from regsurgery.restoring import unpatch
@@ -38,6 +48,12 @@ _WHERE = {
     "find": "pipeline",
     "patch": "pipeline",
     "verify": "pipeline",
+    "evaluate": "evaluation",
+    "observe": "evaluation.observed",
+    "plot_norms": "plots",
+    "plot_shift_maps": "plots",
+    "plot_norm_maps": "plots",
+    "plot_attention": "plots",
     "unpatch": "restoring",
     "reproduce": "reproducing",
     "diff": "tensor_diff",

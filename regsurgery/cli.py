@@ -42,6 +42,7 @@ from regsurgery.errors import (
     EXIT_VERIFICATION_FAILED,
     NothingToFixError,
 )
+from regsurgery.evaluation import TASKS
 
 if TYPE_CHECKING:
     from regsurgery.loading import LoadOptions
@@ -211,6 +212,80 @@ def verify(
     screen.verified(verdict)
     if not verdict.passed:
         raise typer.Exit(EXIT_VERIFICATION_FAILED)
+
+
+@app.command("eval", epilog="Example: regsurgery eval norms demo-patched")
+def evaluate(
+    task: Annotated[str, typer.Argument(help=f"{', '.join(TASKS)}.", show_default=False)],
+    folder: Annotated[str, typer.Argument(help="Folder that regsurgery patch wrote, or MODEL.", show_default=False)],
+    original: Annotated[str | None, typer.Option("--original", help="MODEL to compare with.")] = None,
+    images: Images = None,
+    num_images: NumImages = None,
+    block: Annotated[int | None, typer.Option("--block", help="That block only, or its features; from 0.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="classify: zero-shot; one class a line, prompts split by tabs.")
+    ] = None,
+    draws: Annotated[int | None, typer.Option("--draws", help="controls: sets of random neurons.", min=1)] = None,
+    runs: Annotated[int | None, typer.Option("--runs", help="latency: pairs of runs.", min=4)] = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="latency: images in a batch.", min=1)] = None,
+    features: Annotated[
+        str | None, typer.Option("--features", help="probe, knn: cls (the class token) or mean (of the patches).")
+    ] = None,
+    train: Annotated[
+        Path | None, typer.Option("--train", help="probe, knn: labelled images to learn from, instead of --images.")
+    ] = None,
+    neighbours: Annotated[int | None, typer.Option("--neighbours", help="knn: how many vote.", min=1)] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option("--kind", help="lost: keys, queries or values; all by default.")
+    ] = None,
+    bias: Annotated[
+        list[float] | None, typer.Option("--bias", help="lost: added to similarities; 0, -0.2 and -0.4 by default.")
+    ] = None,
+    masks: Annotated[Path | None, typer.Option("--masks", help="segment: folder of PNG of class indices.")] = None,
+    method: Annotated[str | None, typer.Option("--method", help="segment: linear or kmeans.")] = None,
+    where: Annotated[str | None, typer.Option("--where", help="shift-map: x,y,w,h, in fractions or pixels.")] = None,
+    mask: Annotated[Path | None, typer.Option("--mask", help="shift-map: image, white where outliers go.")] = None,
+    png: Annotated[Path | None, typer.Option("--png", help="norms, attention, shift-map: picture to write.")] = None,
+    seed: Seed = 0,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Figures of the original and the patched model side by side, each with n and a 95 % interval."""
+    from regsurgery import evaluation
+    from regsurgery.render import Screen
+
+    given = {
+        "block": block,
+        "prompts": prompts,
+        "draws": draws,
+        "runs": runs,
+        "batch": batch,
+        "features": features,
+        "train": train,
+        "neighbours": neighbours,
+        "kind": kind,
+        "bias": bias,
+        "masks": masks,
+        "method": method,
+        "where": where,
+        "mask": mask,
+    }
+    with Screen(as_json=as_json, quiet=quiet) as screen:
+        found = evaluation.evaluate(
+            folder,
+            task,
+            original=original,
+            images=images,
+            num_images=num_images,
+            seed=seed,
+            png=png,
+            options=_options(max_memory=max_memory, device_map=device_map),
+            progress=screen,
+            **{name: value for name, value in given.items() if value not in (None, [])},
+        )
+    screen.evaluated(found)
 
 
 @app.command(epilog="Example: regsurgery unpatch demo-patched -o demo-restored")

@@ -28,6 +28,7 @@ from regsurgery.pipeline import Progress
 
 if TYPE_CHECKING:
     from regsurgery.diagnosis import Diagnosis
+    from regsurgery.evaluation import Evaluation
     from regsurgery.finding import Found
     from regsurgery.hub import Pushed
     from regsurgery.pipeline import PatchResult
@@ -149,6 +150,31 @@ class Screen(Progress):
         self.out.print(
             "passed" if verdict.passed else "FAILED: " + "; ".join(verdict.failures), soft_wrap=True, markup=False
         )
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        from regsurgery.evaluation.table import FIGURES, INTERVAL, caption, cells
+
+        if self.as_json:
+            print(json.dumps(evaluation.as_dict(), indent=2))
+        self.out.print(caption(evaluation), soft_wrap=True, markup=False)
+        head, body = cells(evaluation)
+        table = Table(*(name for name in head if name != INTERVAL), box=box.SIMPLE_HEAD)
+        table.columns[0].no_wrap = True
+        for column in table.columns:
+            if column.header in FIGURES:
+                column.justify, column.no_wrap = "right", True
+        for row in body:
+            shown: list[str] = []
+            for name, cell in zip(head, row, strict=True):
+                if name != INTERVAL:
+                    shown.append(cell)
+                elif cell:  # an interval stands below its figure
+                    shown[-1] += f"\n{cell}"
+            table.add_row(*map(Text, shown))  # as it is: [ms] is no markup
+        self.out.print(table)
+        for line in (evaluation.expectation, *evaluation.notes):
+            if line:
+                self.out.print(line, soft_wrap=True, markup=False)
 
     def found(self, found: Found, output: Path) -> None:
         if self.as_json:

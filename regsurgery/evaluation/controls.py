@@ -1,0 +1,109 @@
+"""Task `controls`: is it these neurons, and does the register matter?
+
+Jiang et al., arXiv 2506.08010: other neurons must do nothing, and clearing the register neurons without a register to
+take their values must do harm.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from regsurgery.comparison import main_output
+from regsurgery.errors import UserError
+from regsurgery.evaluation import Result
+from regsurgery.evaluation.fidelity import drift, shared_output
+from regsurgery.evaluation.interval import Figures, Values
+from regsurgery.evaluation.pair import Pair
+from regsurgery.observing import Observation, Observer, Subject
+from regsurgery.passes import apply_passes
+from regsurgery.passes.plan import plan_surgery
+from regsurgery.recipe import Recipe
+from regsurgery.statistics import outliers, token_norms
+from regsurgery.verification import Side
+
+if TYPE_CHECKING:
+    from regsurgery.calibration import ImageSet
+    from regsurgery.pipeline import Progress
+
+PATCHED, RANDOM, ZEROED = "patched", "random neurons", "zeroed, no register"
+
+
+def evaluate(pair: Pair, images: ImageSet, *, progress: Progress, seed: int, draws: int = 3) -> Result:
+    """The patched model, and two controls made of the original: as many random neurons of the same blocks shifted onto
+    one register (mean over the draws), and the register neurons cleared on all tokens with no register at all.
+
+    Outlier tokens are those after the last block but one, above 5 times the median.
+
+    Args:
+        draws: sets of random neurons.
+
+    Raises:
+        UserError: there are no register neurons to compare with.
+    """
+    if pair.recipe is None or not pair.recipe.register_neurons:
+        raise UserError(f"{pair.folder}: has no register neurons, so there is nothing to compare random ones with")
+    if draws < 1:
+        raise UserError(f"{draws} draws of random neurons: at least one is needed")
+    chosen = pair.recipe.register_neurons
+    drawn = _drawn(pair, chosen, random.Random(seed), draws)
+    probe = pair.sites.probe_block
+    observe = pair.observer(blocks=(probe,), what=("blocks",), outputs=True)
+    controls = {
+        RANDOM: [_observer(pair, Recipe(neurons)) for neurons in drawn],
+        ZEROED: [_observer(pair, Recipe(chosen, num_registers=0, scale=(), fill="zero", prefix="fill"))],
+    }
+    figures = Figures(seed)
+    progress.stage("controls", images.num_images)
+    for batch in pair.batches(images):
+        original, patched = observe(batch.pixels)
+        main = shared_output(pair, original.outputs, patched.outputs)
+        before_B = _outliers(original, probe)
+        looked = {PATCHED: [patched], **{name: [one(batch.pixels) for one in ones] for name, ones in controls.items()}}
+        values: list[tuple[str, Values]] = []
+        for name, seen in looked.items():
+            where = (("control", name),)
+            after_B = _mean_of([_outliers(one, probe) for one in seen])
+            own = main if name == PATCHED else main_output(tuple(original.outputs))
+            moved = [drift(own, original.outputs, one.outputs) for one in seen]
+            values.append(("outliers per image", Values(before_B, after_B, where)))
+            values += [(figure, Values(None, _mean_of([one[figure] for one in moved]), where)) for figure in moved[0]]
+        figures.add(len(batch.pixels), values)
+        progress.advance(len(batch.pixels))
+    listed = [{str(block): list(neurons) for block, neurons in neurons.items()} for neurons in drawn]
+    return Result(figures.rows(), details={"random_neurons": listed})
+
+
+def _drawn(
+    pair: Pair, chosen: Mapping[int, Sequence[int]], rng: random.Random, draws: int
+) -> list[dict[int, tuple[int, ...]]]:
+    """`draws` sets of as many neurons of the same blocks that are none of the chosen."""
+    sets = []
+    for _ in range(draws):
+        neurons: dict[int, tuple[int, ...]] = {}
+        for block, own in chosen.items():
+            others = sorted(set(range(pair.sites.blocks[block].hidden_size)) - set(own))
+            neurons[block] = tuple(sorted(rng.sample(others, min(len(own), len(others)))))
+        sets.append(neurons)
+    return sets
+
+
+def _observer(pair: Pair, recipe: Recipe) -> Observer:
+    """The original with `recipe` applied, looked at as the pair is."""
+    plan = plan_surgery(pair.sites, recipe)
+    graph_module, _ = apply_passes(pair.traced, plan)
+    side = Side(pair.loaded, graph_module, pair.sites, *pair.sites.patched(plan.num_registers))
+    subject = Subject(side, "shift", pair.traced.image_size, side.patches, side.registers)
+    return Observer(subject, blocks=(pair.sites.probe_block,), what=("blocks",), outputs=True)
+
+
+def _outliers(seen: Observation, block: int) -> Tensor:
+    return outliers(token_norms(seen.patches(block))).sum(dim=1).double()
+
+
+def _mean_of(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack(tuple(values)).mean(dim=0)

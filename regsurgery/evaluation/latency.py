@@ -1,0 +1,170 @@
+"""Task `latency`: what the patch costs in time and memory.
+
+Original and patched model run as a user would run them, in turns that change their order every time (ABBA), so that a
+machine that warms up or is shared weighs on both. The figure is the ratio of each pair of runs, and its interval says
+how far it can be trusted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from regsurgery import backends
+from regsurgery.errors import UserError
+from regsurgery.evaluation import Result
+from regsurgery.evaluation.interval import LEVEL, Estimate, Row
+from regsurgery.evaluation.pair import Pair
+from regsurgery.patched import reloaded
+from regsurgery.trace import tensor_inputs
+
+if TYPE_CHECKING:
+    from regsurgery.calibration import ImageSet
+    from regsurgery.pipeline import Progress
+
+WARM_UP = 2
+MIN_RUNS = 4  # fewer pairs give no interval
+MEGABYTE = 1e6
+
+
+def evaluate(pair: Pair, images: ImageSet, *, progress: Progress, seed: int, runs: int = 20, batch: int = 8) -> Result:
+    """Milliseconds an image, their ratio, and the peak of the bytes that live tensors take during one forward beyond
+    the weights; n is the number of pairs of runs. Figures are medians over the runs, intervals bootstrap them.
+
+    Args:
+        runs: pairs of runs; `batch`: images in each.
+
+    Raises:
+        UserError: fewer than `MIN_RUNS` runs, or no images in a batch.
+    """
+    if runs < MIN_RUNS or batch < 1:
+        raise UserError(f"{runs} runs of {batch} images: at least {MIN_RUNS} runs of 1 image are needed")
+    device = next(pair.loaded.model.parameters()).device
+    pixels = next(pair.batches(images.some(batch), batch)).pixels.to(device)
+    original, patched = _runs(pair, pixels)
+    progress.stage("latency", 2 * (runs + WARM_UP) * len(pixels))
+    seconds: list[tuple[float, float]] = []
+    for turn in range(runs + WARM_UP):
+        order = (original, patched) if turn % 2 == 0 else (patched, original)
+        first, second = (_timed(run, device) for run in order)
+        if turn >= WARM_UP:
+            seconds.append((first, second) if turn % 2 == 0 else (second, first))
+        progress.advance(2 * len(pixels))
+    times_2R = np.array(seconds).T
+    before, after = (_median(1000 * times_R / len(pixels), seed) for times_R in times_2R)
+    rows = [
+        Row("time", before, after, _median(1000 * (times_2R[1] - times_2R[0]) / len(pixels), seed), unit="ms/image"),
+        Row("time, patched over original", None, _median(times_2R[1] / times_2R[0], seed)),
+    ]
+    peaks = [_peak(run, pixels) for run in (original, patched)]
+    rows.append(Row("peak memory of activations", _once(peaks[0]), _once(peaks[1]), unit="MB"))
+    weights = _weights(pair)
+    rows.append(Row("weights", _once(weights[0]), _once(weights[1]), unit="MB"))
+    notes = [f"batches of {len(pixels)} on {device}, {torch.get_num_threads()} threads, {runs} pairs of runs"]
+    if pair.format == "onnx":
+        notes.append("the patched model runs in onnxruntime, the original in torch: the ratio is not the patch's alone")
+    return Result(rows, tuple(notes), num_images=len(pixels))
+
+
+def _runs(pair: Pair, pixels: Tensor) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Both models as a user would run them: modules for folders of a library; for programs, graphs."""
+    loaded = pair.loaded
+    if pair.is_same:
+        return lambda: loaded.call(loaded.model, pixels), lambda: loaded.call(loaded.model, pixels)
+    root = Path(pair.folder)
+    if pair.format not in backends.LIBRARIES:
+        module = reloaded(root, pair.format)
+        inputs = tensor_inputs(loaded, pixels)
+        return lambda: pair.traced.graph_module(*inputs), lambda: module(*inputs)
+    if pair.stock is not None:
+        stock = pair.stock
+        return lambda: loaded.call(loaded.model, pixels), lambda: stock.call(stock.model, pixels)
+    module = reloaded(root, pair.format, stored=loaded.stored).to(pixels.device)
+    return lambda: loaded.call(loaded.model, pixels), lambda: loaded.call(module, pixels)
+
+
+@torch.no_grad()
+def _timed(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one forward."""
+    _wait(device)
+    started = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _median(values_R: np.ndarray, seed: int) -> Estimate:
+    from scipy import stats
+
+    found = stats.bootstrap(
+        (values_R,), np.median, confidence_level=LEVEL, method="percentile", rng=np.random.default_rng(seed)
+    ).confidence_interval
+    return Estimate(float(np.median(values_R)), float(found.low), float(found.high), len(values_R))
+
+
+def _once(size: float | None) -> Estimate | None:
+    """A figure that is the same in every run, so that it has no interval."""
+    return None if size is None else Estimate(size, None, None, 1)
+
+
+def _weights(pair: Pair) -> tuple[float, float]:
+    sizes = []
+    for subject in (pair.original, pair.patched):
+        parameters = {id(value): value for value in subject.side.graph_module.parameters()}
+        sizes.append(sum(value.numel() * value.element_size() for value in parameters.values()) / MEGABYTE)
+    return sizes[0], sizes[1]
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that operators made and that still live, and their peak; the same in every run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        import weakref
+
+        given = {_storage(leaf)._cdata for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(result):
+            if not isinstance(leaf, Tensor):
+                continue
+            storage = _storage(leaf)
+            if storage._cdata in given or storage._cdata in self.live:
+                continue  # a view, or written in place
+            self.live[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._freed, storage._cdata)
+        return result
+
+    def _freed(self, key: int) -> None:
+        self.now -= self.live.pop(key, 0)
+
+
+def _storage(tensor: Tensor) -> Any:
+    return tensor.untyped_storage()
+
+
+@torch.no_grad()
+def _peak(run: Callable[[], Any], pixels: Tensor) -> float | None:
+    """Megabytes; None where no torch operator makes the tensors (onnxruntime)."""
+    with _LiveBytes() as bytes_:
+        kept = run()
+    del kept
+    return bytes_.peak / MEGABYTE if bytes_.peak else None

@@ -1,0 +1,89 @@
+"""Images with a mask each, both squeezed to the model's own size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from regsurgery.calibration import ImageSet
+from regsurgery.errors import UserError
+from regsurgery.evaluation.pair import Pair, normalisation, pixels_of
+from regsurgery.image_sources import UNREADABLE, decode
+
+FOLDERS = ("SegmentationClass", "masks")
+IGNORED = 255
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images and masks.
+
+    Attributes:
+        numbers: their places among all images with masks.
+        pixels: preprocessed, `[B, 3, H, W]`; `masks`: class indices, uint8 `[B, H, W]`.
+    """
+
+    numbers: list[int]
+    pixels: Tensor
+    masks: np.ndarray
+
+
+def with_masks(images: ImageSet, folder: Path | None) -> tuple[ImageSet, dict[str, Path]]:
+    """The images that have masks, and the mask of each by its name."""
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of masks")
+    chosen, paths = [], {}
+    for number, (name, _) in zip(images.chosen, images.source.items(images.chosen), strict=True):
+        path = Path(name)
+        folders = [path.parent.parent / each for each in FOLDERS] if folder is None else [folder]
+        found = next((each / f"{path.stem}.png" for each in folders if (each / f"{path.stem}.png").is_file()), None)
+        if found is not None and path.parent != found.parent:
+            chosen.append(number)
+            paths[name] = found
+    if not paths:
+        where = f"in {folder}" if folder else f"in {' or '.join(FOLDERS)} beside their folder (or give --masks DIR)"
+        raise UserError(f"{images.note}: none has a mask, a PNG of the same name {where}")
+    note = f"{len(paths)} of the {images.note}, with masks" if len(paths) < images.num_images else images.note
+    return replace(images, chosen=tuple(chosen), note=note), paths
+
+
+def batches(pair: Pair, images: ImageSet, paths: Mapping[str, Path]) -> Iterator[Batch]:
+    mean_311, scale_311 = normalisation(pair.loaded)
+    height, width = pair.original.image_size
+    items = list(images.source.items(images.chosen))
+    for start in range(0, len(items), BATCH):
+        numbers, pixels, masks = [], [], []
+        for number, (name, content) in enumerate(items[start : start + BATCH], start):
+            try:
+                image = decode(content)
+            except UNREADABLE as error:
+                images.broken[name] = " ".join(str(error).split())
+                images.say(f"skipped {name}: {images.broken[name]}")
+                continue
+            mask = read_mask(paths[name])
+            if mask.size != image.size:
+                raise UserError(f"{paths[name]}: {mask.size[0]}x{mask.size[1]} pixels, its image {image.size}")
+            numbers.append(number)
+            squeezed = image.resize((width, height), Image.Resampling.BICUBIC)
+            pixels.append((pixels_of(squeezed) - mean_311) * scale_311)
+            masks.append(np.asarray(mask.resize((width, height), Image.Resampling.NEAREST)))
+        if numbers:
+            yield Batch(numbers, torch.stack(pixels).to(pair.traced.example[0].dtype), np.stack(masks))
+
+
+def read_mask(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as mask:
+            mask.load()
+    except UNREADABLE as error:
+        raise UserError(f"{path}: not a readable mask ({' '.join(str(error).split())})") from error
+    if mask.mode not in ("P", "L"):
+        raise UserError(f"{path}: a mask must be a palette or 8-bit grey PNG of class indices, this one is {mask.mode}")
+    return mask

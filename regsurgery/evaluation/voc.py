@@ -1,0 +1,49 @@
+"""Pascal VOC's layout: `JPEGImages/NAME.jpg` with its boxes in `Annotations/NAME.xml`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from regsurgery.errors import UserError
+
+EDGES = ("xmin", "ymin", "xmax", "ymax")
+
+
+def boxes_of_image(path: Path) -> np.ndarray:
+    """The boxes of the objects in `DIR/JPEGImages/NAME.jpg`, read from `DIR/Annotations/NAME.xml`, `[G, 4]`.
+
+    Raises:
+        UserError: there is no such annotation, or a broken one.
+    """
+    annotation = path.parent.parent / "Annotations" / f"{path.stem}.xml"
+    if not annotation.is_file():
+        raise UserError(
+            f"{annotation}: no such annotation of {path.name}; give --images a folder in VOC layout, with JPEGImages/ "
+            "and Annotations/"
+        )
+    return read_boxes(annotation)
+
+
+def read_boxes(path: Path) -> np.ndarray:
+    """The boxes of an annotation file, `[G, 4]`; those marked `difficult` are among them, as in the LOST protocol.
+
+    Only an object's own box counts: people have `part` boxes (head, hand, foot) inside theirs. VOC counts pixels from
+    1 and includes the last one, so left and top are one less here.
+
+    Raises:
+        UserError: the file is absent or no such annotation.
+    """
+    from xml.etree import ElementTree
+
+    try:
+        objects = ElementTree.parse(path).getroot().findall("object")
+        rows = [[float(each.findtext(f"bndbox/{edge}", "")) for edge in EDGES] for each in objects]
+    except (OSError, ElementTree.ParseError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: cannot be read as a VOC annotation: {reason}") from error
+    boxes_G4 = np.array(rows, dtype=np.float64).reshape(-1, 4) - (1, 1, 0, 0)
+    if not (boxes_G4[:, :2] < boxes_G4[:, 2:]).all():
+        raise UserError(f"{path}: an object's box is empty (xmin, ymin, xmax, ymax in pixels are expected)")
+    return boxes_G4

@@ -1,0 +1,80 @@
+"""A zero-shot classifier: the text tower of a CLIP model and a file of prompts.
+
+The file has one class a line, in the order of the class indices; several prompts of a class are separated by tabs, and
+their embeddings averaged at unit length. Radford et al., Learning Transferable Visual Models From Natural Language
+Supervision, arXiv 2103.00020, section 3.1.4.
+
+Shape suffixes: P prompts, L text tokens, K classes, E embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regsurgery.errors import UserError
+from regsurgery.loading import Loaded
+
+IMAGE_EMBEDDINGS = ("image_embeds", "image_features")  # names in transformers and open_clip
+
+
+@torch.no_grad()
+def class_embeddings(loaded: Loaded, prompts: Path) -> Tensor:
+    """Unit vectors of the classes, `[K, E]`.
+
+    Raises:
+        UserError: the file is no list of prompts, or the model has no text tower.
+    """
+    try:
+        lines = prompts.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{prompts}: cannot be read: {error}") from error
+    classes = [[prompt.strip() for prompt in line.split("\t") if prompt.strip()] for line in lines]
+    while classes and not classes[-1]:
+        classes.pop()
+    empty = next((number for number, of_class in enumerate(classes, 1) if not of_class), None)
+    if not classes or empty is not None:
+        where = f"line {empty} is" if empty else "is"
+        raise UserError(f"{prompts}: {where} empty; write one class a line, several prompts separated by tabs")
+    return torch.stack([F.normalize(_embedded(loaded, of_class).mean(dim=0), dim=-1) for of_class in classes])
+
+
+def _embedded(loaded: Loaded, prompts: list[str]) -> Tensor:
+    """Unit embeddings of prompts, `[P, E]`, float32."""
+    model: Any = loaded.model
+    device = next(model.parameters()).device
+    if loaded.library == "open_clip" and hasattr(model, "encode_text"):
+        tokens_PL = _open_clip_tokenizer(loaded)(prompts).to(device)
+        features_PE = model.encode_text(tokens_PL)
+    elif loaded.library == "transformers" and hasattr(model, "get_text_features"):
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(loaded.folder)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{loaded.source.id}: has no tokenizer for the prompts; put its files there") from error
+        encoded = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").to(device)
+        features_PE = model.get_text_features(**encoded)
+        features_PE = getattr(features_PE, "pooler_output", features_PE)
+    else:
+        raise UserError(f"{loaded.source.id}: has no text tower; leave --prompts out to use its own classes")
+    return F.normalize(features_PE.float(), dim=-1)
+
+
+def _open_clip_tokenizer(loaded: Loaded) -> Any:
+    import open_clip
+
+    return open_clip.get_tokenizer(f"local-dir:{loaded.folder}")
+
+
+def zero_shot_logits(outputs: Mapping[str, Tensor], classes_KE: Tensor) -> Tensor | None:
+    """Cosine of each image to each class, `[B, K]`; None where the outputs have no image embedding."""
+    name = next((name for name in IMAGE_EMBEDDINGS if name in outputs), None)
+    if name is None or outputs[name].shape[-1] != classes_KE.shape[-1]:
+        return None
+    return F.normalize(outputs[name].float(), dim=-1) @ classes_KE.T
