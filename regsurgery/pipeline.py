@@ -163,7 +163,7 @@ def patch(
             if copied and not linked and checkpoint_io.index_of(weights) is not None:
                 copies.start(weights)
 
-        loaded, traced, sites = _load_and_locate(
+        loaded, traced, sites = load_and_locate(
             model, options, progress, format, look_through=verification, use_meanwhile=copy_shards
         )
         progress.say(f"preprocessing: {loaded.preprocess_note}; images: {pictures.note}")
@@ -300,7 +300,7 @@ def find(
         _check_recipe_output(output)
     with processes() as group:
         pictures = image_set(images, num_images, seed=seed, say=progress.say)
-        loaded, traced, sites = _load_and_locate(model, options, progress)
+        loaded, traced, sites = load_and_locate(model, options, progress)
         progress.say(f"preprocessing: {loaded.preprocess_note}; images: {pictures.note}")
         journal = None if output is None else output.absolute().with_name(f"{output.name}.journal")
         found = _find(loaded, traced, sites, pictures, seed, force, journal, progress, group)
@@ -371,7 +371,7 @@ def doctor(
     progress = progress or Progress()
     pictures = image_set(images, num_images, say=progress.say)
     try:
-        loaded, traced, sites = _load_and_locate(model, options, progress)
+        loaded, traced, sites = load_and_locate(model, options, progress)
     except UnsupportedModelError as error:
         return Diagnosis("unsupported", str(error), pictures.note, pictures.num_images)
     progress.say(f"preprocessing: {loaded.preprocess_note}; images: {pictures.note}")
@@ -383,12 +383,12 @@ def operate(loaded: Loaded, recipe: Recipe, progress: Progress) -> Surgery:
     """Trace -> match -> passes."""
     from regsurgery.surgery import perform
 
-    traced, sites = _locate(loaded, progress)
+    traced, sites = located(loaded, progress)
     progress.stage("surgery")
     return perform(loaded, recipe, traced, sites)
 
 
-def _load_and_locate(
+def load_and_locate(
     model: str, options: LoadOptions | None, progress: Progress, fmt: str | None = None, **how: Any
 ) -> tuple[Loaded, Traced, Sites]:
     """Load -> trace -> match; `how` is of `loading.load`, and what `fmt` cannot write is refused before the trace."""
@@ -397,7 +397,7 @@ def _load_and_locate(
         loaded = load_original(model, options, **how)
         if fmt == "onnx":
             backends.backend(fmt).check(loaded)
-        return loaded, *_locate(loaded, progress)
+        return loaded, *located(loaded, progress)
 
 
 @contextlib.contextmanager
@@ -415,15 +415,15 @@ def _objects_stay() -> Iterator[None]:
             gc.enable()
 
 
-def _locate(loaded: Loaded, progress: Progress) -> tuple[Traced, Sites]:
-    """Trace -> match."""
+def located(loaded: Loaded, progress: Progress, image_size: tuple[int, int] | None = None) -> tuple[Traced, Sites]:
+    """Trace -> match; at `image_size` (height, width) where it is given."""
     from regsurgery.diagnosis import trained_registers
     from regsurgery.match import match
     from regsurgery.placement import beside_trained
     from regsurgery.trace import trace
 
     progress.stage("trace")
-    traced = trace(loaded)
+    traced = trace(loaded, image_size)
     progress.stage("match")
     sites = match(traced)
     return traced, beside_trained(sites, trained_registers(loaded, sites))
@@ -471,25 +471,37 @@ def verify(
     fmt = folder_format(root)
     config = read_patched_config(root, fmt)
     recipe = find_recipe(str(root / "recipe.yaml"))
-    recorded = config["regsurgery"]["source"]
     with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
         progress.stage("load")
-        if original is None and fmt in backends.LIBRARIES and recipe.mode != "native":
-            restored = Path(scratch) / "original"
-            restore_original(root, restored, fmt)
-            loaded = load_original(str(restored), options)
-        else:
-            loaded = load_original(original or recorded["id"], options)
-            if loaded.source.sha256 != recorded["sha256"]:
-                raise CheckpointError(
-                    f"{loaded.source.id}: its weights are not those that were patched into {root} "
-                    "(sha256 differs); give the original with --original"
-                )
+        loaded = original_of(root, fmt, config, original, options, Path(scratch))
         if recipe.mode == "native":
-            return verify_native(loaded, recipe, *_locate(loaded, progress), root, fmt, pictures, progress)
+            return verify_native(loaded, recipe, *located(loaded, progress), root, fmt, pictures, progress)
         surgery = operate(loaded, recipe, progress)
         take_our_tensors(surgery, root, fmt)
         return verify_folder(surgery, root, fmt, pictures, progress, reloaded(root, fmt, stored=loaded.stored))
+
+
+def original_of(
+    root: Path, fmt: str, config: dict[str, Any], original: str | None, options: LoadOptions | None, scratch: Path
+) -> Loaded:
+    """The model that was patched into `root`: restored into the new folder `scratch / "original"` where `root` has all
+    its tensors and no `original` is named, else loaded from there or from where it came.
+
+    Raises:
+        CheckpointError: the folder is incomplete, or `original` is not what was patched.
+    """
+    recorded = config["regsurgery"]["source"]
+    if original is None and fmt in backends.LIBRARIES and config["regsurgery"]["mode"] != "native":
+        restored = scratch / "original"
+        restore_original(root, restored, fmt)
+        return load_original(str(restored), options)
+    loaded = load_original(original or recorded["id"], options)
+    if loaded.source.sha256 != recorded["sha256"]:
+        raise CheckpointError(
+            f"{loaded.source.id}: its weights are not those that were patched into {root} "
+            "(sha256 differs); give the original with --original"
+        )
+    return loaded
 
 
 def _given_recipe(model: str, recipe: str | Path | Recipe, progress: Progress) -> Recipe:

@@ -71,10 +71,10 @@ def _verify_host(
     parity = (0.0, 0.0)
     same_size = own_size == surgery.traced.image_size
     if not same_size:
-        parity = _parity_at(surgery, lambda images: _host_outputs(host, module, images, block), own_size, pictures)
+        parity = _parity_at(surgery, lambda images: host_outputs(host, module, images, block), own_size, pictures)
 
     def run(images: Tensor) -> Artefact:
-        outputs = _host_outputs(host, module, images, block)
+        outputs = host_outputs(host, module, images, block)
         return Artefact(outputs, outputs if same_size else {})
 
     return verify(
@@ -103,7 +103,7 @@ def _parity_at(
     return worst, limit
 
 
-def _host_outputs(host: Any, module: nn.Module, images: Tensor, block: dict[str, Any]) -> dict[str, Tensor]:
+def host_outputs(host: Any, module: nn.Module, images: Tensor, block: dict[str, Any]) -> dict[str, Tensor]:
     """The outputs of the original, as far as a stock host of native mode has them."""
     kinds = host.outputs(module, images, block["num_registers"])
     if "head" in kinds:
@@ -128,30 +128,43 @@ def verify_native(
         surgery = restored_native(loaded, recipe, traced, sites, backends.backend(fmt).state(root))
         return verify_folder(surgery, root, fmt, pictures, progress)
     with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:  # stored weights are read for as long as it is
-        if fmt == "open_clip":
-            native_open_clip.relocate(root, Path(scratch), config)
         options = LoadOptions(max_memory=0) if loaded.stored else None
-        stock = load_original(scratch if fmt == "open_clip" else str(root), options, native=True)
+        stock = load_stock(root, fmt, config, options, Path(scratch))
         original = Side(loaded, traced.graph_module, sites, sites.patches, slice(0, 0))
-        stock_traced = trace(stock, traced.image_size)
-        stock_sites = match(stock_traced)
-        behind = sites.num_prefix + block["num_registers"]
-        if stock_sites.num_prefix != behind:
-            raise CheckpointError(
-                f"{root}: has {stock_sites.num_prefix} prefix tokens, expected {behind}; patch it again"
-            )
-        patched = Side(
-            stock,
-            stock_traced.graph_module,
-            stock_sites,
-            stock_sites.patches,
-            slice(sites.num_prefix, behind),
-            detectors(stock_traced, stock_sites, recipe),
-        )
+        patched = stock_side(stock, trace(stock, traced.image_size), sites, recipe, block["num_registers"], root)
         host = backends.backend(fmt, "native")
 
         def run(images: Tensor) -> Artefact:
-            return Artefact(_host_outputs(host, stock.model, images, block), stock.call(stock.model, images))
+            return Artefact(host_outputs(host, stock.model, images, block), stock.call(stock.model, images))
 
         progress.stage("verify", pictures.num_images)
         return verify(original, patched, run, pictures, progress=progress.advance)
+
+
+def load_stock(root: Path, fmt: str, config: dict[str, Any], options: LoadOptions | None, scratch: Path) -> Loaded:
+    """The stock checkpoint that native mode wrote to `root`; `scratch`: an empty folder, needed while it is used."""
+    if fmt == "open_clip":
+        native_open_clip.relocate(root, scratch, config)
+    return load_original(str(scratch) if fmt == "open_clip" else str(root), options, native=True)
+
+
+def stock_side(
+    stock: Loaded, stock_traced: Traced, sites: Sites, recipe: Recipe, num_registers: int, root: Path
+) -> Side:
+    """The stock model of native mode as the patched side; `sites` are the original's.
+
+    Raises:
+        CheckpointError: its tokens are not the original's and the registers.
+    """
+    stock_sites = match(stock_traced)
+    behind = sites.num_prefix + num_registers
+    if stock_sites.num_prefix != behind:
+        raise CheckpointError(f"{root}: has {stock_sites.num_prefix} prefix tokens, expected {behind}; patch it again")
+    return Side(
+        stock,
+        stock_traced.graph_module,
+        stock_sites,
+        stock_sites.patches,
+        slice(sites.num_prefix, behind),
+        detectors(stock_traced, stock_sites, recipe),
+    )

@@ -109,7 +109,7 @@ def build_planted(pico: Pico, folder: Path) -> Planted:
     pico.build(folder)
     pico.publish(folder)
     loaded = load(str(folder))
-    traced, sites = pipeline._locate(loaded, pipeline.Progress())
+    traced, sites = pipeline.located(loaded, pipeline.Progress())
     inputs = tensor_inputs(loaded, next(image_set(None, 8).batches(8, loaded.preprocess)))
     neurons = plant(traced, sites, inputs, PLANTED)
     (path,) = loaded.weights

@@ -88,6 +88,8 @@ def at_size(loaded: Loaded, size: tuple[int, int]) -> Loaded:
     """
     import timm
 
+    if getattr(loaded.model, "dynamic_img_size", False):  # it interpolates by itself
+        return replace(loaded, image_size=size)
     reference = next(loaded.model.parameters())
     try:
         if loaded.stored:

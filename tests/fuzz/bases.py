@@ -73,7 +73,7 @@ def build(root: Path) -> Bases:
     found: Any = None
     for name in ("timm", "vit"):
         loaded = loading.load(str(root / name))
-        found = pipeline._locate(loaded, pipeline.Progress())
+        found = pipeline.located(loaded, pipeline.Progress())
         surgery = perform(loaded, recipe, *found)
         with emit.emit(surgery, root / f"patched-{name}", loaded.library) as folder:
             emit.complete(surgery, folder, loaded.library, None)
