@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SCHEMA = "https://vega.github.io/schema/vega-lite/v5.json"  # a name of the format; nothing is fetched
+SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"  # a name of the format; nothing is fetched
 COLORS = {"original": "#d1495b", "patched": "#2a9d8f"}  # on white and on black at least 3 to 1
 MODEL_COLOR = {
     "field": "model",
@@ -31,6 +31,7 @@ def histogram(low: float, high: float) -> dict[str, Any]:
                     "x": {"field": "from", **norm},
                     "x2": {"field": "to"},
                     "y": {"field": "patches", **count, "stack": None},
+                    "y2": {"datum": 0},
                     "color": MODEL_COLOR,
                 },
             },
@@ -58,7 +59,12 @@ def norm_curve(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "x": {"field": "block", "type": "ordinal", "axis": {"labelAngle": 0}},
             "y": {"field": "norm", "type": "quantitative", "scale": {"type": "log"}, "title": "L2 norm"},
             "color": MODEL_COLOR,
-            "strokeDash": {"field": "figure", "type": "nominal", "title": None, "legend": {"orient": "top"}},
+            "strokeDash": {
+                "field": "figure",
+                "type": "nominal",
+                "title": None,
+                "legend": {"orient": "top", "symbolType": "stroke"},
+            },
         },
     )
 

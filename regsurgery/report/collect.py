@@ -8,12 +8,14 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from regsurgery.errors import UnsupportedModelError
+from regsurgery.evaluation import discovery
 from regsurgery.evaluation.pair import Pair, normalisation
 from regsurgery.observing import Observation
 from regsurgery.report.packing import size_of_maps
@@ -30,6 +32,15 @@ MAX_NEURONS = 12  # activation maps: those of the first register neurons
 MAPS_BYTES = 4_000_000  # of attention maps in the page; heads are averaged above it
 PHOTO_SIDE = 288  # pixels
 PHOTO_QUALITY = 80
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A setting of object discovery: `kind` is queries, keys or values of `block`."""
+
+    block: int
+    kind: str
+    bias: float
 
 
 @dataclass(frozen=True)
@@ -71,30 +82,30 @@ class Collected:
 
 
 def collect(
-    pair: Pair, images: ImageSet, progress: Progress, lost: Mapping[str, Any] | None = None, batch_size: int = 4
+    pair: Pair, images: ImageSet, progress: Progress, lost: Lost | None = None, batch_size: int = 4
 ) -> Collected:
     """Run both models over `images`, one forward of each a batch.
 
     Args:
-        lost: options of object discovery (`block`, `kind`, `bias`); None leaves the boxes out.
+        lost: the setting of object discovery; None leaves the boxes out.
     """
     subject = pair.original
     blocks = tuple(range(subject.num_blocks))
     listed = pair.recipe.register_neurons if pair.recipe else {}
     neurons = [(block, index) for block, indices in listed.items() for index in indices][:MAX_NEURONS]
     note = _why_no_attention(pair)
-    what = ("blocks", "neurons") if note else ("blocks", "neurons", "attention")
+    what = ["blocks", "neurons", *([] if note else ["attention"]), *([] if lost is None else [lost.kind])]
     observe = pair.observer(blocks=blocks, what=what)
     averaged = _are_averaged(pair, images.num_images)
     parts: dict[str, list[Tensor]] = {}
     examples: list[Example] = []
-    find_boxes = None if lost is None else _Boxes(pair, lost)
     progress.stage("observe", images.num_images)
     for batch in pair.batches(images, batch_size):
         seen = observe(batch.pixels)
-        boxes = [None] * len(batch.names) if find_boxes is None else find_boxes(batch.pixels)
+        boxes = [None] * len(batch.names) if lost is None else _boxes(seen, lost)
         photos = _photos(pair, batch.pixels)
-        examples += [Example(*each) for each in zip(batch.names, photos, boxes, strict=True)]
+        names = [Path(name).name for name in batch.names]
+        examples += [Example(*each) for each in zip(names, photos, boxes, strict=True)]
         for side, observation in zip(SIDES, seen, strict=True):
             norms = [token_norms(observation.patches(block)) for block in blocks]
             parts.setdefault(f"norms {side}", []).append(torch.stack(norms).cpu())
@@ -152,6 +163,22 @@ def _class_attention(observation: Observation, blocks: Sequence[int], averaged: 
         maps_ABN = given_BAT[:, :, subject.attended_patches].transpose(0, 1)
         patches.append((maps_ABN.mean(dim=0, keepdim=True) if averaged else maps_ABN).cpu())
     return torch.stack(patches), torch.stack(registers)
+
+
+def _boxes(seen: Sequence[Observation], lost: Lost) -> list[dict[str, Box]]:
+    """Side -> the box that LOST draws, for every image of a batch."""
+    found: list[dict[str, Box]] = []
+    for side, observation in zip(SIDES, seen, strict=True):
+        subject = observation.subject
+        heads_BATC = getattr(observation, lost.kind)(lost.block)
+        features_BND = heads_BATC.transpose(1, 2).flatten(2)[:, subject.attended_patches]
+        rows, columns = subject.grid
+        found = found or [{} for _ in features_BND]
+        for boxes, (left, top, right, bottom) in zip(
+            found, discovery.boxes(features_BND, rows, columns, [lost.bias])[0].tolist(), strict=True
+        ):
+            boxes[side] = (left / columns, top / rows, right / columns, bottom / rows)
+    return found
 
 
 def _photos(pair: Pair, pixels_B3HW: Tensor) -> list[bytes]:

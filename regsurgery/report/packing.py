@@ -37,6 +37,13 @@ def packed_activations(values_KIN: Tensor) -> dict[str, Any]:
     return {"data": _base64(steps.contiguous().numpy().tobytes())}
 
 
+def packed_colors() -> dict[str, str]:
+    """Red, green and blue of the colours for 0 to 255: viridis, which is readable without colour, too."""
+    from matplotlib import colormaps
+
+    return {"data": _base64(colormaps["viridis"](range(256), bytes=True)[:, :3].tobytes())}
+
+
 def size_of_maps(shape: tuple[int, ...]) -> int:
     """Bytes that maps of this shape take in the page, both models, base64 included."""
     return 2 * math.prod(shape) * 4 // 3

@@ -78,6 +78,7 @@ async function draw(id, spec) {
   return charts[id].view;
 }
 async function drawAll() {
+  report.charts.histogram.layer[0].data.values = histogram(number("norm-block"));
   await Promise.all(Object.entries(report.charts).map(([id, spec]) => draw(id, spec)));
   showNorms();
 }
@@ -95,20 +96,15 @@ function showNorms() {
 
 // Maps
 
-const ramp = vega.scheme("viridis");
-const colors = Array.from({ length: 256 }, (_, value) => {
-  const color = ramp(value / 255);
-  const parts = color.startsWith("#") ? color.match(/[0-9a-f]{2}/gi).map((two) => parseInt(two, 16)) : color.match(/\d+/g).map(Number);
-  return parts;
-});
+const colors = unpack(report.colors, Uint8Array); // red, green, blue of 0 to 255
 /** A map of patches as a small canvas, one pixel a patch; values 0 to 255. */
 function tile(values) {
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [columns, rows];
   const picture = new ImageData(columns, rows);
   values.forEach((value, index) => {
-    const [red, green, blue] = colors[Math.round(Math.min(255, Math.max(0, value)))];
-    picture.data.set([red, green, blue, 255], 4 * index);
+    const start = 3 * Math.round(Math.min(255, Math.max(0, value)));
+    picture.data.set([...colors.subarray(start, start + 3), 255], 4 * index);
   });
   canvas.getContext("2d").putImageData(picture, 0, 0);
   return canvas;
@@ -167,8 +163,7 @@ function showMaps() {
     context.globalAlpha = 1;
     const { boxes } = report.images[image];
     if (boxes && element("boxes").checked) {
-      for (const truth of boxes.truth) box(context, truth, "#ffffff");
-      if (boxes[side]) box(context, boxes[side], side === "original" ? "#ff5a36" : "#39d353");
+      box(context, boxes[side], side === "original" ? "#ff5a36" : "#39d353");
     }
     const what = attends ? "attention of the class token" : "patch norms";
     canvas.setAttribute("aria-label", `${side}: ${what} after block ${report.blocks[block]}, ${text}`);
