@@ -156,7 +156,7 @@ def test_the_histogram_follows_block_and_threshold(page: Page) -> None:
     page.select_option("#norm-block", "0")
     page.wait_for_timeout(200)
     assert bars() != before
-    rule = "#histogram .mark-rule line"
+    rule = "#histogram .layer_1_marks line"
     places = [page.get_attribute(rule, "transform")]
     page.fill("#threshold", "90")
     page.wait_for_timeout(200)
