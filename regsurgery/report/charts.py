@@ -1,0 +1,110 @@
+"""The charts of the report as Vega-Lite specifications; Vega draws them in the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"  # a name of the format; nothing is fetched
+COLORS = {"original": "#d1495b", "patched": "#2a9d8f"}  # on white and on black at least 3 to 1
+MODEL_COLOR = {
+    "field": "model",
+    "type": "nominal",
+    "title": None,
+    "scale": {"domain": list(COLORS), "range": list(COLORS.values())},
+    "legend": {"orient": "top"},
+}
+
+
+def histogram(low: float, high: float) -> dict[str, Any]:
+    """Patches by norm (in medians of their image), `low` to `high`; the page fills `patches` and `threshold`."""
+    norm = {"type": "quantitative", "scale": {"type": "log", "domain": [low, high]}, "title": "norm, medians"}
+    count = {"type": "quantitative", "scale": {"type": "symlog"}, "title": "patches", "axis": {"tickCount": 4}}
+    return _chart(
+        "Histogram of patch norms after the chosen block, original and patched, with the threshold",
+        height=220,
+        layer=[
+            {
+                "data": {"name": "patches", "values": []},
+                "mark": {"type": "bar", "opacity": 0.6, "tooltip": True},
+                "encoding": {
+                    "x": {"field": "from", **norm},
+                    "x2": {"field": "to"},
+                    "y": {"field": "patches", **count, "stack": None},
+                    "y2": {"datum": 0},
+                    "color": MODEL_COLOR,
+                },
+            },
+            {
+                "data": {"name": "threshold", "values": []},
+                "mark": {"type": "rule", "strokeDash": [6, 4], "size": 2, "color": "#808890"},
+                "encoding": {"x": {"field": "at", **norm}},
+            },
+        ],
+    )
+
+
+def norm_curve(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Patch norms over the blocks.
+
+    Args:
+        figures: one a model, block and figure: `model`, `block`, `figure` (`largest` or `median`), `norm`.
+    """
+    return _chart(
+        "Median and largest patch norm of an image after every block, original and patched",
+        height=220,
+        data={"values": list(figures)},
+        mark={"type": "line", "point": True, "tooltip": True},
+        encoding={
+            "x": {"field": "block", "type": "ordinal", "axis": {"labelAngle": 0}},
+            "y": {"field": "norm", "type": "quantitative", "scale": {"type": "log"}, "title": "L2 norm"},
+            "color": MODEL_COLOR,
+            "strokeDash": {
+                "field": "figure",
+                "type": "nominal",
+                "title": None,
+                "legend": {"orient": "top", "symbolType": "stroke"},
+            },
+        },
+    )
+
+
+def sweep_curve(rows: Sequence[Mapping[str, Any]], cost: str) -> dict[str, Any]:
+    """Outliers and cost by the number of neurons shifted.
+
+    Args:
+        rows: of the search's sweep, each with `top_k`, `outliers_per_image` and `cost`.
+    """
+    x = {"field": "top_k", "type": "quantitative", "title": "neurons shifted", "axis": {"tickMinStep": 1}}
+
+    def line(field: str, title: str, color: str) -> dict[str, Any]:
+        y = {"field": field, "type": "quantitative", "title": title, "axis": {"titleColor": color}}
+        return {
+            "mark": {"type": "line", "point": True, "tooltip": True, "color": color},
+            "encoding": {"x": x, "y": y},
+        }
+
+    return _chart(
+        "Outlier tokens per image and cost, by the number of neurons shifted",
+        height=200,
+        data={"values": list(rows)},
+        layer=[
+            line("outliers_per_image", "outliers per image", COLORS["original"]),
+            line(cost, COST_NAMES.get(cost, cost), COLORS["patched"]),
+        ],
+        resolve={"scale": {"y": "independent"}},
+    )
+
+
+COST_NAMES = {"kl": "KL divergence, nats", "cosine_output": "cosine of the output"}
+
+
+def _chart(description: str, height: int, **content: Any) -> dict[str, Any]:
+    return {
+        "$schema": SCHEMA,
+        "description": description,
+        "width": "container",
+        "height": height,
+        "autosize": {"type": "fit", "contains": "padding"},
+        **content,
+    }

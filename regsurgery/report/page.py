@@ -1,0 +1,234 @@
+"""What was collected -> one HTML file: style, scripts, Vega and data inline, nothing to fetch."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from regsurgery import __version__
+from regsurgery.report import charts
+from regsurgery.report.collect import SIDES, Collected, Lost
+from regsurgery.report.packing import packed_activations, packed_colors, packed_maps, packed_norms
+
+if TYPE_CHECKING:
+    from regsurgery.recipe import Recipe
+    from regsurgery.verification import Pair, Verdict
+
+BINS = 60
+SWEEP = {  # key of a sweep's row -> its column in the table
+    "top_k": "neurons shifted",
+    "outliers_per_image": "outliers per image",
+    "max_over_median": "largest norm, medians",
+    "cosine_output": "cosine of the output",
+    "kl": "KL divergence",
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the report is about.
+
+    Attributes:
+        source: `id`, `revision` and `sha256` of what was patched, as its config records them.
+    """
+
+    name: str
+    mode: str
+    recipe: Recipe
+    source: Mapping[str, Any]
+
+
+def page(subject: Subject, verdict: Verdict, collected: Collected, lost: Lost | None) -> str:
+    """The report as HTML."""
+    import jinja2
+    import vl_convert
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("regsurgery"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    sweep = _sweep(subject.recipe.provenance)
+    specs = {
+        "histogram": charts.histogram(*_range(collected)),
+        "curve": charts.norm_curve(_curve(collected)),
+        **({"sweep-chart": charts.sweep_curve(sweep, _cost(sweep))} if sweep else {}),
+    }
+    return environment.get_template("report.html.j2").render(
+        title=subject.name,
+        mode=subject.mode,
+        version=__version__,
+        num_images=verdict.num_images,
+        images_note=verdict.images,
+        verdict=verdict,
+        sentence=sentence(verdict),
+        rows=figures(verdict, collected),
+        neurons=_neurons(subject.recipe, collected),
+        has_contributions=bool(_contributions(subject.recipe)),
+        sweep=[[_number(row.get(key)) for key in SWEEP] for row in sweep],
+        sweep_columns=SWEEP.values(),
+        has_boxes=lost is not None,
+        boxes_note=""
+        if lost is None
+        else f"Boxes: LOST on the {lost.kind} of block {lost.block}, bias {lost.bias:g}, at the size that the model "
+        "sees; it draws one box in every image, without labels.",
+        attention_note=collected.attention_note,
+        recipe=subject.recipe.to_yaml(),
+        source=subject.source,
+        style=Markup(_text("report.css")),
+        vega=Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),
+        script=Markup(_text("report.js")),
+        data=Markup(_json(_data(collected, verdict.block, specs))),
+    )
+
+
+def sentence(verdict: Verdict) -> str:
+    """The verdict in words."""
+    if verdict.failures:
+        return f"{'; '.join(verdict.failures)}."
+    found = verdict.outliers_per_image
+    text = f"{found.original:.2f} outlier tokens per image became {found.patched:.2f}"
+    if verdict.same_argmax is not None:
+        return f"{text}; {100 * verdict.same_argmax:.1f} % of the images keep their first class."
+    return f"{text}; cosine of the output to the original's {verdict.cosine_output:.4f}."
+
+
+def figures(verdict: Verdict, collected: Collected) -> list[tuple[str, str, str]]:
+    """The table of before and after: name, original, patched."""
+
+    def both(name: str, pair: Pair, digits: int) -> tuple[str, str, str]:
+        return name, f"{pair.original:.{digits}f}", f"{pair.patched:.{digits}f}"
+
+    rows = [
+        both("outlier tokens per image", verdict.outliers_per_image, 2),
+        both("largest patch norm, mean", verdict.max_patch_norm, 1),
+        both("largest patch norm, worst image", verdict.worst_patch_norm, 1),
+        both("median patch norm", verdict.median_patch_norm, 1),
+    ]
+    if verdict.register_norm is not None:
+        rows.append(("register token norm", "", f"{verdict.register_norm:.1f}"))
+    rows.append((f"cosine of {verdict.output} to the original", "1", f"{verdict.cosine_output:.4f}"))
+    rows.append(("cosine of patches, outliers aside", "1", f"{verdict.cosine_patches:.4f}"))
+    if verdict.kl is not None and verdict.same_argmax is not None:
+        rows.append(("KL divergence to the original", "0", f"{verdict.kl:.4f}"))
+        rows.append(("same first class", "1", f"{verdict.same_argmax:.3f}"))
+    if collected.register_attention is not None:
+        given = float(collected.register_attention[-1])
+        rows.append(("attention of the class token to registers, last block", "0", f"{given:.3f}"))
+    return rows
+
+
+def _data(collected: Collected, probe: int, specs: Mapping[str, Any]) -> dict[str, Any]:
+    low, high = _range(collected)
+    attention = collected.attention
+    return {
+        "grid": collected.grid,
+        "blocks": list(range(len(collected.norms["original"]))),
+        "probe": probe,
+        "heads": 0 if attention is None else attention["original"].shape[1],
+        "neurons": [f"{block}:{index}" for block, index in collected.neurons],
+        "images": [
+            {
+                "name": example.name,
+                "src": f"data:image/jpeg;base64,{base64.b64encode(example.jpeg).decode('ascii')}",
+                "boxes": example.boxes,
+            }
+            for example in collected.examples
+        ],
+        "norms": {side: packed_norms(_in_medians(collected, side)) for side in SIDES},
+        "attention": None if attention is None else {side: packed_maps(attention[side]) for side in SIDES},
+        "activations": packed_activations(collected.activations),
+        "histogram": {"low": low, "high": high, "bins": BINS},
+        "colors": packed_colors(),
+        "charts": specs,
+    }
+
+
+def _in_medians(collected: Collected, side: str) -> torch.Tensor:
+    norms_LIN = collected.norms[side]
+    return norms_LIN / norms_LIN.median(dim=-1, keepdim=True).values
+
+
+def _range(collected: Collected) -> tuple[float, float]:
+    """Ends of the histogram, in medians: all patches of both models, in round numbers."""
+    both = torch.stack([_in_medians(collected, side) for side in SIDES]).clamp_min(1e-3)
+    return _round(float(both.min()), math.floor), _round(float(both.max()), math.ceil)
+
+
+def _round(value: float, to: Any) -> float:
+    step = 10 ** (math.floor(math.log10(value)))
+    return float(f"{to(value / step) * step:.6g}")
+
+
+def _curve(collected: Collected) -> list[dict[str, Any]]:
+    rows = []
+    for side in SIDES:
+        norms_LIN = collected.norms[side]
+        shown = {"largest": norms_LIN.amax(dim=-1), "median": norms_LIN.median(dim=-1).values}
+        for figure, norms_LI in shown.items():
+            rows += [
+                {"model": side, "figure": figure, "block": block, "norm": float(f"{norm:.5g}")}
+                for block, norm in enumerate(norms_LI.mean(dim=-1).tolist())
+            ]
+    return rows
+
+
+def _neurons(recipe: Recipe, collected: Collected) -> list[dict[str, Any]]:
+    """A row for every neuron whose activations were collected."""
+    known = _contributions(recipe)
+    rows = []
+    for (block, index), values_IN in zip(collected.neurons, collected.activations, strict=True):
+        largest_I = values_IN.gather(1, values_IN.abs().argmax(dim=1, keepdim=True))
+        rows.append(
+            {
+                "block": block,
+                "index": index,
+                "contribution": _number(known.get((block, index))),
+                "largest": f"{float(largest_I.mean()):.2f}",
+                "median": f"{float(values_IN.median()):z.2f}",
+            }
+        )
+    return rows
+
+
+def _contributions(recipe: Recipe) -> dict[tuple[int, int], float]:
+    """(block, neuron) -> the contribution that `find` measured."""
+    listed = recipe.provenance.get("candidates")
+    if not isinstance(listed, list):
+        return {}
+    found = {}
+    for entry in listed:
+        if isinstance(entry, dict) and {"block", "index", "contribution"} <= entry.keys():
+            found[entry["block"], entry["index"]] = entry["contribution"]
+    return found
+
+
+def _sweep(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the search's sweep that take the best k neurons."""
+    rows = provenance.get("sweep")
+    if not isinstance(rows, list):
+        return []
+    return [row for row in rows if isinstance(row, dict) and str(row.get("name")).startswith("top")]
+
+
+def _cost(sweep: list[dict[str, Any]]) -> str:
+    return "kl" if all(row.get("kl") is not None for row in sweep) else "cosine_output"
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "–"
+
+
+def _text(name: str) -> str:
+    return (resources.files("regsurgery") / "templates" / name).read_text("utf-8")
+
+
+def _json(value: object) -> str:
+    """JSON that may stand inside a script element."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
