@@ -18,9 +18,13 @@ from torch import nn
 
 import regsurgery
 from regsurgery import cli
+from regsurgery.calibration import image_set
 from regsurgery.errors import UserError
-from regsurgery.evaluation import Evaluation, discovery, evaluate
+from regsurgery.evaluation import Evaluation, Result, discovery, evaluate, task_module
+from regsurgery.evaluation.interval import Row
+from regsurgery.evaluation.pair import Pair, open_pair
 from regsurgery.image_sources import dead_leaves
+from regsurgery.pipeline import Progress
 from regsurgery.recipe import Recipe
 from tests.conftest import shared
 from tests.unit.test_discovery import annotation, box, naive_box
@@ -34,6 +38,18 @@ def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("discovery") / "patched"
     regsurgery.patch("demo", folder, recipe="demo", verification=False)
     return folder
+
+
+@pytest.fixture(scope="module")
+def pair(patched: Path) -> Iterator[Pair]:
+    """Opened once: that takes longer than most tasks."""
+    with open_pair(patched) as opened:
+        yield opened
+
+
+def figures(pair: Pair, task: str, images: Path, **settings: Any) -> tuple[Result, dict[str, Row]]:
+    found = task_module(task).evaluate(pair, image_set(images), progress=Progress(), seed=0, **settings)
+    return found, {row.name: row for row in found.rows}
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +144,12 @@ def test_lost_sweeps_blocks_kinds_and_biases(patched: Path, voc: Path, capsys: p
     assert "best of 36 settings" in printed["notes"][0]
 
 
-def test_lost_names_what_is_missing(patched: Path, voc: Path, tmp_path: Path) -> None:
+def test_lost_names_what_is_missing(pair: Pair, voc: Path, tmp_path: Path) -> None:
     folder = tell_apart(tmp_path / "JPEGImages", 2)
     with pytest.raises(UserError, match=r"Annotations/0000_0\.xml: no such annotation"):
-        evaluate(patched, "lost", images=folder)
+        figures(pair, "lost", folder)
     with pytest.raises(UserError, match="'key' is no kind of feature; there are queries, keys, values"):
-        evaluate(patched, "lost", images=voc, kind=["key"])
+        figures(pair, "lost", voc, kind=["key"])
 
 
 def run(command: list[str]) -> int:
@@ -149,40 +165,41 @@ def run(command: list[str]) -> int:
 # --- probe and knn --------------------------------------------------------------------------------------------------
 
 
-def test_probe_and_knn_tell_classes_apart_that_are(patched: Path, tmp_path: Path) -> None:
+def test_probe_and_knn_tell_classes_apart_that_are(pair: Pair, tmp_path: Path) -> None:
     images = tell_apart(tmp_path / "images")
     for task, settings in (("probe", {}), ("knn", {"neighbours": 3}), ("knn", {"features": "mean", "train": images})):
-        evaluation = evaluate(patched, task, images=images, **settings)
-        accuracy = evaluation["accuracy"]
+        found, rows = figures(pair, task, images, **settings)
+        accuracy = rows["accuracy"]
         assert accuracy.original is not None and accuracy.patched is not None
         assert (accuracy.original.value, accuracy.patched.value, accuracy.patched.n) == (1, 1, 12)
         assert accuracy.patched.low is not None and 0.7 < accuracy.patched.low < 0.8, "12 of 12 by Wilson"
-        assert "2 classes, 50.0 % of the images are of the largest" in evaluation.notes[0]
+        assert "2 classes, 50.0 % of the images are of the largest" in found.notes[0]
 
 
-def test_held_out_images_are_not_learnt_by_heart(patched: Path, tmp_path: Path) -> None:
+def test_held_out_images_are_not_learnt_by_heart(pair: Pair, tmp_path: Path) -> None:
     """Labels that have nothing to do with the images: what is fitted on itself would still be right."""
     root = tmp_path / "images"
     root.mkdir()
     for index in range(24):
         dead_leaves(random.Random(index), 96).save(root / f"{random.Random(index).randrange(2):04d}_{index}.png")
     for task, settings in (("probe", {}), ("knn", {"neighbours": 1})):
-        assert value(evaluate(patched, task, images=root, **settings), "accuracy", "patched") < 0.8
-    learnt = evaluate(patched, "knn", images=root, train=root, neighbours=1)
-    assert value(learnt, "accuracy", "original") == 1
+        accuracy = figures(pair, task, root, **settings)[1]["accuracy"]
+        assert accuracy.patched is not None and accuracy.patched.value < 0.8
+    learnt = figures(pair, "knn", root, train=root, neighbours=1)[1]["accuracy"]
+    assert learnt.original is not None and learnt.original.value == 1
 
 
-def test_labels_that_cannot_be_learnt_are_refused(patched: Path, tmp_path: Path) -> None:
+def test_labels_that_cannot_be_learnt_are_refused(pair: Pair, tmp_path: Path) -> None:
     root = tmp_path / "images"
     root.mkdir()
     for index in range(4):
         dead_leaves(random.Random(index), 96).save(root / f"{index:04d}_x.png")
     with pytest.raises(UserError, match=r"class 0 has one image.*--train"):
-        evaluate(patched, "probe", images=root)
+        figures(pair, "probe", root)
     with pytest.raises(UserError, match="every image is of another class"):
-        evaluate(patched, "knn", images=root)
+        figures(pair, "knn", root)
     with pytest.raises(UserError, match="'max' is no feature"):
-        evaluate(patched, "knn", images=root, features="max")
+        figures(pair, "knn", root, features="max")
 
 
 # --- segment --------------------------------------------------------------------------------------------------------
@@ -220,17 +237,17 @@ def test_segment_reads_sides_off_patches(patched: Path, halves: Path, method: st
         assert 0.9 < estimate.low <= estimate.value <= 1
 
 
-def test_segment_names_what_is_missing(patched: Path, halves: Path, tmp_path: Path) -> None:
+def test_segment_names_what_is_missing(pair: Pair, halves: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none has a mask"):
-        evaluate(patched, "segment", images=tell_apart(tmp_path / "images", 2))
+        figures(pair, "segment", tell_apart(tmp_path / "images", 2))
     for index in range(6):
         mask = PIL.Image.new("L", (192, 192) if index != 3 else (9, 9), 5)
         mask.save(tmp_path / f"{index}.png")
     with pytest.raises(UserError, match=r"3\.png: 9x9 pixels"):
-        evaluate(patched, "segment", images=halves, masks=tmp_path)
+        figures(pair, "segment", halves, masks=tmp_path)
     PIL.Image.new("L", (192, 192), 5).save(tmp_path / "3.png")
     with pytest.raises(UserError, match="have 1 class"):
-        evaluate(patched, "segment", images=halves, masks=tmp_path)
+        figures(pair, "segment", halves, masks=tmp_path)
 
 
 # --- shift-map ------------------------------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ from regsurgery.evaluation.pair import open_pair
 from regsurgery.image_sources import decode
 from regsurgery.loading import load
 from regsurgery.recipe import find_recipe
-from tests.conftest import shared
+from tests.conftest import Planted, shared
+from tests.picos import OTHERS
 from tests.reference import naive_shift
 
 NUM_IMAGES = 12
@@ -429,3 +430,26 @@ def test_dinov2_has_no_difference_to_expect(tmp_path: Path) -> None:
     found = regsurgery.evaluate(shared("models", "dinov2-small"), "norms", num_images=4, block=10)
     assert "no difference to expect" in found.expectation
     assert values(found, "outliers per image") == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("pico", "projection"),
+    [
+        ("hf-blip", "encoder.layers.1.self_attn.projection"),  # its softmax stands in the graph
+        ("hf-data2vec", "encoder.layer.1.attention.output.dense"),  # a bias is added to its scores
+    ],
+)
+def test_attention_is_what_the_output_projection_reads(pico: str, projection: str, planted_picos: Any) -> None:
+    planted: Planted = planted_picos(next(one for one in OTHERS if one.id == pico))
+    loaded = planted.loaded
+    images = next(image_set(None, 4).batches(4, loaded.preprocess))
+    read: list[Tensor] = []
+    module = loaded.model.get_submodule(projection)
+    handle = module.register_forward_pre_hook(lambda module, args: read.append(args[0].detach()))
+    with torch.no_grad():
+        loaded.call(loaded.model, images)
+    handle.remove()
+    seen = regsurgery.observe(planted.folder, images, blocks=(1,), what=("attention", "values", "scores"))
+    given = (seen.attention[1] @ seen.values[1]).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(given, read[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen.scores[1].softmax(-1), seen.attention[1], rtol=1e-5, atol=1e-6)
