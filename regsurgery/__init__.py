@@ -1,7 +1,7 @@
 """regsurgery: rewrite Vision Transformer checkpoints so that outlier tokens are gone.
 
 Public API: `doctor`, `find`, `patch`, `verify`, `evaluate`, `observe`, `plot_norms`, `plot_norm_maps`,
-`plot_attention`, `plot_shift_maps`, `unpatch`, `reproduce`, `diff`, `load`, `push`, `find_recipe`, `Recipe`. Importing
+`plot_attention`, `plot_shift_maps`, `report`, `unpatch`, `reproduce`, `diff`, `load`, `push`, `find_recipe`, `Recipe`. Importing
 the package is cheap; torch and the model libraries are imported on first use.
 """
 
@@ -26,6 +26,7 @@ __all__ = [
     "plot_norms",
     "plot_shift_maps",
     "push",
+    "report",
     "reproduce",
     "unpatch",
     "verify",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from regsurgery.pipeline import doctor, find, patch, verify
     from regsurgery.plots import plot_attention, plot_norm_maps, plot_norms, plot_shift_maps
     from regsurgery.recipe import Recipe, find_recipe
+    from regsurgery.reporting import report
     from regsurgery.reproducing import reproduce
     from regsurgery.restoring import unpatch
     from regsurgery.tensor_diff import diff
@@ -55,6 +57,7 @@ _WHERE = {
     "plot_norm_maps": "plots",
     "plot_attention": "plots",
     "unpatch": "restoring",
+    "report": "reporting",
     "reproduce": "reproducing",
     "diff": "tensor_diff",
     "load": "patched",

@@ -288,6 +288,49 @@ def evaluate(
     screen.evaluated(found)
 
 
+@app.command(epilog="Example: regsurgery report demo-patched -o demo-patched.html")
+def report(
+    folder: Patched,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; FOLDER-report.html by default.")
+    ] = None,
+    images: Images = None,
+    num_images: Annotated[int, typer.Option("--num-images", help="At most that many images.", min=1)] = 16,
+    original: Annotated[str | None, typer.Option("--original", help="MODEL to compare with.")] = None,
+    boxes: Annotated[
+        bool, typer.Option("--boxes/--no-boxes", help="Draw the boxes of object discovery (LOST).")
+    ] = True,
+    block: Annotated[
+        int | None, typer.Option("--block", help="Of LOST's features; by default the fourth from the end.")
+    ] = None,
+    kind: Annotated[str, typer.Option("--kind", help="Of LOST's features: keys, queries or values.")] = "keys",
+    bias: Annotated[float, typer.Option("--bias", help="Added to LOST's similarities.")] = -0.2,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show it in one HTML file: norms, attention and object boxes over images, neurons, figures. Opens offline."""
+    from regsurgery import reporting
+    from regsurgery.render import Screen
+
+    with Screen(as_json=as_json, quiet=quiet) as screen:
+        made = reporting.report(
+            folder,
+            output,
+            images=images,
+            num_images=num_images,
+            original=original,
+            boxes=boxes,
+            lost_block=block,
+            lost_kind=kind,
+            lost_bias=bias,
+            options=_options(max_memory=max_memory, device_map=device_map),
+            progress=screen,
+        )
+    screen.reported(made)
+
+
 @app.command(epilog="Example: regsurgery unpatch demo-patched -o demo-restored")
 def unpatch(
     folder: Patched,

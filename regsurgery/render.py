@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from regsurgery.hub import Pushed
     from regsurgery.pipeline import PatchResult
     from regsurgery.recipe import Recipe
+    from regsurgery.reporting import Report
     from regsurgery.reproducing import Reproduction
     from regsurgery.restoring import Restored
     from regsurgery.tensor_diff import Difference
@@ -175,6 +176,12 @@ class Screen(Progress):
         for line in (evaluation.expectation, *evaluation.notes):
             if line:
                 self.out.print(line, soft_wrap=True, markup=False)
+
+    def reported(self, report: Report) -> None:
+        if self.as_json:
+            print(json.dumps(report.as_dict(), indent=2))
+        size = f"{report.size / 1e6:.1f} MB"
+        self.out.print(f"wrote {report.path}: {report.num_images} images, {size}", soft_wrap=True, markup=False)
 
     def found(self, found: Found, output: Path) -> None:
         if self.as_json:

@@ -16,7 +16,7 @@ import pytest
 from regsurgery import pipeline
 from regsurgery.calibration import image_set
 from regsurgery.evaluation.pair import open_pair
-from regsurgery.report import Report, report
+from regsurgery.reporting import Report, report
 from regsurgery.statistics import token_norms
 from tests.conftest import shared
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from regsurgery.errors import UserError
 
@@ -32,6 +32,15 @@ class Report:
     num_images: int
     verdict: Verdict
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return {
+            "output": str(self.path),
+            "bytes": self.size,
+            "num_images": self.num_images,
+            "verify": self.verdict.as_dict(),
+        }
+
 
 def report(
     folder: str | Path,
@@ -50,7 +59,7 @@ def report(
     """Write an HTML report of a patched folder: figures, norms, attention, neurons, recipe.
 
     Args:
-        output: the file; by default `report.html` beside the folder's name: `FOLDER-report.html`.
+        output: the file; by default beside the folder: `FOLDER-report.html`.
         images, num_images: see `calibration.image_set`; these are also the examples that the page shows.
         original: MODEL to compare with, where the folder cannot restore it.
         lost_block: whose features LOST takes (negative: from the end); by default the fourth from the end.
@@ -73,8 +82,8 @@ def report(
     from regsurgery.evaluation.pair import open_pair
     from regsurgery.observing import check_block
     from regsurgery.patched import read_patched_config
-    from regsurgery.report.collect import Lost, collect
-    from regsurgery.report.page import Subject, page
+    from regsurgery.reporting.collect import Lost, collect
+    from regsurgery.reporting.page import Subject, page
 
     progress = progress or pipeline.Progress()
     root = Path(folder)

@@ -18,7 +18,7 @@ from regsurgery.errors import UnsupportedModelError
 from regsurgery.evaluation import discovery
 from regsurgery.evaluation.pair import Pair, normalisation
 from regsurgery.observing import Observation
-from regsurgery.report.packing import size_of_maps
+from regsurgery.reporting.packing import size_of_maps
 from regsurgery.statistics import token_norms
 
 if TYPE_CHECKING:

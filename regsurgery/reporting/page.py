@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from regsurgery import __version__
-from regsurgery.report import charts
-from regsurgery.report.collect import SIDES, Collected, Lost
-from regsurgery.report.packing import packed_activations, packed_colors, packed_maps, packed_norms
+from regsurgery.reporting import charts
+from regsurgery.reporting.collect import SIDES, Collected, Lost
+from regsurgery.reporting.packing import packed_activations, packed_colors, packed_maps, packed_norms
 
 if TYPE_CHECKING:
     from regsurgery.recipe import Recipe
