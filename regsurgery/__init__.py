@@ -1,8 +1,8 @@
 """regsurgery: rewrite Vision Transformer checkpoints so that outlier tokens are gone.
 
 Public API: `doctor`, `find`, `patch`, `verify`, `evaluate`, `observe`, `plot_norms`, `plot_norm_maps`,
-`plot_attention`, `plot_shift_maps`, `report`, `unpatch`, `reproduce`, `diff`, `load`, `push`, `find_recipe`, `Recipe`. Importing
-the package is cheap; torch and the model libraries are imported on first use.
+`plot_attention`, `plot_shift_maps`, `report`, `unpatch`, `reproduce`, `diff`, `load`, `push`, `find_recipe`,
+`Recipe`. Importing the package is cheap; torch and the model libraries are imported on first use.
 """
 
 from __future__ import annotations

@@ -297,9 +297,7 @@ def report(
     images: Images = None,
     num_images: Annotated[int, typer.Option("--num-images", help="At most that many images.", min=1)] = 16,
     original: Annotated[str | None, typer.Option("--original", help="MODEL to compare with.")] = None,
-    boxes: Annotated[
-        bool, typer.Option("--boxes/--no-boxes", help="Draw the boxes of object discovery (LOST).")
-    ] = True,
+    boxes: Annotated[bool, typer.Option("--boxes/--no-boxes", help="Draw the boxes of LOST.")] = True,
     block: Annotated[
         int | None, typer.Option("--block", help="Of LOST's features; by default the fourth from the end.")
     ] = None,
