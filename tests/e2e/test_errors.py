@@ -23,7 +23,7 @@ from regsurgery.image_sources import decode
 
 PROGRAM = Path(sys.executable).parent / "regsurgery"
 PARTS = ["README.md", "SHA256SUMS", "config.json", "model.safetensors", "modeling_regsurgery.py",
-         "preprocessor_config.json", "recipe.yaml", "regsurgery_original.json"]  # fmt: skip
+         "preprocessor_config.json", "recipe.yaml", "regsurgery_original.json", "regsurgery_run.json"]  # fmt: skip
 VERDICT_KEYS = {"passed", "outliers_per_image", "max_patch_norm", "median_patch_norm", "register_norm",
                 "cosine_patches", "cosine_output", "kl", "same_argmax", "parity_max_abs"}  # fmt: skip
 PATCH_KEYS = {"output", "mode", "format", "register_neurons", "verify", "seconds", "peak_rss_mb"}
