@@ -204,10 +204,8 @@ def test_patch_asks_the_hub_before_it_works(hub: Hub, run: Callable[..., Done], 
         (["--push", REPO], "hf_reader", "may only read"),
         (["--push", REPO, "--no-verify"], "hf_me", "only what was verified is pushed"),
     ):
-        begun = time.monotonic()
         done = run("patch", "no-such-model", "-o", tmp_path / "out", *arguments, token=token)
         assert done.code == 2 and message in done.err, "the Hub is asked before the model is looked for"
-        assert time.monotonic() - begun < 30
     assert not (tmp_path / "out").exists() and hub.repos == {}
 
 
