@@ -17,12 +17,13 @@ from regsurgery import backends
 from regsurgery.card import THIS_FOLDER
 from regsurgery.checkpoint_io import SUMS_NAME, read_sums
 from regsurgery.emit import CARD_NAME, RECIPE_NAME
-from regsurgery.loading import CONFIG_NAMES
+from regsurgery.loading import CONFIG_NAMES, DEMO
 from regsurgery.run_record import RUN_RECORD_NAME, read_run_record
 
 PYTHON_BLOCK = re.compile(r"(?<=^```python\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
-ABOUT_THE_DOT = re.compile(r" ?(and|;) `\.` stands for the path of this folder(, or its Hub id)?")
 HERE = re.escape(THIS_FOLDER)
+ABOUT_THE_DOT = re.compile(rf"^`{HERE}` stands for the path of this folder .*\n\n", re.MULTILINE)
+COMMAND = re.compile(rf"(?<=regsurgery )(reproduce|verify) {HERE}(?=[\s`])")
 DOWNLOAD = "from huggingface_hub import snapshot_download\n\nfolder = snapshot_download({arguments})\n"
 
 
@@ -57,7 +58,7 @@ def published(folder: Path, repo: str, revision: str | None = None) -> Published
     """
     digests = read_sums(folder)
     files: dict[str, Path | bytes] = {name: folder / name for name in digests}
-    paths = {path: Path(path).name for path in sorted(_local_paths(folder), key=len, reverse=True)}
+    paths = {path: _last_part(path) for path in sorted(_local_paths(folder), key=len, reverse=True)}
     rewritten = {*CONFIG_NAMES, backends.backend("pt2").CONFIG_NAME, RECIPE_NAME, RUN_RECORD_NAME, CARD_NAME}
     for name in sorted(rewritten & digests.keys()):
         text = before = (folder / name).read_text("utf-8")
@@ -84,6 +85,12 @@ def _local_paths(folder: Path) -> Iterator[str]:
             yield text.rstrip("/")
 
 
+def _last_part(path: str) -> str:
+    """What is published of an absolute path; never the name of the demo, which is another model."""
+    name = Path(path).name
+    return f"./{name}" if name == DEMO else name
+
+
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
@@ -103,15 +110,15 @@ def _named_after(text: str, repo: str, revision: str | None) -> str:
 
 
 def _card(text: str, repo: str, revision: str | None) -> str:
-    """A model card whose snippets load from the Hub."""
+    """A model card whose snippets and commands take the model from the Hub."""
     text = PYTHON_BLOCK.sub(lambda block: _snippet(block.group(), repo, revision), text)
-    return ABOUT_THE_DOT.sub("", text)
+    return ABOUT_THE_DOT.sub("", COMMAND.sub(rf"\1 {repo}", text))
 
 
 def _snippet(code: str, repo: str, revision: str | None) -> str:
     """Python that loads `repo` where `code` loads the folder."""
     quoted = f'"{repo}"' + (f', revision="{revision}"' if revision else "")
-    code = re.sub(rf'from_pretrained\("{HERE}"', lambda _: f"from_pretrained({quoted}", code)
+    code = re.sub(rf'(from_pretrained|regsurgery\.load)\("{HERE}"', lambda call: f"{call[1]}({quoted}", code)
     code = re.sub(rf'"local-dir:{HERE}"', f'"hf-hub:{repo}{"@" + revision if revision else ""}"', code)
     local = re.sub(rf'"{HERE}/([^"]+)"', r'f"{folder}/\1"', re.sub(rf'"{HERE}"', "folder", code))
     return code if local == code else DOWNLOAD.format(arguments=quoted) + local

@@ -114,8 +114,10 @@ def test_a_push_is_one_commit_of_the_folder(
     assert kept >= {"model.safetensors", "modeling_regsurgery.py", "preprocessor_config.json"}
     texts = [name for name in whole if not name.endswith((".safetensors", ".py", ".png"))]
     assert [name for name in texts if str(demo_folder.parent) in whole[name].decode()] == []
-    assert str(demo_folder) in (demo / "config.json").read_text() and told["paths"] == {str(demo_folder): "demo"}
-    assert f'from_pretrained("{REPO}"' in whole["README.md"].decode()
+    assert str(demo_folder) in (demo / "config.json").read_text() and told["paths"] == {str(demo_folder): "./demo"}
+    card = whole["README.md"].decode()
+    assert f'from_pretrained("{REPO}"' in card and f'regsurgery.load("{REPO}")' in card
+    assert f"regsurgery reproduce {REPO}\n" in card and "stands for the path" not in card and '"."' not in card
     again = run("push", demo, REPO, "--quiet")
     assert again == (0, "", "")
     assert len(hub.repos[REPO].commits) == 2, "the same content makes no new commit"
@@ -216,10 +218,8 @@ def test_patch_asks_the_hub_before_it_works(hub: Hub, run: Callable[..., Done], 
         (["--push", REPO], "hf_reader", "may only read"),
         (["--push", REPO, "--no-verify"], "hf_me", "only what was verified is pushed"),
     ):
-        begun = time.monotonic()
         done = run("patch", "no-such-model", "-o", tmp_path / "out", *arguments, token=token)
         assert done.code == 2 and message in done.err, "the Hub is asked before the model is looked for"
-        assert time.monotonic() - begun < 30
     assert not (tmp_path / "out").exists() and hub.repos == {}
 
 

@@ -2,7 +2,8 @@
 
 `python fresh_load.py MANIFEST`: MANIFEST is a torch file `{pixels: [N, 3, H, W], repos: {repo: how}}`; `how` is a key
 of `LOADERS`. Every model is loaded by the line that its library documents, where there is one, and by the first Python
-block of the repository's model card. The results are saved as `MANIFEST.results`: `{repo: [output, ...]}`.
+block of the repository's model card; its other blocks are run, but for that which imports regsurgery. The results are
+saved as `MANIFEST.results`: `{repo: [output, ...]}`.
 """
 
 import re
@@ -44,13 +45,16 @@ def by_card(repo):
     from huggingface_hub import hf_hub_download
 
     with open(hf_hub_download(repo, "README.md"), encoding="utf-8") as file:
-        code = re.search(r"^```python\n(.*?)^```$", file.read(), re.MULTILINE | re.DOTALL)[1]
-    before = set(sys.path)
-    scope = {}
-    exec(code, scope)
-    sys.path[:] = [place for place in sys.path if place in before]
-    sys.modules.pop("modeling_regsurgery", None)
-    return scope["model"]
+        blocks = re.findall(r"^```python\n(.*?)^```$", file.read(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3 and sum("import regsurgery" in code for code in blocks) == 1
+    before, scopes = set(sys.path), []
+    for code in blocks:
+        if "import regsurgery" not in code:
+            scopes.append({})
+            exec(code, scopes[-1])
+            sys.path[:] = [place for place in sys.path if place in before]
+            sys.modules.pop("modeling_regsurgery", None)
+    return scopes[0]["model"]
 
 
 @torch.no_grad()
