@@ -13,12 +13,11 @@ from regsurgery.card import model_card
 from regsurgery.checkpoint_io import WEIGHT_SUFFIXES
 from regsurgery.original import RECORD_NAME, write_record
 from regsurgery.picture import before_after
+from regsurgery.recipe import RECIPE_NAME
 from regsurgery.run_record import RUN_RECORD_NAME, write_run_record
 from regsurgery.source_card import CARD_NAME
 from regsurgery.surgery import Surgery
 from regsurgery.verification import Verdict
-
-RECIPE_NAME = "recipe.yaml"
 
 
 @contextmanager

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regsurgery import backends, checkpoint_io
 from regsurgery.errors import CheckpointError, UserError
 from regsurgery.limits import BROKEN, bounded_model, read_json, refuse_links_out
-from regsurgery.recipe import MODES
+from regsurgery.recipe import MODES, RECIPE_NAME, Recipe, find_recipe
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -135,6 +136,32 @@ def read_patched_config(folder: Path, fmt: str) -> dict[str, Any]:
     if not isinstance(block, dict) or block.get("mode") not in MODES or not all(isinstance(t, str) for t in texts):
         raise CheckpointError(f"{path}: its 'regsurgery' entry is not one that regsurgery wrote; patch the model again")
     return config
+
+
+@dataclass(frozen=True)
+class PatchedFolder:
+    """What a patched folder says of itself.
+
+    Attributes:
+        config: see `read_patched_config`.
+    """
+
+    root: Path
+    format: str
+    config: dict[str, Any]
+    recipe: Recipe
+
+
+def open_patched(root: Path) -> PatchedFolder:
+    """The folder `root`, with its files checked.
+
+    Raises:
+        CheckpointError: files are missing, broken, or not those of SHA256SUMS.
+        UserError: it is no patched folder.
+    """
+    checkpoint_io.check_sums(root)
+    fmt = folder_format(root)
+    return PatchedFolder(root, fmt, read_patched_config(root, fmt), find_recipe(str(root / RECIPE_NAME)))
 
 
 def patched_mode(folder: Path, fmt: str) -> str:

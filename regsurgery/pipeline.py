@@ -33,13 +33,7 @@ from regsurgery.families import family_of
 from regsurgery.loading import Loaded, LoadOptions
 from regsurgery.loading import load as load_original
 from regsurgery.original import restore_original
-from regsurgery.patched import (
-    at_home,
-    folder_format,
-    read_patched_config,
-    reloaded,
-    take_our_tensors,
-)
+from regsurgery.patched import PatchedFolder, at_home, open_patched, reloaded, take_our_tensors
 from regsurgery.recipe import MAX_REGISTERS, MODES, Recipe, find_recipe, recipe_for_model
 
 if TYPE_CHECKING:
@@ -495,13 +489,11 @@ def verify(
     root = at_home(folder, allowed.revision, trust_remote_code=allowed.trust_remote_code)
     pictures = image_set(images, num_images, say=progress.say)
     progress.stage("checksums")
-    checkpoint_io.check_sums(root)
-    fmt = folder_format(root)
-    config = read_patched_config(root, fmt)
-    recipe = find_recipe(str(root / "recipe.yaml"))
+    patched = open_patched(root)
+    recipe, fmt = patched.recipe, patched.format
     with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
         progress.stage("load")
-        loaded = original_of(root, fmt, config, original, options, Path(scratch))
+        loaded = original_of(patched, original, options, Path(scratch))
         if recipe.mode == "native":
             return verify_native(loaded, recipe, *located(loaded, progress), root, fmt, pictures, progress)
         surgery = operate(loaded, recipe, progress)
@@ -509,24 +501,23 @@ def verify(
         return verify_folder(surgery, root, fmt, pictures, progress, reloaded(root, fmt, stored=loaded.stored))
 
 
-def original_of(
-    root: Path, fmt: str, config: dict[str, Any], original: str | None, options: LoadOptions | None, scratch: Path
-) -> Loaded:
-    """The model that was patched into `root`: restored into the new folder `scratch / "original"` where `root` has all
+def original_of(patched: PatchedFolder, original: str | None, options: LoadOptions | None, scratch: Path) -> Loaded:
+    """The model that was patched: restored into the new folder `scratch / "original"` where `patched` has all
     its tensors and no `original` is named, else loaded from there or from where it came.
 
     Raises:
         CheckpointError: the folder is incomplete, or `original` is not what was patched.
     """
-    recorded = config["regsurgery"]["source"]
-    if original is None and fmt in backends.LIBRARIES and config["regsurgery"]["mode"] != "native":
+    block = patched.config["regsurgery"]
+    recorded = block["source"]
+    if original is None and patched.format in backends.LIBRARIES and block["mode"] != "native":
         restored = scratch / "original"
-        restore_original(root, restored, fmt)
+        restore_original(patched.root, restored, patched.format)
         return load_original(str(restored), options)
     loaded = load_original(original or recorded["id"], options)
     if loaded.source.sha256 != recorded["sha256"]:
         raise CheckpointError(
-            f"{loaded.source.id}: its weights are not those that were patched into {root} "
+            f"{loaded.source.id}: its weights are not those that were patched into {patched.root} "
             "(sha256 differs); give the original with --original"
         )
     return loaded

@@ -16,9 +16,10 @@ from typing import Any
 from regsurgery import backends
 from regsurgery.card import THIS_FOLDER
 from regsurgery.checkpoint_io import SUMS_NAME, read_sums
-from regsurgery.emit import CARD_NAME, RECIPE_NAME
 from regsurgery.loading import CONFIG_NAMES, DEMO
+from regsurgery.recipe import RECIPE_NAME
 from regsurgery.run_record import RUN_RECORD_NAME, read_run_record
+from regsurgery.source_card import CARD_NAME
 
 PYTHON_BLOCK = re.compile(r"(?<=^```python\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
 HERE = re.escape(THIS_FOLDER)

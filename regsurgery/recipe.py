@@ -16,6 +16,7 @@ import yaml
 
 from regsurgery.errors import RecipeError, did_you_mean
 
+RECIPE_NAME = "recipe.yaml"  # in a patched folder
 SCHEMA = 1
 MAX_REGISTERS = 64
 MAX_BYTES = 1 << 16  # a second of parsing

@@ -14,7 +14,7 @@ from regsurgery.hub_files import snapshot
 from regsurgery.limits import read_json, refuse_links_out
 from regsurgery.loading import DEMO, LoadOptions
 from regsurgery.published import published
-from regsurgery.recipe import find_recipe
+from regsurgery.recipe import RECIPE_NAME, find_recipe
 
 if TYPE_CHECKING:
     from regsurgery.calibration import ImageSet
@@ -90,7 +90,7 @@ def reproduce(
         progress.stage("download")
         root, _ = snapshot(str(where), str(where), None, RECORDS)
     record = run_record.read_run_record(root)
-    run, recipe, wanted = record["run"], find_recipe(str(root / "recipe.yaml")), checkpoint_io.read_sums(root)
+    run, recipe, wanted = record["run"], find_recipe(str(root / RECIPE_NAME)), checkpoint_io.read_sums(root)
     if source is None:
         _check_source(run)
     pictures = _pictures(run, images, where, progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from regsurgery import pipeline
+from regsurgery import cli, pipeline
 from regsurgery.calibration import image_set
 from regsurgery.demo import plant, write_demo
 from regsurgery.loading import Loaded, load
 from regsurgery.sites import Sites
 from regsurgery.trace import Traced, tensor_inputs
+from tests.commands import Done
 from tests.picos import PICOS, Pico
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -67,6 +69,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 3 if item.path.parent.name == "unit" else 1
 
     items.sort(key=rank)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """`regsurgery ARGS`, in this process."""
+
+    def in_process(*args: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["regsurgery", *map(str, args)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return Done(int(ended.value.code or 0), captured.out, captured.err)
+
+    return in_process
 
 
 def shared(*parts: str) -> Path:

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from regsurgery import backends, checkpoint_io, pipeline
+from regsurgery import backends, pipeline
 from regsurgery.calibration import ImageSet
 from regsurgery.errors import UnsupportedModelError, UserError
 from regsurgery.fitting import restored_native
 from regsurgery.loading import Loaded, LoadOptions
 from regsurgery.observing import Observation, Observer, Subject
-from regsurgery.patched import existing_folder, folder_format, read_patched_config, take_our_tensors
-from regsurgery.recipe import Recipe, find_recipe
+from regsurgery.patched import existing_folder, open_patched, take_our_tensors
+from regsurgery.recipe import Recipe
 from regsurgery.sites import Sites
 from regsurgery.statistics import robust_outliers, token_norms
 from regsurgery.surgery import Surgery, perform
@@ -193,13 +193,11 @@ def open_pair(
         return
     root = existing_folder(folder)
     progress.stage("checksums")
-    checkpoint_io.check_sums(root)
-    fmt = folder_format(root)
-    config = read_patched_config(root, fmt)
-    recipe = find_recipe(str(root / "recipe.yaml"))
+    opened = open_patched(root)
+    fmt, config, recipe = opened.format, opened.config, opened.recipe
     with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
         progress.stage("load")
-        loaded = pipeline.original_of(root, fmt, config, original, options, Path(scratch))
+        loaded = pipeline.original_of(opened, original, options, Path(scratch))
         traced, sites = pipeline.located(loaded, progress)
         surgery = stock = None
         if recipe.mode == "native" and fmt in backends.LIBRARIES:

@@ -7,7 +7,6 @@ import resource
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,12 @@ import torch
 import yaml
 from PIL import Image
 
-from regsurgery import checkpoint_io, cli
+from regsurgery import checkpoint_io
 from regsurgery.calibration import image_set
 from regsurgery.demo import write_demo
 from regsurgery.image_sources import decode
+from tests.commands import PROGRAM, Done
 
-PROGRAM = Path(sys.executable).parent / "regsurgery"
 PARTS = ["README.md", "SHA256SUMS", "before_after.png", "config.json", "model.safetensors", "modeling_regsurgery.py",
          "preprocessor_config.json", "recipe.yaml", "regsurgery_original.json", "regsurgery_run.json"]  # fmt: skip
 VERDICT_KEYS = {"passed", "outliers_per_image", "max_patch_norm", "median_patch_norm", "register_norm",
@@ -29,13 +28,6 @@ VERDICT_KEYS = {"passed", "outliers_per_image", "max_patch_norm", "median_patch_
 PATCH_KEYS = {"output", "mode", "format", "register_neurons", "verify", "seconds", "peak_rss_mb"}
 RENAMED = "vit.encoder.layer.0.attention.output.dense.bias"  # on disk; transformers 5 has another name in memory
 FEW = ("--num-images", "2")
-
-
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +47,6 @@ def patched(demo, tmp_path_factory) -> Path:
 @pytest.fixture
 def model(demo, tmp_path) -> Path:
     return shutil.copytree(demo, tmp_path / "model")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def in_process(*args: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["regsurgery", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return Done(int(ended.value.code or 0), captured.out, captured.err)
-
-    return in_process
 
 
 def program(*args: object, max_file_bytes: int | None = None, **env: str) -> Done:

@@ -10,17 +10,13 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
+from tests.commands import Done
+
 TOKEN = "hf_me"
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 def environment(url: str, home: Path, token: str | None = TOKEN) -> dict[str, str]:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,31 +19,12 @@ from typer.testing import CliRunner
 from regsurgery import cli, cli_errors, pipeline, render, written
 from regsurgery.backends import FORMATS
 from regsurgery.recipe import MODES, bundled_recipes, find_recipe, parse_recipe
+from tests.commands import PROGRAM, Done
 
-PROGRAM = Path(sys.executable).parent / "regsurgery"
 REFERENCE = Path(__file__).parents[2] / "docs" / "cli.md"
 REGENERATE = "typer regsurgery.cli utils docs --name regsurgery --title 'The command line' --output docs/cli.md"
 VALID = "schema: 1\nregister_neurons: {7: [417]}\n"
 TYPO = VALID + "num_register: 1\n"
-
-
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def in_process(*args: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["regsurgery", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return Done(int(ended.value.code or 0), captured.out, captured.err)
-
-    return in_process
 
 
 def program(*args: object, **env: str) -> Done:
