@@ -211,6 +211,7 @@ def image_set(
     source = open_source(root)
     if len(source) < MIN_IMAGES:
         images = "image" if len(source) == 1 else "images"
-        raise UserError(f"{root}: {len(source)} {images} in it, at least {MIN_IMAGES} are needed")
+        count = f"{len(source)} {images} in it, at least {MIN_IMAGES} are needed"
+        raise UserError(f"{root}: {count}; give more, or leave --images out for generated ones")
     images = ImageSet("", source, range(len(source)), say).some(num_images or len(source))
     return replace(images, note=f"{images.num_images} images of {Path(os.path.abspath(root)).name}")

@@ -150,6 +150,7 @@ def load(
         UnsupportedModelError: the library does not know the architecture, or its weights are quantised.
     """
     options = options or LoadOptions()
+    _check_device(options.device_map)
     scratch, repo = None, None
     if model_id == DEMO:
         from regsurgery.demo import write_demo
@@ -229,6 +230,24 @@ def _memory(options: LoadOptions) -> int:
     import psutil
 
     return psutil.virtual_memory().available // 2
+
+
+def _check_device(device_map: str | None) -> None:
+    """Raise `UserError` for a device map that names no device of this machine."""
+    if device_map is None or device_map == "auto":
+        return
+    import torch
+
+    try:
+        kind = torch.device(device_map).type
+    except RuntimeError as error:
+        raise UserError(
+            f"device map {device_map}: not a device; give auto, cpu, cuda or cuda:1"
+        ) from error
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    present = ["cpu", *([accelerator.type] if accelerator else [])]
+    if kind not in present:
+        raise UserError(f"device map {device_map}: torch sees no {kind} here; give auto or {' or '.join(present)}")
 
 
 def place(model: nn.Module, device_map: str | None) -> nn.Module:

@@ -202,8 +202,14 @@ def test_models_are_placed_by_a_device_map(
     planted = planted_picos(pico)
     options = LoadOptions(device_map=device_map)
     assert as_lists(regsurgery.find(str(planted.folder), num_images=8, options=options).recipe) == planted.neurons
-    with pytest.raises(UserError, match="nonsense"):
-        regsurgery.find(str(planted.folder), num_images=8, options=LoadOptions(device_map="nonsense"))
+
+
+@pytest.mark.parametrize(
+    "device_map, named", [("gpu", "not a device; give auto, cpu"), ("xpu", "torch sees no xpu here")]
+)
+def test_a_device_that_is_not_there_is_refused_at_once(device_map: str, named: str) -> None:
+    with pytest.raises(UserError, match=f"^device map {device_map}: {named}"):
+        regsurgery.find("no-such-model", num_images=8, options=LoadOptions(device_map=device_map))
 
 
 # --- killed, and shared out -----------------------------------------------------------------------------------------
