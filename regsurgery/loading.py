@@ -241,9 +241,7 @@ def _check_device(device_map: str | None) -> None:
     try:
         kind = torch.device(device_map).type
     except RuntimeError as error:
-        raise UserError(
-            f"device map {device_map}: not a device; give auto, cpu, cuda or cuda:1"
-        ) from error
+        raise UserError(f"device map {device_map}: not a device; give auto, cpu, cuda or cuda:1") from error
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     present = ["cpu", *([accelerator.type] if accelerator else [])]
     if kind not in present:
