@@ -184,6 +184,15 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         cli.main()
 
 
+@pytest.fixture
+def ctrl_c():
+    """Interrupts are heard, which a shell switches off for what it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_a_folder_is_verified_leaves_nothing(run, tmp_path, monkeypatch):
     def press(*args: object, **how: object) -> None:
         assert list(tmp_path.iterdir()) != []  # it is written there before it gets its name
