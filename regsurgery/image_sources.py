@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import random
 import warnings
 from collections.abc import Iterator
@@ -68,15 +69,19 @@ class Source(Protocol):
         """What the images are, as far as names, sizes and dates tell."""
         ...
 
+    def identity(self) -> str:
+        """As `fingerprint`, without dates: the same on every machine that has a copy."""
+        ...
 
-def open_source(where: Path) -> Source:
-    """The source in a file or in a folder (recursively, without hidden files).
+
+def dataset_files(where: Path) -> tuple[str, tuple[Path, ...]]:
+    """The kind of the files in a file or in a folder (recursively, without hidden files), and the files, by name.
 
     Of several kinds of files the one with the most bytes counts: pictures have their table of labels beside them, and
     datasets have a thumbnail.
 
     Raises:
-        UserError: nothing there that holds images, and what was looked for; or a broken dataset file.
+        UserError: nothing there that holds images, and what was looked for.
     """
     if not where.exists():
         raise UserError(
@@ -89,7 +94,16 @@ def open_source(where: Path) -> Source:
     if not kinds:
         raise UserError(f"{where}: no images in it (looked for {', '.join(KINDS)})")
     kind = max(kinds, key=lambda kind: sum(path.stat().st_size for path in kinds[kind]))
-    paths = tuple(kinds[kind])
+    return kind, tuple(kinds[kind])
+
+
+def open_source(where: Path) -> Source:
+    """The source in the `dataset_files` of `where`.
+
+    Raises:
+        UserError: nothing there that holds images, and what was looked for; or a broken dataset file.
+    """
+    kind, paths = dataset_files(where)
     if kind == "pictures":
         return Pictures(paths)
     if kind == "tar":
@@ -146,6 +160,9 @@ class Pictures:
     def fingerprint(self) -> str:
         return fingerprint_of(self.paths)
 
+    def identity(self) -> str:
+        return fingerprint_of(self.paths, dated=False)
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -164,6 +181,9 @@ class Generated:
 
     def fingerprint(self) -> str:
         return f"dead leaves {self.count} {self.seed}"
+
+    def identity(self) -> str:
+        return self.fingerprint()
 
 
 @dataclass(frozen=True)
@@ -184,6 +204,11 @@ class Tars:
     def open(cls, paths: tuple[Path, ...]) -> Tars:
         return cls(paths, tuple(member for path in paths for member in _images_of_tar(path)))
 
+    @classmethod
+    def firsts(cls, paths: tuple[Path, ...]) -> Tars:
+        """The first image of each tar that has one; no tar is read further."""
+        return cls(paths, tuple(member for path in paths for member in itertools.islice(_images_of_tar(path), 1)))
+
     def __len__(self) -> int:
         return len(self.members)
 
@@ -194,6 +219,9 @@ class Tars:
 
     def fingerprint(self) -> str:
         return fingerprint_of(self.paths)
+
+    def identity(self) -> str:
+        return fingerprint_of(self.paths, dated=False)
 
 
 def _images_of_tar(path: Path) -> Iterator[tuple[str, Stretch]]:
@@ -226,8 +254,12 @@ def blamed(path: Path, kind: str, *errors: type[Exception]) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read as {kind}: {' '.join(str(error).split())[:200]}") from error
 
 
-def fingerprint_of(paths: tuple[Path, ...]) -> str:
-    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+def fingerprint_of(paths: tuple[Path, ...], *, dated: bool = True) -> str:
+    stats = [path.stat() for path in paths]
+    facts = [
+        (path.name, stat.st_size, stat.st_mtime_ns) if dated else (path.name, stat.st_size)
+        for path, stat in zip(paths, stats, strict=True)
+    ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 

@@ -31,6 +31,7 @@ from regsurgery.passes import apply_passes
 from regsurgery.passes.plan import plan_surgery
 from regsurgery.pipeline import Progress, located
 from regsurgery.recipe import Recipe, find_recipe
+from regsurgery.sharing import Share
 from regsurgery.sites import Sites
 from regsurgery.surgery import Surgery, perform
 from regsurgery.trace import Traced, tensor_inputs
@@ -204,7 +205,7 @@ def test_find_runs_every_image_once_and_stops_where_no_cause_can_be(
         loaded,
         traced,
         sites,
-        image_set(None, IMAGES),
+        Share.of(image_set(None, IMAGES)),
         seed=0,
         force=False,
         journal_path=None,
