@@ -13,7 +13,8 @@ from pathlib import Path
 from regsurgery import checkpoint_io
 from regsurgery.scores import Sums
 
-INTERVAL = 1.0  # seconds between two entries
+INTERVAL = 1.0  # seconds between two entries, at first; later a hundredth of the time that has passed
+MOST_INTERVALS = 60  # at the end that many of them; entries of large models are megabytes
 
 
 class Journal:
@@ -29,7 +30,7 @@ class Journal:
 
     def __init__(self, path: Path | None, key: str, say: Callable[[str], None]) -> None:
         self.path, self.key, self.say = path, key, say
-        self.written = time.monotonic()
+        self.started = self.written = time.monotonic()
         self.broken: dict[str, str] = {}
 
     def resume(self, sums: Sums) -> int:
@@ -56,14 +57,18 @@ class Journal:
         return int(facts["batch"])
 
     def write(self, sums: Sums, batch: int, *, now: bool = False) -> None:
-        """Write an entry if the last is older than `INTERVAL` seconds, or `now`."""
-        if self.path is None or not (now or time.monotonic() - self.written >= INTERVAL):
+        """Write an entry if the last is old enough, or `now`."""
+        if self.path is None:
+            return
+        time_now = time.monotonic()
+        interval = INTERVAL * min(MOST_INTERVALS, max(1.0, 0.01 * (time_now - self.started)))
+        if not now and time_now - self.written < interval:
             return
         from safetensors.torch import save
 
         facts = {"key": self.key, "batch": batch, "broken": self.broken}
         checkpoint_io.replace_file(self.path, save(sums.tensors(), metadata={"journal": json.dumps(facts)}))
-        self.written = time.monotonic()
+        self.written = time_now
 
     def remove(self) -> None:
         if self.path is not None:
