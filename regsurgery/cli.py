@@ -100,6 +100,9 @@ def find(
         str | None, typer.Option("--part", help="I/N: only the I-th of N parts, as a job of an array; with --stats.")
     ] = None,
     stats: Annotated[Path | None, typer.Option("--stats", help="Statistics file that --part writes.")] = None,
+    precision: Annotated[
+        str, typer.Option("--precision", help="Of the pass over all images: checkpoint, or bf16 (autocast).")
+    ] = "checkpoint",
     merge: Annotated[
         bool, typer.Option("--merge", help="Decide by the statistics files of all parts, given behind MODEL.")
     ] = False,
@@ -122,12 +125,12 @@ def find(
     if merge != bool(statistics) or (merge and part is not None):
         raise typer.BadParameter("goes with statistics files behind MODEL, and without --part", param_hint="--merge")
     options = _options(allow_pickle, trust_remote_code, revision, max_memory, device_map)
-    given = {"images": images, "num_images": num_images, "seed": seed, "force": force, "options": options}
+    given = {"images": images, "num_images": num_images, "seed": seed, "force": force, "precision": precision}
     with Screen(as_json=as_json, quiet=quiet or not is_first_process()) as screen, _nothing_to_fix(screen):
         if part is None or stats is None:
-            found = pipeline.find(model, output, merge=statistics or (), progress=screen, **given)
+            found = pipeline.find(model, output, merge=statistics or (), options=options, progress=screen, **given)
         else:
-            found = pipeline.find_part(model, stats, Part.parse(part), progress=screen, **given)
+            found = pipeline.find_part(model, stats, Part.parse(part), options=options, progress=screen, **given)
     if isinstance(found, FoundPart):
         if is_first_process():
             screen.found_part(found)

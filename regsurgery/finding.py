@@ -24,8 +24,9 @@ from regsurgery.errors import NothingToFixError, UnsupportedModelError
 from regsurgery.journal import Journal
 from regsurgery.loading import Loaded
 from regsurgery.match import match
+from regsurgery.prefetch import prefetched
 from regsurgery.recipe import Recipe
-from regsurgery.scores import Candidate, Scorer, Sums, candidates
+from regsurgery.scores import PRECISIONS, Candidate, Scorer, Sums, candidates
 from regsurgery.sharing import BATCH, PILOT_IMAGES, FoundPart, Part, Share
 from regsurgery.sites import Sites
 from regsurgery.stats_file import Statistics, add_statistics, write_statistics
@@ -119,18 +120,20 @@ def find(
     journal_path: Path | None,
     processes: Processes,
     progress: Progress,
+    precision: str = PRECISIONS[0],
     parts: dict[Path, Statistics] | None = None,
 ) -> Found:
     """Find the register neurons of `loaded`; with `force` in a model that was trained with registers, too.
 
     Args:
+        precision: of the pass over all images, one of `PRECISIONS`.
         parts: statistics to decide by, instead of a pass over the images; then `share` is any part's.
 
     Raises:
         NothingToFixError: the pilot's verdict is not `register_neurons`, or no neurons are the outliers' cause.
         UserError: too few of the images could be read; or `parts` are of another search.
     """
-    diagnosis, scorer = _pilot(loaded, traced, sites, share, force, processes, progress)
+    diagnosis, scorer = _pilot(loaded, traced, sites, share, force, precision, processes, progress)
     sums, journal = scorer.new_sums(), None
     if parts is None:
         journal = _score(scorer, sums, share, journal_path, processes, progress)
@@ -161,6 +164,7 @@ def find_part(
     force: bool,
     processes: Processes,
     progress: Progress,
+    precision: str = PRECISIONS[0],
 ) -> FoundPart:
     """The pilot, and the pass over the images of one part, whose sums go into the statistics file `path`.
 
@@ -168,7 +172,7 @@ def find_part(
         NothingToFixError: the pilot's verdict is not `register_neurons`.
         UserError: too few of the pilot's images could be read.
     """
-    _, scorer = _pilot(loaded, traced, sites, share, force, processes, progress)
+    _, scorer = _pilot(loaded, traced, sites, share, force, precision, processes, progress)
     sums = scorer.new_sums()
     journal = _score(scorer, sums, share, path.with_name(f"{path.name}.journal"), processes, progress)
     tried = sum(processes.gathered(share.num_images()))
@@ -187,6 +191,7 @@ def _pilot(
     sites: Sites,
     share: Share,
     force: bool,
+    precision: str,
     processes: Processes,
     progress: Progress,
 ) -> tuple[Diagnosis, Scorer]:
@@ -200,7 +205,7 @@ def _pilot(
     last_block = diagnosis.settled_block
     assert last_block is not None
     progress.say(f"{diagnosis.verdict}: {diagnosis.reason}; scoring blocks 0 to {last_block}")
-    return diagnosis, Scorer(loaded, traced, sites, last_block)
+    return diagnosis, Scorer(loaded, traced, sites, last_block, precision=precision)
 
 
 def _settings(scorer: Scorer, share: Share) -> dict[str, Any]:
@@ -215,6 +220,7 @@ def _settings(scorer: Scorer, share: Share) -> dict[str, Any]:
         "division": "batches" if share.name is None else "tars",
         "batch size": BATCH,
         "last block": len(scorer.blocks) - 1,
+        "precision": scorer.precision,
     }
 
 
@@ -232,7 +238,7 @@ def _score(
     progress.stage("scores", share.num_images())
     progress.advance(sums.num_images)
     first = share.first if last < 0 else last + share.step
-    for last, batch in images.numbered_batches(
+    batches = images.numbered_batches(
         BATCH,
         scorer.loaded.preprocess,
         first=first,
@@ -240,7 +246,8 @@ def _score(
         by_file=share.by_file,
         least=0,  # the pilot has seen enough
         broken=journal.broken,
-    ):
+    )
+    for last, batch in prefetched(batches, scorer.device):
         scorer.add(sums, batch)
         journal.write(sums, last)
         progress.advance(len(batch))
@@ -266,9 +273,9 @@ def _decide(
     pilot = list(images.batches(BATCH, loaded.preprocess))
     batches = pilot[:: max(1, PILOT_IMAGES // TRIAL_IMAGES)]
     trials = Trials(loaded, traced, sites, batches)
-    seen = scorer.new_sums()
+    exact, seen = Scorer(loaded, traced, sites, len(scorer.blocks) - 1), scorer.new_sums()
     for batch in batches:
-        scorer.add(seen, batch)
+        exact.add(seen, batch)
     selection = select(trials, ranked, seen, pilot, progress.advance)
     if not selection.neurons:
         reason = f"{diagnosis.reason}; but shifting MLP neurons does not reduce them: neurons are not their cause"
@@ -280,7 +287,7 @@ def _decide(
     recipe = Recipe(
         by_blocks(selection.neurons),
         model=loaded.source.name,
-        provenance=_provenance(loaded, note, diagnosis, selection, sums, ranked, rows, second, seed),
+        provenance=_provenance(loaded, note, diagnosis, selection, sums, ranked, rows, second, seed, scorer.precision),
     )
     return Found(recipe, diagnosis, selection, sums.threshold, sums.num_images, tuple(ranked), tuple(rows), second)
 
@@ -330,6 +337,7 @@ def _provenance(
     rows: Sequence[Row],
     second: SecondResolution,
     seed: int,
+    precision: str,
 ) -> dict[str, Any]:
     """How the recipe came about; the same model, images and seed give the same text."""
     facts = {
@@ -357,6 +365,7 @@ def _provenance(
         ],
         "sweep": [row.as_dict() for row in rows],
         "second_resolution": second.as_dict(),
+        **({} if precision == PRECISIONS[0] else {"scores_in": precision}),
     }
     return _rounded(facts)
 

@@ -297,6 +297,7 @@ def find(
     num_images: int | None = None,
     seed: int = 0,
     force: bool = False,
+    precision: str = "checkpoint",
     merge: Sequence[str | Path] = (),
     options: LoadOptions | None = None,
     progress: Progress | None = None,
@@ -311,6 +312,8 @@ def find(
         images, num_images: see `calibration.image_set`.
         seed: of generated pictures and of the control with random neurons.
         force: search a model that was trained with registers, too.
+        precision: of the pass over all images: `checkpoint`, as the checkpoint is, or `bf16`, under autocast, with sums
+            in float32 and float64. What is decided on the pilot's images always is as the checkpoint is.
         merge: statistics files of all parts, in any order, that `find_part` wrote for the same model, images and
             options: decide by them, without a pass over the images. The recipe is that of a search in one process.
 
@@ -320,6 +323,7 @@ def find(
     """
     from regsurgery.distributed import processes
 
+    _check_precision(precision)
     progress = progress or Progress()
     if output is not None:
         output = Path(output)
@@ -334,7 +338,7 @@ def find(
             part = Part(1, len(parts))  # any will do, to look at the pilot's images and no more than needed
         loaded, traced, sites, share = _shared(model, images, num_images, seed, part, options, progress, group)
         journal = None if output is None else output.absolute().with_name(f"{output.name}.journal")
-        found = _find(loaded, traced, sites, share, seed, force, journal, progress, group, parts)
+        found = _find(loaded, traced, sites, share, seed, force, journal, progress, group, precision, parts)
         if output is not None and group.is_first:
             checkpoint_io.replace_file(output, found.recipe.to_yaml().encode())
     return found
@@ -349,6 +353,7 @@ def find_part(
     num_images: int | None = None,
     seed: int = 0,
     force: bool = False,
+    precision: str = "checkpoint",
     options: LoadOptions | None = None,
     progress: Progress | None = None,
 ) -> FoundPart:
@@ -371,12 +376,24 @@ def find_part(
     from regsurgery.sharing import Part
     from regsurgery.stats_file import check_statistics_output
 
+    _check_precision(precision)
     progress, stats = progress or Progress(), Path(stats)
     chosen = Part.parse(f"{part[0]}/{part[1]}")
     check_statistics_output(stats)
     with processes() as group:
         loaded, traced, sites, share = _shared(model, images, num_images, seed, chosen, options, progress, group)
-        return search(loaded, traced, sites, share, chosen, stats, force=force, processes=group, progress=progress)
+        return search(
+            loaded,
+            traced,
+            sites,
+            share,
+            chosen,
+            stats,
+            force=force,
+            processes=group,
+            progress=progress,
+            precision=precision,
+        )
 
 
 def _shared(
@@ -407,6 +424,7 @@ def _find(
     journal: Path | None,
     progress: Progress,
     group: Processes | None = None,
+    precision: str = "checkpoint",
     parts: dict[Path, Statistics] | None = None,
 ) -> Found:
     from regsurgery.distributed import Processes
@@ -422,11 +440,21 @@ def _find(
         journal_path=journal,
         processes=group or Processes(),
         progress=progress,
+        precision=precision,
         parts=parts,
     )
     neurons = ", ".join(f"{b}:{n}" for b, listed in found.recipe.register_neurons.items() for n in listed)
     progress.say(f"register neurons (block:neuron): {neurons}; {found.second_resolution.note}")
     return found
+
+
+def _check_precision(precision: str) -> None:
+    from regsurgery.scores import PRECISIONS
+
+    if precision not in PRECISIONS:
+        raise UserError(
+            f"precision {precision}: not one of {', '.join(PRECISIONS)}{did_you_mean(precision, list(PRECISIONS))}"
+        )
 
 
 def _check_recipe_output(output: Path) -> None:

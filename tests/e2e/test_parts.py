@@ -346,6 +346,8 @@ def test_parts_of_other_images_or_another_model_are_refused(
         regsurgery.find(str(demo_folder), images=sources["tars"], merge=parts)
     with pytest.raises(UserError, match=r"1\.stats: number of images all, that of this search: 40"):
         regsurgery.find(str(demo_folder), images=sources["files"], num_images=40, merge=parts)
+    with pytest.raises(UserError, match=r"1\.stats: precision checkpoint, that of this search: bf16"):
+        regsurgery.find(str(demo_folder), images=sources["files"], merge=parts, precision="bf16")
     other = tmp_path / "other"
     other.mkdir()
     for file in demo_folder.iterdir():
