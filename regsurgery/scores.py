@@ -175,16 +175,19 @@ class Scorer:
             everywhere_H, sources_BTD, medians_B, stream_BTD = self.graph_module(*tensor_inputs(self.loaded, images))
             norms_BN = token_norms(stream_BTD)[:, self.patches]
             threshold_B1 = robust_threshold(norms_BN)
-            outliers_BN = norms_BN > threshold_B1
+            image_M, patch_M = (norms_BN > threshold_B1).nonzero(as_tuple=True)
+            totals, added = [], []  # to the CPU at once: on a GPU every transfer waits for all that came before
             for index, (_, cone) in enumerate(self.cones):
-                source_MD = sources_BTD[index][:, self.patches][outliers_BN]
+                source_MD = sources_BTD[index][:, self.patches][image_M, patch_M]
                 activation_MH = cone(source_MD[None])[0].float().abs()
-                limit_MH = MIN_RATIO * medians_B[index].repeat_interleave(outliers_BN.sum(dim=1))[:, None]
+                limit_M1 = MIN_RATIO * medians_B[index][image_M, None]
                 written_MH = activation_MH * self.columns_H[index].to(activation_MH)
-                sums.everywhere_H[index] += everywhere_H[index].double().cpu()
-                sums.outliers_H[index] += activation_MH.double().sum(dim=0).cpu()
-                sums.alone_H[index] += (written_MH >= limit_MH).sum(dim=0).cpu()
-        counts = (len(images), norms_BN.numel(), int(outliers_BN.sum()), float(threshold_B1.double().sum()))
+                totals += [sums.everywhere_H[index], sums.outliers_H[index], sums.alone_H[index]]
+                added += [everywhere_H[index], activation_MH.double().sum(dim=0), (written_MH >= limit_M1).sum(dim=0)]
+        on_cpu = torch.cat([values_H.double() for values_H in added]).cpu()
+        for total_H, values_H in zip(totals, on_cpu.split([len(total_H) for total_H in totals]), strict=True):
+            total_H += values_H
+        counts = (len(images), norms_BN.numel(), len(image_M), float(threshold_B1.double().sum()))
         sums.counts += torch.tensor(counts, dtype=torch.float64)
 
 

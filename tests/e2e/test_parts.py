@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import subprocess
 import sys
 import tarfile
 from collections import Counter
@@ -118,6 +119,24 @@ def test_whole_tars_too(
     paths = write_parts(demo_folder, tmp_path, total, images=sources[name])
     regsurgery.find(str(demo_folder), tmp_path / "merged.yaml", images=sources[name], merge=paths)
     assert (tmp_path / "merged.yaml").read_bytes() == plain[name]
+
+
+def test_a_part_may_be_shared_by_processes(
+    demo_folder: Path, sources: dict[str, Path], plain: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Of the first part's three tars one process has two and the other one; the second part has one process."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    images, stats = sources["tars"], [tmp_path / "1.stats", tmp_path / "2.stats"]
+    arguments = ("find", demo_folder, "--images", images, "--part", "1/2", "--stats", stats[0], "--json")
+    done = subprocess.run(
+        [*launcher, "-m", "regsurgery", *map(str, arguments)], capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["num_images"] == 13 + 20 + 7 - 1  # one of them is broken
+    regsurgery.find_part(str(demo_folder), stats[1], (2, 2), images=images)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.stats", "2.stats"]
+    regsurgery.find(str(demo_folder), tmp_path / "merged.yaml", images=images, merge=stats)
+    assert (tmp_path / "merged.yaml").read_bytes() == plain["tars"]
 
 
 def test_a_statistics_file_says_what_it_is(demo_folder: Path, parts: list[Path], sources: dict[str, Path]) -> None:
