@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from regsurgery.errors import UserError
@@ -107,6 +106,8 @@ def open_source(where: Path) -> Source:
     if kind == "pictures":
         return Pictures(paths)
     if kind == "tar":
+        from regsurgery.image_tars import Tars
+
         return Tars.open(paths)
     from regsurgery.image_records import Records
 
@@ -184,65 +185,6 @@ class Generated:
 
     def identity(self) -> str:
         return self.fingerprint()
-
-
-@dataclass(frozen=True)
-class Tars:
-    """The first image of every sample of WebDataset tars; a sample is consecutive members alike up to the first dot.
-
-    Not read by the library datasets: that would decode the members beside the images, and refuse a tar because of them.
-
-    Attributes:
-        members: of each image its name and where it lies.
-    """
-
-    paths: tuple[Path, ...]
-    members: tuple[tuple[str, Stretch], ...]
-    random_access = True
-
-    @classmethod
-    def open(cls, paths: tuple[Path, ...]) -> Tars:
-        return cls(paths, tuple(member for path in paths for member in _images_of_tar(path)))
-
-    @classmethod
-    def firsts(cls, paths: tuple[Path, ...]) -> Tars:
-        """The first image of each tar that has one; no tar is read further."""
-        return cls(paths, tuple(member for path in paths for member in itertools.islice(_images_of_tar(path), 1)))
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def items(self, chosen: range | tuple[int, ...]) -> Iterator[Item]:
-        for index in chosen:
-            name, stretch = self.members[index]
-            yield f"{stretch.path}: {name}", stretch
-
-    def fingerprint(self) -> str:
-        return fingerprint_of(self.paths)
-
-    def identity(self) -> str:
-        return fingerprint_of(self.paths, dated=False)
-
-
-def _images_of_tar(path: Path) -> Iterator[tuple[str, Stretch]]:
-    import tarfile
-
-    current, has_image = None, False
-    with blamed(path, "tar", tarfile.TarError), tarfile.open(path, "r:") as tar:
-        for member in tar:
-            name = PurePosixPath(member.name)
-            sample = name.parent / name.name.partition(".")[0]
-            if sample != current:
-                current, has_image = sample, False
-            is_image = member.isreg() and name.suffix.lower() in SUFFIXES and not name.name.startswith(".")
-            if is_image and not has_image:
-                has_image = True
-                yield member.name, Stretch(path, member.offset_data, member.size)
-        # A header that makes no sense ends a tar for tarfile, as an empty block does.
-        with path.open("rb") as file:
-            file.seek(tar.offset)
-            if any(file.read(tarfile.BLOCKSIZE)):
-                raise tarfile.ReadError(f"damaged or cut off at byte {tar.offset}")
 
 
 @contextmanager

@@ -6,7 +6,6 @@ the same however many share them, so that their sums are, too: no batch reaches 
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +15,8 @@ from typing import Any, NamedTuple
 from regsurgery.calibration import ImageSet, image_set
 from regsurgery.distributed import Processes
 from regsurgery.errors import UserError
-from regsurgery.image_sources import Tars, dataset_files, fingerprint_of
+from regsurgery.image_sources import dataset_files, fingerprint_of
+from regsurgery.image_tars import Tars
 
 BATCH = 8
 PILOT_IMAGES = 32  # for what is decided on few images
@@ -94,9 +94,7 @@ class Share:
     def num_images(self) -> int:
         """How many images the share has, broken ones included."""
         source = self.own.source
-        runs = [len(self.own.chosen)]
-        if self.by_file and isinstance(source, Tars):
-            runs = [len(list(run)) for _, run in itertools.groupby(stretch.path for _, stretch in source.members)]
+        runs = source.counts() if self.by_file and isinstance(source, Tars) else [len(self.own.chosen)]
         sizes = [min(BATCH, run - start) for run in runs for start in range(0, run, BATCH)]
         return sum(sizes[self.first :: self.step])
 

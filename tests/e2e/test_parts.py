@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import regsurgery
-from regsurgery import cli, finding, image_sources, sharing
+from regsurgery import cli, finding, image_tars, sharing
 from regsurgery.calibration import image_set
 from regsurgery.checkpoint_io import read_header
 from regsurgery.distributed import Processes
@@ -215,17 +215,17 @@ def test_a_part_opens_its_own_tars_and_of_others_the_first_image(
     sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: Counter[str] = Counter()
-    images_of_tar = image_sources._images_of_tar
+    images_of_tar = image_tars._images_of_tar
 
     def counted(path: Path) -> Any:
         for member in images_of_tar(path):
             read[path.name] += 1
             yield member
 
-    monkeypatch.setattr(image_sources, "_images_of_tar", counted)
+    monkeypatch.setattr(image_tars, "_images_of_tar", counted)
     share = share_out(sources["many tars"], part=Part(3, 17))
     own = {"002.tar", "019.tar"}
-    assert {stretch.path.name for _, stretch in share.own.source.members} == own  # type: ignore[attr-defined]
+    assert {path.name for path in share.own.source.paths} == own  # type: ignore[attr-defined]
     assert sum(read[name] for name in own) <= share.own.num_images + len(own)
     assert all(count == 1 for name, count in read.items() if name not in own)
 
