@@ -86,7 +86,7 @@ def _images_of_tar(path: Path) -> Iterator[tuple[str, Stretch]]:
     current, has_image = None, False
     with blamed(path, "tar", tarfile.TarError), tarfile.open(path, "r:") as tar:
         for member in tar:
-            tar.members.clear()  # which tarfile keeps for a second look
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them for a second look
             name = PurePosixPath(member.name)
             sample = name.parent / name.name.partition(".")[0]
             if sample != current:
