@@ -1,6 +1,6 @@
 """regsurgery: rewrite Vision Transformer checkpoints so that outlier tokens are gone.
 
-Public API: `doctor`, `find`, `patch`, `verify`, `evaluate`, `observe`, `plot_norms`, `plot_norm_maps`,
+Public API: `doctor`, `find`, `find_part`, `patch`, `verify`, `evaluate`, `observe`, `plot_norms`, `plot_norm_maps`,
 `plot_attention`, `plot_shift_maps`, `report`, `unpatch`, `reproduce`, `diff`, `load`, `push`, `find_recipe`,
 `Recipe`. Importing the package is cheap; torch and the model libraries are imported on first use.
 """
@@ -17,6 +17,7 @@ __all__ = [
     "doctor",
     "evaluate",
     "find",
+    "find_part",
     "find_recipe",
     "load",
     "observe",
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from regsurgery.evaluation.observed import observe
     from regsurgery.hub import push
     from regsurgery.patched import load
-    from regsurgery.pipeline import doctor, find, patch, verify
+    from regsurgery.pipeline import doctor, find, find_part, patch, verify
     from regsurgery.plots import plot_attention, plot_norm_maps, plot_norms, plot_shift_maps
     from regsurgery.recipe import Recipe, find_recipe
     from regsurgery.reporting import report
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "doctor": "pipeline",
     "find": "pipeline",
+    "find_part": "pipeline",
     "patch": "pipeline",
     "verify": "pipeline",
     "evaluate": "evaluation",

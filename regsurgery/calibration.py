@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regsurgery.errors import UserError
-from regsurgery.image_sources import UNREADABLE, Generated, Item, Source, decode, open_source
+from regsurgery.image_sources import UNREADABLE, Generated, Item, Source, Stretch, decode, open_source
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,21 +67,34 @@ class ImageSet:
             yield batch
 
     def numbered_batches(
-        self, size: int, preprocess: Callable[[list[Image]], Tensor], *, first: int = 0, step: int = 1
+        self,
+        size: int,
+        preprocess: Callable[[list[Image]], Tensor],
+        *,
+        first: int = 0,
+        step: int = 1,
+        by_file: bool = False,
+        least: int = MIN_IMAGES,
+        broken: dict[str, str] | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """The batches numbered `first`, `first + step`, ... as tensors `[B, 3, H, W]`, with their numbers.
 
         A broken image is left out of its batch, told of and remembered; the other batches stay what they were. A batch
         without readable images is left out.
 
+        Args:
+            by_file: a batch ends where a tar ends.
+            least: how many of the images must be readable.
+            broken: takes name -> reason of the broken images of these batches.
+
         Raises:
-            UserError: a dataset file is broken; or, at the end, fewer than `MIN_IMAGES` of the images could be read.
+            UserError: a dataset file is broken; or, at the end, fewer than `least` of the images could be read.
         """
-        broken_here: dict[str, str] = {}
-        for number, (pixels, broken) in zip(
-            itertools.count(first, step), self._decoded(size, preprocess, first, step), strict=False
+        broken_here = {} if broken is None else broken
+        for number, (pixels, unreadable) in zip(
+            itertools.count(first, step), self._decoded(size, preprocess, first, step, by_file), strict=False
         ):
-            for name, reason in broken.items():
+            for name, reason in unreadable.items():
                 broken_here[name] = reason
                 if name not in self.broken:
                     self.broken[name] = reason
@@ -90,20 +103,20 @@ class ImageSet:
                 yield number, pixels
             _trim_heap()
         readable = len(self.chosen) - len(broken_here)
-        if broken_here and readable < MIN_IMAGES:
+        if broken_here and readable < least:
             examples = "; ".join(f"{name}: not a readable image ({reason})" for name, reason in broken_here.items())
             count = f"{readable} of {len(self.chosen)} images can be read"
-            raise UserError(f"{count}, at least {MIN_IMAGES} are needed: {examples[:500]}")
+            raise UserError(f"{count}, at least {least} are needed: {examples[:500]}")
 
     def _decoded(
-        self, size: int, preprocess: Callable[[list[Image]], Tensor], first: int, step: int
+        self, size: int, preprocess: Callable[[list[Image]], Tensor], first: int, step: int, by_file: bool
     ) -> Iterator[tuple[Tensor, dict[str, str]]]:
         """For each batch its images `[B, 3, H, W]`, and name -> reason of what cannot be read."""
         import torch
         from torch.utils.data import DataLoader
 
         read = _Reader(preprocess)
-        batches = itertools.islice(_grouped(self.source.items(self.chosen), size), first, None, step)
+        batches = itertools.islice(_grouped(self.source.items(self.chosen), size, by_file), first, None, step)
         if len(self.chosen) <= IN_PROCESS or sys.platform != "linux":  # elsewhere a fork is not safe
             for batch in batches:
                 yield _stacked([read[item] for item in batch])
@@ -177,9 +190,15 @@ def _trim_heap() -> None:
             trim(0)
 
 
-def _grouped(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
-    while batch := list(itertools.islice(items, size)):
-        yield batch
+def _grouped(items: Iterator[Item], size: int, by_file: bool) -> Iterator[list[Item]]:
+    for run in (run for _, run in itertools.groupby(items, _tar)) if by_file else (items,):
+        while batch := list(itertools.islice(run, size)):
+            yield batch
+
+
+def _tar(item: Item) -> Path | None:
+    content = item[1]
+    return content.path if isinstance(content, Stretch) else None
 
 
 def image_set(

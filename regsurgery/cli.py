@@ -88,11 +88,24 @@ def doctor(
 @app.command(epilog="Example: regsurgery find demo -o demo.yaml")
 def find(
     model: Model,
+    statistics: Annotated[
+        list[Path] | None, typer.Argument(help="With --merge: the statistics files of all parts.", show_default=False)
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Recipe file to write.")] = Path("recipe.yaml"),
     images: Images = None,
     num_images: NumImages = None,
     seed: Seed = 0,
     force: Force = False,
+    part: Annotated[
+        str | None, typer.Option("--part", help="I/N: only the I-th of N parts, as a job of an array; with --stats.")
+    ] = None,
+    stats: Annotated[Path | None, typer.Option("--stats", help="Statistics file that --part writes.")] = None,
+    precision: Annotated[
+        str, typer.Option("--precision", help="Of the pass over all images: checkpoint, or bf16 (autocast).")
+    ] = "checkpoint",
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Decide by the statistics files of all parts, given behind MODEL.")
+    ] = False,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
@@ -101,23 +114,27 @@ def find(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Find register neurons and write a recipe."""
+    """Find register neurons and write a recipe. In parts, as an array job, and then with --merge: docs/scale.md."""
     from regsurgery import pipeline
     from regsurgery.distributed import is_first_process
     from regsurgery.render import Screen
+    from regsurgery.sharing import FoundPart, Part
 
+    if (part is None) != (stats is None):
+        raise typer.BadParameter("--part I/N and --stats FILE go together", param_hint="--part")
+    if merge != bool(statistics) or (merge and part is not None):
+        raise typer.BadParameter("goes with statistics files behind MODEL, and without --part", param_hint="--merge")
     options = _options(allow_pickle, trust_remote_code, revision, max_memory, device_map)
+    given = {"images": images, "num_images": num_images, "seed": seed, "force": force, "precision": precision}
     with Screen(as_json=as_json, quiet=quiet or not is_first_process()) as screen, _nothing_to_fix(screen):
-        found = pipeline.find(
-            model,
-            output,
-            images=images,
-            num_images=num_images,
-            seed=seed,
-            force=force,
-            options=options,
-            progress=screen,
-        )
+        if part is None or stats is None:
+            found = pipeline.find(model, output, merge=statistics or (), options=options, progress=screen, **given)
+        else:
+            found = pipeline.find_part(model, stats, Part.parse(part), options=options, progress=screen, **given)
+    if isinstance(found, FoundPart):
+        if is_first_process():
+            screen.found_part(found)
+        return
     if is_first_process():
         screen.found(found, output)
     if not found.selection.suppressed:

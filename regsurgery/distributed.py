@@ -45,6 +45,16 @@ class Processes:
             dist.all_reduce(total)
             tensors[name].copy_(total)
 
+    def gathered(self, value: T) -> list[T]:
+        """The `value` of every process, by rank; plain data."""
+        if self.count == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[T | None] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
+
     def decided_by_first(self, decide: Callable[[], T]) -> T:
         """`decide()` of the first process, in all of them; an error of its own tree is raised in all as well."""
         if self.count == 1:

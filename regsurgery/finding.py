@@ -1,4 +1,7 @@
-"""`find`, aloud: pilot -> scores over all images -> the set that the search chooses -> a recipe that says how."""
+"""`find`, aloud: pilot -> scores over all images -> the set that the search chooses -> a recipe that says how.
+
+The scores may come from the parts of an array job: `find_part` makes the statistics of one, `find` merges them.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +24,19 @@ from regsurgery.errors import NothingToFixError, UnsupportedModelError
 from regsurgery.journal import Journal
 from regsurgery.loading import Loaded
 from regsurgery.match import match
+from regsurgery.prefetch import prefetched
 from regsurgery.recipe import Recipe
-from regsurgery.scores import Candidate, Scorer, Sums, candidates
+from regsurgery.scores import PRECISIONS, Candidate, Scorer, Sums, candidates
+from regsurgery.sharing import BATCH, PILOT_IMAGES, FoundPart, Part, Share
 from regsurgery.sites import Sites
+from regsurgery.stats_file import Statistics, add_statistics, write_statistics
 from regsurgery.trace import Traced, trace
 from regsurgery.trials import Neurons, Trials, by_blocks
 
 if TYPE_CHECKING:
     from regsurgery.pipeline import Progress
 
-BATCH = 8
-PILOT_IMAGES = 32  # for the diagnosis
-TRIAL_IMAGES = 16  # of them, for every trial of a set
+TRIAL_IMAGES = 16  # of the pilot's, for every trial of a set
 SHOWN_CANDIDATES = 10
 LARGE_IMAGE = 320  # pixels; the second resolution is half again as large below it, two thirds above it
 DIGITS = 4  # significant ones of every figure in a recipe
@@ -109,68 +113,147 @@ def find(
     loaded: Loaded,
     traced: Traced,
     sites: Sites,
-    images: ImageSet,
+    share: Share,
     *,
     seed: int,
-    journal_path: Path | None,
     force: bool,
+    journal_path: Path | None,
     processes: Processes,
     progress: Progress,
+    precision: str = PRECISIONS[0],
+    parts: dict[Path, Statistics] | None = None,
 ) -> Found:
     """Find the register neurons of `loaded`; with `force` in a model that was trained with registers, too.
 
+    Args:
+        precision: of the pass over all images, one of `PRECISIONS`.
+        parts: statistics to decide by, instead of a pass over the images; then `share` is any part's.
+
     Raises:
         NothingToFixError: the pilot's verdict is not `register_neurons`, or no neurons are the outliers' cause.
-        UserError: too few of the images could be read.
+        UserError: too few of the images could be read; or `parts` are of another search.
     """
-    pilot = images.some(PILOT_IMAGES)
-    progress.stage("pilot", pilot.num_images)
+    diagnosis, scorer = _pilot(loaded, traced, sites, share, force, precision, processes, progress)
+    sums, journal = scorer.new_sums(), None
+    if parts is None:
+        journal = _score(scorer, sums, share, journal_path, processes, progress)
+        tried = sum(processes.gathered(share.num_images()))
+    else:
+        add_statistics(parts, _settings(scorer, share), sums)
+        tried = sum(statistics.tried for statistics in parts.values())
+        num_broken = sum(len(statistics.broken) for statistics in parts.values())
+        progress.say(f"merged {len(parts)} parts: {sums.num_images} images, {num_broken} more could not be read")
+    ranked = candidates(sums, scorer.columns_H, MAX_CANDIDATES)
+    note = share.note(tried)
+    found = processes.decided_by_first(
+        lambda: _decide(loaded, traced, sites, scorer, share.pilot, note, diagnosis, sums, ranked, seed, progress)
+    )
+    if journal is not None:
+        journal.remove()
+    return found
+
+
+def find_part(
+    loaded: Loaded,
+    traced: Traced,
+    sites: Sites,
+    share: Share,
+    part: Part,
+    path: Path,
+    *,
+    force: bool,
+    processes: Processes,
+    progress: Progress,
+    precision: str = PRECISIONS[0],
+) -> FoundPart:
+    """The pilot, and the pass over the images of one part, whose sums go into the statistics file `path`.
+
+    Raises:
+        NothingToFixError: the pilot's verdict is not `register_neurons`.
+        UserError: too few of the pilot's images could be read.
+    """
+    _, scorer = _pilot(loaded, traced, sites, share, force, precision, processes, progress)
+    sums = scorer.new_sums()
+    journal = _score(scorer, sums, share, path.with_name(f"{path.name}.journal"), processes, progress)
+    tried = sum(processes.gathered(share.num_images()))
+    broken: dict[str, str] = {}
+    for each in processes.gathered(journal.broken):
+        broken |= each
+    statistics = Statistics(_settings(scorer, share), part, tried, broken)
+    processes.decided_by_first(lambda: write_statistics(path, statistics, sums))
+    journal.remove()  # only now, in every process: the file is there
+    return FoundPart(str(path), part, sums.num_images, len(broken))
+
+
+def _pilot(
+    loaded: Loaded,
+    traced: Traced,
+    sites: Sites,
+    share: Share,
+    force: bool,
+    precision: str,
+    processes: Processes,
+    progress: Progress,
+) -> tuple[Diagnosis, Scorer]:
+    """Is there a cause to be found, and up to which block."""
+    progress.stage("pilot", share.pilot.num_images)
     diagnosis = processes.decided_by_first(
-        lambda: diagnose(loaded, traced, sites, pilot, force=force, batch_size=BATCH, progress=progress.advance)
+        lambda: diagnose(loaded, traced, sites, share.pilot, force=force, batch_size=BATCH, progress=progress.advance)
     )
     if diagnosis.verdict != "register_neurons":
         raise NothingToFixError(diagnosis)
     last_block = diagnosis.settled_block
     assert last_block is not None
     progress.say(f"{diagnosis.verdict}: {diagnosis.reason}; scoring blocks 0 to {last_block}")
-    scorer = Scorer(loaded, traced, sites, last_block)
-    sums, journal = _score(scorer, loaded, images, last_block, journal_path, processes, progress)
-    ranked = candidates(sums, scorer.columns_H, MAX_CANDIDATES)
-    found = processes.decided_by_first(
-        lambda: _decide(loaded, traced, sites, scorer, images, diagnosis, sums, ranked, seed, progress)
-    )
-    journal.remove()
-    return found
+    return diagnosis, Scorer(loaded, traced, sites, last_block, precision=precision)
+
+
+def _settings(scorer: Scorer, share: Share) -> dict[str, Any]:
+    """What sums must have in common to be added."""
+    return {
+        "regsurgery": regsurgery.__version__,
+        "torch": torch.__version__,
+        "model": scorer.loaded.source.sha256,
+        "preprocessing": scorer.loaded.preprocess_note,
+        "images": share.identity,
+        "number of images": "all" if share.by_file else len(share.own.chosen),
+        "division": "batches" if share.name is None else "tars",
+        "batch size": BATCH,
+        "last block": len(scorer.blocks) - 1,
+        "precision": scorer.precision,
+    }
 
 
 def _score(
-    scorer: Scorer,
-    loaded: Loaded,
-    images: ImageSet,
-    last_block: int,
-    path: Path | None,
-    processes: Processes,
-    progress: Progress,
-) -> tuple[Sums, Journal]:
-    """The pass over all images; every process takes every `processes.count`-th batch."""
-    sums = scorer.new_sums()
-    settings = (regsurgery.__version__, torch.__version__, loaded.source.sha256, loaded.preprocess_note,
-                images.source.fingerprint(), repr(images.chosen), BATCH, last_block, processes.count)  # fmt: skip
+    scorer: Scorer, sums: Sums, share: Share, path: Path | None, processes: Processes, progress: Progress
+) -> Journal:
+    """The pass over all images of the share, into `sums`, which then are those of all processes."""
+    images = share.own
+    key = (_settings(scorer, share), images.source.fingerprint(), repr(images.chosen), share.first, share.step)
     if path is not None and processes.count > 1:
         path = path.with_name(f"{path.name}.{processes.rank}-of-{processes.count}")
-    journal = Journal(path, hashlib.sha256(json.dumps(settings).encode()).hexdigest(), progress.say)
-    last, broken = journal.resume(sums)
-    images.broken.update(broken)
-    progress.stage("scores", len(range(processes.rank * BATCH, images.num_images, processes.count * BATCH)) * BATCH)
+    journal = Journal(path, hashlib.sha256(json.dumps(key).encode()).hexdigest(), progress.say)
+    last = journal.resume(sums)
+    images.broken.update(journal.broken)
+    progress.stage("scores", share.num_images())
     progress.advance(sums.num_images)
-    first = processes.rank if last < 0 else last + processes.count
-    for last, batch in images.numbered_batches(BATCH, loaded.preprocess, first=first, step=processes.count):
+    first = share.first if last < 0 else last + share.step
+    batches = images.numbered_batches(
+        BATCH,
+        scorer.loaded.preprocess,
+        first=first,
+        step=share.step,
+        by_file=share.by_file,
+        least=0,  # the pilot has seen enough
+        broken=journal.broken,
+    )
+    for last, batch in prefetched(batches, scorer.device):
         scorer.add(sums, batch)
-        journal.write(sums, last, images.broken)
+        journal.write(sums, last)
         progress.advance(len(batch))
-    journal.write(sums, last, images.broken, now=True)
+    journal.write(sums, last, now=True)
     processes.add_up(sums.tensors())
-    return sums, journal
+    return journal
 
 
 def _decide(
@@ -179,6 +262,7 @@ def _decide(
     sites: Sites,
     scorer: Scorer,
     images: ImageSet,
+    note: str,
     diagnosis: Diagnosis,
     sums: Sums,
     ranked: Sequence[Candidate],
@@ -186,12 +270,12 @@ def _decide(
     progress: Progress,
 ) -> Found:
     progress.stage("search")
-    pilot = list(images.some(PILOT_IMAGES).batches(BATCH, loaded.preprocess))
+    pilot = list(images.batches(BATCH, loaded.preprocess))
     batches = pilot[:: max(1, PILOT_IMAGES // TRIAL_IMAGES)]
     trials = Trials(loaded, traced, sites, batches)
-    seen = scorer.new_sums()
+    exact, seen = Scorer(loaded, traced, sites, len(scorer.blocks) - 1), scorer.new_sums()
     for batch in batches:
-        scorer.add(seen, batch)
+        exact.add(seen, batch)
     selection = select(trials, ranked, seen, pilot, progress.advance)
     if not selection.neurons:
         reason = f"{diagnosis.reason}; but shifting MLP neurons does not reduce them: neurons are not their cause"
@@ -203,7 +287,7 @@ def _decide(
     recipe = Recipe(
         by_blocks(selection.neurons),
         model=loaded.source.name,
-        provenance=_provenance(loaded, images.note, diagnosis, selection, sums, ranked, rows, second, seed),
+        provenance=_provenance(loaded, note, diagnosis, selection, sums, ranked, rows, second, seed, scorer.precision),
     )
     return Found(recipe, diagnosis, selection, sums.threshold, sums.num_images, tuple(ranked), tuple(rows), second)
 
@@ -253,6 +337,7 @@ def _provenance(
     rows: Sequence[Row],
     second: SecondResolution,
     seed: int,
+    precision: str,
 ) -> dict[str, Any]:
     """How the recipe came about; the same model, images and seed give the same text."""
     facts = {
@@ -280,6 +365,7 @@ def _provenance(
         ],
         "sweep": [row.as_dict() for row in rows],
         "second_resolution": second.as_dict(),
+        **({} if precision == PRECISIONS[0] else {"scores_in": precision}),
     }
     return _rounded(facts)
 

@@ -93,6 +93,9 @@ class Records:
     def fingerprint(self) -> str:
         return fingerprint_of(self.paths)
 
+    def identity(self) -> str:
+        return fingerprint_of(self.paths, dated=False)
+
 
 def _library_errors() -> tuple[type[Exception], ...]:
     import datasets.exceptions

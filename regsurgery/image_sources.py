@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from regsurgery.errors import UserError
@@ -68,15 +68,19 @@ class Source(Protocol):
         """What the images are, as far as names, sizes and dates tell."""
         ...
 
+    def identity(self) -> str:
+        """As `fingerprint`, without dates: the same on every machine that has a copy."""
+        ...
 
-def open_source(where: Path) -> Source:
-    """The source in a file or in a folder (recursively, without hidden files).
+
+def dataset_files(where: Path) -> tuple[str, tuple[Path, ...]]:
+    """The kind of the files in a file or in a folder (recursively, without hidden files), and the files, by name.
 
     Of several kinds of files the one with the most bytes counts: pictures have their table of labels beside them, and
     datasets have a thumbnail.
 
     Raises:
-        UserError: nothing there that holds images, and what was looked for; or a broken dataset file.
+        UserError: nothing there that holds images, and what was looked for.
     """
     if not where.exists():
         raise UserError(
@@ -89,10 +93,21 @@ def open_source(where: Path) -> Source:
     if not kinds:
         raise UserError(f"{where}: no images in it (looked for {', '.join(KINDS)})")
     kind = max(kinds, key=lambda kind: sum(path.stat().st_size for path in kinds[kind]))
-    paths = tuple(kinds[kind])
+    return kind, tuple(kinds[kind])
+
+
+def open_source(where: Path) -> Source:
+    """The source in the `dataset_files` of `where`.
+
+    Raises:
+        UserError: nothing there that holds images, and what was looked for; or a broken dataset file.
+    """
+    kind, paths = dataset_files(where)
     if kind == "pictures":
         return Pictures(paths)
     if kind == "tar":
+        from regsurgery.image_tars import Tars
+
         return Tars.open(paths)
     from regsurgery.image_records import Records
 
@@ -146,6 +161,9 @@ class Pictures:
     def fingerprint(self) -> str:
         return fingerprint_of(self.paths)
 
+    def identity(self) -> str:
+        return fingerprint_of(self.paths, dated=False)
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -165,56 +183,8 @@ class Generated:
     def fingerprint(self) -> str:
         return f"dead leaves {self.count} {self.seed}"
 
-
-@dataclass(frozen=True)
-class Tars:
-    """The first image of every sample of WebDataset tars; a sample is consecutive members alike up to the first dot.
-
-    Not read by the library datasets: that would decode the members beside the images, and refuse a tar because of them.
-
-    Attributes:
-        members: of each image its name and where it lies.
-    """
-
-    paths: tuple[Path, ...]
-    members: tuple[tuple[str, Stretch], ...]
-    random_access = True
-
-    @classmethod
-    def open(cls, paths: tuple[Path, ...]) -> Tars:
-        return cls(paths, tuple(member for path in paths for member in _images_of_tar(path)))
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def items(self, chosen: range | tuple[int, ...]) -> Iterator[Item]:
-        for index in chosen:
-            name, stretch = self.members[index]
-            yield f"{stretch.path}: {name}", stretch
-
-    def fingerprint(self) -> str:
-        return fingerprint_of(self.paths)
-
-
-def _images_of_tar(path: Path) -> Iterator[tuple[str, Stretch]]:
-    import tarfile
-
-    current, has_image = None, False
-    with blamed(path, "tar", tarfile.TarError), tarfile.open(path, "r:") as tar:
-        for member in tar:
-            name = PurePosixPath(member.name)
-            sample = name.parent / name.name.partition(".")[0]
-            if sample != current:
-                current, has_image = sample, False
-            is_image = member.isreg() and name.suffix.lower() in SUFFIXES and not name.name.startswith(".")
-            if is_image and not has_image:
-                has_image = True
-                yield member.name, Stretch(path, member.offset_data, member.size)
-        # A header that makes no sense ends a tar for tarfile, as an empty block does.
-        with path.open("rb") as file:
-            file.seek(tar.offset)
-            if any(file.read(tarfile.BLOCKSIZE)):
-                raise tarfile.ReadError(f"damaged or cut off at byte {tar.offset}")
+    def identity(self) -> str:
+        return self.fingerprint()
 
 
 @contextmanager
@@ -226,8 +196,12 @@ def blamed(path: Path, kind: str, *errors: type[Exception]) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read as {kind}: {' '.join(str(error).split())[:200]}") from error
 
 
-def fingerprint_of(paths: tuple[Path, ...]) -> str:
-    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+def fingerprint_of(paths: tuple[Path, ...], *, dated: bool = True) -> str:
+    stats = [path.stat() for path in paths]
+    facts = [
+        (path.name, stat.st_size, stat.st_mtime_ns) if dated else (path.name, stat.st_size)
+        for path, stat in zip(paths, stats, strict=True)
+    ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 

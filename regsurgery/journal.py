@@ -13,7 +13,8 @@ from pathlib import Path
 from regsurgery import checkpoint_io
 from regsurgery.scores import Sums
 
-INTERVAL = 1.0  # seconds between two entries
+INTERVAL = 1.0  # seconds between two entries, at first; later a hundredth of the time that has passed
+MOST_INTERVALS = 60  # at the end that many of them; entries of large models are megabytes
 
 
 class Journal:
@@ -22,20 +23,20 @@ class Journal:
     Args:
         key: what the sums are of; entries of another key are ignored.
         say: is told what became of an earlier journal.
+
+    Attributes:
+        broken: name -> reason of the images of these sums that could not be read; written with them.
     """
 
     def __init__(self, path: Path | None, key: str, say: Callable[[str], None]) -> None:
         self.path, self.key, self.say = path, key, say
-        self.written = time.monotonic()
+        self.started = self.written = time.monotonic()
+        self.broken: dict[str, str] = {}
 
-    def resume(self, sums: Sums) -> tuple[int, dict[str, str]]:
-        """Read the last entry into `sums`.
-
-        Returns:
-            The number of its last batch (-1 without one), and the broken images met so far.
-        """
+    def resume(self, sums: Sums) -> int:
+        """Read the last entry into `sums` and `broken`; the number of its last batch, -1 without one."""
         if self.path is None or not self.path.is_file():
-            return -1, {}
+            return -1
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -43,26 +44,31 @@ class Journal:
                 facts = json.loads((file.metadata() or {}).get("journal", "{}"))
                 if facts.get("key") != self.key:
                     self.say(f"{self.path.name}: is of another model or other images; starting anew")
-                    return -1, {}
+                    return -1
                 for name, tensor in sums.tensors().items():
                     tensor.copy_(file.get_tensor(name))
         except (SafetensorError, OSError, ValueError) as error:
             self.say(f"{self.path.name}: cannot be read ({error}); starting anew")
             for tensor in sums.tensors().values():
                 tensor.zero_()
-            return -1, {}
+            return -1
         self.say(f"continuing {self.path.name}: {sums.num_images} images are done")
-        return int(facts["batch"]), facts["broken"]
+        self.broken = facts["broken"]
+        return int(facts["batch"])
 
-    def write(self, sums: Sums, batch: int, broken: dict[str, str], *, now: bool = False) -> None:
-        """Write an entry if the last is older than `INTERVAL` seconds, or `now`."""
-        if self.path is None or not (now or time.monotonic() - self.written >= INTERVAL):
+    def write(self, sums: Sums, batch: int, *, now: bool = False) -> None:
+        """Write an entry if the last is old enough, or `now`."""
+        if self.path is None:
+            return
+        time_now = time.monotonic()
+        interval = INTERVAL * min(MOST_INTERVALS, max(1.0, 0.01 * (time_now - self.started)))
+        if not now and time_now - self.written < interval:
             return
         from safetensors.torch import save
 
-        facts = {"key": self.key, "batch": batch, "broken": broken}
+        facts = {"key": self.key, "batch": batch, "broken": self.broken}
         checkpoint_io.replace_file(self.path, save(sums.tensors(), metadata={"journal": json.dumps(facts)}))
-        self.written = time.monotonic()
+        self.written = time_now
 
     def remove(self) -> None:
         if self.path is not None:

@@ -41,7 +41,9 @@ if TYPE_CHECKING:
     from regsurgery.diagnosis import Diagnosis
     from regsurgery.distributed import Processes
     from regsurgery.finding import Found
+    from regsurgery.sharing import FoundPart, Part, Share
     from regsurgery.sites import Sites
+    from regsurgery.stats_file import Statistics
     from regsurgery.surgery import Surgery
     from regsurgery.trace import Traced
     from regsurgery.verification import Verdict
@@ -135,6 +137,7 @@ def patch(
         VerificationError: the patched model fails verification; `output` is not created.
     """
     from regsurgery.calibration import ImageSet, image_set
+    from regsurgery.sharing import Share
 
     started = time.monotonic()
     progress = progress or Progress()
@@ -228,7 +231,8 @@ def patch(
             except (RecipeError, VerificationError) as error:
                 progress.say(f"recipe {name} does not fit this model ({error}); finding its register neurons instead")
         journal = None if dry_run else output.absolute().with_name(f".{output.name}.journal")
-        return operate_and_write(_find(loaded, traced, sites, pictures, seed, force, journal, progress).recipe)
+        share = Share.of(pictures)
+        return operate_and_write(_find(loaded, traced, sites, share, seed, force, journal, progress).recipe)
 
 
 def _format(wanted: str | None, loaded: Loaded, recipe: Recipe, progress: Progress) -> str:
@@ -287,6 +291,8 @@ def find(
     num_images: int | None = None,
     seed: int = 0,
     force: bool = False,
+    precision: str = "checkpoint",
+    merge: Sequence[str | Path] = (),
     options: LoadOptions | None = None,
     progress: Progress | None = None,
 ) -> Found:
@@ -300,39 +306,120 @@ def find(
         images, num_images: see `calibration.image_set`.
         seed: of generated pictures and of the control with random neurons.
         force: search a model that was trained with registers, too.
+        precision: of the pass over all images: `checkpoint`, as the checkpoint is, or `bf16`, under autocast, with sums
+            in float32 and float64. What is decided on the pilot's images always is as the checkpoint is.
+        merge: statistics files of all parts, in any order, that `find_part` wrote for the same model, images and
+            options: decide by them, without a pass over the images. The recipe is that of a search in one process.
 
     Raises:
         NothingToFixError: there are no outlier tokens, or MLP neurons are not their cause.
         UserError: the input is at fault; see `errors`.
     """
-    from regsurgery.calibration import image_set
     from regsurgery.distributed import processes
 
+    _check_precision(precision)
     progress = progress or Progress()
     if output is not None:
         output = Path(output)
         _check_recipe_output(output)
     with processes() as group:
-        pictures = image_set(images, num_images, seed=seed, say=progress.say)
-        loaded, traced, sites = load_and_locate(model, options, progress)
-        progress.say(f"preprocessing: {loaded.preprocess_note}; images: {pictures.note}")
+        parts, part = None, None
+        if merge:
+            from regsurgery.sharing import Part
+            from regsurgery.stats_file import read_parts
+
+            parts = read_parts([Path(path) for path in merge])
+            part = Part(1, len(parts))  # any will do, to look at the pilot's images and no more than needed
+        loaded, traced, sites, share = _shared(model, images, num_images, seed, part, options, progress, group)
         journal = None if output is None else output.absolute().with_name(f"{output.name}.journal")
-        found = _find(loaded, traced, sites, pictures, seed, force, journal, progress, group)
+        found = _find(loaded, traced, sites, share, seed, force, journal, progress, group, precision, parts)
         if output is not None and group.is_first:
             checkpoint_io.replace_file(output, found.recipe.to_yaml().encode())
     return found
+
+
+def find_part(
+    model: str,
+    stats: str | Path,
+    part: tuple[int, int],
+    *,
+    images: str | Path | None = None,
+    num_images: int | None = None,
+    seed: int = 0,
+    force: bool = False,
+    precision: str = "checkpoint",
+    options: LoadOptions | None = None,
+    progress: Progress | None = None,
+) -> FoundPart:
+    """Run one part of `find`, as a job of an array; `find(merge=...)` puts the parts together.
+
+    Args:
+        stats: statistics file to write; one that is there is replaced, anything else refused. Beside it lies a journal
+            (`<stats>.journal`) while the part runs; with it a killed part continues.
+        part: `(i, n)`, the i-th of n parts, i from 1. Parts share the images by batches of 8, or, where WebDataset tars
+            are at least n and `num_images` is not given, by whole tars.
+
+    Other arguments are those of `find`, and the same in every part.
+
+    Raises:
+        NothingToFixError: there are no outlier tokens, or MLP neurons are not their cause.
+        UserError: the input is at fault; see `errors`.
+    """
+    from regsurgery.distributed import processes
+    from regsurgery.finding import find_part as search
+    from regsurgery.sharing import Part
+    from regsurgery.stats_file import check_statistics_output
+
+    _check_precision(precision)
+    progress, stats = progress or Progress(), Path(stats)
+    chosen = Part.parse(f"{part[0]}/{part[1]}")
+    check_statistics_output(stats)
+    with processes() as group:
+        loaded, traced, sites, share = _shared(model, images, num_images, seed, chosen, options, progress, group)
+        return search(
+            loaded,
+            traced,
+            sites,
+            share,
+            chosen,
+            stats,
+            force=force,
+            processes=group,
+            progress=progress,
+            precision=precision,
+        )
+
+
+def _shared(
+    model: str,
+    images: str | Path | None,
+    num_images: int | None,
+    seed: int,
+    part: Part | None,
+    options: LoadOptions | None,
+    progress: Progress,
+    group: Processes,
+) -> tuple[Loaded, Traced, Sites, Share]:
+    from regsurgery.sharing import share_out
+
+    share = share_out(images, num_images, seed=seed, say=progress.say, part=part, processes=group)
+    loaded, traced, sites = load_and_locate(model, options, progress)
+    progress.say(f"preprocessing: {loaded.preprocess_note}; images: {share.own.note}")
+    return loaded, traced, sites, share
 
 
 def _find(
     loaded: Loaded,
     traced: Traced,
     sites: Sites,
-    pictures: ImageSet,
+    share: Share,
     seed: int,
     force: bool,
     journal: Path | None,
     progress: Progress,
     group: Processes | None = None,
+    precision: str = "checkpoint",
+    parts: dict[Path, Statistics] | None = None,
 ) -> Found:
     from regsurgery.distributed import Processes
     from regsurgery.finding import find as search
@@ -341,16 +428,27 @@ def _find(
         loaded,
         traced,
         sites,
-        pictures,
+        share,
         seed=seed,
         force=force,
         journal_path=journal,
         processes=group or Processes(),
         progress=progress,
+        precision=precision,
+        parts=parts,
     )
     neurons = ", ".join(f"{b}:{n}" for b, listed in found.recipe.register_neurons.items() for n in listed)
     progress.say(f"register neurons (block:neuron): {neurons}; {found.second_resolution.note}")
     return found
+
+
+def _check_precision(precision: str) -> None:
+    from regsurgery.scores import PRECISIONS
+
+    if precision not in PRECISIONS:
+        raise UserError(
+            f"precision {precision}: not one of {', '.join(PRECISIONS)}{did_you_mean(precision, list(PRECISIONS))}"
+        )
 
 
 def _check_recipe_output(output: Path) -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from regsurgery.reporting import Report
     from regsurgery.reproducing import Reproduction
     from regsurgery.restoring import Restored
+    from regsurgery.sharing import FoundPart
     from regsurgery.tensor_diff import Difference
     from regsurgery.verification import Pair, Verdict
 
@@ -217,6 +218,13 @@ class Screen(Progress):
         if not found.selection.suppressed:
             self.out.print("NOT suppressed: outlier tokens remain, or the register is starved", markup=False)
         self.out.print(f"wrote {output}", soft_wrap=True, markup=False)
+
+    def found_part(self, found: FoundPart) -> None:
+        if self.as_json:
+            print(json.dumps(found.as_dict(), indent=2))
+        part, broken = found.part, f", {found.num_broken} could not be read" if found.num_broken else ""
+        self.out.print(f"part {part.number} of {part.total}: {found.num_images} images{broken}", markup=False)
+        self.out.print(f"wrote {found.stats}", soft_wrap=True, markup=False)
 
     def _neurons(self, recipe: Recipe) -> None:
         neurons = ", ".join(f"{b}:{n}" for b, listed in recipe.register_neurons.items() for n in listed)

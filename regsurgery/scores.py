@@ -24,6 +24,8 @@ from regsurgery.sites import Block, Sites
 from regsurgery.statistics import MIN_RATIO, robust_threshold, token_norms
 from regsurgery.trace import Traced, tensor_inputs
 
+PRECISIONS = ("checkpoint", "bf16")  # of the scoring pass: as the checkpoint is, or bfloat16 under autocast
+
 
 class Sums:
     """Sums over images; additive, on the CPU, in float64.
@@ -125,13 +127,22 @@ def _constant(module: nn.Module, node: fx.Node) -> Tensor:
 class Scorer:
     """A model up to block `last_block`, with sums instead of outputs: the original, or `patched`, made of its graph.
 
-    The activations of a patched model are those before the shift.
+    The activations of a patched model are those before the shift. With `precision` `bf16` they are computed under
+    autocast; what is summed, and norms, are float32 all the same, and the sums float64.
     """
 
     def __init__(
-        self, loaded: Loaded, traced: Traced, sites: Sites, last_block: int, patched: fx.GraphModule | None = None
+        self,
+        loaded: Loaded,
+        traced: Traced,
+        sites: Sites,
+        last_block: int,
+        patched: fx.GraphModule | None = None,
+        *,
+        precision: str = PRECISIONS[0],
     ) -> None:
-        self.loaded = loaded
+        self.loaded, self.precision = loaded, precision
+        self.device = next(loaded.model.parameters()).device
         graph_module = patched or traced.graph_module
         self.blocks = sites.blocks[: last_block + 1]
         self.cones = [_cone(traced.graph_module, block) for block in self.blocks]
@@ -160,19 +171,23 @@ class Scorer:
     @torch.no_grad()
     def add(self, sums: Sums, images: Tensor) -> None:
         """Add one batch of images `[B, 3, H, W]`."""
-        everywhere_H, sources_BTD, medians_B, stream_BTD = self.graph_module(*tensor_inputs(self.loaded, images))
-        norms_BN = token_norms(stream_BTD)[:, self.patches]
-        threshold_B1 = robust_threshold(norms_BN)
-        outliers_BN = norms_BN > threshold_B1
-        for index, (_, cone) in enumerate(self.cones):
-            source_MD = sources_BTD[index][:, self.patches][outliers_BN]
-            activation_MH = cone(source_MD[None])[0].float().abs()
-            limit_MH = MIN_RATIO * medians_B[index].repeat_interleave(outliers_BN.sum(dim=1))[:, None]
-            written_MH = activation_MH * self.columns_H[index].to(activation_MH)
-            sums.everywhere_H[index] += everywhere_H[index].double().cpu()
-            sums.outliers_H[index] += activation_MH.double().sum(dim=0).cpu()
-            sums.alone_H[index] += (written_MH >= limit_MH).sum(dim=0).cpu()
-        counts = (len(images), norms_BN.numel(), int(outliers_BN.sum()), float(threshold_B1.double().sum()))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            everywhere_H, sources_BTD, medians_B, stream_BTD = self.graph_module(*tensor_inputs(self.loaded, images))
+            norms_BN = token_norms(stream_BTD)[:, self.patches]
+            threshold_B1 = robust_threshold(norms_BN)
+            image_M, patch_M = (norms_BN > threshold_B1).nonzero(as_tuple=True)
+            totals, added = [], []  # to the CPU at once: on a GPU every transfer waits for all that came before
+            for index, (_, cone) in enumerate(self.cones):
+                source_MD = sources_BTD[index][:, self.patches][image_M, patch_M]
+                activation_MH = cone(source_MD[None])[0].float().abs()
+                limit_M1 = MIN_RATIO * medians_B[index][image_M, None]
+                written_MH = activation_MH * self.columns_H[index].to(activation_MH)
+                totals += [sums.everywhere_H[index], sums.outliers_H[index], sums.alone_H[index]]
+                added += [everywhere_H[index], activation_MH.double().sum(dim=0), (written_MH >= limit_M1).sum(dim=0)]
+        on_cpu = torch.cat([values_H.double() for values_H in added]).cpu()
+        for total_H, values_H in zip(totals, on_cpu.split([len(total_H) for total_H in totals]), strict=True):
+            total_H += values_H
+        counts = (len(images), norms_BN.numel(), len(image_M), float(threshold_B1.double().sum()))
         sums.counts += torch.tensor(counts, dtype=torch.float64)
 
 

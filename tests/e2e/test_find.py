@@ -212,6 +212,26 @@ def test_a_device_that_is_not_there_is_refused_at_once(device_map: str, named: s
         regsurgery.find("no-such-model", num_images=8, options=LoadOptions(device_map=device_map))
 
 
+@pytest.mark.parametrize("pico", [CORE[0], CORE[8], CORE[13]], ids=lambda pico: pico.id)
+def test_scores_in_bfloat16_find_the_same(pico: Pico, planted_picos: Callable[[Pico], Planted]) -> None:
+    planted = planted_picos(pico)
+    exact, rounded = (
+        regsurgery.find(str(planted.folder), num_images=16, precision=precision) for precision in finding.PRECISIONS
+    )
+    assert as_lists(rounded.recipe) == as_lists(exact.recipe) == planted.neurons
+    assert rounded.recipe.provenance["scores_in"] == "bf16" and "scores_in" not in exact.recipe.provenance
+    assert rounded.diagnosis == exact.diagnosis and rounded.sweep[0] == exact.sweep[0], "the pilot stays what it is"
+    scores = [{(c.block, c.neuron): c.contribution for c in found.candidates} for found in (exact, rounded)]
+    best = list(scores[0])[:2]
+    assert [scores[1][at] for at in best] == pytest.approx([scores[0][at] for at in best], rel=0.05)
+    assert scores[0] != scores[1], "autocast is on"
+
+
+def test_an_unknown_precision_is_refused(demo_folder: Path) -> None:
+    with pytest.raises(UserError, match="precision bf17: not one of checkpoint, bf16; did you mean 'bf16'"):
+        regsurgery.find(str(demo_folder), precision="bf17")
+
+
 # --- killed, and shared out -----------------------------------------------------------------------------------------
 
 
