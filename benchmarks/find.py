@@ -15,7 +15,8 @@ c  the reference finder's way: one image at a time, forward hooks on every block
 d  `regsurgery.find` from loading to the recipe, its own decoding and preprocessing included
 
 a, p, b and c see the same tensors and take turns, half of the rounds before d and half after it: a busy machine slows
-all of them. The suite (`python -m benchmarks`) stops d behind the stage that sees every image. Ratios are medians of the rounds' ratios, that of d is to the median of a. Compare ratios, not seconds.
+all of them. Ratios are medians of the rounds' ratios, that of d is to the median of a. Compare ratios, not seconds. The
+suite (`python -m benchmarks`) stops d behind the stage that sees every image.
 
 Memory (on Linux) is the resident size of a fresh process that streams generated pictures through the scoring pass:
 before the pass, and its peak during it, for a few images and for many. The peak is the kernel's VmHWM, set back before
@@ -37,7 +38,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import islice
@@ -51,6 +52,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import regsurgery
+from benchmarks.processes import measure_processes
 from regsurgery.calibration import image_set
 from regsurgery.demo import plant
 from regsurgery.detect import MAX_CANDIDATES
@@ -64,6 +66,13 @@ from regsurgery.pipeline import Progress
 from regsurgery.scores import Scorer, candidates
 from regsurgery.trace import tensor_inputs, trace
 
+# Of the suite: model and images of the timing, its rounds; images of the memory runs; images and rounds of processes.
+FORMS: dict[str, dict[str, Any]] = {
+    "full": {"model": "vit_base_patch16_224", "images": 128, "rounds": 5, "memory": (64, 640), "processes": (240, 3)},
+    "short": {"model": "vit_tiny_patch16_224", "images": 40, "rounds": 4, "memory": (), "processes": ()},
+    "smoke": {"model": "vit_tiny_patch16_224", "images": 8, "rounds": 4, "memory": (8, 16), "processes": (16, 2)},
+}
+SMALL = "vit_tiny_patch16_224"  # whose memory, and whose processes, are looked at
 PLANTED = {5: 3}  # block -> how many neurons
 ROUND_BATCHES = 2
 ROWS = {
@@ -102,6 +111,40 @@ def main() -> None:
     print(_table(figures))
     if args.json:
         args.json.write_text(json.dumps(_rounded(figures), indent=2) + "\n", "utf-8")
+
+
+def measure(form: str, device: str, seconds: float, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """The suite's part `find`; yields the figures so far after every step, the last ones are the result."""
+    settings = FORMS[form]
+    spawn = multiprocessing.get_context("spawn")
+    figures: dict[str, Any] = {}
+    with (
+        tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch,
+        ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as fresh,
+    ):
+        planted, folders = {}, {}
+        for name in dict.fromkeys((settings["model"], SMALL)):
+            folders[name] = Path(scratch) / name
+            planted[name] = fresh.submit(write_model, name, folders[name]).result()
+        say("models written")
+        name = settings["model"]
+        task = fresh.submit(
+            measure_speed, folders[name], planted[name], settings["images"], settings["rounds"], whole=False
+        )
+        figures["speed"] = task.result()
+        say(f"scoring pass over a plain forward: {figures['speed']['ratios']['b']['value']:.3f}")
+        yield figures
+        if settings["memory"] and sys.platform == "linux":
+            block = max(PLANTED)
+            figures["memory"] = [
+                fresh.submit(measure_memory, folders[SMALL], block, count).result() for count in settings["memory"]
+            ]
+            say("peak memory: " + ", ".join(f"{one['peak']:.0f} MB" for one in figures["memory"]))
+            yield figures
+        if settings["processes"]:
+            figures["processes"] = measure_processes(folders[SMALL], *settings["processes"])
+            say(f"two processes: {figures['processes']['speed_up']['value']:.2f} times as fast as one")
+    yield figures
 
 
 def _arguments() -> argparse.Namespace:
@@ -228,7 +271,7 @@ class Stages(Progress):
         return {name: seconds for name, seconds in taken.items() if name != self.last}
 
 
-class Stopped(Exception):  # noqa: N818: nothing is wrong
+class Stopped(Exception):  # noqa: N818  nothing is wrong
     """The stages that are timed are over."""
 
 

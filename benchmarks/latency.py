@@ -231,9 +231,7 @@ def check_equal(modules: Mapping[str, nn.Module], pixels: Tensor) -> float:
 
 
 @contextmanager
-def _ready(
-    backend: str, modules: Mapping[str, nn.Module], pixels: Tensor
-) -> Iterator[dict[str, Callable[[], Any]]]:
+def _ready(backend: str, modules: Mapping[str, nn.Module], pixels: Tensor) -> Iterator[dict[str, Callable[[], Any]]]:
     """What runs each of `modules`, run once; compiled ones are forgotten afterwards."""
     runs = {}
     with torch.no_grad():
