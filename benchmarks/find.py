@@ -166,7 +166,7 @@ def _arguments() -> argparse.Namespace:
 def write_model(name: str, folder: Path) -> dict[int, list[int]]:
     """Write a timm checkpoint with random weights and planted register neurons; returns those, block -> neurons."""
     torch.manual_seed(0)
-    timm.models.save_for_hf(timm.create_model(name, pretrained=False), folder, safe_serialization=True)
+    timm.models.save_for_hf(timm.create_model(name, pretrained=False), str(folder), safe_serialization=True)
     loaded = load(str(folder))
     traced = trace(loaded)
     inputs = tensor_inputs(loaded, next(image_set(None, PILOT_IMAGES).batches(PILOT_IMAGES, loaded.preprocess)))

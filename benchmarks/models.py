@@ -24,13 +24,18 @@ from regsurgery.recipe import Recipe
 
 ORIGINAL, HOOKS = "original", "hooks"
 NOTHING = Recipe({}, num_registers=0, scale=())  # what exports the original by the same way as the patched model
-FIT_IMAGES = 16  # native and bias are fitted; how well does not change how long they run
+FIT_IMAGES = 8  # native and bias are fitted; how well does not change how long they run
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A ViT: `[B, 3, side, side]` in; T tokens, width D, H hidden units and L blocks inside."""
+    """A ViT: `[B, 3, side, side]` in; T tokens, width D, H hidden units and L blocks inside.
+
+    Attributes:
+        fits: native mode is fitted and written; else what it writes is made anew with random weights (`stock_host`),
+            since the fit of a large model takes longer than the measuring.
+    """
 
     name: str
     timm_name: str
@@ -41,6 +46,7 @@ class Shape:
     num_blocks: int
     patch: int
     register_neurons: Mapping[int, tuple[int, ...]]
+    fits: bool = True
 
     @property
     def floor(self) -> float:
@@ -63,7 +69,7 @@ SHAPES = {
     "B": Shape("ViT-B/16", "vit_base_patch16_224", 224, 197, 768, 3072, 12, 16, {5: _neurons(263, 10)}),
     "L": Shape(
         "ViT-L/14", "vit_large_patch14_224", 224, 257, 1024, 4096, 24, 14,
-        {11: _neurons(401, 8), 12: _neurons(389, 9), 13: _neurons(409, 8)},
+        {11: _neurons(401, 8), 12: _neurons(389, 9), 13: _neurons(409, 8)}, fits=False,
     ),
     "smoke": Shape("smoke", "test_vit", 160, 101, 64, 192, 6, 16, {2: _neurons(11, 4)}),
 }  # fmt: skip
@@ -83,7 +89,7 @@ class Workshop:
             torch.manual_seed(0)
             model = timm.create_model(self.shape.timm_name, pretrained=False)
             with contextlib.redirect_stdout(io.StringIO()):
-                timm.models.save_for_hf(model, folder, safe_serialization=True)
+                timm.models.save_for_hf(model, str(folder), safe_serialization=True)
         return folder
 
     def patched(self, mode: str, fmt: str) -> Path:
@@ -99,7 +105,7 @@ class Workshop:
                 mode="shift" if mode == ORIGINAL else mode,
                 format=fmt,
                 calibrate=False,
-                images=image_set(None, FIT_IMAGES + FIT_IMAGES // 4),
+                images=image_set(None, FIT_IMAGES),
                 link=True,
                 verification=False,
             )
@@ -118,7 +124,14 @@ class Workshop:
             return self.stock()
         if mode == HOOKS:
             return hooked(self.stock(), self.shape.register_neurons)
+        if mode == "native" and not self.shape.fits:
+            return stock_host(self.shape)
         return regsurgery.load(self.patched(mode, fmt)).eval()
+
+
+def stock_host(shape: Shape) -> nn.Module:
+    """The class that native mode writes for a timm ViT, as timm builds it; the values of its weights are others."""
+    return timm.create_model(shape.timm_name, reg_tokens=1).eval()
 
 
 def on_device(module: nn.Module, fmt: str, dtype: torch.dtype, device: torch.device) -> nn.Module:

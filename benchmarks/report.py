@@ -108,7 +108,8 @@ def _latency(figures: Figures) -> Iterator[str]:
     yield (
         "`shift`, `native`, `bias`: the folder that `regsurgery patch` writes, as it is loaded. `hooks`: the same as "
         "`shift` by forward hooks, whose outputs were compared with it first. Programs (`pt2`, `onnx`) of the original "
-        "come from the same exporter. Random weights; `bias` adds no token. All factors times each other would take "
+        "come from the same exporter. Random weights; `bias` adds no token; `native` of ViT-L is "
+        "the class that it writes, not fitted. All factors times each other would take "
         "hours: what was run has every value of every factor, and what the goals are about; a budget of seconds or "
         "intervals that were narrow enough ended each row.\n"
     )

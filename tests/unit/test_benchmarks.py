@@ -138,6 +138,15 @@ def test_hooks_do_the_surgery_for_every_image_of_a_batch() -> None:
     assert torch.equal(shifted, naive_shift(hidden, (3, 8), 1, 1, (1.0,)))
 
 
+def test_what_is_made_anew_is_what_native_mode_writes(tmp_path: Path) -> None:
+    shape = models.SHAPES["smoke"]
+    written = models.Workshop(shape, tmp_path).module("native", "timm")
+    made = models.stock_host(shape)
+    assert type(written) is type(made) and str(written) == str(made)
+    shapes = [{name: value.shape for name, value in one.state_dict().items()} for one in (written, made)]
+    assert shapes[0] == shapes[1] and shapes[0]["reg_token"] == (1, 1, 64)
+
+
 def test_models_that_give_other_outputs_are_not_compared() -> None:
     modules = {"original": torch.nn.Identity(), "shift": torch.nn.Tanh(), "hooks": torch.nn.Tanh()}
     pixels = torch.linspace(-1, 1, 12).reshape(1, 3, 2, 2)
