@@ -66,10 +66,10 @@ class Group:
 GOAL = 0.003
 PLANS: dict[tuple[str, str], tuple[Group, ...]] = {
     ("full", "cpu"): (
-        Group("L", "eager", 1, "fp32", ("shift", "native", HOOKS), 130, GOAL),
-        Group("L", "compile", 1, "fp32", ("shift", "native"), 90, GOAL),
-        Group("B", "eager", 1, "fp32", ALL, 50, GOAL),
-        Group("B", "compile", 1, "fp32", ("shift", "native"), 40, GOAL),
+        Group("L", "eager", 1, "fp32", ("shift", "native", HOOKS), 100, GOAL),
+        Group("L", "compile", 1, "fp32", ("shift", "native"), 80, GOAL),
+        Group("B", "eager", 1, "fp32", ALL, 45, GOAL),
+        Group("B", "compile", 1, "fp32", ("shift", "native"), 35, GOAL),
         Group("Ti", "eager", 1, "fp32", ALL, 10),
         Group("Ti", "eager", 8, "fp32", ALL, 15),
         Group("Ti", "eager", 32, "fp32", ALL, 25),
@@ -80,13 +80,13 @@ PLANS: dict[tuple[str, str], tuple[Group, ...]] = {
         Group("Ti", "compile", 32, "bf16", ("shift",), 12),
         Group("B", "pt2", 1, "fp32", ("shift",), 15),
         Group("B", "onnx", 1, "fp32", ("shift",), 15),
-        Group("B", "eager", 8, "fp32", ("shift", "native", HOOKS), 35),
+        Group("B", "eager", 8, "fp32", ("shift", "native", HOOKS), 25),
         Group("B", "eager", 1, "bf16", ("shift", "native"), 15),
         Group("L", "eager", 1, "bf16", ("shift", "native"), 25),
         Group("L", "eager", 1, "fp32", ("bias",), 25),
     ),
     ("short", "cpu"): (
-        Group("B", "eager", 1, "fp32", ("shift", "native", HOOKS), 25, GOAL),
+        Group("B", "eager", 1, "fp32", ("shift", HOOKS), 20, GOAL),
         Group("Ti", "eager", 1, "fp32", ALL, 5),
         Group("Ti", "eager", 8, "fp32", ALL, 8),
         Group("Ti", "compile", 1, "fp32", ("shift",), 4),

@@ -110,8 +110,8 @@ def _latency(figures: Figures) -> Iterator[str]:
         "`shift` by forward hooks, whose outputs were compared with it first. Programs (`pt2`, `onnx`) of the original "
         "come from the same exporter. Random weights; `bias` adds no token; `native` of ViT-L is "
         "the class that it writes, not fitted. All factors times each other would take "
-        "hours: what was run has every value of every factor, and what the goals are about; a budget of seconds or "
-        "intervals that were narrow enough ended each row.\n"
+        "hours: the full form has every value of every factor, and what the goals are about. A row ends when its "
+        "seconds are used up or its intervals are narrow enough.\n"
     )
     rows = []
     for group in figures["groups"]:
@@ -228,12 +228,12 @@ def _patch(figures: Figures) -> Iterator[str]:
     for size in figures["sizes"]:
         yield from _size(size, "")
     if figures.get("recorded"):
-        recorded = " recorded by `python -m benchmarks.write --gigabytes 12 --json benchmarks/write.json`"
+        recorded = ", recorded by `python -m benchmarks.write --gigabytes 12 --json benchmarks/write.json`"
         yield from _size(figures["recorded"], recorded)
 
 
 def _size(size: Figures, note: str) -> Iterator[str]:
-    yield f"{size['gigabytes']} GB in {size['blocks']} blocks;{note} fresh processes, medians:\n"
+    yield f"{size['gigabytes']} GB in {size['blocks']} blocks{note}; fresh processes, medians:\n"
     yield table(
         ("", "s", "of `cp`", "peak memory, MB"),
         [

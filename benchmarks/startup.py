@@ -15,7 +15,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,6 @@ from regsurgery.cli import app
 from regsurgery.errors import RegsurgeryError
 from regsurgery.evaluation.timing import median, turns
 
-FORMS = {"full": 15, "short": 5, "smoke": 4}  # rounds of the suite
 PROGRAM = Path(sys.executable).parent / "regsurgery"
 RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
     "python -c pass": ([sys.executable, "-c", "pass"], {}),
@@ -47,13 +46,15 @@ RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
     ),
 }
 
+FORMS = {"full": (10, len(RUNS)), "short": (5, 3), "smoke": (4, 3)}  # rounds of the suite, and how many of the runs
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path, default=None, help="also write the figures there")
     args = parser.parse_args()
-    figures = compare(args.rounds)
+    figures = compare(args.rounds, RUNS)
     for name, row in figures["runs"].items():
         print(
             f"{name:28} {row['seconds']['value']:6.3f} s  {row['over']:+.3f} s  {row['ratio']:5.1f} of an empty Python"
@@ -64,16 +65,17 @@ def main() -> None:
 
 def measure(form: str, device: str, limit: float, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """The suite's part `startup`; yields the figures once."""
-    figures = compare(FORMS[form])
-    say(", ".join(f"{name} {figures['runs'][name]['seconds']['value']:.3f} s" for name in list(RUNS)[:3]))
+    rounds, count = FORMS[form]
+    figures = compare(rounds, dict(islice(RUNS.items(), count)))
+    say(", ".join(f"{name} {row['seconds']['value']:.3f} s" for name, row in islice(figures["runs"].items(), 3)))
     yield figures
 
 
-def compare(rounds: int) -> dict[str, Any]:
-    """Every run's seconds, each a fresh process."""
-    ways = {name: partial(run, command, env) for name, (command, env) in RUNS.items()}
+def compare(rounds: int, runs: Mapping[str, tuple[list[str], dict[str, str]]]) -> dict[str, Any]:
+    """Seconds of each of `runs`, every one a fresh process."""
+    ways = {name: partial(run, command, env) for name, (command, env) in runs.items()}
     taken = list(islice(turns(ways), rounds))
-    median_of = {name: median([each[name] for each in taken]) for name in RUNS}
+    median_of = {name: median([each[name] for each in taken]) for name in runs}
     empty = median_of["python -c pass"].value
     return {
         "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "load_average": os.getloadavg()[0]},

@@ -114,6 +114,17 @@ def test_goals_are_about_one_cell_each() -> None:
     assert words == ["missed", "not measured", "not measured", "met", "met", "not measured"]
 
 
+def test_the_goal_of_find_is_about_one_model() -> None:
+    ratios = {way: {"value": 0.7, "low": 0.6, "high": 0.75, "n": 5} for way in ("b", "scores")}
+    for model, block, word in (
+        ("vit_base_patch16_224", 5, "met"),
+        ("vit_base_patch16_224", 7, "not measured"),
+        ("vit_tiny_patch16_224", 5, "not measured"),
+    ):
+        figures = {"speed": {"model": model, "settled_block": block, "ratios": ratios}}
+        assert [verdict.word for verdict in goals.find_verdicts(figures)] == [word] * 2 + ["not measured"] * 2
+
+
 def test_the_floor_counts_what_grows_with_the_tokens() -> None:
     shape = models.SHAPES["L"]
     linears, attention = 24 * 12 * 1024**2, 24 * 2 * 1024
@@ -271,8 +282,11 @@ def test_an_unknown_part_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_parts_share_the_time_that_there_is() -> None:
     for form, minutes in (("full", 20), ("short", 3)):
         assert suite.TOTAL[form] < 60 * minutes
-        assert suite.allowed("latency", form, suite.TOTAL[form] - 30) == 30
-        assert all(suite.allowed(name, form, 0) <= suite.TOTAL[form] for name in suite.PARTS)
+        wanted = {name: part.seconds[form] for name, part in suite.PARTS.items()}
+        assert {name: suite.allowed(name, form, 0) for name in wanted} == wanted
+        left = wanted["latency"] - 20
+        assert suite.allowed("latency", form, suite.TOTAL[form] - left) == left
+        assert suite.allowed("latency", form, suite.TOTAL[form] + 1000) == suite.LEAST[form]
 
 
 def test_a_part_that_dies_or_hangs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
