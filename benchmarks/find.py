@@ -1,7 +1,7 @@
 """What `regsurgery find` costs: time against a plain forward and the reference finder's way, memory against the images.
 
-    python benchmarks/find.py --json benchmarks/find.json        # about a quarter of an hour on two cores
-    python benchmarks/find.py --model vit_tiny_patch16_224 --images 40 --rounds 4 --few 40 --many 80    # under a minute
+    python -m benchmarks.find --json benchmarks/find.json        # about a quarter of an hour on two cores
+    python -m benchmarks.find --model vit_tiny_patch16_224 --images 40 --rounds 4 --few 40 --many 80    # under a minute
 
 The model is a stock timm ViT with random weights into which register neurons are planted; the run fails unless `find`
 finds exactly those. Seconds per image:
@@ -15,7 +15,8 @@ c  the reference finder's way: one image at a time, forward hooks on every block
 d  `regsurgery.find` from loading to the recipe, its own decoding and preprocessing included
 
 a, p, b and c see the same tensors and take turns, half of the rounds before d and half after it: a busy machine slows
-all of them. Ratios are medians of the rounds' ratios, that of d is to the median of a. Compare ratios, not seconds.
+all of them. Ratios are medians of the rounds' ratios, that of d is to the median of a. Compare ratios, not seconds. The
+suite (`python -m benchmarks`) stops d behind the stage that sees every image.
 
 Memory (on Linux) is the resident size of a fresh process that streams generated pictures through the scoring pass:
 before the pass, and its peak during it, for a few images and for many. The peak is the kernel's VmHWM, set back before
@@ -28,6 +29,7 @@ Shape suffixes: T tokens, D width, H hidden units, L blocks, I images, M outlier
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import multiprocessing
@@ -36,9 +38,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +52,27 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import regsurgery
+from benchmarks.processes import measure_processes
 from regsurgery.calibration import image_set
 from regsurgery.demo import plant
+from regsurgery.detect import MAX_CANDIDATES
 from regsurgery.diagnosis import diagnose
+from regsurgery.evaluation.interval import Estimate
+from regsurgery.evaluation.timing import ratio, turns
 from regsurgery.finding import BATCH, PILOT_IMAGES
 from regsurgery.loading import load
 from regsurgery.match import match
 from regsurgery.pipeline import Progress
-from regsurgery.scores import Scorer
+from regsurgery.scores import Scorer, candidates
 from regsurgery.trace import tensor_inputs, trace
 
+# Of the suite: model and images of the timing, its rounds; images of the memory runs; images and rounds of processes.
+FORMS: dict[str, dict[str, Any]] = {
+    "full": {"model": "vit_base_patch16_224", "images": 128, "rounds": 5, "memory": (64, 640), "processes": (240, 3)},
+    "short": {"model": "vit_tiny_patch16_224", "images": 40, "rounds": 4, "memory": (), "processes": ()},
+    "smoke": {"model": "vit_tiny_patch16_224", "images": 8, "rounds": 4, "memory": (8, 16), "processes": (16, 2)},
+}
+SMALL = "vit_tiny_patch16_224"  # whose memory, and whose processes, are looked at
 PLANTED = {5: 3}  # block -> how many neurons
 ROUND_BATCHES = 2
 ROWS = {
@@ -99,6 +113,40 @@ def main() -> None:
         args.json.write_text(json.dumps(_rounded(figures), indent=2) + "\n", "utf-8")
 
 
+def measure(form: str, device: str, seconds: float, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """The suite's part `find`; yields the figures so far after every step, the last ones are the result."""
+    settings = FORMS[form]
+    spawn = multiprocessing.get_context("spawn")
+    figures: dict[str, Any] = {}
+    with (
+        tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch,
+        ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as fresh,
+    ):
+        planted, folders = {}, {}
+        for name in dict.fromkeys((settings["model"], SMALL)):
+            folders[name] = Path(scratch) / name
+            planted[name] = fresh.submit(write_model, name, folders[name]).result()
+        say("models written")
+        name = settings["model"]
+        task = fresh.submit(
+            measure_speed, folders[name], planted[name], settings["images"], settings["rounds"], whole=False
+        )
+        figures["speed"] = task.result()
+        say(f"scoring pass over a plain forward: {figures['speed']['ratios']['b']['value']:.3f}")
+        yield figures
+        if settings["memory"] and sys.platform == "linux":
+            block = max(PLANTED)
+            figures["memory"] = [
+                fresh.submit(measure_memory, folders[SMALL], block, count).result() for count in settings["memory"]
+            ]
+            say("peak memory: " + ", ".join(f"{one['peak']:.0f} MB" for one in figures["memory"]))
+            yield figures
+        if settings["processes"]:
+            figures["processes"] = measure_processes(folders[SMALL], *settings["processes"])
+            say(f"two processes: {figures['processes']['speed_up']['value']:.2f} times as fast as one")
+    yield figures
+
+
 def _arguments() -> argparse.Namespace:
     summary, _, rest = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(description=summary, epilog=rest, formatter_class=argparse.RawTextHelpFormatter)
@@ -118,7 +166,7 @@ def _arguments() -> argparse.Namespace:
 def write_model(name: str, folder: Path) -> dict[int, list[int]]:
     """Write a timm checkpoint with random weights and planted register neurons; returns those, block -> neurons."""
     torch.manual_seed(0)
-    timm.models.save_for_hf(timm.create_model(name, pretrained=False), folder, safe_serialization=True)
+    timm.models.save_for_hf(timm.create_model(name, pretrained=False), str(folder), safe_serialization=True)
     loaded = load(str(folder))
     traced = trace(loaded)
     inputs = tensor_inputs(loaded, next(image_set(None, PILOT_IMAGES).batches(PILOT_IMAGES, loaded.preprocess)))
@@ -130,7 +178,10 @@ def write_model(name: str, folder: Path) -> dict[int, list[int]]:
 # --- time -----------------------------------------------------------------------------------------------------------
 
 
-def measure_speed(folder: Path, planted: dict[int, list[int]], num_images: int, num_rounds: int) -> dict[str, Any]:
+def measure_speed(
+    folder: Path, planted: dict[int, list[int]], num_images: int, num_rounds: int, *, whole: bool = True
+) -> dict[str, Any]:
+    """Seconds per image of every way; where not the `whole` of d is run, only its stages up to the search."""
     loaded = load(str(folder))
     traced = trace(loaded)
     sites = match(traced)
@@ -150,26 +201,35 @@ def measure_speed(folder: Path, planted: dict[int, list[int]], num_images: int, 
         "c": lambda: reference.scores(torch.cat(batches)),
     }
     images_a_round = sum(len(batch) for batch in batches)
-    for way in ways.values():
-        way()  # warms it up
     found_by_reference = _best(reference.scores(torch.cat(batches)), sum(len(listed) for listed in planted.values()))
 
-    rounds = [_round(ways, images_a_round, number) for number in range(num_rounds // 2)]
-    stages = Stages()
-    found = regsurgery.find(str(folder), folder.with_suffix(".yaml"), num_images=num_images, progress=stages)
-    seconds = stages.seconds()
-    neurons = {at: list(listed) for at, listed in found.recipe.register_neurons.items()}
+    again = turns(ways, warm_up=1)
+    rounds = list(islice(again, num_rounds // 2))
+    if whole:
+        stages = Stages()
+        found = regsurgery.find(str(folder), folder.with_suffix(".yaml"), num_images=num_images, progress=stages)
+        seconds = stages.seconds()
+        neurons = {at: list(listed) for at, listed in found.recipe.register_neurons.items()}
+    else:
+        seconds = stages_until_search(folder, num_images)
+        best = candidates(sums, scorer.columns_H, MAX_CANDIDATES)[: sum(map(len, planted.values()))]
+        neurons = {at: sorted(one.neuron for one in best if one.block == at) for at in {one.block for one in best}}
     if neurons != planted:
         raise SystemExit(f"find found {neurons}, planted were {planted}: these timings mean nothing")
-    rounds += [_round(ways, images_a_round, number) for number in range(num_rounds // 2, num_rounds)]
+    rounds += islice(again, num_rounds - num_rounds // 2)
+    rounds = [{name: taken / images_a_round for name, taken in one.items()} for one in rounds]
 
     medians = {name: statistics.median(one[name] for one in rounds) for name in ways}
-    medians["d"] = sum(seconds.values()) / num_images
-    ratios = {name: statistics.median(one[name] / one["a"] for one in rounds) for name in ways}
-    ratios["d"] = medians["d"] / medians["a"]
+    estimates = {name: ratio(rounds, name, "a") for name in ways if name != "a"}
+    for name, total in (("scores", seconds["scores"]), *([("d", sum(seconds.values()))] if whole else [])):
+        medians[name] = total / num_images
+        estimates[name] = Estimate(medians[name] / medians["a"], None, None, 1)
+    ratios = {"a": 1.0, **{name: one.value for name, one in estimates.items()}}
     return {
+        "model": folder.name,
+        "ratios": {name: one.as_dict() for name, one in estimates.items()},
         "found_by_reference": found_by_reference,
-        "settled_block": found.diagnosis.settled_block,
+        "settled_block": block,
         "batch": BATCH,
         "images_a_round": images_a_round,
         "seconds_per_image": medians,
@@ -178,17 +238,6 @@ def measure_speed(folder: Path, planted: dict[int, list[int]], num_images: int, 
         "rounds": rounds,
         "find": {"images": num_images, "stages": seconds},
     }
-
-
-def _round(ways: dict[str, Callable[[], object]], num_images: int, number: int) -> dict[str, float]:
-    """Seconds per image of every way, each round beginning with another one."""
-    seconds = {}
-    for index in range(len(ways)):
-        name = list(ways)[(number + index) % len(ways)]
-        started = time.perf_counter()
-        ways[name]()
-        seconds[name] = (time.perf_counter() - started) / num_images
-    return dict(sorted(seconds.items()))
 
 
 @torch.no_grad()
@@ -204,18 +253,34 @@ def _forward_to(model: nn.Module, block: int, images: Tensor) -> object:
 
 
 class Stages(Progress):
-    """When the stages of `find` began and ended."""
+    """When the stages of `find` began and ended; the stage `last` is not let begin."""
 
-    def __init__(self) -> None:
+    def __init__(self, last: str | None = None) -> None:
+        self.last = last
         self.began: list[tuple[str, float]] = []
 
     def stage(self, name: str, total: int | None = None, *, in_bytes: bool = False) -> None:
         self.began.append((name, time.perf_counter()))
+        if name == self.last:
+            raise Stopped
 
     def seconds(self) -> dict[str, float]:
         """Of every stage; the last one ends now."""
         ends = [began for _, began in self.began[1:]] + [time.perf_counter()]
-        return {name: end - began for (name, began), end in zip(self.began, ends, strict=True)}
+        taken = {name: end - began for (name, began), end in zip(self.began, ends, strict=True)}
+        return {name: seconds for name, seconds in taken.items() if name != self.last}
+
+
+class Stopped(Exception):  # noqa: N818  nothing is wrong
+    """The stages that are timed are over."""
+
+
+def stages_until_search(folder: Path, num_images: int) -> dict[str, float]:
+    """Seconds of the stages of `find` that come before the search, which takes as long for any number of images."""
+    stages = Stages(last="search")
+    with contextlib.suppress(Stopped):
+        regsurgery.find(str(folder), num_images=num_images, progress=stages)
+    return stages.seconds()
 
 
 class ReferenceFinder:

@@ -1,14 +1,14 @@
 """What `regsurgery patch` costs on a large checkpoint: time beside `cp -r`, and memory.
 
-    python benchmarks/write.py --gigabytes 12 --json benchmarks/write.json     # needs three times that on disk
-    python benchmarks/write.py --gigabytes 0.5                                 # under a minute
+    python -m benchmarks.write --gigabytes 12 --json benchmarks/write.json     # needs three times that on disk
+    python -m benchmarks.write --gigabytes 0.5                                 # under a minute
 
-The checkpoint is a transformers ViT as wide as InternViT-6B (3200, MLP 12800) with as many blocks as the size asks for,
-random float32 weights one shard a block, as `hf download --local-dir` leaves one: the client of the Hub records the
-sha256 of every shard beside it. Before every run, its pages are dropped from the cache of the system, where the system
-lets us, and a dry run loads the libraries, since twelve gigabytes copied push them out: the checkpoint is cold, torch
-and transformers are warm. Every run is a fresh process; they take turns, and those that read every weight take theirs
-in the first round only:
+The checkpoint is a transformers ViT as wide as InternViT-6B (3200, MLP 12800), below 0.5 GB a narrower one (1024, MLP
+4096), with as many blocks as the size asks for, random float32 weights one shard a block, as `hf download --local-dir`
+leaves one: the client of the Hub records the sha256 of every shard beside it. Before every run, its pages are dropped
+from the cache of the system, where the system lets us, and a dry run loads the libraries, since twelve gigabytes copied
+push them out (from 4 GB on; below, one dry run before all): the checkpoint is cold, torch and transformers are warm.
+Every run is a fresh process; they take turns, and those that read every weight take theirs in the first round only:
 
 cp        cp -r of the folder, and sync
 copy      patch --no-verify with a recipe, shards copied: tracing, writing, fsync
@@ -30,11 +30,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-WIDTH, HIDDEN, IMAGE, PATCH = 3200, 12800, 56, 14
-BLOCK_BYTES = 4 * (4 * WIDTH * WIDTH + 2 * WIDTH * HIDDEN)
+from regsurgery.errors import RegsurgeryError
+
+WIDTH, NARROW, IMAGE, PATCH = 3200, 1024, 56, 14
+NARROW_BELOW = 0.5  # GB
+PUSHED_OUT_FROM = 4.0  # GB
+# Of the suite: sizes in GB and rounds; 12 GB, which takes half an hour, only with `--large`.
+FORMS = {"full": ((0.1, 1.0), 2), "short": ((0.1,), 1), "smoke": ((0.02,), 1)}
+RECORDED = Path(__file__).with_name("write.json")
 ONCE = ("hashed", "verified")
 PATCH_RUN = """
 import atexit, re, sys
@@ -58,10 +65,30 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where the files go; by default a temporary folder")
     parser.add_argument("--json", type=Path, default=None, help="also write the figures there")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="regsurgery-", dir=args.folder) as scratch:
+    report = compare(args.gigabytes, args.rounds, args.folder)
+    show(report)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def measure(form: str, device: str, seconds: float, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """The suite's part `patch`; yields the figures so far after every size, the last ones are the result."""
+    sizes, rounds = FORMS[form.removesuffix("-large")]
+    figures: dict[str, Any] = {"sizes": []}
+    if RECORDED.is_file():
+        figures["recorded"] = json.loads(RECORDED.read_text("utf-8"))
+    for gigabytes in (*sizes, *([12.0] if form.endswith("-large") else [])):
+        figures["sizes"].append(compare(gigabytes, rounds, None))
+        say(f"{gigabytes} GB: {figures['sizes'][-1]['copy']['seconds']:.1f} s")
+        yield figures
+
+
+def compare(gigabytes: float, rounds: int, parent: Path | None) -> dict[str, Any]:
+    """Medians of every run, for a checkpoint of that size; its files go into a new folder in `parent`."""
+    with tempfile.TemporaryDirectory(prefix="regsurgery-", dir=parent) as scratch:
         root = Path(scratch)
         source = root / "source"
-        make(source, args.gigabytes)
+        make(source, gigabytes)
         size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
         recipe = root / "recipe.yaml"
         recipe.write_text("schema: 1\nregister_neurons: {0: [417]}\n")
@@ -72,8 +99,12 @@ def main() -> None:
             "hashed": [*common, str(root / "out"), "--no-verify"],
             "verified": [*common, str(root / "out"), "--link", "--num-images", "8", "--max-memory", "0"],
         }
+        always = gigabytes >= PUSHED_OUT_FROM
+        if not always:
+            warm(source)
         figures: dict[str, list[dict[str, float]]] = {name: [] for name in ("cp", *runs)}
-        for _ in range(args.rounds):
+        for _ in range(rounds):
+            prepare(source, warm_too=always)
             figures["cp"].append(copied(source, root / "out"))
             for name, command in runs.items():
                 if name in ONCE and figures[name]:
@@ -81,22 +112,24 @@ def main() -> None:
                 recorded = (source / ".cache", root / "records")
                 if name == "hashed":
                     recorded[0].rename(recorded[1])
-                figures[name].append(patched(source, root / "out", command))
+                prepare(source, warm_too=always)
+                figures[name].append(patched(root / "out", command))
                 if name == "hashed":
                     recorded[1].rename(recorded[0])
-    report = {
+    return {
         "gigabytes": round(size / 1e9, 2),
-        "blocks": blocks(args.gigabytes),
+        "blocks": blocks(gigabytes),
         "machine": {"cores": os.cpu_count(), "load_average": [round(value, 2) for value in os.getloadavg()[:2]]},
         **{name: summary(values, figures["cp"]) for name, values in figures.items()},
     }
-    show(report)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def blocks(gigabytes: float) -> int:
-    return max(1, round(gigabytes * 1e9 / BLOCK_BYTES))
+    return max(1, round(gigabytes * 1e9 / (4 * 12 * width(gigabytes) ** 2)))  # float32; an MLP four times as wide
+
+
+def width(gigabytes: float) -> int:
+    return NARROW if gigabytes < NARROW_BELOW else WIDTH
 
 
 def make(folder: Path, gigabytes: float) -> None:
@@ -108,8 +141,11 @@ def make(folder: Path, gigabytes: float) -> None:
 
     from regsurgery.checkpoint_io import sha256
 
+    wide = width(gigabytes)
+    transformers.utils.logging.disable_progress_bar()
     config = transformers.ViTConfig(
-        hidden_size=WIDTH, intermediate_size=HIDDEN, num_attention_heads=25, image_size=IMAGE, patch_size=PATCH,
+        hidden_size=wide, intermediate_size=4 * wide, num_attention_heads=wide // 128,
+        image_size=IMAGE, patch_size=PATCH,
         num_hidden_layers=1, dtype="float32", architectures=["ViTModel"],
     )  # fmt: skip
     torch.manual_seed(0)
@@ -144,18 +180,23 @@ def make(folder: Path, gigabytes: float) -> None:
         _local_folder.write_download_metadata(folder, path.name, "0" * 40, sha256(path))
 
 
-def prepare(folder: Path) -> None:
-    """Nothing unwritten, the libraries in the cache of the system, no page of the folder there."""
-    os.sync()
+def warm(folder: Path) -> None:
+    """A dry run, which brings the libraries into the cache of the system."""
     recipe = ["--recipe", str(folder.with_name("recipe.yaml"))]
     patch(str(folder), *recipe, "-q", "-o", str(folder.with_name("dry")), "--no-verify", "--dry-run")
+
+
+def prepare(folder: Path, *, warm_too: bool) -> None:
+    """Nothing unwritten, the libraries in the cache of the system, no page of the folder there."""
+    os.sync()
+    if warm_too:
+        warm(folder)
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def copied(source: Path, out: Path) -> dict[str, float]:
-    prepare(source)
     started = time.monotonic()
     subprocess.run(["cp", "-r", str(source), str(out)], check=True)
     seconds = time.monotonic() - started
@@ -165,8 +206,7 @@ def copied(source: Path, out: Path) -> dict[str, float]:
     return {"seconds": seconds, "with_sync": synced}
 
 
-def patched(source: Path, out: Path, command: list[str]) -> dict[str, float]:
-    prepare(source)
+def patched(out: Path, command: list[str]) -> dict[str, float]:
     started = time.monotonic()
     peak = patch(*command)
     seconds = time.monotonic() - started
@@ -180,12 +220,12 @@ def patch(*command: str) -> float:
         [sys.executable, "-c", PATCH_RUN, "patch", *command], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        sys.exit(f"patch failed: {done.stderr[-2000:]}")
+        raise RegsurgeryError(f"patch failed: {done.stderr[-2000:]}")
     return int(done.stderr.split()[-1]) / 1024
 
 
 def summary(values: list[dict[str, float]], copies: list[dict[str, float]]) -> dict[str, Any]:
-    found: dict[str, Any] = {key: round(statistics.median(v[key] for v in values), 1) for key in values[0]}
+    found: dict[str, Any] = {key: round(statistics.median(v[key] for v in values), 2) for key in values[0]}
     found["of_cp"] = round(
         statistics.median(v["seconds"] / c["seconds"] for v, c in zip(values, copies, strict=False)),
         3,  # ONCE: fewer

@@ -1,14 +1,12 @@
 """Task `latency`: what the patch costs in time and memory.
 
-Original and patched model run as a user would run them, in turns that change their order every time (ABBA), so that a
-machine that warms up or is shared weighs on both. The figure is the ratio of each pair of runs, and its interval says
-how far it can be trusted.
+Original and patched model run as a user would run them, in turns (`timing.py`).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from regsurgery import backends
 from regsurgery.errors import UserError
 from regsurgery.evaluation import Result
-from regsurgery.evaluation.interval import LEVEL, Estimate, Row
+from regsurgery.evaluation.interval import Estimate, Row
 from regsurgery.evaluation.pair import Pair
+from regsurgery.evaluation.timing import MIN_ROUNDS, median, ratio, turns
 from regsurgery.patched import reloaded
 from regsurgery.trace import tensor_inputs
 
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from regsurgery.calibration import ImageSet
     from regsurgery.pipeline import Progress
 
-WARM_UP = 2
-MIN_RUNS = 4  # fewer pairs give no interval
 MEGABYTE = 1e6
 
 
@@ -43,28 +40,25 @@ def evaluate(pair: Pair, images: ImageSet, *, progress: Progress, seed: int, run
         runs: pairs of runs; `batch`: images in each.
 
     Raises:
-        UserError: fewer than `MIN_RUNS` runs, or no images in a batch.
+        UserError: fewer than `MIN_ROUNDS` runs, or no images in a batch.
     """
-    if runs < MIN_RUNS or batch < 1:
-        raise UserError(f"{runs} runs of {batch} images: at least {MIN_RUNS} runs of 1 image are needed")
+    if runs < MIN_ROUNDS or batch < 1:
+        raise UserError(f"{runs} runs of {batch} images: at least {MIN_ROUNDS} runs of 1 image are needed")
     device = next(pair.loaded.model.parameters()).device
     pixels = next(pair.batches(images.some(batch), batch)).pixels.to(device)
     original, patched = _runs(pair, pixels)
-    progress.stage("latency", 2 * (runs + WARM_UP) * len(pixels))
-    seconds: list[tuple[float, float]] = []
-    for turn in range(runs + WARM_UP):
-        order = (original, patched) if turn % 2 == 0 else (patched, original)
-        first, second = (_timed(run, device) for run in order)
-        if turn >= WARM_UP:
-            seconds.append((first, second) if turn % 2 == 0 else (second, first))
+    progress.stage("latency", 2 * runs * len(pixels))
+    rounds = []
+    for taken in islice(turns({"original": original, "patched": patched}, device), runs):
+        rounds.append(taken)
         progress.advance(2 * len(pixels))
-    times_2R = np.array(seconds).T
-    before, after = (_median(1000 * times_R / len(pixels), seed) for times_R in times_2R)
+    times_2R = np.array([[taken[name] for taken in rounds] for name in ("original", "patched")])
+    before, after = (median(1000 * times_R / len(pixels), seed) for times_R in times_2R)
     rows = [
-        Row("time", before, after, _median(1000 * (times_2R[1] - times_2R[0]) / len(pixels), seed), unit="ms/image"),
-        Row("time, patched over original", None, _median(times_2R[1] / times_2R[0], seed)),
+        Row("time", before, after, median(1000 * (times_2R[1] - times_2R[0]) / len(pixels), seed), unit="ms/image"),
+        Row("time, patched over original", None, ratio(rounds, "patched", "original", seed)),
     ]
-    peaks = [_peak(run, pixels) for run in (original, patched)]
+    peaks = [peak(run) for run in (original, patched)]
     rows.append(Row("peak memory of activations", _once(peaks[0]), _once(peaks[1]), unit="MB"))
     weights = _weights(pair)
     rows.append(Row("weights", _once(weights[0]), _once(weights[1]), unit="MB"))
@@ -89,30 +83,6 @@ def _runs(pair: Pair, pixels: Tensor) -> tuple[Callable[[], Any], Callable[[], A
         return lambda: loaded.call(loaded.model, pixels), lambda: stock.call(stock.model, pixels)
     module = reloaded(root, pair.format, stored=loaded.stored).to(pixels.device)
     return lambda: loaded.call(loaded.model, pixels), lambda: loaded.call(module, pixels)
-
-
-@torch.no_grad()
-def _timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one forward."""
-    _wait(device)
-    started = time.perf_counter()
-    run()
-    _wait(device)
-    return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def _median(values_R: np.ndarray, seed: int) -> Estimate:
-    from scipy import stats
-
-    found = stats.bootstrap(
-        (values_R,), np.median, confidence_level=LEVEL, method="percentile", rng=np.random.default_rng(seed)
-    ).confidence_interval
-    return Estimate(float(np.median(values_R)), float(found.low), float(found.high), len(values_R))
 
 
 def _once(size: float | None) -> Estimate | None:
@@ -162,8 +132,8 @@ def _storage(tensor: Tensor) -> Any:
 
 
 @torch.no_grad()
-def _peak(run: Callable[[], Any], pixels: Tensor) -> float | None:
-    """Megabytes; None where no torch operator makes the tensors (onnxruntime)."""
+def peak(run: Callable[[], Any]) -> float | None:
+    """Peak megabytes of the tensors that `run` makes; None where no torch operator makes the tensors (onnxruntime)."""
     with _LiveBytes() as bytes_:
         kept = run()
     del kept

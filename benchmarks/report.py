@@ -1,0 +1,280 @@
+"""`results.json` as `RESULTS.md`: figures of every part -> Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks.goals import VERDICTS, Verdict, estimate
+from benchmarks.suite import PARTS
+from regsurgery.evaluation.interval import Estimate
+
+Figures = Mapping[str, Any]
+MODES = ("shift", "native", "bias", "hooks")
+ORDER = ("latency", "find", "patch", "startup", "depth")
+PACKAGES = ("python", "torch", "timm", "transformers", "onnxruntime")
+HEAD = """\
+# What it costs
+
+Written by `python -m benchmarks`; the figures are in `results.json` beside it. Ratios are medians over rounds in which
+everything that is compared runs in turns; brackets hold their 95 % interval (bootstrap over the rounds).
+"""
+
+
+def rendered(results: Mapping[str, Figures]) -> str:
+    """The whole of `RESULTS.md`.
+
+    Args:
+        results: part, or `part (device)`, -> its record, see `suite.run_part`.
+    """
+    named = sorted(results.items(), key=lambda item: (ORDER.index(_part(item[0])), item[0]))
+    sections = [HEAD, "## Goals\n", *_goals(named)]
+    for key, record in named:
+        sections += [f"## {_title(key)}\n", *_section(_part(key), record)]
+    return "\n".join(sections).rstrip() + "\n"
+
+
+def _part(key: str) -> str:
+    return key.partition(" ")[0]
+
+
+def _title(key: str) -> str:
+    _, _, device = key.partition(" ")
+    return f"{PARTS[_part(key)].title} {device}".rstrip()
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines) + "\n"
+
+
+def shown(found: Estimate, unit: str = "", digits: int = 4) -> str:
+    """A figure with its interval: `1.0052 [1.0031, 1.0070]`."""
+    value = f"{found.value:.{digits}f}"
+    if found.low is not None and found.high is not None:
+        value += f" [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+    return f"{value} {unit}".rstrip()
+
+
+def rounded(value: Any) -> Any:
+    """Floats to five significant digits, in whatever holds them."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: rounded(entry) for key, entry in value.items()}
+    return [rounded(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _goals(named: Sequence[tuple[str, Figures]]) -> Iterator[str]:
+    rows = []
+    for key, record in named:
+        verdicts = VERDICTS.get(_part(key))
+        if verdicts is None or record["figures"] is None:
+            continue
+        device = "" if record["device"] == "cpu" else f" ({record['device']}, batch 32 bf16)"
+        rows += [goal_row(verdict, device) for verdict in verdicts(record["figures"])]
+    yield table(("goal", "at most", "measured", ""), rows)
+
+
+def goal_row(verdict: Verdict, where: str = "") -> tuple[str, str, str, str]:
+    unit = verdict.unit
+    found = "" if verdict.found is None else shown(verdict.found, unit)
+    return verdict.goal + where, f"{verdict.limit:g} {unit}".rstrip(), found, verdict.word
+
+
+def _section(part: str, record: Figures) -> Iterator[str]:
+    yield _circumstances(record)
+    if record["status"] != "ok":
+        yield f"**Failed.** What was measured before stands below.\n\n```\n{record['error']}\n```\n"
+    if record["figures"] is not None:
+        yield from RENDERERS[part](record["figures"])
+
+
+def _circumstances(record: Figures) -> str:
+    machine, (before, after) = record["machine"], record["load_average"]
+    packages = ", ".join(f"{name} {machine[name]}" for name in PACKAGES if machine.get(name))
+    where = f"{record['gpu']}, " if record.get("gpu") else ""
+    return (
+        f"{where}{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads; {packages}; load average "
+        f"{before} before, {after} after; {record['form']} form, {record['seconds']:.0f} s.\n"
+    )
+
+
+# --- one function a part --------------------------------------------------------------------------------------------
+
+
+def _latency(figures: Figures) -> Iterator[str]:
+    yield (
+        "`shift`, `native`, `bias`: the folder that `regsurgery patch` writes, as it is loaded. `hooks`: the same as "
+        "`shift` by forward hooks, whose outputs were compared with it first. Programs (`pt2`, `onnx`) of the original "
+        "come from the same exporter. Random weights; `bias` adds no token; `native` of ViT-L is "
+        "the class that it writes, not fitted. All factors times each other would take "
+        "hours: the full form has every value of every factor, and what the goals are about. A row ends when its "
+        "seconds are used up or its intervals are narrow enough.\n"
+    )
+    rows = []
+    for group in figures["groups"]:
+        cells = [_ratio(group, mode) for mode in MODES]
+        rows.append((*_group(group), str(group["rounds"]), f"{group['original']['ms']:.1f}", *cells))
+    yield table(("model", "runs as", "batch", "dtype", "rounds", "original, ms", *MODES), rows)
+    yield "Floor of `shift` and `native`: multiplications with one register over those without:\n"
+    yield table(figures["floors"], [[f"{floor:.4f}" for floor in figures["floors"].values()]])
+    yield "Peak of the bytes that live tensors take during a forward, over that of the original:\n"
+    yield table(
+        ("model", "runs as", "batch", "dtype", "original, MB", *MODES),
+        [
+            (*_group(group), f"{group['original']['peak_mb']:.1f}", *(_memory(group, mode) for mode in MODES))
+            for group in figures["groups"]
+            if group["original"]["peak_mb"]
+        ],
+    )
+    differ = [group["hooks_differ_by"] for group in figures["groups"] if group["hooks_differ_by"] is not None]
+    if differ:
+        yield f"`hooks` and `shift` differ by at most {max(differ):.1e} of the largest output.\n"
+    if figures["not_run"]:
+        yield f"Not run, since the time was up: {', '.join(figures['not_run'])}.\n"
+    if figures["failed"]:
+        yield "Failed:\n"
+        yield "\n".join(f"- {name}: `{error}`" for name, error in figures["failed"].items()) + "\n"
+    for group in figures["groups"]:
+        for mode, profile in group["profiles"].items():
+            yield from _profile(group, mode, profile)
+
+
+def _group(group: Figures) -> tuple[str, str, str, str]:
+    model = group["name"].partition(f" {group['backend']} ")[0]
+    return model, group["backend"], str(group["batch"]), group["dtype"]
+
+
+def _ratio(group: Figures, mode: str) -> str:
+    return shown(estimate(group["modes"][mode]["ratio"])) if mode in group["modes"] else ""
+
+
+def _memory(group: Figures, mode: str) -> str:
+    found = group["modes"].get(mode)
+    return f"{found['peak_mb'] / group['original']['peak_mb']:.4f}" if found and found["peak_mb"] else ""
+
+
+def _profile(group: Figures, mode: str, profile: Figures) -> Iterator[str]:
+    yield (
+        f"Where the time of a missed goal goes: `{mode}`, {group['name']}. Milliseconds of one forward under torch's "
+        f"profiler, by operator (its own time), those that differ most; {profile['original_ms']:.1f} ms in all for the "
+        f"original, {profile['patched_ms']:.1f} ms patched.\n"
+    )
+    yield table(
+        ("operator", "original, ms", "patched, ms", "more, ms", "calls"),
+        [
+            (
+                f"`{row['operator']}`",
+                f"{row['original_ms']:.2f}",
+                f"{row['patched_ms']:.2f}",
+                f"{row['patched_ms'] - row['original_ms']:+.2f}",
+                f"{row['original_calls']} → {row['patched_calls']}",
+            )
+            for row in profile["operators"]
+        ],
+    )
+
+
+WAYS = {
+    "a": "plain forward, batches of {batch}",
+    "p": "plain forward up to block {settled_block}",
+    "b": "scoring pass of `find`",
+    "scores": "stage of `find` that sees every image, pictures and preprocessing included",
+    "d": "`find`, all of it",
+    "c": "reference finder: one by one, hooks, numpy",
+}
+
+
+def _find(figures: Figures) -> Iterator[str]:
+    speed = figures.get("speed")
+    if speed:
+        rounds = len(speed["rounds"])
+        yield f"{speed['model']}, random weights, planted register neurons, which were found; {rounds} rounds.\n"
+        rows = []
+        for way, text in WAYS.items():
+            if way not in speed["seconds_per_image"]:
+                continue
+            ratio = "1" if way == "a" else shown(estimate(speed["ratios"][way]))
+            rows.append((text.format(**speed), f"{1 / speed['seconds_per_image'][way]:.2f}", ratio))
+        yield table(("", "images/s", "time over a plain forward"), rows)
+        reference, scoring = (speed["seconds_per_image"][way] for way in ("c", "b"))
+        yield f"The reference's way takes {reference / scoring:.2f} times as long as the scoring pass.\n"
+    if figures.get("memory"):
+        yield "Resident memory of a fresh process that streams pictures through the scoring pass (ViT-Ti/16):\n"
+        yield table(
+            ("images", "before, MB", "peak, MB"),
+            [(f"{one['images']:.0f}", f"{one['before']:.0f}", f"{one['peak']:.0f}") for one in figures["memory"]],
+        )
+    processes = figures.get("processes")
+    if processes:
+        yield (
+            f"Two gloo processes of one thread each take {processes['images']} images (ViT-Ti/16) "
+            f"{shown(estimate(processes['speed_up']), digits=2)} times as fast as one.\n"
+        )
+
+
+RUNS = {
+    "cp": "`cp -r`",
+    "copy": "`patch --no-verify`, shards copied",
+    "link": "`patch --no-verify --link`",
+    "hashed": "copied, without the Hub's records: every shard read and hashed",
+    "verified": "`--link`, verified on 8 images",
+}
+
+
+def _patch(figures: Figures) -> Iterator[str]:
+    for size in figures["sizes"]:
+        yield from _size(size, "")
+    if figures.get("recorded"):
+        recorded = ", recorded by `python -m benchmarks.write --gigabytes 12 --json benchmarks/write.json`"
+        yield from _size(figures["recorded"], recorded)
+
+
+def _size(size: Figures, note: str) -> Iterator[str]:
+    yield f"{size['gigabytes']} GB in {size['blocks']} blocks{note}; fresh processes, medians:\n"
+    yield table(
+        ("", "s", "of `cp`", "peak memory, MB"),
+        [
+            (text, f"{size[run]['seconds']:.2f}", f"{size[run]['of_cp']:.2f}",
+             f"{size[run]['peak_mb']:.0f}" if "peak_mb" in size[run] else "")
+            for run, text in RUNS.items()
+        ],
+    )  # fmt: skip
+
+
+def _startup(figures: Figures) -> Iterator[str]:
+    yield f"{figures['rounds']} fresh processes each, in turns.\n"
+    yield table(
+        ("", "s", "over an empty Python, s"),
+        [
+            (f"`{name}`", shown(estimate(row["seconds"]), digits=3), f"{row['over']:+.3f}")
+            for name, row in figures["runs"].items()
+        ],
+    )
+
+
+def _depth(figures: Figures) -> Iterator[str]:
+    steps = list(figures["seconds"])
+    depths = list(figures["seconds"][steps[0]])
+    yield (
+        f"Seconds for ViTs of width {figures['width']}, medians of {figures['rounds']} rounds; the exponent is the "
+        "slope of the logarithms.\n"
+    )
+    yield table(
+        ("", *(f"{depth} blocks" for depth in depths), "exponent"),
+        [
+            (step, *(f"{figures['seconds'][step][depth]:.3f}" for depth in depths), f"{figures['exponents'][step]:.2f}")
+            for step in steps
+        ],
+    )
+
+
+RENDERERS: dict[str, Callable[[Figures], Iterator[str]]] = {
+    "latency": _latency,
+    "find": _find,
+    "patch": _patch,
+    "startup": _startup,
+    "depth": _depth,
+}

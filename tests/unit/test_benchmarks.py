@@ -1,0 +1,299 @@
+"""The suite of benchmarks, not its figures: turns and ratios on a clock that counts work, goals, tables, the parts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("scipy")
+
+import timm
+import torch
+
+from benchmarks import depth, goals, hooks, models, report, suite
+from benchmarks import latency as latency_part
+from benchmarks.__main__ import main
+from benchmarks.profiling import where_the_time_goes
+from regsurgery.evaluation.interval import Estimate
+from regsurgery.evaluation.timing import ratio, turns
+from tests.reference import naive_shift
+
+
+class Work:
+    """A clock that moves by the work that is done, by more in every round: a machine that becomes busy."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.done: list[str] = []
+
+    def way(self, name: str, cost: float) -> Callable[[], None]:
+        def run() -> None:
+            self.now += cost * (1 + len(self.done) // 2)
+            self.done.append(name)
+
+        return run
+
+
+def two_ways() -> tuple[Work, dict[str, Callable[[], None]]]:
+    work = Work()
+    return work, {"original": work.way("original", 4.0), "shift": work.way("shift", 5.0)}
+
+
+def test_a_ratio_is_that_of_the_work_though_the_machine_becomes_slower() -> None:
+    work, ways = two_ways()
+    rounds = list(islice(turns(ways, warm_up=2, clock=lambda: work.now), 8))
+    assert rounds[0] == {"original": 12.0, "shift": 15.0}  # the third round: two have warmed up
+    assert rounds[7] == {"original": 40.0, "shift": 50.0}
+    found = ratio(rounds, "shift", "original")
+    assert (found.value, found.low, found.high, found.n) == pytest.approx((1.25, 1.25, 1.25, 8))
+
+
+def test_turns_begin_with_each_way_equally_often() -> None:
+    work, ways = two_ways()
+    list(islice(turns(ways, warm_up=0, clock=lambda: work.now), 8))
+    starts = work.done[::2]
+    assert starts.count("original") == starts.count("shift") == 4
+    assert starts[:4] == ["original", "shift", "shift", "original"]
+
+
+def test_rounds_end_when_the_time_is_up_or_all_is_known() -> None:
+    same = [{"original": 4.0, "shift": 5.0}] * 100
+    noisy = [{"original": 4.0, "shift": 5.0 + 0.7 * number % 2} for number in range(100)]
+    late, never = 50.0, float("inf")
+
+    def taken(rounds: list[dict[str, float]], until: float) -> int:
+        ticks = iter(range(1000))
+        found = latency_part.timed_rounds(iter(rounds), ("shift",), until, 0.01, clock=lambda: float(next(ticks)))
+        return len(found)
+
+    assert taken(same, never) == latency_part.FIRST_LOOK
+    assert taken(noisy, late) == 54  # the clock is looked at from the fourth round on
+    assert taken(noisy, 0.0) == 4
+
+
+@pytest.mark.parametrize(
+    ("found", "word"),
+    [
+        (Estimate(1.005, 1.002, 1.008, 20), "met"),
+        (Estimate(1.005, 1.002, 1.012, 20), "met, but the interval includes the limit"),
+        (Estimate(1.012, 1.008, 1.02, 20), "missed, but the interval includes the limit"),
+        (Estimate(1.03, 1.02, 1.04, 20), "missed"),
+        (Estimate(1.01, None, None, 1), "met"),
+        (None, "not measured"),
+    ],
+)
+def test_a_goal_is_met_or_missed(found: Estimate | None, word: str) -> None:
+    assert goals.Verdict("time", 1.01, "", found).word == word
+
+
+def group(shape: str, backend: str, batch: int, dtype: str, **modes: float) -> dict[str, Any]:
+    ratios = {
+        mode: {"value": value, "low": value - 0.001, "high": value + 0.001, "n": 9} for mode, value in modes.items()
+    }
+    return {
+        "shape": shape, "backend": backend, "batch": batch, "dtype": dtype, "device": "cpu", "rounds": 9,
+        "name": f"{models.SHAPES[shape].name} {backend} batch {batch} {dtype}",
+        "original": {"ms": 10.0, "peak_mb": 2.0}, "hooks_differ_by": None, "profiles": {},
+        "modes": {mode: {"ratio": found, "ms": 11.0, "peak_mb": 2.5} for mode, found in ratios.items()},
+    }  # fmt: skip
+
+
+def test_goals_are_about_one_cell_each() -> None:
+    groups = [
+        group("L", "eager", 1, "fp32", shift=1.02, native=1.003),
+        group("L", "eager", 8, "fp32", shift=1.5),
+        group("L", "eager", 1, "bf16", shift=1.5, native=1.5),
+        group("B", "compile", 1, "fp32", shift=1.019),
+    ]
+    words = [verdict.word for verdict in goals.latency_verdicts({"groups": groups})]
+    assert words == ["missed", "not measured", "not measured", "met", "met", "not measured"]
+
+
+def test_the_goal_of_find_is_about_one_model() -> None:
+    ratios = {way: {"value": 0.7, "low": 0.6, "high": 0.75, "n": 5} for way in ("b", "scores")}
+    for model, block, word in (
+        ("vit_base_patch16_224", 5, "met"),
+        ("vit_base_patch16_224", 7, "not measured"),
+        ("vit_tiny_patch16_224", 5, "not measured"),
+    ):
+        figures = {"speed": {"model": model, "settled_block": block, "ratios": ratios}}
+        assert [verdict.word for verdict in goals.find_verdicts(figures)] == [word] * 2 + ["not measured"] * 2
+
+
+def test_the_floor_counts_what_grows_with_the_tokens() -> None:
+    shape = models.SHAPES["L"]
+    linears, attention = 24 * 12 * 1024**2, 24 * 2 * 1024
+    embedding = 256 * 3 * 14**2 * 1024
+    counted = [linears * tokens + attention * tokens**2 + embedding for tokens in (257, 258)]
+    assert shape.floor == pytest.approx(counted[1] / counted[0])
+    assert 1 + 0.9 / 257 < shape.floor < 258 / 257 + 4e-4
+
+
+@torch.no_grad()
+def test_hooks_do_the_surgery_for_every_image_of_a_batch() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit").eval()
+    images = torch.randn(3, 3, 160, 160)
+    before = model(images)
+    neurons = {2: (3, 8)}
+    together = hooks.hooked(model, neurons)(images)
+    assert not torch.allclose(together, before, atol=1e-4)
+    torch.testing.assert_close(together, torch.cat([model(image[None]) for image in images]), atol=1e-5, rtol=1e-5)
+    hidden = torch.randn(2, 6, 12)
+    shifted = hooks._Shift((3, 8))(model, (), hidden)
+    assert torch.equal(shifted, naive_shift(hidden, (3, 8), 1, 1, (1.0,)))
+
+
+def test_what_is_made_anew_is_what_native_mode_writes(tmp_path: Path) -> None:
+    shape = models.SHAPES["smoke"]
+    written = models.Workshop(shape, tmp_path).module("native", "timm")
+    made = models.stock_host(shape)
+    assert type(written) is type(made) and str(written) == str(made)
+    shapes = [{name: value.shape for name, value in one.state_dict().items()} for one in (written, made)]
+    assert shapes[0] == shapes[1] and shapes[0]["reg_token"] == (1, 1, 64)
+
+
+def test_models_that_give_other_outputs_are_not_compared() -> None:
+    modules = {"original": torch.nn.Identity(), "shift": torch.nn.Tanh(), "hooks": torch.nn.Tanh()}
+    pixels = torch.linspace(-1, 1, 12).reshape(1, 3, 2, 2)
+    assert latency_part.check_equal(modules, pixels) == 0
+    for wrong in ({"hooks": torch.nn.Sigmoid()}, {"shift": torch.nn.Identity(), "hooks": torch.nn.Identity()}):
+        with pytest.raises(RuntimeError, match="cannot be compared"):
+            latency_part.check_equal({**modules, **wrong}, pixels)
+
+
+def test_a_profile_names_the_operator_that_is_new() -> None:
+    tokens = torch.randn(64, 64)
+    found = where_the_time_goes(lambda: tokens @ tokens, lambda: torch.linalg.svd(tokens @ tokens))
+    first = found["operators"][0]
+    assert "svd" in first["operator"] and (first["original_calls"], first["patched_calls"]) == (0, 1)
+    assert found["patched_ms"] > first["patched_ms"] > 0
+
+
+def test_every_plan_has_every_factor_and_every_goal() -> None:
+    plan = latency_part.PLANS["full", "cpu"]
+    assert {one.shape for one in plan} == {"Ti", "B", "L"}
+    assert {one.backend for one in plan} == {"eager", "compile", "pt2", "onnx"}
+    assert {one.batch for one in plan} == {1, 8, 32} and {one.dtype for one in plan} == {"fp32", "bf16"}
+    assert {mode for one in plan for mode in one.modes} == {"shift", "native", "bias", "hooks"}
+    for device in ("cpu", "cuda"):
+        for goal in goals.LATENCY_GOALS:
+            about = [one for one in latency_part.PLANS["full", device] if goal.is_about(one, goal.mode, device)]
+            assert len([one for one in about if goal.mode in one.modes]) == 1, f"{goal} on {device}"
+
+
+def test_the_exponent_is_the_slope() -> None:
+    assert depth.exponent((6, 12, 24, 48), [0.2 * blocks**1.5 for blocks in (6, 12, 24, 48)]) == pytest.approx(1.5)
+
+
+def test_tables_are_markdown() -> None:
+    assert report.table(("a", "b"), [("1", "x|y")]) == "| a | b |\n| --- | --- |\n| 1 | x\\|y |\n"
+    assert report.shown(Estimate(1.00521, 1.00309, 1.00701, 9)) == "1.0052 [1.0031, 1.0070]"
+    assert report.shown(Estimate(0.25, None, None, 1), "s", 2) == "0.25 s"
+    assert report.rounded({"a": [1.23456789, "x"], "b": {"c": 3}}) == {"a": [1.2346, "x"], "b": {"c": 3}}
+
+
+def seconds(value: float) -> dict[str, Any]:
+    return {
+        "seconds": {"value": value, "low": value, "high": value, "n": 4},
+        "slowest": value,
+        "over": value,
+        "ratio": 2,
+    }
+
+
+MEASURED: dict[str, dict[str, Any]] = {
+    "latency": {
+        "groups": [group("L", "eager", 1, "fp32", shift=1.02, native=1.003)],
+        "floors": {"ViT-L/14": 1.004}, "not_run": ["ViT-B/16 onnx batch 1 fp32"], "failed": {},
+    },
+    "find": {
+        "memory": [{"images": 8, "before": 800.0, "peak": 900.0}, {"images": 80, "before": 800.0, "peak": 901.0}],
+        "processes": {
+            "images": 80,
+            "speed_up": {"value": 1.9, "low": 1.8, "high": 2.0, "n": 3},
+            "two_over_half": {"value": 1.05, "low": 1.0, "high": 1.1, "n": 3},
+        },
+    },
+    "patch": {
+        "sizes": [
+            {"gigabytes": 0.1, "blocks": 2}
+            | {run: {"seconds": 1.5, "of_cp": 3.0, "peak_mb": 800.0} for run in report.RUNS}
+        ]
+    },
+    "startup": {"rounds": 4, "runs": {"regsurgery --help": seconds(0.1), "import regsurgery": seconds(0.4)}},
+    "depth": {
+        "width": 64, "rounds": 4, "seconds": {"trace": {"6": 1.0, "12": 2.0}}, "exponents": {"trace": 1.0},
+    },
+}  # fmt: skip
+
+
+def fake(failing: str = "") -> Callable[..., dict[str, Any]]:
+    def run(order: suite.Order, say: Callable[[str], None]) -> dict[str, Any]:
+        say("a line")
+        fails = order.name == failing
+        return {
+            "form": order.form, "device": order.device, "seconds": 1.0, "load_average": [0.1, 0.2],
+            "machine": {"cpu": "a processor", "cores": 2, "threads": order.threads, "torch": "2.15.0"},
+            "status": "failed" if fails else "ok", "error": "exit status 1:\nKilled" if fails else None,
+            "figures": None if fails else MEASURED[order.name],
+        }  # fmt: skip
+
+    return run
+
+
+def test_every_part_is_run_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(MEASURED) == set(suite.PARTS) == set(report.RENDERERS)
+    assert main(["--short", "--threads", "2", "--output", str(tmp_path)], fake()) == 0
+    text = (tmp_path / "RESULTS.md").read_text()
+    for part in suite.PARTS.values():
+        assert f"## {part.title}\n\na processor, 2 cores, 2 threads; torch 2.15.0; load average 0.1 before" in text
+    assert "| shift over original, ViT-L/14, T = 257, eager | 1.01 | 1.0200 [1.0190, 1.0210] | missed |" in text
+    assert "| `import regsurgery` | 0.3 s | 0.4000 [0.4000, 0.4000] s | missed |" in text
+    assert "| `regsurgery --help` | 0.5 s | 0.1000 [0.1000, 0.1000] s | met |" in text
+    assert "Not run, since the time was up: ViT-B/16 onnx batch 1 fp32" in text
+    assert set(json.loads((tmp_path / "results.json").read_text())) == set(suite.PARTS)
+    assert "latency: a line" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", suite.PARTS)
+def test_one_part_alone_keeps_the_others_figures(name: str, tmp_path: Path) -> None:
+    main(["--output", str(tmp_path)], fake())
+    assert main(["--only", name, "--short", "--output", str(tmp_path)], fake(failing=name)) == 1
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {key: record["form"] for key, record in results.items()} == {
+        key: "short" if key == name else "full" for key in suite.PARTS
+    }
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert text.count("**Failed.**") == 1 and "exit status 1:\nKilled" in text
+
+
+def test_an_unknown_part_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--only", "latency,memory", "--output", str(tmp_path)], fake())
+    assert "memory: not one of startup, depth" in capsys.readouterr().err
+
+
+def test_parts_share_the_time_that_there_is() -> None:
+    for form, minutes in (("full", 20), ("short", 3)):
+        assert suite.TOTAL[form] < 60 * minutes
+        wanted = {name: part.seconds[form] for name, part in suite.PARTS.items()}
+        assert {name: suite.allowed(name, form, 0) for name in wanted} == wanted
+        left = wanted["latency"] - 20
+        assert suite.allowed("latency", form, suite.TOTAL[form] - left) == left
+        assert suite.allowed("latency", form, suite.TOTAL[form] + 1000) == suite.LEAST[form]
+
+
+def test_a_part_that_dies_or_hangs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    command = ["python", "-c", "print('so far'); raise SystemExit(3)"]
+    assert suite._watched(command, 1, 60, said.append) == ("failed", "exit status 3:\nso far")
+    assert said == ["so far"]
+    status, error = suite._watched(["sleep", "60"], 1, 0.1, said.append)
+    assert status == "failed" and error is not None and "more than 0 s" in error
+    assert suite._watched(["true"], 1, 60, said.append) == ("ok", None)
