@@ -9,6 +9,7 @@ from typing import Any
 from regsurgery.evaluation.interval import Estimate
 
 Figures = Mapping[str, Any]
+AGAIN = "original again"  # the original as if it were another model: a goal that is closer to 1 than this says little
 
 
 @dataclass(frozen=True)

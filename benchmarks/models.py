@@ -125,13 +125,32 @@ class Workshop:
         if mode == HOOKS:
             return hooked(self.stock(), self.shape.register_neurons)
         if mode == "native" and not self.shape.fits:
-            return stock_host(self.shape)
+            return stock_host(self.shape, self.stock())
         return regsurgery.load(self.patched(mode, fmt)).eval()
 
 
-def stock_host(shape: Shape) -> nn.Module:
-    """The class that native mode writes for a timm ViT, as timm builds it; the values of its weights are others."""
-    return timm.create_model(shape.timm_name, reg_tokens=1).eval()
+def stock_host(shape: Shape, original: nn.Module) -> nn.Module:
+    """The class that native mode writes for a timm ViT, as timm builds it, with the original's weights, none edited."""
+    host = timm.create_model(shape.timm_name, reg_tokens=1).eval()
+    shapes = {name: value.shape for name, value in host.state_dict().items()}
+    given = {name: value for name, value in original.state_dict().items() if shapes.get(name) == value.shape}
+    host.load_state_dict(given, strict=False)
+    return host
+
+
+def share_weights(original: nn.Module, other: nn.Module) -> int:
+    """Let `other` have the original's own tensors where it has equal ones: how fast a weight is read depends on where
+    it happens to lie in memory, which would be taken for a cost of the surgery, or a gain.
+
+    Returns:
+        How many are shared.
+    """
+    ours, shared = dict(original.named_parameters()), 0
+    for name, parameter in other.named_parameters():
+        if name in ours and torch.equal(ours[name], parameter):
+            parameter.data = ours[name].data
+            shared += 1
+    return shared
 
 
 def on_device(module: nn.Module, fmt: str, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -1,7 +1,11 @@
-"""Two gloo processes beside one: how long `find` takes for the stage that sees every image, each with one thread.
+"""Two gloo processes beside one: how long `find` takes for the stage that sees every image, each on a core of its own.
 
-What the first process decides alone (pilot, search) comes before and after that stage and is not in it; the sums, which
-are added up at its end, are.
+A process has one thread and stays on one core, its reader of images included: else the reader of the single process
+would have the second core for itself. What the first process decides alone (pilot, search) comes before and after that
+stage and is not in it; the sums, which are added up at its end, are.
+
+`apart` is what the machine has to give: two searches that know nothing of each other, at once, over half of the images
+each.
 """
 
 from __future__ import annotations
@@ -18,8 +22,11 @@ from regsurgery.errors import RegsurgeryError
 from regsurgery.evaluation.timing import median, turns
 
 WORKER = """
-import sys
+import os, sys
 from pathlib import Path
+if hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(sys.argv[3]) % len(cores)]})
 import torch
 from benchmarks.find import stages_until_search
 torch.set_num_threads(1)
@@ -29,41 +36,60 @@ PATIENCE = 300  # seconds
 
 
 def measure_processes(folder: Path, num_images: int, num_rounds: int) -> dict[str, Any]:
-    """Seconds of one and of two processes, in turns; `two_over_half` is 1 where two take half as long as one."""
+    """Seconds of one and of two processes, in turns.
+
+    Returns:
+        `two_over_half`, `apart_over_half`: over half of the time of one process; 1 where two do twice as much.
+    """
     said: list[float] = []
 
     def stage_seconds() -> float:  # the clock of `turns`: it moves by what the processes said of their stage
         return sum(said)
 
-    ways = {str(count): lambda count=count: said.append(scoring_seconds(folder, num_images, count)) for count in (1, 2)}
+    ways = {
+        "one": lambda: said.append(scoring_seconds(folder, num_images, 1)),
+        "two": lambda: said.append(scoring_seconds(folder, num_images, 2)),
+        "apart": lambda: said.append(scoring_seconds(folder, num_images // 2, 2, together=False)),
+    }
     rounds = list(islice(turns(ways, warm_up=0, clock=stage_seconds), num_rounds))
     return {
         "model": folder.name,
         "images": num_images,
         "rounds": rounds,
-        "speed_up": median([one["1"] / one["2"] for one in rounds]).as_dict(),
-        "two_over_half": median([2 * one["2"] / one["1"] for one in rounds]).as_dict(),
+        "speed_up": median([each["one"] / each["two"] for each in rounds]).as_dict(),
+        "two_over_half": median([2 * each["two"] / each["one"] for each in rounds]).as_dict(),
+        "apart_over_half": median([2 * each["apart"] / each["one"] for each in rounds]).as_dict(),
     }
 
 
-def scoring_seconds(folder: Path, num_images: int, count: int) -> float:
-    """Seconds of the stage, as the first of `count` processes has them."""
+def scoring_seconds(folder: Path, num_images: int, count: int, *, together: bool = True) -> float:
+    """Seconds of the stage, as the slowest of `count` processes has them; `together` they share the images."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    together = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    command = [sys.executable, "-c", WORKER, str(folder), str(num_images)]
-    others = []
+    shared = {"OMP_NUM_THREADS": 1}
+    if together:
+        shared |= {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = []
     try:
-        for rank in range(1, count):
-            env = {**os.environ, **{name: str(value) for name, value in (together | {"RANK": rank}).items()}}
-            others.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-        env = {**os.environ, **{name: str(value) for name, value in (together | {"RANK": 0}).items()}}
-        first = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        for rank in range(count):
+            env = {**os.environ, **{name: str(value) for name, value in (shared | {"RANK": rank}).items()}}
+            command = [sys.executable, "-c", WORKER, str(folder), str(num_images), str(rank)]
+            started.append(
+                subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            )
+        said = []
+        # Together only the first one comes to the end: the others wait for a search that it does not begin.
+        for number, process in enumerate(started[:1] if together else started):
+            out, err = process.communicate(timeout=PATIENCE)
+            if process.returncode:
+                raise RegsurgeryError(f"process {number} of {count} failed: {err[-2000:]}")
+            said.append(float(out.split()[-1]))
     finally:
-        for other in others:  # it waits for a search that the first one does not begin
-            other.kill()
-            other.wait()
-    if first.returncode:
-        raise RegsurgeryError(f"{count} processes: the first one failed: {first.stderr[-2000:]}")
-    return float(first.stdout.split()[-1])
+        for process in started:
+            process.kill()
+            process.wait()
+            assert process.stdout and process.stderr
+            process.stdout.close()
+            process.stderr.close()
+    return max(said)

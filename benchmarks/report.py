@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.goals import VERDICTS, Verdict, estimate
+from benchmarks.goals import AGAIN, VERDICTS, Verdict, estimate
 from benchmarks.suite import PARTS
 from regsurgery.evaluation.interval import Estimate
 
@@ -107,17 +107,18 @@ def _circumstances(record: Figures) -> str:
 def _latency(figures: Figures) -> Iterator[str]:
     yield (
         "`shift`, `native`, `bias`: the folder that `regsurgery patch` writes, as it is loaded. `hooks`: the same as "
-        "`shift` by forward hooks, whose outputs were compared with it first. Programs (`pt2`, `onnx`) of the original "
-        "come from the same exporter. Random weights; `bias` adds no token; `native` of ViT-L is "
-        "the class that it writes, not fitted. All factors times each other would take "
-        "hours: the full form has every value of every factor, and what the goals are about. A row ends when its "
-        "seconds are used up or its intervals are narrow enough.\n"
+        "`shift` by forward hooks, whose outputs were compared with it first. `original again`: the original once more, "
+        "as if it were another model; nothing is known better than that ratio is 1. Programs (`pt2`, `onnx`) of the "
+        "original come from the same exporter. Modules share equal weights, so that it does not matter where these lie "
+        "in memory. Random weights; `bias` adds no token; `native` of ViT-L is the class that it writes, not fitted. "
+        "All factors times each other would take hours: the full form has every value of every factor, and what the "
+        "goals are about. A row ends when its seconds are used up or its intervals are narrow enough.\n"
     )
     rows = []
     for group in figures["groups"]:
-        cells = [_ratio(group, mode) for mode in MODES]
+        cells = [_ratio(group, mode) for mode in (AGAIN, *MODES)]
         rows.append((*_group(group), str(group["rounds"]), f"{group['original']['ms']:.1f}", *cells))
-    yield table(("model", "runs as", "batch", "dtype", "rounds", "original, ms", *MODES), rows)
+    yield table(("model", "runs as", "batch", "dtype", "rounds", "original, ms", AGAIN, *MODES), rows)
     yield "Floor of `shift` and `native`: multiplications with one register over those without:\n"
     yield table(figures["floors"], [[f"{floor:.4f}" for floor in figures["floors"].values()]])
     yield "Peak of the bytes that live tensors take during a forward, over that of the original:\n"
@@ -209,9 +210,12 @@ def _find(figures: Figures) -> Iterator[str]:
         )
     processes = figures.get("processes")
     if processes:
+        together, apart = (estimate(processes[name]) for name in ("two_over_half", "apart_over_half"))
         yield (
-            f"Two gloo processes of one thread each take {processes['images']} images (ViT-Ti/16) "
-            f"{shown(estimate(processes['speed_up']), digits=2)} times as fast as one.\n"
+            f"Two gloo processes, each with one thread and one core, take {processes['images']} images (ViT-Ti/16) "
+            f"{shown(estimate(processes['speed_up']), digits=2)} times as fast as one: {shown(together, digits=2)} of "
+            f"half its time. Two searches at once that know nothing of each other take {shown(apart, digits=2)} of it, "
+            "with half of the images each: that is what the machine has to give.\n"
         )
 
 

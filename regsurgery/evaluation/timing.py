@@ -9,6 +9,7 @@ Shape suffix: R rounds.
 from __future__ import annotations
 
 import itertools
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -31,16 +32,17 @@ def turns(
 ) -> Iterator[dict[str, float]]:
     """Seconds of one run of every way, round after round, without end; runs that warm up are not told.
 
-    The order is turned round in every round and begins with another way in every second one (of two ways: ABBA BAAB).
+    The order is drawn anew for every second round and turned round in the next (of two ways: AB BA or BA AB). A fixed
+    order would not do: what a run leaves in caches and in the heap is a cost, or a gain, to the one behind it.
 
     Args:
         device: is waited for before and after every run, unless it is the CPU.
     """
-    names = list(ways)
+    names, rng = list(ways), random.Random(0)
+    order: list[str] = []
     for number in itertools.count(-warm_up):
-        order = names if number % 2 == 0 else names[::-1]
-        first = number // 2 % len(names)
-        taken = {name: timed(ways[name], device, clock) for name in order[first:] + order[:first]}
+        order = order[::-1] if number % 2 else rng.sample(names, len(names))
+        taken = {name: timed(ways[name], device, clock) for name in order or names}
         if number >= 0:
             yield {name: taken[name] for name in names}
 

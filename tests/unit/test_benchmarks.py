@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections import Counter
 from collections.abc import Callable
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,17 @@ def test_turns_begin_with_each_way_equally_often() -> None:
     list(islice(turns(ways, warm_up=0, clock=lambda: work.now), 8))
     starts = work.done[::2]
     assert starts.count("original") == starts.count("shift") == 4
-    assert starts[:4] == ["original", "shift", "shift", "original"]
+    assert all(first != second for first, second in zip(starts[::2], starts[1::2], strict=True))
+
+
+def test_no_way_always_runs_behind_the_same_one() -> None:
+    work = Work()
+    ways = {name: work.way(name, 1.0) for name in "abcd"}
+    list(islice(turns(ways, warm_up=0, clock=lambda: work.now), 40))
+    rounds = [work.done[at : at + 4] for at in range(0, len(work.done), 4)]
+    behind = Counter((one, next_) for each in rounds for one, next_ in pairwise(each))
+    assert all(sorted(each) == list("abcd") for each in rounds)
+    assert len(behind) == 12 and max(behind.values()) < 2 * min(behind.values()) + 3
 
 
 def test_rounds_end_when_the_time_is_up_or_all_is_known() -> None:
@@ -152,10 +164,21 @@ def test_hooks_do_the_surgery_for_every_image_of_a_batch() -> None:
 def test_what_is_made_anew_is_what_native_mode_writes(tmp_path: Path) -> None:
     shape = models.SHAPES["smoke"]
     written = models.Workshop(shape, tmp_path).module("native", "timm")
-    made = models.stock_host(shape)
+    made = models.stock_host(shape, models.Workshop(shape, tmp_path).stock())
     assert type(written) is type(made) and str(written) == str(made)
     shapes = [{name: value.shape for name, value in one.state_dict().items()} for one in (written, made)]
     assert shapes[0] == shapes[1] and shapes[0]["reg_token"] == (1, 1, 64)
+
+
+def test_equal_weights_are_shared_and_others_kept() -> None:
+    original = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    other = copy.deepcopy(original)
+    with torch.no_grad():
+        other[1].weight[0, 0] += 1
+    kept = other[1].weight.detach().clone()
+    assert models.share_weights(original, other) == 3
+    assert other[0].weight.data_ptr() == original[0].weight.data_ptr()
+    assert torch.equal(other[1].weight, kept) and other[1].weight.data_ptr() != original[1].weight.data_ptr()
 
 
 def test_models_that_give_other_outputs_are_not_compared() -> None:
@@ -218,6 +241,7 @@ MEASURED: dict[str, dict[str, Any]] = {
             "images": 80,
             "speed_up": {"value": 1.9, "low": 1.8, "high": 2.0, "n": 3},
             "two_over_half": {"value": 1.05, "low": 1.0, "high": 1.1, "n": 3},
+            "apart_over_half": {"value": 1.04, "low": 1.0, "high": 1.1, "n": 3},
         },
     },
     "patch": {
