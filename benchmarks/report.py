@@ -110,7 +110,7 @@ def _latency(figures: Figures) -> Iterator[str]:
         "`shift` by forward hooks, whose outputs were compared with it first. `original again`: the original once "
         "more, as if it were another model; nothing is known better than that ratio is 1. Programs (`pt2`, `onnx`) of "
         "the original come from the same exporter. Modules share equal weights, so that it does not matter where these "
-        "lie in memory. Random weights; `bias` adds no token; `native` of ViT-L is the class that it writes, not fitted. "
+        "lie in memory. Random weights; `bias` adds no token; `native` of ViT-L is the class that it writes, unfitted. "
         "All factors times each other would take hours: the full form has every value of every factor, and what the "
         "goals are about. A row ends when its seconds are used up or its intervals are narrow enough.\n"
     )
