@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None, run: Run = run_part) -> int:
     form = "smoke" if args.smoke else "short" if args.short else "full"
     kept = args.output / "results.json"
     results = json.loads(kept.read_text("utf-8")) if kept.is_file() else {}
+    for name in [name for name, record in results.items() if not _is_understood(name, record)]:
+        say(f"{name}: the earlier figures are of another version of the suite; left out")
+        del results[name]
     failed = []
     for name in [name for name in PARTS if name in args.only]:
         if args.device not in PARTS[name].devices:
@@ -51,6 +54,15 @@ def main(arguments: Sequence[str] | None = None, run: Run = run_part) -> int:
         (args.output / "RESULTS.md").write_text(rendered(results), "utf-8")
     say(f"{args.output / 'RESULTS.md'}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
+
+
+def _is_understood(name: str, record: dict[str, Any]) -> bool:
+    """Whether figures that were kept can still be shown."""
+    try:
+        rendered({name: record})
+    except (KeyError, TypeError, AttributeError):
+        return False
+    return True
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

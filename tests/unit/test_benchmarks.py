@@ -297,6 +297,16 @@ def test_one_part_alone_keeps_the_others_figures(name: str, tmp_path: Path) -> N
     assert text.count("**Failed.**") == 1 and "exit status 1:\nKilled" in text
 
 
+def test_figures_of_another_version_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--output", str(tmp_path)], fake())
+    kept = json.loads((tmp_path / "results.json").read_text())
+    del kept["find"]["figures"]["processes"]["apart_over_half"]
+    (tmp_path / "results.json").write_text(json.dumps(kept))
+    assert main(["--only", "startup", "--output", str(tmp_path)], fake()) == 0
+    assert "find: the earlier figures are of another version" in capsys.readouterr().out
+    assert json.loads((tmp_path / "results.json").read_text()).keys() == suite.PARTS.keys() - {"find"}
+
+
 def test_an_unknown_part_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--only", "latency,memory", "--output", str(tmp_path)], fake())
