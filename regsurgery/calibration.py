@@ -55,11 +55,17 @@ class ImageSet:
             return replace(self, chosen=tuple(self.chosen[i * len(self.chosen) // count] for i in range(count)))
         return replace(self, chosen=self.chosen[:count])
 
-    def split(self, every: int) -> tuple[ImageSet, ImageSet]:
-        """All images but every `every`-th one, and those."""
-        held_out = tuple(number for place, number in enumerate(self.chosen) if place % every == every - 1)
-        rest = tuple(number for place, number in enumerate(self.chosen) if place % every != every - 1)
-        return replace(self, chosen=rest), replace(self, chosen=held_out)
+    @property
+    def generated(self) -> bool:
+        """Whether the images are generated pictures, not photos."""
+        return isinstance(self.source, Generated)
+
+    def hold_out(self, count: int) -> tuple[ImageSet, ImageSet]:
+        """All images but `count` evenly spread ones, and those."""
+        total = len(self.chosen)
+        places = {(2 * i + 1) * total // (2 * count) for i in range(count)}
+        rest = tuple(number for place, number in enumerate(self.chosen) if place not in places)
+        return replace(self, chosen=rest), replace(self, chosen=tuple(self.chosen[place] for place in sorted(places)))
 
     def batches(self, size: int, preprocess: Callable[[list[Image]], Tensor]) -> Iterator[Tensor]:
         """All images, `size` at a time; see `numbered_batches`."""
@@ -206,6 +212,7 @@ def image_set(
     num_images: int | None = None,
     *,
     seed: int = 0,
+    purpose: str = "",
     say: Callable[[str], None] = lambda line: None,
 ) -> ImageSet:
     """The images in `where`, or dead-leaves pictures where it is None.
@@ -215,6 +222,7 @@ def image_set(
             one such file.
         num_images: at most that many, see `ImageSet.some`; by default all, or `DEFAULT_GENERATED`.
         seed: of the dead-leaves pictures.
+        purpose: what those are for, in a word; pictures for another purpose are others.
         say: is told of every broken image, once.
 
     Raises:
@@ -225,7 +233,7 @@ def image_set(
     if where is None:
         count = num_images or DEFAULT_GENERATED
         note = f"{count} generated dead-leaves pictures (no --images given)"
-        return ImageSet(note, Generated(count, seed), range(count))
+        return ImageSet(note, Generated(count, seed, purpose), range(count))
     root = Path(where)
     source = open_source(root)
     if len(source) < MIN_IMAGES:

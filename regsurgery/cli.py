@@ -26,6 +26,7 @@ from regsurgery.cli_options import (
     Mode,
     Model,
     NumImages,
+    NumRegisters,
     OutputFolder,
     Patched,
     Private,
@@ -33,6 +34,7 @@ from regsurgery.cli_options import (
     RecipeName,
     Revision,
     Seed,
+    Smallest,
     TrustRemoteCode,
 )
 from regsurgery.errors import (
@@ -96,6 +98,8 @@ def find(
     num_images: NumImages = None,
     seed: Seed = 0,
     force: Force = False,
+    num_registers: NumRegisters = None,
+    smallest: Smallest = False,
     part: Annotated[
         str | None, typer.Option("--part", help="I/N: only the I-th of N parts, as a job of an array; with --stats.")
     ] = None,
@@ -128,7 +132,16 @@ def find(
     given = {"images": images, "num_images": num_images, "seed": seed, "force": force, "precision": precision}
     with Screen(as_json=as_json, quiet=quiet or not is_first_process()) as screen, _nothing_to_fix(screen):
         if part is None or stats is None:
-            found = pipeline.find(model, output, merge=statistics or (), options=options, progress=screen, **given)
+            found = pipeline.find(
+                model,
+                output,
+                merge=statistics or (),
+                smallest=smallest,
+                num_registers=num_registers,
+                options=options,
+                progress=screen,
+                **given,
+            )
         else:
             found = pipeline.find_part(model, stats, Part.parse(part), options=options, progress=screen, **given)
     if isinstance(found, FoundPart):
@@ -137,7 +150,7 @@ def find(
         return
     if is_first_process():
         screen.found(found, output)
-    if not found.selection.suppressed:
+    if not found.suppressed:
         raise typer.Exit(EXIT_VERIFICATION_FAILED)
 
 
@@ -151,7 +164,8 @@ def patch(
         bool, typer.Option("--calibrate/--no-calibrate", help="Native mode: train the registers on the images.")
     ] = True,
     format: Format = None,
-    num_registers: Annotated[int | None, typer.Option("--num-registers", help="Register tokens.", min=1)] = None,
+    num_registers: NumRegisters = None,
+    smallest: Smallest = False,
     images: Images = None,
     num_images: NumImages = None,
     seed: Seed = 0,
@@ -187,6 +201,7 @@ def patch(
             calibrate=calibrate,
             format=format,
             num_registers=num_registers,
+            smallest=smallest,
             images=images,
             num_images=num_images,
             seed=seed,

@@ -26,6 +26,14 @@ Images = Annotated[
     ),
 ]
 NumImages = Annotated[int | None, typer.Option("--num-images", help="At most that many images.", min=1)]
+NumRegisters = Annotated[
+    int | None,
+    typer.Option("--num-registers", help="Number of register tokens; by default as many as drift least.", min=1),
+]
+Smallest = Annotated[
+    bool,
+    typer.Option("--smallest", help="Find the smallest set of neurons, with one register (the paper's setting)."),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Of generated pictures and random controls.")]
 Force = Annotated[bool, typer.Option("--force", help="Also find in a model that was trained with registers.")]
 RecipeName = Annotated[

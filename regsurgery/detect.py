@@ -1,4 +1,6 @@
-"""Which neurons, and how many: scores -> the smallest set that suppresses the outliers at the least drift.
+"""Scores -> the smallest set of neurons that suppresses the outliers, shifted onto one register.
+
+This is the paper's setting, and where the search for the most faithful one begins (`faithful.py`).
 
 The search needs no number set by hand. It begins with the neurons that alone have made outliers, and with those that
 come to do so once the first are shifted: outliers can mask others. While outliers are left, further candidates join in
@@ -10,16 +12,13 @@ neuron that is spread over several are put together.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from regsurgery.scores import Candidate, Sums, candidates
-from regsurgery.sites import Sites
-from regsurgery.trials import Glance, Neurons, Trial, Trials
+from regsurgery.trials import Glance, Neurons, Trials
 
 MAX_CANDIDATES = 256
 GONE = 0.05  # outliers per image that may remain; the limit of verification
@@ -30,24 +29,6 @@ STARVED = 0.5  # of the norm of the outliers that went; a register below it does
 NEEDED = 0.05  # relative growth of the former outliers by which a member proves itself
 SAME = 0.99  # cosine of two neurons' activations over patches from which they are parts of one
 PART = 0.01  # share of what its other part writes that a part must write
-FIRST_SIZES = (0, 1, 2, 3, 5, 8)  # rows of the sweep that are always shown
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of the sweep: a set of neurons, tried.
-
-    Attributes:
-        name: `top k` for the k best candidates, `chosen` for the chosen ones, or a control.
-        num_neurons: how many are shifted (or cleared).
-    """
-
-    name: str
-    num_neurons: int
-    trial: Trial
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "top_k": self.num_neurons, **asdict(self.trial)}
 
 
 @dataclass(frozen=True)
@@ -183,51 +164,3 @@ def _with_parts(
             parts = (cosine_H >= SAME) & (written_H >= PART * written_H[member])
             whole += [at for part in parts.nonzero().flatten().tolist() if (at := (block, part)) not in whole]
     return whole
-
-
-def sweep(
-    trials: Trials,
-    ranked: Sequence[Candidate],
-    selection: Selection,
-    sites: Sites,
-    seed: int,
-    progress: Callable[[int], None] = lambda done: None,
-) -> list[Row]:
-    """The figures of the whole model for the k best candidates, for the chosen set, and for the controls."""
-    best = [(candidate.block, candidate.neuron) for candidate in ranked]
-    rows = []
-
-    def add(name: str, neurons: Neurons, trial: Trial) -> None:
-        rows.append(Row(name, len(neurons), trial))
-        progress(1)
-
-    for k in sweep_sizes(len(selection.neurons), len(best)):
-        add(f"top {k}", best[:k], trials.whole_model(best[:k]))
-    add("chosen", selection.neurons, trials.whole_model(selection.neurons))
-    drawn = random_neurons(selection.neurons, sites, seed)
-    add("random (control)", drawn, trials.whole_model(drawn))
-    add("zeroed (control)", selection.neurons, trials.zeroed(selection.neurons))
-    return rows
-
-
-def sweep_sizes(num_chosen: int, num_candidates: int) -> list[int]:
-    """How many of the best candidates are tried: few, powers of two up to the chosen number, it, and one beyond."""
-    sizes = {size for size in FIRST_SIZES if size <= max(5, 2 * num_chosen)}
-    power = 16
-    while power < num_chosen:
-        sizes.add(power)
-        power *= 2
-    if num_chosen > max(FIRST_SIZES):
-        sizes |= {num_chosen, num_chosen + num_chosen // 2}
-    return sorted(size for size in sizes if size <= num_candidates)
-
-
-def random_neurons(neurons: Neurons, sites: Sites, seed: int) -> list[tuple[int, int]]:
-    """As many other neurons of the same blocks, drawn at random."""
-    rng = random.Random(seed)
-    drawn = []
-    for block in sorted({block for block, _ in neurons}):
-        taken = {neuron for at, neuron in neurons if at == block}
-        others = [neuron for neuron in range(sites.blocks[block].hidden_size) if neuron not in taken]
-        drawn += [(block, neuron) for neuron in sorted(rng.sample(others, len(taken)))]
-    return drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -106,6 +107,23 @@ def between(graph_module: fx.GraphModule, start: fx.Node, end: fx.Node) -> fx.Gr
             copied[node] = graph.node_copy(node, lambda n: copied[n])
     graph.output(copied[end])
     return fx.GraphModule(graph_module, graph)
+
+
+def continued_from(tapped: fx.GraphModule, start: str, output: str) -> fx.GraphModule:
+    """`tapped`, made by `statistics.tap`, from the node `start` on: its value is the first input, before all others.
+
+    Of the outputs only `output` is kept. What does not come from `start` is computed from the other inputs as before.
+    """
+    graph = copy.deepcopy(tapped.graph)
+    node = next(node for node in graph.nodes if node.name == start)
+    with graph.inserting_before(next(iter(graph.nodes))):
+        given = graph.placeholder("given")
+    node.replace_all_uses_with(given)
+    (end,) = graph.find_nodes(op="output")
+    outputs, taps = end.args[0]  # type: ignore[misc]
+    end.args = (({output: outputs[output]}, taps),)  # type: ignore[index]
+    drop_unused(graph)
+    return fx.GraphModule(tapped, graph)
 
 
 def set_parameter(root: nn.Module, name: str, parameter: nn.Parameter) -> None:

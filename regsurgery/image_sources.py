@@ -167,10 +167,11 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Generated:
-    """`count` dead-leaves pictures."""
+    """`count` dead-leaves pictures; those of another `purpose` are others."""
 
     count: int
     seed: int
+    purpose: str = ""
     random_access = True
 
     def __len__(self) -> int:
@@ -178,10 +179,10 @@ class Generated:
 
     def items(self, chosen: range | tuple[int, ...]) -> Iterator[Item]:
         for index in chosen:
-            yield f"dead-leaves picture {index}", f"{self.seed}/{index}"
+            yield f"dead-leaves picture {index}", f"{self.purpose}{self.seed}/{index}"
 
     def fingerprint(self) -> str:
-        return f"dead leaves {self.count} {self.seed}"
+        return f"dead leaves {self.count} {self.purpose}{self.seed}"
 
     def identity(self) -> str:
         return self.fingerprint()

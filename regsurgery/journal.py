@@ -1,6 +1,6 @@
-"""The journal of a long pass over images: sums so far, so that a killed run can be continued.
+"""Journals of a search, so that one that was killed can be continued: sums over images so far, and trials of settings.
 
-One safetensors file, replaced as a whole; it belongs to exactly one model, image set and division among processes.
+Each is one file, replaced as a whole; it belongs to exactly one model, image set and division among processes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from regsurgery import checkpoint_io
 from regsurgery.scores import Sums
@@ -69,6 +70,41 @@ class Journal:
         facts = {"key": self.key, "batch": batch, "broken": self.broken}
         checkpoint_io.replace_file(self.path, save(sums.tensors(), metadata={"journal": json.dumps(facts)}))
         self.written = time_now
+
+    def remove(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+class TrialJournal:
+    """What trials of settings gave so far, in the JSON file `path`, or nowhere if it is None.
+
+    Args:
+        key: what the trials are of; those of another key are ignored.
+
+    Attributes:
+        trials: plain data; the search reads and writes it.
+    """
+
+    def __init__(self, path: Path | None, key: str) -> None:
+        self.path, self.key = path, key
+        self.written = time.monotonic()
+        self.trials: dict[str, Any] = {}
+        if path is None or not path.is_file():
+            return
+        try:
+            facts = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError):
+            return  # written as a whole, so somebody else's; trials are run again
+        if isinstance(facts, dict) and facts.get("key") == key and isinstance(facts.get("trials"), dict):
+            self.trials = facts["trials"]
+
+    def write(self) -> None:
+        """Write the trials if the last time is long enough ago."""
+        if self.path is None or time.monotonic() - self.written < INTERVAL:
+            return
+        checkpoint_io.replace_file(self.path, json.dumps({"key": self.key, "trials": self.trials}).encode())
+        self.written = time.monotonic()
 
     def remove(self) -> None:
         if self.path is not None:

@@ -38,9 +38,9 @@ from regsurgery.recipe import MAX_REGISTERS, MODES, Recipe, find_recipe, recipe_
 
 if TYPE_CHECKING:
     from regsurgery.calibration import ImageSet
+    from regsurgery.deciding import FindOptions, Found
     from regsurgery.diagnosis import Diagnosis
     from regsurgery.distributed import Processes
-    from regsurgery.finding import Found
     from regsurgery.sharing import FoundPart, Part, Share
     from regsurgery.sites import Sites
     from regsurgery.stats_file import Statistics
@@ -49,8 +49,9 @@ if TYPE_CHECKING:
     from regsurgery.verification import Verdict
 
 
-HELD_OUT_EVERY = 5  # of the user's images, every fifth is for verification alone where a mode is fitted on images
+HELD_OUT = 30  # of the user's images that are for verification alone where something is fitted on images: a fifth, ...
 GENERATED_TO_FIT = 128  # pictures to fit on where the user gives none
+FIT = "fit"  # purpose of those
 
 
 class Progress:
@@ -102,6 +103,7 @@ def patch(
     calibrate: bool = True,
     format: str | None = None,
     num_registers: int | None = None,
+    smallest: bool = False,
     images: str | Path | ImageSet | None = None,
     num_images: int | None = None,
     seed: int = 0,
@@ -122,8 +124,10 @@ def patch(
         calibrate: native mode: train the register tokens and the register neurons' output columns on the images.
         format: one of `backends.FORMATS`; by default that of the model's library, or in native mode the one of a stock
             host.
-        images: where images for finding, fitting and verification are, see `calibration.image_set`, or themselves. A
-            mode that is fitted on images is verified on others: every `HELD_OUT_EVERY`-th, or other generated pictures.
+        num_registers: that many register tokens; by default the recipe's, or as many as drift least.
+        smallest: where neurons are found: the smallest set, with one register; see `find`.
+        images: where images for finding, fitting and verification are, see `calibration.image_set`, or themselves. What
+            is found or fitted on images is verified on others.
         seed: of generated pictures.
         force: find neurons in a model that was trained with registers, too.
         link: make hard links of shards that stay what they are, where the file system can.
@@ -137,7 +141,8 @@ def patch(
         VerificationError: the patched model fails verification; `output` is not created.
     """
     from regsurgery.calibration import ImageSet, image_set
-    from regsurgery.sharing import Share
+    from regsurgery.deciding import FindOptions
+    from regsurgery.sharing import SEARCH, Share
 
     started = time.monotonic()
     progress = progress or Progress()
@@ -147,8 +152,7 @@ def patch(
     for name, chosen, known in (("format", format, backends.FORMATS), ("mode", mode, MODES)):
         if chosen is not None and chosen not in known:
             raise UserError(f"{name} {chosen}: not one of {', '.join(known)}{did_you_mean(chosen, list(known))}")
-    if num_registers is not None and not 1 <= num_registers <= MAX_REGISTERS:
-        raise UserError(f"--num-registers {num_registers}: must be from 1 to {MAX_REGISTERS}")
+    _check_registers(num_registers)
     if format is not None:
         backends.require(format)
     given = None if recipe is None else _given_recipe(model, recipe, progress)
@@ -174,23 +178,23 @@ def patch(
                 "were found in its graph, and what is written is verified all the same"
             )
 
-        def operate_and_write(chosen: Recipe) -> PatchResult:
+        def operate_and_write(chosen: Recipe, seen: tuple[ImageSet, ImageSet] | None = None) -> PatchResult:
             from regsurgery.fitting import perform_bias, perform_native
             from regsurgery.run_record import run_of
             from regsurgery.surgery import perform
 
-            if num_registers is not None:
+            if num_registers not in (None, chosen.num_registers):
                 chosen = chosen.with_num_registers(num_registers)
             if mode is not None:
                 chosen = chosen.with_mode(mode)
             fmt = _format(format, loaded, chosen, progress)
             progress.stage("surgery")
-            unseen = pictures
+            unseen = pictures if seen is None else seen[1]
             if chosen.mode == "shift":
                 with _objects_stay():
                     surgery = perform(loaded, chosen, traced, sites)
             else:
-                fit, unseen = _disjoint(images, pictures, seed)
+                fit, unseen = _disjoint(images, pictures, seed, FIT) if seen is None or images is None else seen
                 if chosen.mode == "bias":
                     surgery = perform_bias(loaded, chosen, traced, sites, fit, progress=progress)
                 else:
@@ -231,8 +235,10 @@ def patch(
             except (RecipeError, VerificationError) as error:
                 progress.say(f"recipe {name} does not fit this model ({error}); finding its register neurons instead")
         journal = None if dry_run else output.absolute().with_name(f".{output.name}.journal")
-        share = Share.of(pictures)
-        return operate_and_write(_find(loaded, traced, sites, share, seed, force, journal, progress).recipe)
+        searched, unseen = _disjoint(images, pictures, seed, SEARCH)
+        wanted = FindOptions(seed, force, smallest=smallest, num_registers=num_registers)
+        found = _find(loaded, traced, sites, Share.of(searched), wanted, journal, progress)
+        return operate_and_write(found.recipe, (searched, unseen))
 
 
 def _format(wanted: str | None, loaded: Loaded, recipe: Recipe, progress: Progress) -> str:
@@ -267,19 +273,28 @@ def _check_memory(loaded: Loaded, what: str) -> None:
         )
 
 
-def _disjoint(images: str | Path | ImageSet | None, pictures: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Images to fit on, and others to verify on."""
-    from regsurgery.calibration import MIN_IMAGES, ImageSet, image_set
+def _disjoint(
+    images: str | Path | ImageSet | None, pictures: ImageSet, seed: int, purpose: str
+) -> tuple[ImageSet, ImageSet]:
+    """Images to search or fit on, and others to verify on; few photos of a search are all for both.
 
-    if images is None:
-        return image_set(None, GENERATED_TO_FIT, seed=seed + 1), pictures
-    if pictures.num_images < 2 * MIN_IMAGES:
+    Of the user's images a fifth is for verification, but at least `HELD_OUT`, and at most a third.
+    """
+    from regsurgery.calibration import MIN_IMAGES, ImageSet, image_set
+    from regsurgery.sharing import MIN_DIVIDED, SEARCH
+
+    total = pictures.num_images
+    if pictures.generated:
+        count = total if purpose == SEARCH else GENERATED_TO_FIT
+        return image_set(None, count, seed=seed, purpose=purpose), pictures
+    if purpose == SEARCH and total < MIN_DIVIDED:
+        return pictures, pictures
+    if total < 2 * MIN_IMAGES:
         where = pictures.note if isinstance(images, ImageSet) else images
         raise UserError(
-            f"{where}: {pictures.num_images} images, at least {2 * MIN_IMAGES} are needed to fit on some and verify "
-            "on others"
+            f"{where}: {total} images, at least {2 * MIN_IMAGES} are needed to fit on some and verify on others"
         )
-    fit, unseen = pictures.split(HELD_OUT_EVERY)
+    fit, unseen = pictures.hold_out(max(MIN_IMAGES, min(total // 3, max(HELD_OUT, total // 5))))
     return fit, replace(unseen, note=f"{unseen.num_images} of the {pictures.note}, held out")
 
 
@@ -292,11 +307,16 @@ def find(
     seed: int = 0,
     force: bool = False,
     precision: str = "checkpoint",
+    smallest: bool = False,
+    num_registers: int | None = None,
     merge: Sequence[str | Path] = (),
     options: LoadOptions | None = None,
     progress: Progress | None = None,
 ) -> Found:
-    """Find the register neurons of `model`: the smallest set that suppresses the outlier tokens.
+    """Find the register neurons of `model`, how many registers they need, and what the patches keep.
+
+    Of the settings that leave no outlier token it is the one whose outputs drift least from the original's, on images
+    that took no part in the search.
 
     Started by `torchrun` or `accelerate launch`, the processes share out the images; the first one writes.
 
@@ -308,6 +328,8 @@ def find(
         force: search a model that was trained with registers, too.
         precision: of the pass over all images: `checkpoint`, as the checkpoint is, or `bf16`, under autocast, with sums
             in float32 and float64. What is decided on the pilot's images always is as the checkpoint is.
+        smallest: the smallest set of neurons that suppresses the outlier tokens, with one register, whatever it drifts.
+        num_registers: that many registers; by default as many as drift least.
         merge: statistics files of all parts, in any order, that `find_part` wrote for the same model, images and
             options: decide by them, without a pass over the images. The recipe is that of a search in one process.
 
@@ -315,9 +337,12 @@ def find(
         NothingToFixError: there are no outlier tokens, or MLP neurons are not their cause.
         UserError: the input is at fault; see `errors`.
     """
+    from regsurgery.deciding import FindOptions
     from regsurgery.distributed import processes
 
     _check_precision(precision)
+    _check_registers(num_registers)
+    wanted = FindOptions(seed, force, precision, smallest, num_registers)
     progress = progress or Progress()
     if output is not None:
         output = Path(output)
@@ -332,7 +357,7 @@ def find(
             part = Part(1, len(parts))  # any will do, to look at the pilot's images and no more than needed
         loaded, traced, sites, share = _shared(model, images, num_images, seed, part, options, progress, group)
         journal = None if output is None else output.absolute().with_name(f"{output.name}.journal")
-        found = _find(loaded, traced, sites, share, seed, force, journal, progress, group, precision, parts)
+        found = _find(loaded, traced, sites, share, wanted, journal, progress, group, parts)
         if output is not None and group.is_first:
             checkpoint_io.replace_file(output, found.recipe.to_yaml().encode())
     return found
@@ -365,6 +390,7 @@ def find_part(
         NothingToFixError: there are no outlier tokens, or MLP neurons are not their cause.
         UserError: the input is at fault; see `errors`.
     """
+    from regsurgery.deciding import FindOptions
     from regsurgery.distributed import processes
     from regsurgery.finding import find_part as search
     from regsurgery.sharing import Part
@@ -383,10 +409,9 @@ def find_part(
             share,
             chosen,
             stats,
-            force=force,
+            FindOptions(seed, force, precision),
             processes=group,
             progress=progress,
-            precision=precision,
         )
 
 
@@ -413,12 +438,10 @@ def _find(
     traced: Traced,
     sites: Sites,
     share: Share,
-    seed: int,
-    force: bool,
+    options: FindOptions,
     journal: Path | None,
     progress: Progress,
     group: Processes | None = None,
-    precision: str = "checkpoint",
     parts: dict[Path, Statistics] | None = None,
 ) -> Found:
     from regsurgery.distributed import Processes
@@ -429,17 +452,22 @@ def _find(
         traced,
         sites,
         share,
-        seed=seed,
-        force=force,
+        options,
         journal_path=journal,
         processes=group or Processes(),
         progress=progress,
-        precision=precision,
         parts=parts,
     )
-    neurons = ", ".join(f"{b}:{n}" for b, listed in found.recipe.register_neurons.items() for n in listed)
-    progress.say(f"register neurons (block:neuron): {neurons}; {found.second_resolution.note}")
+    recipe = found.recipe
+    neurons = ", ".join(f"{b}:{n}" for b, listed in recipe.register_neurons.items() for n in listed)
+    tokens = "1 register token" if recipe.num_registers == 1 else f"{recipe.num_registers} register tokens"
+    progress.say(f"register neurons (block:neuron): {neurons}; {tokens}; {found.second_resolution.note}")
     return found
+
+
+def _check_registers(num_registers: int | None) -> None:
+    if num_registers is not None and not 1 <= num_registers <= MAX_REGISTERS:
+        raise UserError(f"--num-registers {num_registers}: must be from 1 to {MAX_REGISTERS}")
 
 
 def _check_precision(precision: str) -> None:

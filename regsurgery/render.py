@@ -27,9 +27,10 @@ from rich.text import Text
 from regsurgery.pipeline import Progress
 
 if TYPE_CHECKING:
+    from regsurgery.deciding import Found
     from regsurgery.diagnosis import Diagnosis
     from regsurgery.evaluation import Evaluation
-    from regsurgery.finding import Found
+    from regsurgery.faithful import Row
     from regsurgery.hub import Pushed
     from regsurgery.pipeline import PatchResult
     from regsurgery.recipe import Recipe
@@ -187,25 +188,20 @@ class Screen(Progress):
     def found(self, found: Found, output: Path) -> None:
         if self.as_json:
             print(json.dumps(found.as_dict(), indent=2))
-        self.out.print(f"{found.num_images} images; what shifting would do, on the pilot's images", markup=False)
-        names = ("shifted", "outliers", "max/med", "register", "cos.out", "cos.patch", "KL")
-        table = Table(*names, box=box.SIMPLE_HEAD)
-        table.columns[0].no_wrap = True
-        for column in table.columns[1:]:
+        self.out.print(
+            f"{found.num_images} images searched; settings compared on {found.judged_on}", soft_wrap=True, markup=False
+        )
+        names = ("neurons", "registers", "outliers", "register norm", "drift", "cost")
+        if any(row.tried.kl is not None for row in found.choice.rows):
+            names = (*names[:4], "KL", "same class", "cost")
+        table = Table("", *names, box=box.SIMPLE_HEAD)
+        table.columns[0].no_wrap = table.columns[1].no_wrap = True
+        for column in table.columns[2:]:
             column.justify = "right"
-        for row in found.sweep:
-            trial = row.trial
-            table.add_row(
-                row.name if row.name.startswith("top") else f"{row.name.removesuffix(' (control)')} {row.num_neurons}",
-                f"{trial.outliers_per_image:.2f}",
-                f"{trial.max_over_median:.1f}",
-                "" if trial.register_norm is None else f"{trial.register_norm:.0f}",
-                f"{trial.cosine_output:.4f}",
-                f"{trial.cosine_patches:.4f}",
-                "" if trial.kl is None else f"{trial.kl:.4f}",
-            )
+        for row in found.choice.rows:
+            table.add_row(*_setting_cells(row))
         self.out.print(table)
-        self.out.print("random: as many other neurons; zeroed: the chosen ones cleared, no register", markup=False)
+        self.out.print("* chosen; p the paper's setting; cost in per cent of the tokens", markup=False)
         first, second = (*found.candidates, None)[:2]
         if first is not None and second is not None:
             self.out.print(
@@ -215,7 +211,7 @@ class Screen(Progress):
             )
         self._neurons(found.recipe)
         self.out.print(found.second_resolution.note, soft_wrap=True, markup=False)
-        if not found.selection.suppressed:
+        if not found.suppressed:
             self.out.print("NOT suppressed: outlier tokens remain, or the register is starved", markup=False)
         self.out.print(f"wrote {output}", soft_wrap=True, markup=False)
 
@@ -349,6 +345,19 @@ class Screen(Progress):
             f"written model against graph, allowed {verdict.parity_allowed:.0e}", "", f"{verdict.parity_max_abs:.1e}"
         )
         self.out.print(table)
+
+
+def _setting_cells(row: Row) -> list[str]:
+    """A row of the table of settings, as text."""
+    figures, count = row.tried.means(), len(row.tried.drift)
+    mark = f"{'*' if row.chosen else ''}{'p' if row.paper else ''}"
+    fill = "" if row.setting.fill == "zero" else f", fill {row.setting.fill}"
+    error = float(row.tried.drift.std()) / count**0.5 if count > 1 else 0.0
+    cells = [mark, row.name + fill, str(row.setting.num_registers), f"{figures['outliers']:.2f}",
+             f"{figures['register_norm']:.0f}", f"{figures['drift']:.4f} ± {error:.4f}"]  # fmt: skip
+    if row.tried.same_argmax is not None:
+        cells.append(f"{int(row.tried.same_argmax.sum())} of {count}")
+    return [*cells, f"{row.cost:.2f}"]
 
 
 def difference_lines(difference: Difference) -> list[str]:

@@ -12,14 +12,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from regsurgery.calibration import ImageSet, image_set
+from regsurgery.calibration import DEFAULT_GENERATED, ImageSet, image_set
 from regsurgery.distributed import Processes
 from regsurgery.errors import UserError
-from regsurgery.image_sources import dataset_files, fingerprint_of
+from regsurgery.image_sources import Generated, dataset_files, fingerprint_of
 from regsurgery.image_tars import Tars
 
 BATCH = 8
 PILOT_IMAGES = 32  # for what is decided on few images
+JUDGING_IMAGES = 48  # on which settings are compared; they take no part in the search
+MIN_DIVIDED = 24  # of fewer images none is held out
+SEARCH, JUDGE = "search", "judge"  # purposes of generated pictures
 
 
 class Part(NamedTuple):
@@ -70,6 +73,8 @@ class Share:
 
     Attributes:
         pilot: at most `PILOT_IMAGES`, the same in every process and part.
+        judging: images that take no part in the search, and decide between the settings that it found; None where none
+            are held out: too few images, or tars, which are read whole.
         own, first, step: the share is the batches `first`, `first + step`, ... of `own`.
         by_file: no batch has images of two tars.
         identity: of the images of all shares; the same on every machine that has a copy of them.
@@ -83,13 +88,17 @@ class Share:
     by_file: bool
     identity: str
     name: str | None = None
+    judging: ImageSet | None = None
 
     @classmethod
     def of(cls, images: ImageSet) -> Share:
         """All of `images`, for one process."""
         source, whole = images.source, len(images.chosen) == len(images.source)
-        pilot = _first_images(images, source.paths) if whole and isinstance(source, Tars) else None
-        return cls(pilot or images.some(PILOT_IMAGES), images, 0, 1, whole, source.identity())
+        if whole and isinstance(source, Tars):
+            pilot = _first_images(images, source.paths)
+            return cls(pilot or images.some(PILOT_IMAGES), images, 0, 1, True, source.identity())
+        own, judging = _held_out(images)
+        return cls(own.some(PILOT_IMAGES), own, 0, 1, whole, source.identity(), judging=judging)
 
     def num_images(self) -> int:
         """How many images the share has, broken ones included."""
@@ -126,9 +135,23 @@ def share_out(
         kind, paths = dataset_files(Path(where))
         if kind == "tar" and len(paths) >= (part.total if part.total > 1 else processes.count) > 1:
             return _tars(Path(where), paths, say, part, processes)
-    share = Share.of(image_set(where, num_images, seed=seed, say=say))
+    share = Share.of(image_set(where, num_images, seed=seed, purpose=SEARCH, say=say))
     first = part.number - 1 + processes.rank * part.total
     return replace(share, first=first, step=part.total * processes.count)
+
+
+def _held_out(images: ImageSet) -> tuple[ImageSet, ImageSet | None]:
+    """Images to search on and others to judge on, if there are enough; of generated pictures there always are."""
+    source, total = images.source, images.num_images
+    if isinstance(source, Generated):
+        count = JUDGING_IMAGES if total >= DEFAULT_GENERATED else total
+        others = replace(source, count=count, purpose=JUDGE)
+        note = f"{count} other generated pictures"
+        return images, replace(images, source=others, chosen=range(count), note=note)
+    if total < MIN_DIVIDED or not source.random_access:
+        return images, None
+    own, judging = images.hold_out(min(JUDGING_IMAGES, total // 3))
+    return own, replace(judging, note=f"{judging.num_images} of the {images.note}, held out")
 
 
 def _tars(where: Path, paths: tuple[Path, ...], say: Callable[[str], None], part: Part, processes: Processes) -> Share:

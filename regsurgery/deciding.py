@@ -1,0 +1,337 @@
+"""The decision of `find`: scores -> the smallest set of neurons -> the setting with the least drift -> a recipe.
+
+Everything here looks at few images: neurons are found and grown on the pilot's, settings are compared on others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import regsurgery
+from regsurgery import backends
+from regsurgery.detect import GONE, Selection, select
+from regsurgery.diagnosis import Diagnosis
+from regsurgery.drift import DriftTrials
+from regsurgery.errors import NothingToFixError, UnsupportedModelError
+from regsurgery.faithful import FILLS, POOL, Choice, Cure, choose, grow, register_counts
+from regsurgery.journal import TrialJournal
+from regsurgery.loading import Loaded
+from regsurgery.match import match
+from regsurgery.recipe import Recipe
+from regsurgery.scores import PRECISIONS, Candidate, Scorer, Sums
+from regsurgery.sharing import BATCH, PILOT_IMAGES, Share
+from regsurgery.sites import Sites
+from regsurgery.trace import Traced, trace
+from regsurgery.trials import Trials
+
+if TYPE_CHECKING:
+    from regsurgery.pipeline import Progress
+
+TRIAL_IMAGES = 16  # of the pilot's, for every trial of a set
+MAX_TRIED_AGAIN = 3  # settings that are tried at the second image size
+SHOWN_CANDIDATES = 10
+LARGE_IMAGE = 320  # pixels; the second resolution is half again as large below it, two thirds above it
+DIGITS = 4  # significant ones of every figure in a recipe
+
+
+@dataclass(frozen=True)
+class FindOptions:
+    """What the user may choose.
+
+    Attributes:
+        seed: of generated pictures.
+        force: search a model that was trained with registers, too.
+        precision: of the pass over all images, one of `PRECISIONS`.
+        smallest: the smallest set of neurons that removes the outliers, with one register, whatever its drift.
+        num_registers: that many registers; by default as many as drift least.
+    """
+
+    seed: int = 0
+    force: bool = False
+    precision: str = PRECISIONS[0]
+    smallest: bool = False
+    num_registers: int | None = None
+
+
+@dataclass(frozen=True)
+class SecondResolution:
+    """The chosen set at another image size, on the pilot's images.
+
+    Attributes:
+        image_size: (height, width).
+        held: the outliers are gone there too, if there are any; None where the model takes no other size.
+        note: one line that says so.
+    """
+
+    image_size: tuple[int, int]
+    held: bool | None
+    note: str
+    original: float | None = None
+    patched: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "image_size": list(self.image_size),
+            "held": self.held,
+            "outliers_per_image": {"original": self.original, "patched": self.patched},
+            "note": self.note,
+        }
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `find` found.
+
+    Attributes:
+        threshold: mean over the images of the norm above which a patch is an outlier, after block `settled_block` of
+            the diagnosis.
+        smallest: the smallest set that suppresses the outliers, with one register: the paper's setting.
+        choice: the setting of the recipe, and the table it was chosen from.
+        num_images: images that the scores are sums over.
+        candidates: the best by contribution.
+        judged_on: the images that settings were compared on, in words.
+    """
+
+    recipe: Recipe
+    diagnosis: Diagnosis
+    smallest: Selection
+    choice: Choice
+    threshold: float
+    num_images: int
+    candidates: tuple[Candidate, ...]
+    second_resolution: SecondResolution
+    judged_on: str
+
+    @property
+    def suppressed(self) -> bool:
+        """Whether shifting removes the outliers, and the registers take over their norm."""
+        return self.smallest.suppressed
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "register_neurons": {str(b): list(neurons) for b, neurons in self.recipe.register_neurons.items()},
+            "emergence_block": self.diagnosis.emergence_block,
+            "threshold": self.threshold,
+            "num_images": self.num_images,
+            "candidates": [
+                {
+                    "block": c.block,
+                    "index": c.neuron,
+                    "score": c.contribution,
+                    "mean_activation": c.activation,
+                    "outliers_alone": c.alone,
+                }
+                for c in self.candidates[:SHOWN_CANDIDATES]
+            ],
+            "num_registers": self.recipe.num_registers,
+            "fill": self.recipe.fill,
+            "judged_on": self.judged_on,
+            "sweep": [row.as_dict() for row in self.choice.rows],
+            "suppressed": self.suppressed,
+            "second_resolution": self.second_resolution.as_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a decision is made with.
+
+    Attributes:
+        share: its pilot and its images to judge on are looked at.
+        note: what all images of the search are, in words.
+        journal: remembers what was tried, so that a search that was stopped goes on.
+    """
+
+    loaded: Loaded
+    traced: Traced
+    sites: Sites
+    scorer: Scorer
+    share: Share
+    note: str
+    options: FindOptions
+    progress: Progress
+    journal: TrialJournal
+
+    def trials(self, name: str, images: Sequence[torch.Tensor], first_block: int) -> DriftTrials:
+        """Trials on `images`, batches; `name` keeps them apart from others."""
+        return self.at(name, self.loaded, self.traced, self.sites, images, first_block)
+
+    def at(
+        self,
+        name: str,
+        loaded: Loaded,
+        traced: Traced,
+        sites: Sites,
+        images: Sequence[torch.Tensor],
+        first_block: int,
+    ) -> DriftTrials:
+        """As `trials`, of the model as it is at another image size."""
+
+        def done() -> None:
+            self.journal.write()
+            self.progress.advance(1)
+
+        memo = self.journal.trials.setdefault(name, {})
+        return DriftTrials(loaded, traced, sites, images, first_block, memo=memo, done=done)
+
+
+def decide(search: Search, diagnosis: Diagnosis, sums: Sums, ranked: Sequence[Candidate]) -> Found:
+    """Choose among `ranked`, the candidates of `sums`, best first.
+
+    Raises:
+        NothingToFixError: no neurons are the outliers' cause.
+    """
+    progress, loaded = search.progress, search.loaded
+    progress.stage("search")
+    pilot = list(search.share.pilot.batches(BATCH, loaded.preprocess))
+    batches = pilot[:: max(1, PILOT_IMAGES // TRIAL_IMAGES)]
+    trials = Trials(loaded, search.traced, search.sites, batches)
+    exact, seen = Scorer(loaded, search.traced, search.sites, len(search.scorer.blocks) - 1), search.scorer.new_sums()
+    for batch in batches:
+        exact.add(seen, batch)
+    smallest = select(trials, ranked, seen, pilot, progress.advance)
+    if not smallest.neurons:
+        reason = f"{diagnosis.reason}; but shifting MLP neurons does not reduce them: neurons are not their cause"
+        raise NothingToFixError(replace(diagnosis, verdict="unsupported", reason=reason))
+    cure = Cure(trials.original.outliers, max(GONE, smallest.glance.outliers), trials.outlier_norm)
+    judging, judged_on = _judging(search, pilot)
+    choice = _choose(search, cure, smallest, [(c.block, c.neuron) for c in ranked], batches, judging)
+    progress.stage("second resolution")
+    choice, second = _second_resolution(search, cure, choice, batches)
+    setting = choice.setting
+    recipe = replace(setting.recipe(), model=loaded.source.name)
+    chosen = {
+        "register_neurons": {block: list(neurons) for block, neurons in recipe.register_neurons.items()},
+        "num_registers": recipe.num_registers,
+        "fill": recipe.fill,
+    }
+    found = Found(
+        recipe, diagnosis, smallest, choice, sums.threshold, sums.num_images, tuple(ranked), second, judged_on
+    )
+    facts = {
+        "found_by": f"regsurgery {regsurgery.__version__} find",
+        "chosen": chosen,
+        "source": {"sha256": loaded.source.sha256, "revision": loaded.source.revision},
+        "images": search.note,
+        "num_images": sums.num_images,
+        "evidence": "generated" if search.share.pilot.generated else "photos",
+        "judged_on": judged_on,
+        "preprocessing": loaded.preprocess_note,
+        "seed": search.options.seed,
+        **({} if search.scorer.precision == PRECISIONS[0] else {"scores_in": search.scorer.precision}),
+        "positional": diagnosis.positional,
+        "emergence_block": diagnosis.emergence_block,
+        "settled_block": diagnosis.settled_block,
+        "threshold": sums.threshold,
+        "outliers_per_image": {"original": diagnosis.outliers_per_image, "patched": smallest.glance.outliers},
+        "suppressed": smallest.suppressed,
+        "candidates": [
+            {
+                "block": c.block,
+                "index": c.neuron,
+                "contribution": c.contribution,
+                "mean_activation": c.activation,
+                "outliers_alone": c.alone,
+            }
+            for c in ranked[:SHOWN_CANDIDATES]
+        ],
+        "sweep": [row.as_dict() for row in choice.rows],
+        "second_resolution": second.as_dict(),
+    }
+    return replace(found, recipe=replace(recipe, provenance=_rounded(facts)))
+
+
+def _judging(search: Search, pilot: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], str]:
+    """The images that settings are compared on, and what they are, in words."""
+    judging = search.share.judging
+    if judging is not None:
+        return list(judging.batches(BATCH, search.loaded.preprocess)), judging.note
+    others = [batch for number, batch in enumerate(pilot) if number % max(1, PILOT_IMAGES // TRIAL_IMAGES)]
+    count = sum(map(len, others or pilot))
+    what = "that neurons were not grown on" if others else "of the search itself: too few for others"
+    return list(others or pilot), f"{count} images {what}"
+
+
+def _choose(
+    search: Search,
+    cure: Cure,
+    smallest: Selection,
+    ranked: Sequence[tuple[int, int]],
+    batches: Sequence[torch.Tensor],
+    judging: Sequence[torch.Tensor],
+) -> Choice:
+    """Grow sets of neurons by drift on `batches`, and choose a setting on the images `judging`."""
+    search.progress.stage("drift")
+    wanted = search.options
+    counts = register_counts(cure.original, 1 if wanted.smallest and not wanted.num_registers else wanted.num_registers)
+    pool = () if wanted.smallest else ranked
+    first = min(block for block, _ in (*smallest.neurons, *[at for at in pool if at not in smallest.neurons][:POOL]))
+    sets, count = [smallest.neurons], min(counts)
+    if not wanted.smallest:
+        sets, count = grow(search.trials("grow", batches, first), smallest.neurons, pool, cure, counts)
+    trials = search.trials("judge", judging, first)
+    fills = () if wanted.smallest else FILLS
+    return choose(trials, sets, count, cure, counts, search.sites.num_tokens, fills=fills)
+
+
+def _second_resolution(
+    search: Search, cure: Cure, choice: Choice, batches: Sequence[torch.Tensor]
+) -> tuple[Choice, SecondResolution]:
+    """Try the chosen setting at another image size, and the next best ones where outliers come back there.
+
+    The pictures are resized after preprocessing.
+    """
+    loaded, traced, sites = search.loaded, search.traced, search.sites
+    size = second_size(traced.image_size, sites.num_tokens - sites.num_prefix)
+    try:
+        other = backends.library(loaded.library).at_size(loaded, size)
+        retraced = trace(other, size)
+        resites = match(retraced)
+    except UnsupportedModelError:
+        return choice, SecondResolution(
+            size, None, f"holds at {_text(traced.image_size)} only: the model takes no other size"
+        )
+    resized = [
+        torch.nn.functional.interpolate(batch.float(), size, mode="bicubic", antialias=True).to(batch.dtype)
+        for batch in batches
+    ]
+    first = min(block for setting in choice.ranked for block, _ in setting.neurons)
+    trials = search.at("second resolution", other, retraced, resites, resized, first)
+    before = trials.original_outliers
+    held, tried = False, None
+    for setting in choice.ranked[:MAX_TRIED_AGAIN]:
+        after = float(trials(setting).outliers.mean())
+        if tried is None or after <= cure.allowed:
+            tried = setting, after
+        held = after <= cure.allowed
+        if held:
+            break
+    assert tried is not None
+    setting, after = tried
+    verb = "holds" if held else "does not hold"
+    note = f"{verb} at {_text(size)}: {before:.2f} outlier tokens per image become {after:.2f}"
+    return choice.with_setting(setting), SecondResolution(size, held, note, before, after)
+
+
+def second_size(size: tuple[int, int], num_patches: int) -> tuple[int, int]:
+    """Another image size of whole patches: half again as large, or two thirds of a large one."""
+    height, width = size
+    patch = round((height * width / num_patches) ** 0.5)
+    factor = 1.5 if max(size) < LARGE_IMAGE else 2 / 3
+    return (round(factor * height / patch) * patch, round(factor * width / patch) * patch)
+
+
+def _text(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]} pixels"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    return [_rounded(entry) for entry in value] if isinstance(value, list) else value
