@@ -191,17 +191,19 @@ class Screen(Progress):
         self.out.print(
             f"{found.num_images} images searched; settings compared on {found.judged_on}", soft_wrap=True, markup=False
         )
-        names = ("neurons", "registers", "outliers", "register norm", "drift", "cost")
-        if any(row.tried.kl is not None for row in found.choice.rows):
-            names = (*names[:4], "KL", "same class", "cost")
-        table = Table("", *names, box=box.SIMPLE_HEAD)
-        table.columns[0].no_wrap = table.columns[1].no_wrap = True
-        for column in table.columns[2:]:
+        logits = any(row.tried.kl is not None for row in found.choice.rows)
+        drift = ("KL", "same class") if logits else ("drift",)
+        table = Table("neurons", "R", "outliers", "norm", *drift, "cost, %", box=box.SIMPLE_HEAD)
+        table.columns[0].no_wrap = True
+        for column in table.columns[1:]:
             column.justify = "right"
         for row in found.choice.rows:
             table.add_row(*_setting_cells(row))
         self.out.print(table)
-        self.out.print("* chosen; p the paper's setting; cost in per cent of the tokens", markup=False)
+        self.out.print(
+            "R: register tokens; norm: of a register; cost: tokens added\n* chosen; (p) the paper's setting",
+            markup=False,
+        )
         first, second = (*found.candidates, None)[:2]
         if first is not None and second is not None:
             self.out.print(
@@ -349,14 +351,13 @@ class Screen(Progress):
 
 def _setting_cells(row: Row) -> list[str]:
     """A row of the table of settings, as text."""
-    figures, count = row.tried.means(), len(row.tried.drift)
-    mark = f"{'*' if row.chosen else ''}{'p' if row.paper else ''}"
+    figures, tried = row.tried.means(), row.tried
     fill = "" if row.setting.fill == "zero" else f", fill {row.setting.fill}"
-    error = float(row.tried.drift.std()) / count**0.5 if count > 1 else 0.0
-    cells = [mark, row.name + fill, str(row.setting.num_registers), f"{figures['outliers']:.2f}",
-             f"{figures['register_norm']:.0f}", f"{figures['drift']:.4f} ± {error:.4f}"]  # fmt: skip
-    if row.tried.same_argmax is not None:
-        cells.append(f"{int(row.tried.same_argmax.sum())} of {count}")
+    cells = [f"{'*' if row.chosen else ' '} {row.name}{fill}{' (p)' if row.paper else ''}",
+             str(row.setting.num_registers), f"{figures['outliers']:.2f}", f"{figures['register_norm']:.0f}",
+             f"{figures['drift']:.4f}"]  # fmt: skip
+    if tried.same_argmax is not None:
+        cells.append(f"{int(tried.same_argmax.sum())} of {len(tried.same_argmax)}")
     return [*cells, f"{row.cost:.2f}"]
 
 
