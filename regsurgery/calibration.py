@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from regsurgery.errors import UserError
 from regsurgery.image_sources import UNREADABLE, Generated, Item, Source, Stretch, decode, open_source
@@ -46,6 +46,11 @@ class ImageSet:
     @property
     def num_images(self) -> int:
         return len(self.chosen)
+
+    @property
+    def evidence(self) -> Literal["photos", "generated"]:
+        """What kind of images figures of them rest on."""
+        return "generated" if isinstance(self.source, Generated) else "photos"
 
     def some(self, count: int) -> ImageSet:
         """At most `count` of these images: evenly spread, or the first where the source can only be streamed."""

@@ -33,6 +33,7 @@ from regsurgery.cli_options import (
     RecipeName,
     Revision,
     Seed,
+    Strict,
     TrustRemoteCode,
 )
 from regsurgery.errors import (
@@ -164,6 +165,7 @@ def patch(
     verification: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare original and patched model on images.")
     ] = True,
+    strict: Strict = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything, but write nothing.")] = False,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -193,6 +195,7 @@ def patch(
             force=force,
             link=link,
             verification=verification,
+            strict=strict,
             dry_run=dry_run,
             progress=screen,
             options=_options(allow_pickle, trust_remote_code, revision, max_memory),
@@ -211,6 +214,7 @@ def verify(
     original: Annotated[str | None, typer.Option("--original", help="MODEL to compare with.")] = None,
     images: Images = None,
     num_images: NumImages = None,
+    strict: Strict = False,
     trust_remote_code: TrustRemoteCode = False,
     revision: Annotated[str | None, typer.Option("--revision", help="Hub revision.")] = None,
     max_memory: MaxMemory = None,
@@ -224,7 +228,13 @@ def verify(
     options = _options(trust_remote_code=trust_remote_code, revision=revision, max_memory=max_memory)
     with Screen(as_json=as_json, quiet=quiet) as screen:
         verdict = pipeline.verify(
-            folder, original=original, images=images, num_images=num_images, options=options, progress=screen
+            folder,
+            original=original,
+            images=images,
+            num_images=num_images,
+            strict=strict,
+            options=options,
+            progress=screen,
         )
     screen.verified(verdict)
     if not verdict.passed:

@@ -22,7 +22,7 @@ from regsurgery.run_record import (
     versions,
     write_run_record,
 )
-from regsurgery.verification import Pair, Verdict
+from regsurgery.verdict import Pair, Verdict
 
 RUN: dict[str, Any] = {
     "model": "demo", "revision": None, "sha256": "0" * 64, "mode": "shift", "format": "transformers",
@@ -30,8 +30,13 @@ RUN: dict[str, Any] = {
     "images": None, "versions": {"torch": "2.15.0"},
 }  # fmt: skip
 PAIR = Pair(1 / 3, 2e-7 / 3)
-VERDICT = Verdict(True, 4, "4 images", 2, "logits", PAIR, PAIR, PAIR, PAIR, 1.5, float("inf"), False, None, 0.9, 0.99,
-                  0.123456789, 1.0, 0.0, 1e-5)  # fmt: skip
+VERDICT = Verdict(
+    passed=True, num_images=4, images="4 images", evidence="photos", block=2, output="logits", outliers_per_image=PAIR,
+    max_patch_norm=PAIR, worst_patch_norm=PAIR, median_patch_norm=PAIR, register_norm=1.5,
+    register_norm_std=float("inf"), positional=False, margin=None, cosine_patches=0.9, cosine_output=0.99,
+    kl=0.123456789, same_argmax=1.0, num_same=4, intervals={"kl": (0.1234567, 0.2), "cosine_patches": None},
+    unused_register=None, parity_max_abs=0.0, parity_allowed=1e-5,
+)  # fmt: skip
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
