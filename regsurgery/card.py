@@ -13,7 +13,7 @@ from regsurgery.families import LOGIT_OUTPUTS
 from regsurgery.source_card import SourceCard, read_source_card
 from regsurgery.surgery import Surgery
 from regsurgery.verdict import MIN_IMAGES_FOR_PERCENT, Verdict
-from regsurgery.verdict_text import count_of_same, counted, ends, remarks, rows, sentence, title
+from regsurgery.verdict_text import counted, ends, remarks, rows, sentence, share_text, title
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -111,7 +111,7 @@ def _figures(verdict: Verdict) -> dict[str, Any]:
         "cosine_output": ends(verdict, "cosine_output", 4),
         "cosine_patches": ends(verdict, "cosine_patches", 4),
         "kl": kl_ends,
-        "same": None if verdict.num_same is None else count_of_same(verdict),
+        "same": None if verdict.num_same is None else share_text(verdict.num_same, verdict.num_images),
     }
 
 

@@ -129,13 +129,7 @@ class Verdict:
         """Plain data, as JSON has it; `judged` is `is_judged`."""
         facts = asdict(replace(self, norm_maps=None))
         del facts["norm_maps"]
-        return {
-            **facts,
-            "judged": self.is_judged,
-            "intervals": {name: None if ends is None else list(ends) for name, ends in self.intervals.items()},
-            "failures": list(self.failures),
-            "warnings": list(self.warnings),
-        }
+        return _plain({**facts, "judged": self.is_judged})
 
     def strictly(self) -> Verdict:
         """The verdict where a warning is a failure, and so are too few images."""
@@ -143,6 +137,13 @@ class Verdict:
         if not self.is_judged:
             failures = (*failures, f"too few images to judge: {self.num_images}, at least {MIN_IMAGES_TO_JUDGE}")
         return replace(self, passed=not failures, failures=failures, warnings=())
+
+
+def _plain(value: Any) -> Any:
+    """`value` with lists for tuples."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def warnings_of(verdict: Verdict) -> tuple[str, ...]:

@@ -74,13 +74,10 @@ def counted(verdict: Verdict) -> str:
     return f"{verdict.num_images} {kind}{'' if verdict.num_images == 1 else 's'}"
 
 
-def count_of_same(verdict: Verdict) -> str:
-    """How many images keep their first class, as a count, and as a percentage too where there are images enough."""
-    text = f"{verdict.num_same} of {verdict.num_images}"
-    if verdict.num_images < MIN_IMAGES_FOR_PERCENT:
-        return text
-    assert verdict.same_argmax is not None
-    return f"{text} ({100 * verdict.same_argmax:.1f} %)"
+def share_text(hits: int, count: int) -> str:
+    """A share as a count, "12 of 16", with its percentage where `count` is large enough for one."""
+    percent = f" ({100 * hits / count:.1f} %)" if count >= MIN_IMAGES_FOR_PERCENT else ""
+    return f"{hits} of {count}{percent}"
 
 
 def rows(verdict: Verdict) -> list[FigureRow]:
@@ -110,7 +107,9 @@ def rows(verdict: Verdict) -> list[FigureRow]:
         found.append(estimate("cosine of patches, outliers aside", "1", patches, "cosine_patches", 4))
         if verdict.kl is not None and verdict.num_same is not None:
             found.append(estimate("KL divergence to the original", "0", f"{verdict.kl:.4f}", "kl", 4))
-            found.append(estimate("same first class", "", count_of_same(verdict), "same_argmax", 3))
+            found.append(
+                estimate("same first class", "", share_text(verdict.num_same, verdict.num_images), "same_argmax", 3)
+            )
     found += _unused(verdict)
     return found
 
@@ -139,6 +138,8 @@ def _outliers(found: Pair) -> str:
     if found.original == 0:
         return f"no outlier tokens to remove ({_number(found.patched)} per image now)"
     moved = f"({_number(found.original)} to {_number(found.patched)} per image)"
+    if found.patched >= found.original:
+        return f"no fewer outliers than before {moved}"
     return f"outliers removed {moved}" if found.patched == 0 else f"all but a few outliers removed {moved}"
 
 
