@@ -169,7 +169,8 @@ def test_figures_of_the_card_are_those_of_the_verdict(patched: dict[str, tuple[P
     assert f"is {verdict.kl:.3g} nats (95 % interval" in text
     assert f"{verdict.num_same} of 4 keep their first class, {4 - (verdict.num_same or 0)} change it" in text
     assert f"**{sentence(verdict)}**" in text and f"| {title(verdict)} |" in text
-    assert all(f"| {row.name} | {row.original} | {row.patched} |" in text for row in rows(verdict))
+    for row in rows(verdict):
+        assert " ".join(f"| {row.name} | {row.original} | {row.patched} | {row.interval} |".split()) in text
     data = check_metadata(folder)
     assert data.eval_results is not None
     measured = {entry.metric_type: entry.metric_value for entry in data.eval_results}
