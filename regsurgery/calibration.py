@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from regsurgery.errors import UserError
 from regsurgery.image_sources import UNREADABLE, Generated, Item, Source, Stretch, decode, open_source
@@ -47,6 +47,11 @@ class ImageSet:
     def num_images(self) -> int:
         return len(self.chosen)
 
+    @property
+    def evidence(self) -> Literal["photos", "generated"]:
+        """What kind of images figures of them rest on."""
+        return "generated" if isinstance(self.source, Generated) else "photos"
+
     def some(self, count: int) -> ImageSet:
         """At most `count` of these images: evenly spread, or the first where the source can only be streamed."""
         if count >= len(self.chosen):
@@ -54,11 +59,6 @@ class ImageSet:
         if self.source.random_access:
             return replace(self, chosen=tuple(self.chosen[i * len(self.chosen) // count] for i in range(count)))
         return replace(self, chosen=self.chosen[:count])
-
-    @property
-    def generated(self) -> bool:
-        """Whether the images are generated pictures, not photos."""
-        return isinstance(self.source, Generated)
 
     def hold_out(self, count: int) -> tuple[ImageSet, ImageSet]:
         """All images but `count` evenly spread ones, and those."""

@@ -12,7 +12,8 @@ from regsurgery import backends
 from regsurgery.families import LOGIT_OUTPUTS
 from regsurgery.source_card import SourceCard, read_source_card
 from regsurgery.surgery import Surgery
-from regsurgery.verification import Verdict
+from regsurgery.verdict import MIN_IMAGES_FOR_PERCENT, Verdict
+from regsurgery.verdict_text import counted, ends, remarks, rows, sentence, share_text, title
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -89,11 +90,29 @@ def model_card(
         found_by=_text(surgery.recipe.provenance.get("found_by")),
         positional=_positional(surgery, verdict),
         verdict=verdict,
+        figures=None if verdict is None else _figures(verdict),
+        changes=surgery.recipe.changes_since_found(),
         generated=run["images"] is None,
         picture=picture,
         version=surgery.config_block["version"],
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}", ignore_metadata_errors=False))
+
+
+def _figures(verdict: Verdict) -> dict[str, Any]:
+    """The verdict as text."""
+    kl_ends = ends(verdict, "kl", 3) if verdict.kl is not None else ""
+    return {
+        "title": title(verdict),
+        "rows": rows(verdict),
+        "sentence": sentence(verdict),
+        "remarks": remarks(verdict),
+        "counted": counted(verdict),
+        "cosine_output": ends(verdict, "cosine_output", 4),
+        "cosine_patches": ends(verdict, "cosine_patches", 4),
+        "kl": kl_ends,
+        "same": None if verdict.num_same is None else share_text(verdict.num_same, verdict.num_images),
+    }
 
 
 def _metadata(
@@ -112,17 +131,21 @@ def _metadata(
         datasets=source_card.lists.get("datasets"),
         tags=list(tags),
         model_name=f"{surgery.loaded.source.name}, {MODE_NAMES[surgery.recipe.mode]}",
-        eval_results=None if verdict is None else _results(verdict, run),
+        eval_results=None if verdict is None or not verdict.is_judged else _results(verdict),
         **derived,
         **texts,
     )
 
 
-def _results(verdict: Verdict, run: dict[str, Any]) -> list[EvalResult]:
-    """The verdict as the Hub's `model-index`: what became of the outliers, and how near the original's output is."""
+def _results(verdict: Verdict) -> list[EvalResult]:
+    """The verdict as the Hub's `model-index`: what became of the outliers, and how near the original's output is.
+
+    A share of fewer than `MIN_IMAGES_FOR_PERCENT` images is left out: the Hub would show it without the count.
+    """
     from huggingface_hub import EvalResult
 
-    generated = run["images"] is None
+    seen = f", {counted(verdict)}"
+    many = verdict.num_images >= MIN_IMAGES_FOR_PERCENT
     metrics = {
         "outlier_tokens_per_image": ("outlier tokens per image, patched", verdict.outliers_per_image.patched),
         "outlier_tokens_per_image_original": (
@@ -131,15 +154,18 @@ def _results(verdict: Verdict, run: dict[str, Any]) -> list[EvalResult]:
         ),
         "cosine_to_original": (f"cosine of {verdict.output} to the original's", verdict.cosine_output),
         "kl_to_original": ("KL divergence to the original, nats", verdict.kl),
-        "same_first_class": ("share of images with the original's first class", verdict.same_argmax),
+        "same_first_class": (
+            "share of images with the original's first class",
+            verdict.same_argmax if many else None,
+        ),
     }
     return [
         EvalResult(
             task_type="image-feature-extraction" if verdict.kl is None else "image-classification",
-            dataset_type="generated" if generated else "imagefolder",
+            dataset_type="generated" if verdict.evidence == "generated" else "imagefolder",
             dataset_name=verdict.images,
             metric_type=kind,
-            metric_name=name,
+            metric_name=name + seen,
             metric_value=float(f"{value:.6g}"),
         )
         for kind, (name, value) in metrics.items()

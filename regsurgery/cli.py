@@ -35,6 +35,7 @@ from regsurgery.cli_options import (
     Revision,
     Seed,
     Smallest,
+    Strict,
     TrustRemoteCode,
 )
 from regsurgery.errors import (
@@ -178,6 +179,7 @@ def patch(
     verification: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare original and patched model on images.")
     ] = True,
+    strict: Strict = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything, but write nothing.")] = False,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -208,6 +210,7 @@ def patch(
             force=force,
             link=link,
             verification=verification,
+            strict=strict,
             dry_run=dry_run,
             progress=screen,
             options=_options(allow_pickle, trust_remote_code, revision, max_memory),
@@ -226,6 +229,7 @@ def verify(
     original: Annotated[str | None, typer.Option("--original", help="MODEL to compare with.")] = None,
     images: Images = None,
     num_images: NumImages = None,
+    strict: Strict = False,
     trust_remote_code: TrustRemoteCode = False,
     revision: Annotated[str | None, typer.Option("--revision", help="Hub revision.")] = None,
     max_memory: MaxMemory = None,
@@ -239,7 +243,13 @@ def verify(
     options = _options(trust_remote_code=trust_remote_code, revision=revision, max_memory=max_memory)
     with Screen(as_json=as_json, quiet=quiet) as screen:
         verdict = pipeline.verify(
-            folder, original=original, images=images, num_images=num_images, options=options, progress=screen
+            folder,
+            original=original,
+            images=images,
+            num_images=num_images,
+            strict=strict,
+            options=options,
+            progress=screen,
         )
     screen.verified(verdict)
     if not verdict.passed:

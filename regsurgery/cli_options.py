@@ -63,6 +63,7 @@ MaxMemory = Annotated[
         help="8GB: weights of larger checkpoints stay on disk; half of what is free by default.",
     ),
 ]
+Strict = Annotated[bool, typer.Option("--strict", help="Fail where the verdict has warnings or too few images.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors, and what --json prints.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights (weights_only).")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,6 +39,24 @@ class Means:
         return self[name] if self.counts.get(name) else None
 
 
+@dataclass(frozen=True, eq=False)
+class Drift:
+    """How far one batch moved, image by image, `[B]`; of models without logits `kl` and `same` are None.
+
+    Attributes:
+        kl: KL divergence from the original's class distribution, nats.
+        same: whether the first class stays.
+        cosine_output: see `output_cosine`.
+        cosine_patches: sum of the cosines of the patches that were no outliers; `num_patches` is how many these are.
+    """
+
+    kl: Tensor | None
+    same: Tensor | None
+    cosine_output: Tensor
+    cosine_patches: Tensor
+    num_patches: Tensor
+
+
 def probe_nodes(sites: Sites) -> dict[str, str]:
     """The nodes that `compare` wants tapped: the stream after the last but one block, and after the last."""
     return {"probe": sites.blocks[sites.probe_block].output, "last": sites.last}
@@ -56,8 +75,8 @@ def compare(
     patched: Run,
     outliers: Callable[[Tensor], Tensor],
     patched_tokens: tuple[slice, slice] | None = None,
-) -> None:
-    """Add one batch to `means`.
+) -> Drift:
+    """Add one batch to `means`, and return how far its images moved.
 
     Adds, for both models (`original ...`, `patched ...`): `outliers` per image, `max` and `median` patch norm and the
     `ratio` of the two after the last but one block; `register`: the register tokens' norm there; `cosine patches` of
@@ -88,10 +107,15 @@ def compare(
     cosine_BN = F.cosine_similarity(last_BND.float(), new_last_BND.float(), dim=-1)
     means.add("cosine patches", cosine_BN[~was_outlier_BN])
     output, new_output = outputs[main], new_outputs[main]
-    means.add("cosine output", output_cosine(output, new_output))
+    output_cosine_B = output_cosine(output, new_output)
+    means.add("cosine output", output_cosine_B)
+    kl_B, same_B = None, None
     if main in LOGIT_OUTPUTS:
-        means.add("kl", kl_divergence(output, new_output))
-        means.add("argmax", output.argmax(-1) == new_output.argmax(-1))
+        kl_B, same_B = kl_divergence(output, new_output), output.argmax(-1) == new_output.argmax(-1)
+        means.add("kl", kl_B)
+        means.add("argmax", same_B)
+    kept_BN = ~was_outlier_BN
+    return Drift(kl_B, same_B, output_cosine_B, (cosine_BN * kept_BN).sum(dim=1), kept_BN.sum(dim=1))
 
 
 def output_cosine(output: Tensor, new_output: Tensor) -> Tensor:

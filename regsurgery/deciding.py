@@ -218,7 +218,7 @@ def decide(search: Search, diagnosis: Diagnosis, sums: Sums, ranked: Sequence[Ca
         "source": {"sha256": loaded.source.sha256, "revision": loaded.source.revision},
         "images": search.note,
         "num_images": sums.num_images,
-        "evidence": "generated" if search.share.pilot.generated else "photos",
+        "evidence": search.share.pilot.evidence,
         "judged_on": judged_on,
         "preprocessing": loaded.preprocess_note,
         "seed": search.options.seed,

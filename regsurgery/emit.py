@@ -17,7 +17,7 @@ from regsurgery.recipe import RECIPE_NAME
 from regsurgery.run_record import RUN_RECORD_NAME, write_run_record
 from regsurgery.source_card import CARD_NAME
 from regsurgery.surgery import Surgery
-from regsurgery.verification import Verdict
+from regsurgery.verdict import Verdict
 
 
 @contextmanager

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from regsurgery.verification import Verdict
+    from regsurgery.verdict import Verdict
 
 PICTURE_NAME = "before_after.png"
 MAP_SIDE, GAP, LABEL_WIDTH, TEXT_HEIGHT, FONT_SIZE = 160, 8, 72, 26, 14  # pixels

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from regsurgery.stats_file import Statistics
     from regsurgery.surgery import Surgery
     from regsurgery.trace import Traced
-    from regsurgery.verification import Verdict
+    from regsurgery.verdict import Verdict
 
 
 HELD_OUT = 30  # of the user's images that are for verification alone where something is fitted on images: a fifth, ...
@@ -111,6 +111,7 @@ def patch(
     options: LoadOptions | None = None,
     link: bool = False,
     verification: bool = True,
+    strict: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> PatchResult:
@@ -133,6 +134,7 @@ def patch(
         link: make hard links of shards that stay what they are, where the file system can.
         verification: compare original and patched model on images; without, the folder says that nobody did, and files
             whose sha256 the Hub gave are not looked through for NaN.
+        strict: warnings of the verification, and too few images to judge, are failures.
         dry_run: do everything, but write nothing to `output`.
 
     Raises:
@@ -179,8 +181,8 @@ def patch(
             )
 
         def operate_and_write(chosen: Recipe, seen: tuple[ImageSet, ImageSet] | None = None) -> PatchResult:
-            from regsurgery.fitting import perform_bias, perform_native
-            from regsurgery.run_record import run_of
+            from regsurgery.fitting import FIT_IMAGES, perform_bias, perform_native
+            from regsurgery.run_record import fitted_digests, run_of
             from regsurgery.surgery import perform
 
             if num_registers not in (None, chosen.num_registers):
@@ -189,7 +191,7 @@ def patch(
                 chosen = chosen.with_mode(mode)
             fmt = _format(format, loaded, chosen, progress)
             progress.stage("surgery")
-            unseen = pictures if seen is None else seen[1]
+            fit, unseen = None, pictures if seen is None else seen[1]
             if chosen.mode == "shift":
                 with _objects_stay():
                     surgery = perform(loaded, chosen, traced, sites)
@@ -201,6 +203,7 @@ def patch(
                     surgery = perform_native(
                         loaded, chosen, traced, sites, fit, calibration=calibrate, seed=seed, progress=progress
                     )
+            fitted = fitted_digests(chosen, None if fit is None else fit.some(FIT_IMAGES))
             with tempfile.TemporaryDirectory() as nowhere:
                 target = Path(nowhere) / "dry-run" if dry_run else output
                 surgery = replace(surgery, place=partial(copy_file, link=True) if linked else copies.place)
@@ -209,13 +212,14 @@ def patch(
                     chosen,
                     fmt,
                     pictures if verification or chosen.mode != "shift" else None,
+                    fitted,
                     calibrate=calibrate,
                     seed=seed,
                     num_images=num_images,
                     force=force,
                     verification=verification,
                 )
-                verdict = _write(surgery, target, fmt, unseen if verification else None, run, progress)
+                verdict = _write(surgery, target, fmt, unseen if verification else None, run, progress, strict=strict)
             seconds = time.monotonic() - started
             return PatchResult(
                 None if dry_run else str(output), chosen.mode, fmt, chosen, verdict, seconds, _peak_rss_mb()
@@ -284,7 +288,7 @@ def _disjoint(
     from regsurgery.sharing import MIN_DIVIDED, SEARCH
 
     total = pictures.num_images
-    if pictures.generated:
+    if pictures.evidence == "generated":
         count = total if purpose == SEARCH else GENERATED_TO_FIT
         return image_set(None, count, seed=seed, purpose=purpose), pictures
     if purpose == SEARCH and total < MIN_DIVIDED:
@@ -575,18 +579,36 @@ def located(loaded: Loaded, progress: Progress, image_size: tuple[int, int] | No
 
 
 def _write(
-    surgery: Surgery, target: Path, fmt: str, pictures: ImageSet | None, run: dict[str, Any], progress: Progress
+    surgery: Surgery,
+    target: Path,
+    fmt: str,
+    pictures: ImageSet | None,
+    run: dict[str, Any],
+    progress: Progress,
+    *,
+    strict: bool,
 ) -> Verdict | None:
     """emit, with verification (if there are images for it) of what was emitted before it gets its final name."""
     from regsurgery.emit import complete, emit
     from regsurgery.written import verify_folder
 
     with emit(surgery, target, fmt) as folder:
-        verdict = None if pictures is None else verify_folder(surgery, folder, fmt, pictures, progress)
+        verdict = None
+        if pictures is not None:
+            verdict = verify_folder(surgery, folder, fmt, pictures, progress)
+            verdict = _judged(verdict, pictures, set(run["fitted"]), strict=strict)
         if verdict is not None and not verdict.passed:
             raise VerificationError(f"verification failed, nothing was written: {'; '.join(verdict.failures)}")
         complete(surgery, folder, fmt, verdict, run)
     return verdict
+
+
+def _judged(verdict: Verdict, pictures: ImageSet, fitted: set[str] | None, *, strict: bool) -> Verdict:
+    """The verdict, with how many of its images are among the `fitted` ones; None: those are not known."""
+    from regsurgery.run_record import count_fitted
+
+    verdict = replace(verdict, fitted_images=count_fitted(pictures, fitted))
+    return verdict.strictly() if strict else verdict
 
 
 def verify(
@@ -595,6 +617,7 @@ def verify(
     original: str | None = None,
     images: str | Path | None = None,
     num_images: int | None = None,
+    strict: bool = False,
     options: LoadOptions | None = None,
     progress: Progress | None = None,
 ) -> Verdict:
@@ -604,10 +627,14 @@ def verify(
     be one that the user trusts. A patched checkpoint holds the original's tensors unchanged and is compared with them,
     a program (`.pt2`, `.onnx`) and one of native mode with the recorded source; `original` names another MODEL.
 
+    Args:
+        strict: warnings, and too few images to judge, are failures.
+
     Raises:
         CheckpointError: the folder is incomplete, or `original` is not what was patched.
     """
     from regsurgery.calibration import image_set
+    from regsurgery.run_record import fitted_of
     from regsurgery.written import verify_folder, verify_native
 
     progress = progress or Progress()
@@ -621,10 +648,13 @@ def verify(
         progress.stage("load")
         loaded = original_of(patched, original, options, Path(scratch))
         if recipe.mode == "native":
-            return verify_native(loaded, recipe, *located(loaded, progress), root, fmt, pictures, progress)
-        surgery = operate(loaded, recipe, progress)
-        take_our_tensors(surgery, root, fmt)
-        return verify_folder(surgery, root, fmt, pictures, progress, reloaded(root, fmt, stored=loaded.stored))
+            verdict = verify_native(loaded, recipe, *located(loaded, progress), root, fmt, pictures, progress)
+        else:
+            surgery = operate(loaded, recipe, progress)
+            take_our_tensors(surgery, root, fmt)
+            module = reloaded(root, fmt, stored=loaded.stored)
+            verdict = verify_folder(surgery, root, fmt, pictures, progress, module)
+    return _judged(verdict, pictures, fitted_of(root), strict=strict)
 
 
 def original_of(patched: PatchedFolder, original: str | None, options: LoadOptions | None, scratch: Path) -> Loaded:

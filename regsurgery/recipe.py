@@ -5,6 +5,7 @@ Blocks and neurons are counted from 0.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ MODES = ("shift", "native", "bias")
 FILLS = ("zero", "mean", "outliers", "keep")
 PREFIXES = ("keep", "fill")
 COMPATS = ("none", "reference")
+CHOSEN = ("register_neurons", "num_registers", "fill", "num_patches")  # settings that `find` decides
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,25 @@ class Recipe:
     def with_mode(self, mode: str) -> Recipe:
         """The same recipe in another mode."""
         return _checked(replace(self, mode=mode), "--mode")
+
+    def changes_since_found(self) -> tuple[str, ...]:
+        """What is set otherwise than `find` wrote it, each as "num_registers 2 -> 4".
+
+        Empty for a recipe that `find` did not write, or without what it chose (`chosen` of the provenance).
+        """
+        found_by, chosen = self.provenance.get("found_by"), self.provenance.get("chosen")
+        if not (isinstance(found_by, str) and re.fullmatch(r"regsurgery \S+ find", found_by)):
+            return ()
+        if not isinstance(chosen, Mapping):
+            return ()
+        now = self.as_dict()
+        return tuple(
+            f"{key} {_setting(chosen[key])} -> {_setting(now[key])}"
+            for key in CHOSEN
+            if key in now
+            and isinstance(chosen.get(key), type(now[key]))
+            and _setting(chosen[key]) != _setting(now[key])
+        )
 
     def as_single_shift(self) -> Recipe:
         """The same neurons shifted onto one register: what modes native and bias take their constants from."""
@@ -231,6 +252,22 @@ def _neurons(data: Any, fail: Any) -> dict[int, tuple[int, ...]]:
             fail(f"neuron {twice} of block {block} is listed twice")
         result[block] = tuple(sorted(neurons))
     return result
+
+
+def _setting(value: Any) -> str:
+    """A setting as text: equal for equal ones, in whatever order neurons are listed."""
+    if not isinstance(value, Mapping):
+        return _shown(value, "")
+    pairs = [
+        (block, neuron)
+        for block, neurons in value.items()
+        for neuron in (neurons if isinstance(neurons, (list, tuple)) else [neurons])
+    ]
+    return _shown(", ".join(f"{block}:{neuron}" for block, neuron in sorted(pairs, key=_by_number)) or "none", "")
+
+
+def _by_number(pair: tuple[Any, Any]) -> tuple[Any, ...]:
+    return tuple((0, part, "") if type(part) is int else (1, 0, str(part)) for part in pair)
 
 
 def _is_index(value: Any) -> bool:

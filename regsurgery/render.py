@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from regsurgery.pipeline import Progress
+from regsurgery.verdict_text import parity_row, remarks, rows, sentence, title
 
 if TYPE_CHECKING:
     from regsurgery.deciding import Found
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from regsurgery.restoring import Restored
     from regsurgery.sharing import FoundPart
     from regsurgery.tensor_diff import Difference
-    from regsurgery.verification import Pair, Verdict
+    from regsurgery.verdict import Verdict
 
 BAR_WIDTH = 16
 PLAIN_EVERY = 10.0  # seconds between two lines about the same stage, where nothing can be drawn
@@ -131,10 +132,8 @@ class Screen(Progress):
         if self.as_json:
             more = {} if pushed is None else {"pushed": pushed.as_dict()}
             print(json.dumps({**result.as_dict(), **more}, indent=2))
-        if result.verdict is None:
-            self.out.print("not verified: no image went through what was written")
-        else:
-            self._verdict(result.verdict)
+        if result.verdict is not None:
+            self._figures(result.verdict)
         where = f"wrote {result.output}" if result.output else "dry run: nothing written"
         self._neurons(result.recipe)
         self.out.print(
@@ -145,14 +144,16 @@ class Screen(Progress):
         )
         if pushed is not None:
             self._pushed(pushed)
+        if result.verdict is None:
+            self.out.print("not verified: no image went through what was written")
+        else:
+            self._outcome(result.verdict)
 
     def verified(self, verdict: Verdict) -> None:
         if self.as_json:
             print(json.dumps(verdict.as_dict(), indent=2))
-        self._verdict(verdict)
-        self.out.print(
-            "passed" if verdict.passed else "FAILED: " + "; ".join(verdict.failures), soft_wrap=True, markup=False
-        )
+        self._figures(verdict)
+        self._outcome(verdict)
 
     def evaluated(self, evaluation: Evaluation) -> None:
         from regsurgery.evaluation.table import FIGURES, INTERVAL, caption, cells
@@ -315,38 +316,25 @@ class Screen(Progress):
         for line in difference_lines(difference):
             self.out.print(line, soft_wrap=True, markup=False)
 
-    def _verdict(self, verdict: Verdict) -> None:
+    def _figures(self, verdict: Verdict) -> None:
         table = Table(
             "",
             "original",
-            "patched",
+            "patched, 95 %",
+            "images",
             box=box.SIMPLE_HEAD,
             title_justify="left",
-            title=f"after block {verdict.block}, {verdict.images}",
+            title=title(verdict),
         )
         for column in table.columns[1:]:
             column.justify = "right"
-
-        def row(name: str, pair: Pair, digits: int) -> None:
-            table.add_row(name, f"{pair.original:.{digits}f}", f"{pair.patched:.{digits}f}")
-
-        row("outlier tokens per image", verdict.outliers_per_image, 2)
-        row("largest patch norm, mean", verdict.max_patch_norm, 1)
-        row("largest patch norm, worst image", verdict.worst_patch_norm, 1)
-        row("median patch norm", verdict.median_patch_norm, 1)
-        if verdict.register_norm is not None:
-            table.add_row("register token norm", "", f"{verdict.register_norm:.1f} ± {verdict.register_norm_std:.1f}")
-        if verdict.margin is not None:
-            table.add_row("margin of the register's detectors", "", f"{verdict.margin:.2f}")
-        table.add_row(f"cosine of {verdict.output}", "1", f"{verdict.cosine_output:.4f}")
-        table.add_row("cosine of patches, outliers aside", "1", f"{verdict.cosine_patches:.4f}")
-        if verdict.kl is not None and verdict.same_argmax is not None:
-            table.add_row("KL divergence to the original", "0", f"{verdict.kl:.4f}")
-            table.add_row("same first class", "1", f"{verdict.same_argmax:.3f}")
-        table.add_row(
-            f"written model against graph, allowed {verdict.parity_allowed:.0e}", "", f"{verdict.parity_max_abs:.1e}"
-        )
+        for row in (*rows(verdict), parity_row(verdict)):
+            table.add_row(row.name, row.original, f"{row.patched}\n{row.interval}".rstrip(), row.images)
         self.out.print(table)
+
+    def _outcome(self, verdict: Verdict) -> None:
+        for line in (*remarks(verdict), sentence(verdict)):
+            self.out.print(line, soft_wrap=True, markup=False)
 
 
 def _setting_cells(row: Row) -> list[str]:

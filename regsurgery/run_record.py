@@ -7,6 +7,8 @@
              "seed", "num_images", "force", "verification": as given,
              "images": null where pictures were generated or no image was used, else {"note": what they are called,
                        "count": how many, "sha256": of what they are, see `image_digest`},
+             "fitted": the first 12 digits of the sha256 of every image file or record that took part in the search for
+                       the neurons or in the fit of the weights, sorted; folders of earlier versions have none of it,
              "versions": {package: version} of what computed the bytes},
      "verify": null where nobody verified, else the verdict, its numbers to six digits}
 
@@ -17,7 +19,10 @@ byte (links, how much memory, what is allowed while loading) are no part of it.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
+import re
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -33,7 +38,7 @@ if TYPE_CHECKING:
     from regsurgery.image_sources import Content
     from regsurgery.loading import Loaded
     from regsurgery.recipe import Recipe
-    from regsurgery.verification import Verdict
+    from regsurgery.verdict import Verdict
 
 RUN_RECORD_NAME = "regsurgery_run.json"
 SCHEMA = 1
@@ -41,6 +46,7 @@ DIGITS = 6
 PACKAGES = {"torch": "torch", "torchvision": "torchvision", "transformers": "transformers", "timm": "timm",
             "open_clip": "open_clip_torch", "Pillow": "Pillow"}  # fmt: skip
 READ_AT_ONCE = 256  # images
+SHORT = 12  # hexadecimal digits of an image's sha256 that tell it from the others
 TYPES: dict[str, type | tuple[type, ...]] = {
     "model": str, "revision": (str, type(None)), "sha256": str, "mode": str, "format": str, "num_registers": int,
     "calibrate": (bool, type(None)), "seed": int, "num_images": (int, type(None)), "force": bool, "verification": bool,
@@ -99,6 +105,9 @@ def _problem(record: dict[str, Any]) -> str | None:
         isinstance(images.get(key), kind) for key, kind in (("note", str), ("count", int), ("sha256", str))
     ):
         return "'images' under 'run' lacks note, count or sha256"
+    fitted = run.get("fitted", [])
+    if not isinstance(fitted, list) or not all(isinstance(digest, str) for digest in fitted):
+        return "'fitted' under 'run' is no list of digests"
     return None
 
 
@@ -107,6 +116,7 @@ def run_of(
     recipe: Recipe,
     fmt: str,
     pictures: ImageSet | None,
+    fitted: Collection[str],
     *,
     calibrate: bool,
     seed: int,
@@ -119,6 +129,7 @@ def run_of(
     Args:
         recipe: the one that was applied; the folder's `recipe.yaml` has it.
         pictures: the images of the run, where any were used.
+        fitted: digests of the images that the search or the fit used.
     """
     return {
         "model": loaded.source.id,
@@ -133,6 +144,7 @@ def run_of(
         "force": force,
         "verification": verification,
         "images": None if pictures is None else images_of(pictures),
+        "fitted": sorted(set(fitted)),
         "versions": versions(),
     }
 
@@ -144,22 +156,65 @@ def versions() -> dict[str, str]:
 
 def images_of(pictures: ImageSet) -> dict[str, Any] | None:
     """The `images` entry of a record: None for generated pictures, which `seed` and `num_images` make again."""
-    from regsurgery.image_sources import Generated
-
-    if isinstance(pictures.source, Generated):
+    if pictures.evidence == "generated":
         return None
     return {"note": pictures.note, "count": pictures.num_images, "sha256": image_digest(pictures)}
 
 
 def image_digest(pictures: ImageSet) -> str:
     """The sha256 over the sha256 of every image file or record, in their order; folders may be called anything."""
-    items = iter(pictures.source.items(pictures.chosen))
     digest = hashlib.sha256()
-    with ThreadPoolExecutor() as pool:
-        while some := [content for _, (_, content) in zip(range(READ_AT_ONCE), items, strict=False)]:
-            for part in pool.map(_digest, some):
-                digest.update(part)
+    for _, part in _named_digests(pictures):
+        digest.update(part)
     return digest.hexdigest()
+
+
+def image_digests(pictures: ImageSet) -> list[str]:
+    """The first `SHORT` digits of the sha256 of every image file or record, in their order; none of generated ones.
+
+    Images that have turned out to be unreadable are left out.
+    """
+    if pictures.evidence == "generated":
+        return []
+    return [digest.hex()[:SHORT] for name, digest in _named_digests(pictures) if name not in pictures.broken]
+
+
+def fitted_digests(recipe: Recipe, fit: ImageSet | None) -> set[str]:
+    """The digests of the images that the search for the recipe's neurons saw, and of those of the fit.
+
+    A recipe's provenance may hold anything; what is no digest is passed over.
+    """
+    seen = recipe.provenance.get("images_seen")
+    digests = {str(digest) for digest in seen} if isinstance(seen, (list, tuple)) else set()
+    known = {digest for digest in digests if re.fullmatch(rf"[0-9a-f]{{{SHORT}}}", digest)}
+    return known | set(() if fit is None else image_digests(fit))
+
+
+def fitted_of(folder: Path) -> set[str] | None:
+    """The digests that the record of a patched folder has; None where it has none, or there is no record.
+
+    Raises:
+        CheckpointError: the record is broken.
+    """
+    if not (folder / RUN_RECORD_NAME).is_file():
+        return None
+    fitted = read_run_record(folder)["run"].get("fitted")
+    return None if fitted is None else set(fitted)
+
+
+def count_fitted(pictures: ImageSet, fitted: set[str] | None) -> int | None:
+    """How many of the images are among `fitted`; None where those are not known. The images are read only if needed."""
+    if not fitted:
+        return None if fitted is None else 0
+    return sum(digest in fitted for digest in image_digests(pictures))
+
+
+def _named_digests(pictures: ImageSet) -> Iterator[tuple[str, bytes]]:
+    """Name and sha256 of every image file or record, in their order."""
+    items = iter(pictures.source.items(pictures.chosen))
+    with ThreadPoolExecutor() as pool:
+        while some := list(itertools.islice(items, READ_AT_ONCE)):
+            yield from zip((name for name, _ in some), pool.map(_digest, (content for _, content in some)), strict=True)
 
 
 def _digest(content: Content) -> bytes:

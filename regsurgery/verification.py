@@ -7,22 +7,25 @@ images, and its outputs must equal the patched graph's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
 from regsurgery.calibration import ImageSet
-from regsurgery.comparison import Means, compare, main_output, probe_nodes
+from regsurgery.comparison import Drift, Means, compare, kl_divergence, main_output, output_cosine, probe_nodes
+from regsurgery.evaluation.interval import Estimate, Figures, Values
 from regsurgery.loading import Loaded
 from regsurgery.mlp import mlp_of
 from regsurgery.native import separation
+from regsurgery.passes import apply_passes
+from regsurgery.passes.plan import plan_surgery
 from regsurgery.recipe import Recipe
 from regsurgery.sites import Sites
 from regsurgery.statistics import POSITIONAL_SHARE, outliers, share_at_common_places, tap, token_norms
 from regsurgery.surgery import Surgery
 from regsurgery.trace import Traced, tensor_inputs
+from regsurgery.verdict import NormMaps, Pair, UnusedRegister, Verdict, warnings_of
 
 # What a verdict needs. Outliers: below one in twenty images, or a tenth of what there were. Fidelity: an output that
 # keeps its direction; the real ViT-Ti keeps 0.94 (image features) to 0.96 (logits). Parity: rounding only.
@@ -31,74 +34,8 @@ MAX_OUTLIERS_SHARE = 0.1
 MIN_COSINE_OUTPUT = 0.8
 MIN_IMAGES_POSITIONAL = 4  # of fewer, places that are the same say little
 NUM_EXAMPLES = 4  # images whose norms are kept for a picture
+UNUSED_IMAGES = 32  # at most that many, evenly spread, go through the original with unused registers
 PARITY = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # other dtypes: 0
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One figure of the original and of the patched model."""
-
-    original: float
-    patched: float
-
-
-@dataclass(frozen=True, eq=False)
-class NormMaps:
-    """Patch norms of the first images, before and after, `[E, rows, columns]` each, float32 on the CPU."""
-
-    original_ERC: Tensor
-    patched_ERC: Tensor
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The figures of the contract. Norms are L2 norms of tokens after block `block`; means are over the images.
-
-    Attributes:
-        outliers_per_image: patches above 5 times the median patch norm of their image.
-        max_patch_norm: mean of each image's largest patch norm; `worst_patch_norm` is the largest of all.
-        register_norm: mean norm of the register tokens in the patched model; None without registers.
-        register_norm_std: its standard deviation over the images.
-        positional: whether the original's outliers sit at the same places in every image; None where there are none, or
-            fewer than `MIN_IMAGES_POSITIONAL` images.
-        margin: native mode: how well its detectors keep registers apart, see `native.separation`; the smallest.
-        cosine_patches: mean cosine, original to patched, of the patches that were no outliers, after the last block.
-        cosine_output: mean cosine of `output`, over its tokens where it has some.
-        kl: mean KL divergence from the original's class distribution in nats; None for models without logits.
-        same_argmax: share of images whose first class stays; None for models without logits.
-        parity_max_abs: largest absolute difference between the graph and the written artefact over all outputs.
-        parity_allowed: the largest that passes: rounding, by the outputs' dtype and size, times the format's factor.
-        failures: why `passed` is false.
-        norm_maps: of the first `NUM_EXAMPLES` images, for a picture and no part of `as_dict`; None where the patches
-            make no grid.
-    """
-
-    passed: bool
-    num_images: int
-    images: str
-    block: int
-    output: str
-    outliers_per_image: Pair
-    max_patch_norm: Pair
-    worst_patch_norm: Pair
-    median_patch_norm: Pair
-    register_norm: float | None
-    register_norm_std: float | None
-    positional: bool | None
-    margin: float | None
-    cosine_patches: float
-    cosine_output: float
-    kl: float | None
-    same_argmax: float | None
-    parity_max_abs: float
-    parity_allowed: float
-    failures: tuple[str, ...] = field(default=())
-    norm_maps: NormMaps | None = field(default=None, repr=False, compare=False)
-
-    def as_dict(self) -> dict[str, Any]:
-        facts = asdict(replace(self, norm_maps=None))
-        del facts["norm_maps"]
-        return {**facts, "failures": list(self.failures)}
 
 
 @dataclass(frozen=True)
@@ -129,6 +66,14 @@ def sides(surgery: Surgery) -> tuple[Side, Side]:
     original = Side(loaded, traced.graph_module, sites, sites.patches, slice(0, 0))
     found = detectors(traced, sites, surgery.recipe) if surgery.recipe.mode == "native" else ()
     return original, Side(loaded, surgery.graph_module, sites, *sites.patched(surgery.plan.num_registers), found)
+
+
+def with_unused_registers(traced: Traced, sites: Sites, num_registers: int) -> fx.GraphModule | None:
+    """The original's graph with register tokens appended and no neuron shifted; None for no registers."""
+    if not num_registers:
+        return None
+    recipe = Recipe({}, num_registers=num_registers, scale=(1.0,) * num_registers)
+    return apply_passes(traced, plan_surgery(sites, recipe))[0]
 
 
 def detectors(traced: Traced, sites: Sites, recipe: Recipe) -> tuple[tuple[str, int], ...]:
@@ -203,6 +148,68 @@ class _Margins:
         return min(margins, default=None)
 
 
+class _Unused:
+    """What registers that nothing uses do, on a part of the images."""
+
+    def __init__(self, graph_module: fx.GraphModule, num_batches: int, batch_size: int) -> None:
+        self.graph_module = graph_module
+        self.every = max(1, num_batches // max(1, UNUSED_IMAGES // batch_size))
+        self.num_images = 0
+        self.means, self.figures = Means(), Figures()
+
+    def add(self, number: int, inputs: list[Tensor], output: Tensor, main: str, patched: Drift) -> None:
+        """Take the batch of that number, or leave it out."""
+        if number % self.every or self.num_images + len(output) > max(UNUSED_IMAGES, len(output)):
+            return
+        self.num_images += len(output)
+        new_output = self.graph_module(*inputs)[main]
+        cosine_B = output_cosine(output, new_output)
+        self.means.add("cosine output", cosine_B)
+        drift_B, patched_B = 1 - cosine_B, 1 - patched.cosine_output
+        if patched.kl is not None:
+            drift_B, patched_B = kl_divergence(output, new_output), patched.kl
+            self.means.add("kl", drift_B)
+            self.means.add("argmax", output.argmax(-1) == new_output.argmax(-1))
+        ratio = Values(None, _known(patched_B), out_of=drift_B.clamp_min(0.0))
+        self.figures.add(len(output), {"times": ratio})
+
+    def result(self) -> UnusedRegister | None:
+        if not self.num_images:
+            return None
+        same, times = self.means.get("argmax"), self.figures.rows()[0].patched
+        return UnusedRegister(
+            num_images=self.num_images,
+            kl=self.means.get("kl"),
+            num_same=None if same is None else round(same * self.num_images),
+            cosine_output=self.means["cosine output"],
+            times=None if times is None else times.value,
+            times_interval=None if times is None else _ends(times),
+        )
+
+
+def _known(values_B: Tensor) -> Tensor:
+    """NaN, which `Figures` leaves out, for what is not finite."""
+    return values_B.double().masked_fill(~values_B.isfinite(), float("nan"))
+
+
+def _ends(estimate: Estimate | None) -> tuple[float, float] | None:
+    if estimate is None or estimate.low is None or estimate.high is None:
+        return None
+    return estimate.low, estimate.high
+
+
+def _values(drift: Drift) -> dict[str, Values]:
+    """The figures of a batch that have intervals, by the names that `Verdict` has for them."""
+    found = {
+        "cosine_output": Values(None, _known(drift.cosine_output)),
+        "cosine_patches": Values(None, _known(drift.cosine_patches), out_of=drift.num_patches),
+    }
+    if drift.kl is not None and drift.same is not None:
+        found["kl"] = Values(None, _known(drift.kl))
+        found["same_argmax"] = Values(None, drift.same, is_share=True)
+    return found
+
+
 @dataclass(frozen=True)
 class Artefact:
     """What a written model gave.
@@ -222,6 +229,7 @@ def verify(
     run_artefact: Callable[[Tensor], Artefact],
     images: ImageSet,
     *,
+    unused: fx.GraphModule | None = None,
     parity: tuple[float, float] = (0.0, 0.0),
     parity_factor: float = 1.0,
     batch_size: int = 8,
@@ -231,6 +239,7 @@ def verify(
 
     Args:
         run_artefact: images `[B, 3, H, W]` -> what the artefact gives.
+        unused: the original with as many registers as the patched model and no neuron shifted.
         parity: a difference between artefact and graph that was measured before, and its limit.
         parity_factor: by how much more than rounding the artefact may differ from the patched graph.
         progress: called with the number of images just done.
@@ -245,10 +254,13 @@ def verify(
     finite = True
     shapes: set[str] = set()
     num_images = 0
-    for batch in images.batches(batch_size, original_side.loaded.preprocess):
+    figures = Figures()
+    least = None if unused is None else _Unused(unused, -(-images.num_images // batch_size), batch_size)
+    for number, batch in images.numbered_batches(batch_size, original_side.loaded.preprocess):
         num_images += len(batch)
         with torch.no_grad():
-            outputs, taps = original(*tensor_inputs(original_side.loaded, batch))
+            inputs = tensor_inputs(original_side.loaded, batch)
+            outputs, taps = original(*inputs)
             new_outputs, new_taps = patched(*tensor_inputs(patched_side.loaded, batch))
             artefact = run_artefact(batch)
         shared = {name: value for name, value in outputs.items() if name in artefact.outputs}
@@ -256,7 +268,11 @@ def verify(
         shapes |= {name for name, value in shared.items() if value.shape != artefact.outputs[name].shape}
         compared = new_outputs if main in shapes else artefact.outputs
         tokens = (patched_side.patches, patched_side.registers)
-        compare(means, sites, main, (outputs, taps), (compared, new_taps), outliers, tokens)
+        drift = compare(means, sites, main, (outputs, taps), (compared, new_taps), outliers, tokens)
+        figures.add(len(batch), _values(drift))
+        if least is not None:
+            with torch.no_grad():
+                least.add(number, inputs, outputs[main], main, drift)
         margins.add(new_taps)
         norms = token_norms(taps["probe"])[:, sites.patches], token_norms(new_taps["probe"])[:, patched_side.patches]
         places.add(*norms, (batch.shape[-2], batch.shape[-1]))
@@ -286,10 +302,12 @@ def verify(
             f"the output '{main}' moved too far: cosine {means['cosine output']:.3f} to the original, at least "
             f"{MIN_COSINE_OUTPUT} is needed"
         )
-    return Verdict(
+    same = means.get("argmax")
+    verdict = Verdict(
         passed=not failures,
         num_images=num_images,
         images=images.note,
+        evidence=images.evidence,
         block=sites.probe_block,
         output=main,
         outliers_per_image=found,
@@ -303,9 +321,13 @@ def verify(
         cosine_patches=means["cosine patches"],
         cosine_output=means["cosine output"],
         kl=means.get("kl"),
-        same_argmax=means.get("argmax"),
+        same_argmax=same,
+        num_same=None if same is None else round(same * num_images),
+        intervals={row.name: _ends(row.patched) for row in figures.rows()},
+        unused_register=None if least is None else least.result(),
         parity_max_abs=difference,
         parity_allowed=limit,
         failures=tuple(failures),
         norm_maps=places.norm_maps(),
     )
+    return replace(verdict, warnings=warnings_of(verdict))

@@ -24,7 +24,7 @@ from regsurgery.recipe import Recipe
 from regsurgery.sites import Sites
 from regsurgery.surgery import Surgery
 from regsurgery.trace import Traced, tensor_inputs, trace
-from regsurgery.verification import Artefact, Side, Verdict, detectors, rounding, sides, verify
+from regsurgery.verification import Artefact, Side, Verdict, detectors, rounding, sides, verify, with_unused_registers
 
 if TYPE_CHECKING:
     from regsurgery.pipeline import Progress
@@ -55,7 +55,8 @@ def verify_folder(
         return Artefact(outputs, outputs)
 
     factor = onnx_program.INEXACT if fmt == "onnx" else 1.0
-    return verify(*sides(surgery), run, pictures, parity_factor=factor, progress=progress.advance)
+    least = with_unused_registers(surgery.traced, surgery.sites, surgery.plan.num_registers)
+    return verify(*sides(surgery), run, pictures, unused=least, parity_factor=factor, progress=progress.advance)
 
 
 def _verify_host(
@@ -81,6 +82,7 @@ def _verify_host(
         *sides(surgery),
         run,
         pictures,
+        unused=with_unused_registers(surgery.traced, surgery.sites, surgery.plan.num_registers),
         parity=(parity[0], factor * parity[1]),
         parity_factor=factor,
         progress=progress.advance,
@@ -138,7 +140,8 @@ def verify_native(
             return Artefact(host_outputs(host, stock.model, images, block), stock.call(stock.model, images))
 
         progress.stage("verify", pictures.num_images)
-        return verify(original, patched, run, pictures, progress=progress.advance)
+        least = with_unused_registers(traced, sites, block["num_registers"])
+        return verify(original, patched, run, pictures, unused=least, progress=progress.advance)
 
 
 def load_stock(root: Path, fmt: str, config: dict[str, Any], options: LoadOptions | None, scratch: Path) -> Loaded:

@@ -2,7 +2,7 @@
 
 Means, ratios of sums and paired differences: the Poisson bootstrap, which draws for every image how often each of
 `RESAMPLES` imagined samples has it, and keeps sums only. All figures of an evaluation share the draws, so that a
-difference between two of them is paired. Shares: Wilson's interval, through scipy.
+difference between two of them is paired. Shares: Wilson's interval.
 
 Sources: Chamandy et al., Estimating Uncertainty for Massive Data Streams (Google, 2012), for the bootstrap; Wilson,
 Probable Inference (JASA 1927).
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -74,10 +75,14 @@ def share(hits: int, count: int) -> Estimate:
     Args:
         hits: how many of the `count` images had it; `count` is at least 1.
     """
-    from scipy import stats
-
-    interval = stats.binomtest(hits, count).proportion_ci(LEVEL, method="wilson")
-    return Estimate(hits / count, float(interval.low), float(interval.high), count)
+    if count < MIN_COUNT:
+        return Estimate(hits / count, None, None, count)
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    shrunk = count + z**2
+    centre = (hits + z**2 / 2) / shrunk
+    half = z / shrunk * (hits * (count - hits) / count + z**2 / 4) ** 0.5
+    low, high = 0.0 if hits == 0 else centre - half, 1.0 if hits == count else centre + half
+    return Estimate(hits / count, low, high, count)
 
 
 def from_resamples(value: float, resampled_R: np.ndarray, count: int) -> Estimate:

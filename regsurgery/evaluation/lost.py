@@ -22,6 +22,7 @@ from regsurgery.evaluation.own_size import by_size
 from regsurgery.evaluation.pair import Pair
 from regsurgery.evaluation.voc import boxes_of_image
 from regsurgery.observing import Observation, check_block
+from regsurgery.verdict_text import share_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -125,8 +126,10 @@ def _best(rows: Sequence[Row]) -> str:
     texts = []
     for side in ("original", "patched"):
         row = max(rows, key=lambda row: _value(row, side))
+        estimate = getattr(row, side)
         where = f"block {row.where['block']} {row.where['features']}, bias {row.where['bias']}"
-        texts.append(f"{side} {100 * _value(row, side):.1f} % ({where})")
+        hits = "nothing" if estimate is None else share_text(round(estimate.value * estimate.n), estimate.n)
+        texts.append(f"{side} {hits} ({where})")
     return f"best of {len(rows)} settings, chosen on the same images: {'; '.join(texts)}"
 
 

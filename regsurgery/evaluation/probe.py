@@ -12,6 +12,7 @@ from regsurgery.evaluation import Result
 from regsurgery.evaluation.features import add_hits, default_pooling, labelled_features
 from regsurgery.evaluation.interval import Figures
 from regsurgery.evaluation.pair import Pair
+from regsurgery.verdict_text import share_text
 
 if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
@@ -73,7 +74,7 @@ def evaluate(
 def baseline(labels_S: np.ndarray) -> str:
     """What a classifier that has not looked would get."""
     counts = np.bincount(labels_S)
-    return f"{(counts > 0).sum()} classes, {100 * counts.max() / len(labels_S):.1f} % of the images are of the largest"
+    return f"{(counts > 0).sum()} classes, {share_text(int(counts.max()), len(labels_S))} images are of the largest"
 
 
 def _check_classes(images: ImageSet, labels_S: np.ndarray) -> None:

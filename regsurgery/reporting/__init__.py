@@ -11,7 +11,7 @@ from regsurgery.errors import UserError
 if TYPE_CHECKING:
     from regsurgery.loading import LoadOptions
     from regsurgery.pipeline import Progress
-    from regsurgery.verification import Verdict
+    from regsurgery.verdict import Verdict
 
 NEEDS = {"vl_convert": "vl-convert-python", "scipy": "scipy", "matplotlib": "matplotlib"}
 DEFAULT_IMAGES = 16

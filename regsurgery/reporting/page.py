@@ -16,10 +16,11 @@ from regsurgery import __version__
 from regsurgery.reporting import charts
 from regsurgery.reporting.collect import SIDES, Collected, Lost
 from regsurgery.reporting.packing import packed_activations, packed_colors, packed_maps, packed_norms
+from regsurgery.verdict_text import FigureRow, counted, remarks, rows, sentence, title
 
 if TYPE_CHECKING:
     from regsurgery.recipe import Recipe
-    from regsurgery.verification import Pair, Verdict
+    from regsurgery.verdict import Verdict
 
 BINS = 60
 SWEEP = {  # key of a sweep's row -> its column in the table
@@ -68,6 +69,9 @@ def page(subject: Subject, verdict: Verdict, collected: Collected, lost: Lost | 
         images_note=verdict.images,
         verdict=verdict,
         sentence=sentence(verdict),
+        remarks=remarks(verdict),
+        grade="bad" if verdict.failures else "unsure" if verdict.warnings or not verdict.is_judged else "good",
+        heading=title(verdict),
         rows=figures(verdict, collected),
         neurons=_neurons(subject.recipe, collected),
         has_contributions=bool(_contributions(subject.recipe)),
@@ -88,40 +92,13 @@ def page(subject: Subject, verdict: Verdict, collected: Collected, lost: Lost | 
     )
 
 
-def sentence(verdict: Verdict) -> str:
-    """The verdict in words."""
-    if verdict.failures:
-        return f"{'; '.join(verdict.failures)}."
-    found = verdict.outliers_per_image
-    text = f"{found.original:.2f} outlier tokens per image became {found.patched:.2f}"
-    if verdict.same_argmax is not None:
-        return f"{text}; {100 * verdict.same_argmax:.1f} % of the images keep their first class."
-    return f"{text}; cosine of the output to the original's {verdict.cosine_output:.4f}."
-
-
-def figures(verdict: Verdict, collected: Collected) -> list[tuple[str, str, str]]:
-    """The table of before and after: name, original, patched."""
-
-    def both(name: str, pair: Pair, digits: int) -> tuple[str, str, str]:
-        return name, f"{pair.original:.{digits}f}", f"{pair.patched:.{digits}f}"
-
-    rows = [
-        both("outlier tokens per image", verdict.outliers_per_image, 2),
-        both("largest patch norm, mean", verdict.max_patch_norm, 1),
-        both("largest patch norm, worst image", verdict.worst_patch_norm, 1),
-        both("median patch norm", verdict.median_patch_norm, 1),
-    ]
-    if verdict.register_norm is not None:
-        rows.append(("register token norm", "", f"{verdict.register_norm:.1f}"))
-    rows.append((f"cosine of {verdict.output} to the original", "1", f"{verdict.cosine_output:.4f}"))
-    rows.append(("cosine of patches, outliers aside", "1", f"{verdict.cosine_patches:.4f}"))
-    if verdict.kl is not None and verdict.same_argmax is not None:
-        rows.append(("KL divergence to the original", "0", f"{verdict.kl:.4f}"))
-        rows.append(("same first class", "1", f"{verdict.same_argmax:.3f}"))
+def figures(verdict: Verdict, collected: Collected) -> list[FigureRow]:
+    """The table of before and after."""
+    found = rows(verdict)
     if collected.register_attention is not None:
-        given = float(collected.register_attention[-1])
-        rows.append(("attention of the class token to registers, last block", "0", f"{given:.3f}"))
-    return rows
+        given, images = f"{float(collected.register_attention[-1]):.3f}", counted(verdict).split()[0]
+        found.append(FigureRow("attention of the class token to registers, last block", "0", given, "", images))
+    return found
 
 
 def _data(collected: Collected, probe: int, specs: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import regsurgery
 from regsurgery.pipeline import PatchResult
 from regsurgery.recipe import find_recipe
 from regsurgery.run_record import read_run_record
+from regsurgery.verdict_text import rows, sentence, title
 from tests.conftest import shared
 
 REPO, COMMIT = "someone/pico-vit", "0123456789abcdef0123456789abcdef01234567"
@@ -165,12 +166,18 @@ def test_figures_of_the_card_are_those_of_the_verdict(patched: dict[str, tuple[P
     assert verdict is not None and verdict.kl is not None and verdict.same_argmax is not None
     found = verdict.outliers_per_image
     assert f"| outlier tokens per image | {found.original:.2f} | {found.patched:.2f} |" in text
-    assert f"is {verdict.kl:.3g} nats; {100 * verdict.same_argmax:.1f} % of the images keep" in text
+    assert f"is {verdict.kl:.3g} nats (95 % interval" in text
+    assert f"{verdict.num_same} of 4 keep their first class, {4 - (verdict.num_same or 0)} change it" in text
+    assert f"**{sentence(verdict)}**" in text and f"| {title(verdict)} |" in text
+    for row in rows(verdict):
+        assert " ".join(f"| {row.name} | {row.original} | {row.patched} | {row.interval} |".split()) in text
     data = check_metadata(folder)
     assert data.eval_results is not None
     measured = {entry.metric_type: entry.metric_value for entry in data.eval_results}
     assert measured["outlier_tokens_per_image"] == pytest.approx(found.patched)
     assert measured["kl_to_original"] == pytest.approx(verdict.kl, rel=1e-5)
+    assert "same_first_class" not in measured, "a share of 4 images says too much"
+    assert all(entry.metric_name.endswith(", 4 generated pictures") for entry in data.eval_results)
     assert read_run_record(folder)["verify"]["kl"] == pytest.approx(verdict.kl, rel=1e-5)
 
 
@@ -183,6 +190,8 @@ def test_costs_are_counted(patched: dict[str, tuple[Path, PatchResult]]) -> None
 
 def test_generated_pictures_are_called_so(patched: dict[str, tuple[Path, PatchResult]]) -> None:
     assert "**No photo was used**" in body(patched["shift"][0])
+    assert "(evidence: generated)" in body(patched["shift"][0])
+    assert "| 4 generated |" in body(patched["shift"][0]) and "On 4 generated pictures," in body(patched["shift"][0])
     assert "regsurgery reproduce . ```" in body(patched["shift"][0])
 
 
@@ -224,6 +233,24 @@ def test_a_local_source_is_called_by_its_name_and_is_no_base_model(demo_folder: 
     assert "| 1 | 25 | 123 | 5.25 |" in text and "| 1 | 73 | not recorded | not recorded |" in text
     assert "Found by: a test." in text
     assert "The outliers are **positional**" in text
+
+
+def test_a_recipe_that_was_changed_by_hand_says_so(demo_folder: Path, tmp_path: Path) -> None:
+    found = find_recipe("demo")
+    listed = {block: list(neurons) for block, neurons in found.register_neurons.items()}
+    chosen = {"register_neurons": listed, "num_registers": 1, "fill": "zero"}
+    provenance = {"found_by": "regsurgery 0.0.0 find", "chosen": chosen}
+    recipe = regsurgery.Recipe(found.register_neurons, provenance=provenance)
+    as_found, edited, asked = tmp_path / "as found", tmp_path / "edited", tmp_path / "asked"
+    regsurgery.patch(str(demo_folder), as_found, recipe=recipe, verification=False)
+    assert "by hand" not in body(as_found)
+    other = regsurgery.Recipe({2: (172,)}, fill="mean", provenance=provenance)
+    regsurgery.patch(str(demo_folder), edited, recipe=other, verification=False)
+    says = "Changed by hand, or with `--num-registers`, after `find` wrote it:"
+    assert f"{says} register_neurons 1:25, 1:73, 2:172 -> 2:172; fill zero -> mean." in body(edited)
+    regsurgery.patch(str(demo_folder), asked, recipe=recipe, num_registers=3, verification=False)
+    assert f"{says} num_registers 1 -> 3." in body(asked)
+    assert regsurgery.reproduce(asked).identical
 
 
 @pytest.mark.real

@@ -173,7 +173,7 @@ def test_probe_and_knn_tell_classes_apart_that_are(pair: Pair, tmp_path: Path) -
         assert accuracy.original is not None and accuracy.patched is not None
         assert (accuracy.original.value, accuracy.patched.value, accuracy.patched.n) == (1, 1, 12)
         assert accuracy.patched.low is not None and 0.7 < accuracy.patched.low < 0.8, "12 of 12 by Wilson"
-        assert "2 classes, 50.0 % of the images are of the largest" in found.notes[0]
+        assert "2 classes, 6 of 12 images are of the largest" in found.notes[0]
 
 
 def test_held_out_images_are_not_learnt_by_heart(pair: Pair, tmp_path: Path) -> None:

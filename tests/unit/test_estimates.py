@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +172,24 @@ def test_labels_come_from_file_names_or_folders(tmp_path: Path) -> None:
         label_list(named, 20)
     with pytest.raises(UserError, match=r"0013_a\.jpg: is of class 13, but there are 10"):
         label_list(numbered, 10)
+
+
+def test_wilsons_interval_is_scipys() -> None:
+    from scipy import stats
+
+    for count in (2, 3, 30, 175, 50_000):
+        for hits in {0, 1, count // 3, count - 1, count}:
+            found, theirs = share(hits, count), stats.binomtest(hits, count).proportion_ci(0.95, method="wilson")
+            assert (found.value, found.n) == (hits / count, count)
+            assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+
+
+def test_a_share_of_one_image_has_no_interval() -> None:
+    assert (share(1, 1).low, share(0, 1).high) == (None, None)
+
+
+def test_intervals_need_no_scipy() -> None:
+    block = "import sys; sys.modules['scipy'] = None"
+    code = f"{block}; from regsurgery.evaluation.interval import share; print(share(3, 4).n)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "4\n"

@@ -351,3 +351,45 @@ def test_a_recipe_as_large_as_allowed_is_read_soon():
 def test_a_name_that_no_file_can_have_is_refused(name):
     with pytest.raises(RecipeError, match="no such recipe file"):
         find_recipe(name)
+
+
+CHOSEN = {"register_neurons": {7: [417], 6: [189]}, "num_registers": 3, "fill": "zero", "num_patches": 196}
+
+
+def found_by_find(chosen: object = CHOSEN, found_by: object = "regsurgery 0.3.0 find", **changes) -> Recipe:
+    settings = {"register_neurons": {6: (189,), 7: (417,)}, "num_registers": 3, "scale": (1.0,) * 3, **changes}
+    return Recipe(**settings, provenance={"found_by": found_by, "chosen": chosen})
+
+
+def test_a_recipe_as_find_wrote_it_has_no_changes():
+    assert found_by_find().changes_since_found() == ()
+    written = parse_recipe(found_by_find().to_yaml(), "some.yaml")
+    assert written == found_by_find() and written.changes_since_found() == ()
+
+
+def test_what_was_changed_by_hand_is_listed():
+    assert found_by_find().with_num_registers(4).changes_since_found() == ("num_registers 3 -> 4",)
+    other = found_by_find(register_neurons={7: (3, 417)}, fill="mean")
+    assert other.changes_since_found() == ("register_neurons 6:189, 7:417 -> 7:3, 7:417", "fill zero -> mean")
+    assert found_by_find(mode="bias").changes_since_found() == (), "the mode is the user's to choose"
+
+
+@pytest.mark.parametrize(
+    "provenance",
+    [
+        {"chosen": None},
+        {"chosen": ["register_neurons"]},
+        {"chosen": {}},
+        {"chosen": {"register_neurons": [417], "num_registers": "3", "fill": None}},
+        {"chosen": {**CHOSEN, "num_registers": 5}, "found_by": "somebody else"},
+        {"chosen": {**CHOSEN, "num_registers": 5}, "found_by": None},
+    ],
+)
+def test_a_provenance_that_is_not_finds_tells_nothing(provenance):
+    assert found_by_find(**provenance).changes_since_found() == ()
+
+
+def test_a_provenance_may_list_anything_as_neurons():
+    chosen = {"register_neurons": {"a": [None, 3], 7: 417, None: []}}
+    (change,) = found_by_find(chosen).changes_since_found()
+    assert change == "register_neurons 7:417, a:3, a:None -> 6:189, 7:417"

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import regsurgery
 from regsurgery.calibration import image_set
 from regsurgery.errors import CheckpointError
+from regsurgery.recipe import Recipe
 from regsurgery.run_record import (
     RUN_RECORD_NAME,
+    count_fitted,
+    fitted_digests,
+    fitted_of,
     image_digest,
+    image_digests,
     images_of,
     read_run_record,
     rounded,
     versions,
     write_run_record,
 )
-from regsurgery.verification import Pair, Verdict
+from regsurgery.verdict import Pair, Verdict
 
 RUN: dict[str, Any] = {
     "model": "demo", "revision": None, "sha256": "0" * 64, "mode": "shift", "format": "transformers",
@@ -30,8 +37,13 @@ RUN: dict[str, Any] = {
     "images": None, "versions": {"torch": "2.15.0"},
 }  # fmt: skip
 PAIR = Pair(1 / 3, 2e-7 / 3)
-VERDICT = Verdict(True, 4, "4 images", 2, "logits", PAIR, PAIR, PAIR, PAIR, 1.5, float("inf"), False, None, 0.9, 0.99,
-                  0.123456789, 1.0, 0.0, 1e-5)  # fmt: skip
+VERDICT = Verdict(
+    passed=True, num_images=4, images="4 images", evidence="photos", block=2, output="logits", outliers_per_image=PAIR,
+    max_patch_norm=PAIR, worst_patch_norm=PAIR, median_patch_norm=PAIR, register_norm=1.5,
+    register_norm_std=float("inf"), positional=False, margin=None, cosine_patches=0.9, cosine_output=0.99,
+    kl=0.123456789, same_argmax=1.0, num_same=4, intervals={"kl": (0.1234567, 0.2), "cosine_patches": None},
+    unused_register=None, parity_max_abs=0.0, parity_allowed=1e-5,
+)  # fmt: skip
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -75,6 +87,8 @@ def test_numbers_keep_six_digits() -> None:
         ({"run": {**RUN, "model": None}}, "no valid 'model'"),
         ({"run": {key: value for key, value in RUN.items() if key != "seed"}}, "no valid 'seed'"),
         ({"run": {**RUN, "images": {"note": "x"}}}, "lacks note, count or sha256"),
+        ({"run": {**RUN, "fitted": "x"}}, "'fitted' under 'run' is no list of digests"),
+        ({"run": {**RUN, "fitted": [1]}}, "'fitted' under 'run' is no list of digests"),
         ({"verify": {"passed": "yes"}}, "'verify' is no verdict"),
         ({"regsurgery": 1}, "'regsurgery' is no version"),
     ],
@@ -138,3 +152,46 @@ def test_generated_pictures_need_no_digest() -> None:
 def test_norm_maps_are_no_part_of_the_verdicts_figures() -> None:
     assert "norm_maps" not in VERDICT.as_dict()
     assert dataclasses.replace(VERDICT, norm_maps=None) == VERDICT
+
+
+def test_images_are_known_by_the_start_of_their_sha256(pictures: Path, tmp_path: Path) -> None:
+    whole = image_digests(image_set(pictures))
+    files = sorted(path for path in pictures.rglob("*.png"))
+    assert whole == [hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in files]
+    assert image_digests(image_set(pictures, 4)) == [whole[place] for place in (0, 1, 3, 4)]
+    moved = pictures.rename(tmp_path / "elsewhere")
+    assert image_digests(image_set(moved)) == whole
+    assert image_digests(image_set(None, 4)) == []
+
+
+def test_an_image_that_cannot_be_read_took_part_in_nothing(pictures: Path) -> None:
+    (pictures / "0.png").write_bytes(b"no picture")
+    images = image_set(pictures)
+    before = image_digests(images)
+    assert len(list(images.batches(8, lambda some: torch.zeros(len(some), 3, 4, 4)))) == 1
+    assert image_digests(images) == before[1:]
+
+
+def test_what_took_part_is_the_search_and_the_fit(pictures: Path) -> None:
+    seen, images = "0123456789ab", image_set(pictures, 4)
+    found = Recipe({}, provenance={"images_seen": [seen, seen]})
+    assert fitted_digests(found, images) == {seen, *image_digests(images)}
+    assert fitted_digests(found, None) == {seen}
+    for images_seen in (None, "0123456789ab", 7, {"a": 1}, [None, 3, "short", "0123456789AB", ["x"]]):
+        assert fitted_digests(Recipe({}, provenance={"images_seen": images_seen}), None) == set()
+
+
+def test_images_that_took_part_are_counted(pictures: Path) -> None:
+    images = image_set(pictures)
+    digests = image_digests(images)
+    assert count_fitted(images, {*digests[:2], "0123456789ab"}) == 2
+    assert (count_fitted(images, set()), count_fitted(images, None)) == (0, None)
+    assert count_fitted(image_set(None, 4), set(digests)) == 0
+
+
+def test_records_of_earlier_versions_do_not_know_what_took_part(tmp_path: Path) -> None:
+    assert fitted_of(tmp_path) is None
+    write_run_record(tmp_path, RUN, VERDICT)
+    assert fitted_of(tmp_path) is None
+    write_run_record(tmp_path, {**RUN, "fitted": ["0123456789ab"]}, VERDICT)
+    assert fitted_of(tmp_path) == {"0123456789ab"}
