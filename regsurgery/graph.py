@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -105,6 +106,20 @@ def between(graph_module: fx.GraphModule, start: fx.Node, end: fx.Node) -> fx.Gr
         if node in needed and node is not start:
             copied[node] = graph.node_copy(node, lambda n: copied[n])
     graph.output(copied[end])
+    return fx.GraphModule(graph_module, graph)
+
+
+def starting_at(graph_module: fx.GraphModule, name: str) -> fx.GraphModule:
+    """`graph_module` with one more input, the last, which is taken in place of what the node `name` would compute.
+
+    Nothing is computed that the outputs then need no more. Parameters are shared, the graph is a copy.
+    """
+    graph = copy.deepcopy(graph_module.graph)
+    node = next(node for node in graph.nodes if node.name == name)
+    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+        given = graph.placeholder("entering")
+    node.replace_all_uses_with(given)
+    drop_unused(graph)
     return fx.GraphModule(graph_module, graph)
 
 

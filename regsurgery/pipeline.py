@@ -51,6 +51,10 @@ if TYPE_CHECKING:
 
 HELD_OUT_EVERY = 5  # of the user's images, every fifth is for verification alone where a mode is fitted on images
 GENERATED_TO_FIT = 128  # pictures to fit on where the user gives none
+GENERATED_TO_CHECK = 32  # pictures of another kind
+NOT_CALIBRATED = (
+    "native: not calibrated, which needs photos; give some with --images DIR (generated pictures mislead it)"
+)
 
 
 class Progress:
@@ -99,7 +103,8 @@ def patch(
     *,
     recipe: str | Path | Recipe | None = None,
     mode: str | None = None,
-    calibrate: bool = True,
+    calibrate: bool | None = None,
+    stop_after: int | None = None,
     format: str | None = None,
     num_registers: int | None = None,
     images: str | Path | ImageSet | None = None,
@@ -119,7 +124,9 @@ def patch(
         recipe: a `Recipe`, a recipe file or the name of a bundled recipe. By default the bundled one for `model`, if
             there is one and its verification passes; else the neurons are found.
         mode: one of `recipe.MODES`; by default the recipe's.
-        calibrate: native mode: train the register tokens and the register neurons' output columns on the images.
+        calibrate: native mode: train the register neurons' output columns on the images; by default where photos are
+            given. On generated pictures it is kept only where it gains on those of another kind, too.
+        stop_after: native mode: end calibration after that many steps, as a run did that was interrupted there.
         format: one of `backends.FORMATS`; by default that of the model's library, or in native mode the one of a stock
             host.
         images: where images for finding, fitting and verification are, see `calibration.image_set`, or themselves. A
@@ -136,7 +143,8 @@ def patch(
         UserError: the input is at fault; see `errors`.
         VerificationError: the patched model fails verification; `output` is not created.
     """
-    from regsurgery.calibration import ImageSet, image_set
+    from regsurgery.calibration import ImageSet, another_kind, image_set
+    from regsurgery.image_sources import Generated
     from regsurgery.sharing import Share
 
     started = time.monotonic()
@@ -154,6 +162,8 @@ def patch(
     given = None if recipe is None else _given_recipe(model, recipe, progress)
     pictures = images if isinstance(images, ImageSet) else image_set(images, num_images, seed=seed, say=progress.say)
 
+    photos = not isinstance(pictures.source, Generated)
+    wants_calibration = photos if calibrate is None else calibrate
     linked = link or dry_run
     # Without a recipe there may be nothing to fix; other formats and modes have files of their own.
     copied = given is not None and (mode or given.mode) != "native" and (format or "") not in ("pt2", "onnx")
@@ -195,8 +205,19 @@ def patch(
                     surgery = perform_bias(loaded, chosen, traced, sites, fit, progress=progress)
                 else:
                     surgery = perform_native(
-                        loaded, chosen, traced, sites, fit, calibration=calibrate, seed=seed, progress=progress
+                        loaded,
+                        chosen,
+                        traced,
+                        sites,
+                        fit,
+                        calibration=wants_calibration,
+                        check=None if photos else another_kind(GENERATED_TO_CHECK, seed=seed),
+                        stop_after=stop_after,
+                        seed=seed,
+                        progress=progress,
                     )
+                    if calibrate is None and not photos:
+                        progress.say(NOT_CALIBRATED)
             with tempfile.TemporaryDirectory() as nowhere:
                 target = Path(nowhere) / "dry-run" if dry_run else output
                 surgery = replace(surgery, place=partial(copy_file, link=True) if linked else copies.place)
@@ -205,7 +226,8 @@ def patch(
                     chosen,
                     fmt,
                     pictures if verification or chosen.mode != "shift" else None,
-                    calibrate=calibrate,
+                    calibrate=wants_calibration,
+                    stopped_after=_stopped_after(surgery),
                     seed=seed,
                     num_images=num_images,
                     force=force,
@@ -233,6 +255,12 @@ def patch(
         journal = None if dry_run else output.absolute().with_name(f".{output.name}.journal")
         share = Share.of(pictures)
         return operate_and_write(_find(loaded, traced, sites, share, seed, force, journal, progress).recipe)
+
+
+def _stopped_after(surgery: Surgery) -> int | None:
+    """How many steps of calibration were run, where it was interrupted."""
+    calibration = surgery.config_block.get("fit", {}).get("calibration") or {}
+    return calibration.get("stopped_after")
 
 
 def _format(wanted: str | None, loaded: Loaded, recipe: Recipe, progress: Progress) -> str:
