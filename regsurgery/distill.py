@@ -25,12 +25,16 @@ from regsurgery.native import Native, NativeModel
 from regsurgery.statistics import outliers, tap, token_norms
 from regsurgery.trace import tensor_inputs
 
-RATE = 0.08  # of Adam, in the root mean square of what a block's neurons write; falls to 0 on a cosine
+RATE = 0.03  # of Adam, in the root mean square of what a block's neurons write; falls to 0 on a cosine
 STEPS = 60
 STEP_IMAGES = 24  # images behind one step
 PASS_IMAGES = 8  # of them, through the model at a time
 CHECK_EVERY = 10  # steps between two looks at the held-out images
 HELD_OUT = 0.2  # share of the images
+# Crops of every image to train on, too. ViT-Ti, 75 images, loss while training and on unseen photos: 0.0037 and 0.0090
+# without, 0.0057 and 0.0076 with them (one register), 0.0029 and 0.0072, 0.0053 and 0.0060 (four).
+CROPS = 3
+SMALLEST_CROP = 0.6  # of a side
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,24 @@ def divided(num_images: int, seed: int) -> tuple[Tensor, Tensor]:
     order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
     num_held_out = max(1, round(HELD_OUT * num_images))
     return order[num_held_out:], order[:num_held_out]
+
+
+def with_crops(images: Tensor, training: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """`images` `[N, 3, H, W]` and behind them `CROPS` random crops of each one numbered `training`, half of them
+    mirrored, at the size of the images; and the numbers of all that is to be trained on.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = images.shape[-2:]
+    crops = []
+    for number in training.repeat(CROPS).tolist():
+        share, top, left, mirrored = torch.rand(4, generator=generator).tolist()
+        share = SMALLEST_CROP + (1 - SMALLEST_CROP) * share
+        height, width = (round(share * side) for side in size)
+        top, left = round(top * (size[0] - height)), round(left * (size[1] - width))
+        crop = images[number : number + 1, :, top : top + height, left : left + width]
+        crop = F.interpolate(crop.float(), size, mode="bicubic", antialias=True).to(images)
+        crops.append(crop.flip(-1) if mirrored < 0.5 else crop)
+    return torch.cat((images, *crops)), torch.cat((training, torch.arange(len(images), len(images) + len(crops))))
 
 
 def calibrate(
@@ -100,16 +122,17 @@ def calibrate(
                 (drift(chunk, trained.parameters()).sum() / len(chosen)).backward()
             optimiser.step()
             schedule.step()
-            done = step
             progress(1)
             if step == 1:
                 seconds = STEPS * (time.monotonic() - began) + STEPS / CHECK_EVERY * checking
                 say(f"calibration: {last} steps, about {_duration(seconds)} here; Ctrl-C keeps the best weights so far")
+            checked = best
             if step % CHECK_EVERY == 0:
                 parameters = trained.parameters(detached=True)
                 value = drift.mean(held_out, parameters)
                 if value < best.after:
-                    best = Calibrated(replace(native, parameters=parameters), before, value, step)
+                    checked = Calibrated(replace(native, parameters=parameters), before, value, step)
+            best, done = checked, step  # together: running `done` steps again must give `best`
     except KeyboardInterrupt:
         say(f"calibration: interrupted after {done} of {last} steps; the weights after step {best.steps} are kept")
     return replace(best, stopped_after=done if done < STEPS else None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from regsurgery.calibration import ImageSet
-from regsurgery.distill import STEPS, Drift, calibrate, divided
+from regsurgery.distill import STEPS, Drift, calibrate, divided, with_crops
 from regsurgery.graph import set_parameter
 from regsurgery.loading import Loaded
 from regsurgery.match import match
@@ -72,6 +72,8 @@ def perform_native(
         f"native: margin {native.margin:.2f}, marker norm {native.marker_norm:.1f}, from {facts['num_images']} images"
     )
     if calibration:
+        pixels, training = with_crops(pixels, training, seed)
+        drift = Drift(model, pixels)
         progress.stage("calibration", STEPS if stop_after is None else stop_after)
         calibrated = calibrate(
             model,
