@@ -207,6 +207,11 @@ def _tar(item: Item) -> Path | None:
     return content.path if isinstance(content, Stretch) else None
 
 
+def another_kind(count: int, *, seed: int = 0) -> ImageSet:
+    """`count` generated pictures of another kind than those of `image_set`."""
+    return ImageSet(f"{count} generated noise pictures", Generated(count, seed, noise=True), range(count))
+
+
 def image_set(
     where: str | os.PathLike[str] | None,
     num_images: int | None = None,

@@ -162,8 +162,13 @@ def patch(
     recipe: RecipeName = None,
     mode: Mode = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate/--no-calibrate", help="Native mode: train the registers on the images.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--calibrate/--no-calibrate",
+            help="Native mode: train what registers hold on the images; by default where --images gives photos.",
+            show_default=False,
+        ),
+    ] = None,
     format: Format = None,
     num_registers: NumRegisters = None,
     smallest: Smallest = False,

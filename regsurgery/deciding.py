@@ -22,6 +22,7 @@ from regsurgery.journal import TrialJournal
 from regsurgery.loading import Loaded
 from regsurgery.match import match
 from regsurgery.recipe import Recipe
+from regsurgery.run_record import image_digests
 from regsurgery.scores import PRECISIONS, Candidate, Scorer, Sums
 from regsurgery.sharing import BATCH, PILOT_IMAGES, Share
 from regsurgery.sites import Sites
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 TRIAL_IMAGES = 16  # of the pilot's, for every trial of a set
 MAX_TRIED_AGAIN = 3  # settings that are tried at the second image size
 SHOWN_CANDIDATES = 10
+LISTED_IMAGES = 1024  # by their digests, in a recipe
 LARGE_IMAGE = 320  # pixels; the second resolution is half again as large below it, two thirds above it
 DIGITS = 4  # significant ones of every figure in a recipe
 
@@ -241,8 +243,17 @@ def decide(search: Search, diagnosis: Diagnosis, sums: Sums, ranked: Sequence[Ca
         ],
         "sweep": [row.as_dict() for row in choice.rows],
         "second_resolution": second.as_dict(),
+        "images_seen": _images_seen(search.share),
     }
     return replace(found, recipe=replace(recipe, provenance=_rounded(facts)))
+
+
+def _images_seen(share: Share) -> list[str]:
+    """Digests of the images that had a part in the search; of more than `LISTED_IMAGES` those that decided."""
+    sets = [share.pilot, *([share.judging] if share.judging is not None else [])]
+    if share.own.num_images <= LISTED_IMAGES:
+        sets.append(share.own)
+    return sorted({digest for images in sets for digest in image_digests(images)})
 
 
 def _judging(search: Search, pilot: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], str]:

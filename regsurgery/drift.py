@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from regsurgery import runtime
 from regsurgery.comparison import kl_divergence, main_output, output_cosine, probe_nodes
 from regsurgery.families import LOGIT_OUTPUTS
-from regsurgery.graph import continued_from
+from regsurgery.graph import starting_at
 from regsurgery.loading import Loaded
 from regsurgery.passes import apply_passes
 from regsurgery.passes.plan import plan_surgery
@@ -143,7 +143,7 @@ class DriftTrials:
     @cached_property
     def originals(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Of every batch the original's main output, its patches after the last block, and which were outliers."""
-        whole = tap(self.traced.graph_module, probe_nodes(self.sites))
+        whole = tap(self.traced.graph_module, probe_nodes(self.sites), outputs=(self.main,))
         kept = []
         for inputs in self.inputs:
             with torch.no_grad():
@@ -169,7 +169,7 @@ class DriftTrials:
             setattr(graph_module, name, torch.tensor(listed.get(block, ()), dtype=torch.int64, device=device))
         figures: dict[str, list[Tensor]] = {}
         for stream_BTD, inputs, original in zip(streams, self.inputs, self.originals, strict=True):
-            outputs, taps = graph_module(stream_BTD.clone(), *inputs)  # a graph may write into what it is given
+            outputs, taps = graph_module(*inputs, stream_BTD.clone())  # a graph may write into what it is given
             for name, values_B in self._figures(original, outputs[self.main], taps).items():
                 figures.setdefault(name, []).append(values_B.double().cpu())
         return Tried(**{name: torch.cat(values) for name, values in figures.items()})
@@ -213,7 +213,7 @@ class DriftTrials:
             start = joined.name
         before = tap(patched, {"stream": start}, early_exit=True)
         streams = [before(*inputs)[1]["stream"] for inputs in self.inputs]
-        rest = continued_from(tap(patched, probe_nodes(self.sites)), start, self.main)
+        rest = starting_at(tap(patched, probe_nodes(self.sites), outputs=(self.main,)), start)
         while len(self._streams) >= KEPT:
             self._streams.popitem(last=False)
         self._streams[num_registers] = streams, rest

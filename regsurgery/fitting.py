@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from regsurgery.calibration import ImageSet
-from regsurgery.distill import STEPS, calibrate
+from regsurgery.distill import STEPS, Drift, calibrate, divided, with_crops
 from regsurgery.graph import set_parameter
 from regsurgery.loading import Loaded
 from regsurgery.match import match
-from regsurgery.native import NativeModel, closed_form
+from regsurgery.native import MARKER_NORMS, Native, NativeModel, closed_form
 from regsurgery.passes import apply_passes
 from regsurgery.passes.plan import plan_surgery
 from regsurgery.recipe import Recipe
@@ -37,10 +38,16 @@ def perform_native(
     images: ImageSet,
     *,
     calibration: bool,
+    check: ImageSet | None = None,
+    stop_after: int | None = None,
     seed: int,
     progress: Progress,
 ) -> Surgery:
     """Native mode: the closed form, and calibration where it is wanted and pays.
+
+    Args:
+        check: keep what calibration gained only where it gains on these images, of another kind than `images`, too.
+        stop_after: end calibration after that many steps, as an interrupt does.
 
     Raises:
         RecipeError: a block or neuron of the recipe does not exist in the model.
@@ -48,12 +55,15 @@ def perform_native(
     """
     check_fit(recipe, sites)
     fit = images.some(FIT_IMAGES)
-    batches = list(fit.batches(BATCH, loaded.preprocess))
+    pixels = torch.cat(list(fit.batches(BATCH, loaded.preprocess)))
     model = NativeModel(loaded, traced, sites, recipe)
-    native = closed_form(model, batches)
+    drift = Drift(model, pixels)
+    training, held_out = divided(len(pixels), seed)
+    progress.stage("closed form", len(MARKER_NORMS))
+    native = closed_form(model, pixels[training].split(BATCH), partial(drift.mean, held_out), progress=progress.advance)
     facts: dict[str, Any] = {
         "images": fit.note,
-        "num_images": sum(map(len, batches)),
+        "num_images": len(pixels),
         "margin": native.margin,
         "marker_norm": native.marker_norm,
         "calibration": None,
@@ -62,21 +72,51 @@ def perform_native(
         f"native: margin {native.margin:.2f}, marker norm {native.marker_norm:.1f}, from {facts['num_images']} images"
     )
     if calibration:
-        progress.stage("calibration", STEPS)
-        calibrated = calibrate(model, native, torch.cat(batches), seed=seed, progress=progress.advance)
-        native = calibrated.native
-        facts["calibration"] = {
-            "steps": calibrated.steps,
-            "loss_before": calibrated.before,
-            "loss_after": calibrated.after,
-        }
+        pixels, training = with_crops(pixels, training, seed)
+        drift = Drift(model, pixels)
+        progress.stage("calibration", STEPS if stop_after is None else stop_after)
+        calibrated = calibrate(
+            model,
+            native,
+            drift,
+            training,
+            held_out,
+            seed=seed,
+            stop_after=stop_after,
+            progress=progress.advance,
+            say=progress.say,
+        )
+        steps, outcome = calibrated.steps, f"{calibrated.steps} steps kept"
+        found: dict[str, Any] = {"loss_before": calibrated.before, "loss_after": calibrated.after}
+        if calibrated.stopped_after is not None:
+            found["stopped_after"] = calibrated.stopped_after
+        if check is not None and steps:
+            found["check"] = _checked_on(check, model, native, calibrated.native)
+            values = f"{found['check']['loss_before']:.4f} -> {found['check']['loss_after']:.4f}"
+            if found["check"]["loss_after"] >= found["check"]["loss_before"]:
+                steps, outcome = 0, f"not on {check.note}: {values}; the closed form is kept"
+            else:
+                outcome = f"{steps} steps kept; on {check.note} {values}"
+        if steps:
+            native = calibrated.native
+        facts["calibration"] = {"steps": steps, **found}
         progress.say(
-            f"calibration: loss on held-out images {calibrated.before:.4f} -> {calibrated.after:.4f} "
-            f"({calibrated.steps} steps kept)"
+            f"calibration: loss on held-out images {calibrated.before:.4f} -> {calibrated.after:.4f} ({outcome})"
         )
     plan = plan_surgery(sites, recipe)
     block = {**common_block(loaded, recipe, plan), "width": sites.width, "num_prefix": sites.num_prefix, "fit": facts}
     return _edited_surgery(loaded, recipe, traced, sites, model.graph_module, native.parameters, block)
+
+
+def _checked_on(check: ImageSet, model: NativeModel, native: Native, trained: Native) -> dict[str, Any]:
+    """The loss of the closed form and of the trained weights on `check`."""
+    pixels = torch.cat(list(check.batches(BATCH, model.loaded.preprocess)))
+    drift, every = Drift(model, pixels), torch.arange(len(pixels))
+    return {
+        "images": check.note,
+        "loss_before": drift.mean(every, native.parameters),
+        "loss_after": drift.mean(every, trained.parameters),
+    }
 
 
 @torch.no_grad()

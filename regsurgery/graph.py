@@ -109,21 +109,18 @@ def between(graph_module: fx.GraphModule, start: fx.Node, end: fx.Node) -> fx.Gr
     return fx.GraphModule(graph_module, graph)
 
 
-def continued_from(tapped: fx.GraphModule, start: str, output: str) -> fx.GraphModule:
-    """`tapped`, made by `statistics.tap`, from the node `start` on: its value is the first input, before all others.
+def starting_at(graph_module: fx.GraphModule, name: str) -> fx.GraphModule:
+    """`graph_module` with one more input, the last, which is taken in place of what the node `name` would compute.
 
-    Of the outputs only `output` is kept. What does not come from `start` is computed from the other inputs as before.
+    Nothing is computed that the outputs then need no more. Parameters are shared, the graph is a copy.
     """
-    graph = copy.deepcopy(tapped.graph)
-    node = next(node for node in graph.nodes if node.name == start)
-    with graph.inserting_before(next(iter(graph.nodes))):
-        given = graph.placeholder("given")
+    graph = copy.deepcopy(graph_module.graph)
+    node = next(node for node in graph.nodes if node.name == name)
+    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+        given = graph.placeholder("entering")
     node.replace_all_uses_with(given)
-    (end,) = graph.find_nodes(op="output")
-    outputs, taps = end.args[0]  # type: ignore[misc]
-    end.args = (({output: outputs[output]}, taps),)  # type: ignore[index]
     drop_unused(graph)
-    return fx.GraphModule(tapped, graph)
+    return fx.GraphModule(graph_module, graph)
 
 
 def set_parameter(root: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -128,7 +128,7 @@ def decode(content: Content) -> Image:
     import PIL.Image
 
     if isinstance(content, str):
-        return dead_leaves(random.Random(content))
+        return (noise_texture if content.startswith(NOISE) else dead_leaves)(random.Random(content))
     if isinstance(content, Stretch):
         content = content.read()
     with warnings.catch_warnings():
@@ -165,13 +165,17 @@ class Pictures:
         return fingerprint_of(self.paths, dated=False)
 
 
+NOISE = "noise "  # the seeds of noise pictures begin so
+
+
 @dataclass(frozen=True)
 class Generated:
-    """`count` dead-leaves pictures; those of another `purpose` are others."""
+    """`count` dead-leaves pictures, or noise pictures; those of another `purpose` are others."""
 
     count: int
     seed: int
     purpose: str = ""
+    noise: bool = False
     random_access = True
 
     def __len__(self) -> int:
@@ -179,10 +183,11 @@ class Generated:
 
     def items(self, chosen: range | tuple[int, ...]) -> Iterator[Item]:
         for index in chosen:
-            yield f"dead-leaves picture {index}", f"{self.purpose}{self.seed}/{index}"
+            name, kind = ("noise", NOISE) if self.noise else ("dead-leaves", "")
+            yield f"{name} picture {index}", f"{kind}{self.purpose}{self.seed}/{index}"
 
     def fingerprint(self) -> str:
-        return f"dead leaves {self.count} {self.purpose}{self.seed}"
+        return f"{'noise' if self.noise else 'dead leaves'} {self.count} {self.purpose}{self.seed}"
 
     def identity(self) -> str:
         return self.fingerprint()
@@ -226,3 +231,22 @@ def dead_leaves(rng: random.Random, size: int = GENERATED_SIZE) -> Image:
         x, y = rng.uniform(0, size), rng.uniform(0, size)
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour())
     return image
+
+
+def noise_texture(rng: random.Random, size: int = GENERATED_SIZE) -> Image:
+    """Noise of all octaves at the same strength, so that its amplitude falls with frequency as in natural images.
+
+    It has no edges and no objects, and so shares little with `dead_leaves` but that. Deterministic in `rng`.
+    """
+    import PIL.Image
+    import PIL.ImageOps
+
+    picture, side, number = None, 2, 0
+    while side <= size:
+        octave = PIL.Image.frombytes("RGB", (side, side), rng.randbytes(3 * side * side))
+        octave = octave.resize((size, size), PIL.Image.Resampling.BICUBIC)
+        number += 1
+        picture = octave if picture is None else PIL.Image.blend(picture, octave, 1 / number)
+        side *= 2
+    assert picture is not None
+    return PIL.ImageOps.autocontrast(picture)

@@ -52,6 +52,10 @@ if TYPE_CHECKING:
 HELD_OUT = 30  # of the user's images that are for verification alone where something is fitted on images: a fifth, ...
 GENERATED_TO_FIT = 128  # pictures to fit on where the user gives none
 FIT = "fit"  # purpose of those
+GENERATED_TO_CHECK = 32  # pictures of another kind
+NOT_CALIBRATED = (
+    "native: not calibrated, which needs photos; give some with --images DIR (generated pictures mislead it)"
+)
 
 
 class Progress:
@@ -100,7 +104,8 @@ def patch(
     *,
     recipe: str | Path | Recipe | None = None,
     mode: str | None = None,
-    calibrate: bool = True,
+    calibrate: bool | None = None,
+    stop_after: int | None = None,
     format: str | None = None,
     num_registers: int | None = None,
     smallest: bool = False,
@@ -122,7 +127,9 @@ def patch(
         recipe: a `Recipe`, a recipe file or the name of a bundled recipe. By default the bundled one for `model`, if
             there is one and its verification passes; else the neurons are found.
         mode: one of `recipe.MODES`; by default the recipe's.
-        calibrate: native mode: train the register tokens and the register neurons' output columns on the images.
+        calibrate: native mode: train the register neurons' output columns on the images; by default where photos are
+            given. On generated pictures it is kept only where it gains on those of another kind, too.
+        stop_after: native mode: end calibration after that many steps, as a run did that was interrupted there.
         format: one of `backends.FORMATS`; by default that of the model's library, or in native mode the one of a stock
             host.
         num_registers: that many register tokens; by default the recipe's, or as many as drift least.
@@ -142,7 +149,7 @@ def patch(
         UserError: the input is at fault; see `errors`.
         VerificationError: the patched model fails verification; `output` is not created.
     """
-    from regsurgery.calibration import ImageSet, image_set
+    from regsurgery.calibration import ImageSet, another_kind, image_set
     from regsurgery.deciding import FindOptions
     from regsurgery.sharing import SEARCH, Share
 
@@ -160,6 +167,8 @@ def patch(
     given = None if recipe is None else _given_recipe(model, recipe, progress)
     pictures = images if isinstance(images, ImageSet) else image_set(images, num_images, seed=seed, say=progress.say)
 
+    photos = pictures.evidence == "photos"
+    wants_calibration = photos if calibrate is None else calibrate
     linked = link or dry_run
     # Without a recipe there may be nothing to fix; other formats and modes have files of their own.
     copied = given is not None and (mode or given.mode) != "native" and (format or "") not in ("pt2", "onnx")
@@ -196,13 +205,25 @@ def patch(
                 with _objects_stay():
                     surgery = perform(loaded, chosen, traced, sites)
             else:
-                fit, unseen = _disjoint(images, pictures, seed, FIT) if seen is None or images is None else seen
+                reused = seen is not None and photos and seen[0] is not seen[1]
+                fit, unseen = seen if reused else _disjoint(images, pictures, seed, FIT)  # type: ignore[misc]
                 if chosen.mode == "bias":
                     surgery = perform_bias(loaded, chosen, traced, sites, fit, progress=progress)
                 else:
                     surgery = perform_native(
-                        loaded, chosen, traced, sites, fit, calibration=calibrate, seed=seed, progress=progress
+                        loaded,
+                        chosen,
+                        traced,
+                        sites,
+                        fit,
+                        calibration=wants_calibration,
+                        check=None if photos else another_kind(GENERATED_TO_CHECK, seed=seed),
+                        stop_after=stop_after,
+                        seed=seed,
+                        progress=progress,
                     )
+                    if calibrate is None and not photos:
+                        progress.say(NOT_CALIBRATED)
             fitted = fitted_digests(chosen, None if fit is None else fit.some(FIT_IMAGES))
             with tempfile.TemporaryDirectory() as nowhere:
                 target = Path(nowhere) / "dry-run" if dry_run else output
@@ -213,7 +234,8 @@ def patch(
                     fmt,
                     pictures if verification or chosen.mode != "shift" else None,
                     fitted,
-                    calibrate=calibrate,
+                    calibrate=wants_calibration,
+                    stopped_after=_stopped_after(surgery),
                     seed=seed,
                     num_images=num_images,
                     force=force,
@@ -243,6 +265,12 @@ def patch(
         wanted = FindOptions(seed, force, smallest=smallest, num_registers=num_registers)
         found = _find(loaded, traced, sites, Share.of(searched), wanted, journal, progress)
         return operate_and_write(found.recipe, (searched, unseen))
+
+
+def _stopped_after(surgery: Surgery) -> int | None:
+    """How many steps of calibration were run, where it was interrupted."""
+    calibration = surgery.config_block.get("fit", {}).get("calibration") or {}
+    return calibration.get("stopped_after")
 
 
 def _format(wanted: str | None, loaded: Loaded, recipe: Recipe, progress: Progress) -> str:

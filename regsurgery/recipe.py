@@ -66,8 +66,8 @@ class Recipe:
         return _checked(replace(self, num_registers=num_registers, scale=scale), "--num-registers")
 
     def with_mode(self, mode: str) -> Recipe:
-        """The same recipe in another mode."""
-        return _checked(replace(self, mode=mode), "--mode")
+        """The same recipe in another mode; native mode needs no fill, and drops that of the shift."""
+        return _checked(replace(self, mode=mode, fill="zero" if mode == "native" else self.fill), "--mode")
 
     def changes_since_found(self) -> tuple[str, ...]:
         """What is set otherwise than `find` wrote it, each as "num_registers 2 -> 4".
@@ -89,7 +89,7 @@ class Recipe:
         )
 
     def as_single_shift(self) -> Recipe:
-        """The same neurons shifted onto one register: what modes native and bias take their constants from."""
+        """The same neurons shifted onto one register: what mode bias takes its constants from."""
         return replace(self, mode="shift", num_registers=1, scale=self.scale[:1])
 
     def as_dict(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from rich.progress import (
     Task,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
 from rich.table import Table
@@ -59,6 +60,19 @@ class _DoneColumn(ProgressColumn):
         return (self.bytes if task.fields["in_bytes"] else self.images).render(task)
 
 
+class _LeftColumn(ProgressColumn):
+    """How long a stage will go on, where its end is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = TimeRemainingColumn()
+
+    def render(self, task: Task) -> Text:
+        if task.total is None or task.time_remaining is None:
+            return Text()
+        return Text.assemble(self.left.render(task), " left")
+
+
 class _PlainLines:
     """Progress where nothing can be drawn, in a log: a line when a stage begins, and one now and then while it runs."""
 
@@ -77,8 +91,13 @@ class _PlainLines:
         now = time.monotonic()
         if now - self.said >= PLAIN_EVERY:
             self.said = now
-            of = "" if self.total is None else f" of {self._amount(self.total)}"
-            self._print(f"{self.name}: {self._amount(self.done)}{of} after {now - self.began:.0f} s")
+            took = now - self.began
+            of, left = "", ""
+            if self.total is not None:
+                of = f" of {self._amount(self.total)}"
+                if 0 < self.done < self.total:
+                    left = f", about {took / self.done * (self.total - self.done):.0f} s left"
+            self._print(f"{self.name}: {self._amount(self.done)}{of} after {took:.0f} s{left}")
 
     def _amount(self, number: int) -> str:
         return decimal(number) if self.in_bytes else str(number)
@@ -99,6 +118,7 @@ class Screen(Progress):
             BarColumn(),
             _DoneColumn(),
             TimeElapsedColumn(),
+            _LeftColumn(),
             console=self.errors,
             transient=True,
             disable=not self.errors.is_terminal,

@@ -4,6 +4,7 @@
      "regsurgery": the version that wrote the folder,
      "run": {"model": MODEL as given, "revision": the Hub commit it stood for or null, "sha256": of its weights,
              "mode", "format", "num_registers": as written; "calibrate": native mode only, else null,
+             "stopped_after": only where calibration was interrupted: the number of steps that were run,
              "seed", "num_images", "force", "verification": as given,
              "images": null where pictures were generated or no image was used, else {"note": what they are called,
                        "count": how many, "sha256": of what they are, see `image_digest`},
@@ -52,6 +53,7 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     "calibrate": (bool, type(None)), "seed": int, "num_images": (int, type(None)), "force": bool, "verification": bool,
     "images": (dict, type(None)), "versions": dict,
 }  # fmt: skip
+OPTIONAL: dict[str, type | tuple[type, ...]] = {"stopped_after": int}
 
 
 def write_run_record(folder: Path, run: dict[str, Any], verdict: Verdict | None) -> None:
@@ -100,6 +102,9 @@ def _problem(record: dict[str, Any]) -> str | None:
     for key, kind in TYPES.items():
         if key not in run or not isinstance(run[key], kind):
             return f"'run' has no valid '{key}'"
+    for key, kind in OPTIONAL.items():
+        if key in run and not isinstance(run[key], kind):
+            return f"'run' has no valid '{key}'"
     images = run["images"]
     if images is not None and not all(
         isinstance(images.get(key), kind) for key, kind in (("note", str), ("count", int), ("sha256", str))
@@ -119,6 +124,7 @@ def run_of(
     fitted: Collection[str],
     *,
     calibrate: bool,
+    stopped_after: int | None = None,
     seed: int,
     num_images: int | None,
     force: bool,
@@ -128,6 +134,7 @@ def run_of(
 
     Args:
         recipe: the one that was applied; the folder's `recipe.yaml` has it.
+        stopped_after: steps of calibration after which it was interrupted.
         pictures: the images of the run, where any were used.
         fitted: digests of the images that the search or the fit used.
     """
@@ -139,6 +146,7 @@ def run_of(
         "format": fmt,
         "num_registers": recipe.num_registers,
         "calibrate": calibrate if recipe.mode == "native" else None,
+        **({} if stopped_after is None else {"stopped_after": stopped_after}),
         "seed": seed,
         "num_images": num_images,
         "force": force,

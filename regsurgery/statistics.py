@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, fx
@@ -16,17 +16,25 @@ MIN_RATIO = 3.0
 POSITIONAL_SHARE = 0.8  # of all outliers at the few places where they sit most often
 
 
-def tap(graph_module: fx.GraphModule, nodes: Mapping[str, str], *, early_exit: bool = False) -> fx.GraphModule:
+def tap(
+    graph_module: fx.GraphModule,
+    nodes: Mapping[str, str],
+    *,
+    early_exit: bool = False,
+    outputs: Collection[str] | None = None,
+) -> fx.GraphModule:
     """A graph module that returns `(outputs, taps)`, where `taps[key]` is the value of the node `nodes[key]`.
 
-    With `early_exit`, `outputs` is an empty dict and nothing is computed that no tap needs. Parameters are shared; the
-    original graph is not touched.
+    With `outputs` there are only those; with `early_exit` none, and nothing is computed that no tap needs. Parameters
+    are shared; the original graph is not touched.
     """
     graph = copy.deepcopy(graph_module.graph)
     by_name = {node.name: node for node in graph.nodes}
     (output,) = graph.find_nodes(op="output")
-    outputs = {} if early_exit else output.args[0]
-    output.args = ((outputs, {key: by_name[name] for key, name in nodes.items()}),)
+    kept = {
+        name: node for name, node in output.args[0].items() if not early_exit and (outputs is None or name in outputs)
+    }
+    output.args = ((kept, {key: by_name[name] for key, name in nodes.items()}),)
     if early_exit:
         drop_unused(graph)
     return fx.GraphModule(graph_module, graph)

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import regsurgery
-from regsurgery import cli, verification
-from regsurgery.calibration import image_set
+from regsurgery import cli, fitting, verification
+from regsurgery.calibration import ImageSet, image_set
 from regsurgery.errors import CheckpointError, RecipeError, UnsupportedModelError, UserError, VerificationError
+from regsurgery.image_sources import decode
 from regsurgery.loading import load
-from regsurgery.recipe import Recipe, find_recipe
-from tests.conftest import Planted, build_planted
+from regsurgery.pipeline import Progress
+from regsurgery.recipe import Recipe, find_recipe, parse_recipe
+from regsurgery.run_record import RUN_RECORD_NAME
+from tests.conftest import Done, Planted, build_planted
 from tests.e2e.test_families import hosts_of
 from tests.e2e.test_native_real import in_stock_libraries
 from tests.e2e.test_reload import transformers_4_python
@@ -167,24 +171,40 @@ def test_a_host_that_computes_something_else_fails_verification(
 
 
 @pytest.fixture(scope="module")
-def demo_native(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("native") / "out"
-    regsurgery.patch(str(demo_folder), folder, recipe="demo", mode="native", num_images=8)
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of image files, which count as photos."""
+    folder = tmp_path_factory.mktemp("pictures")
+    leaves = image_set(None, 32, seed=7)
+    for number, (_, content) in enumerate(leaves.source.items(leaves.chosen)):
+        decode(content).save(folder / f"{number:02}.png")
     return folder
 
 
-def test_the_same_input_gives_the_same_bytes(demo_folder: Path, demo_native: Path, tmp_path: Path) -> None:
-    regsurgery.patch(str(demo_folder), tmp_path / "out", recipe="demo", mode="native", num_images=8)
+@pytest.fixture(scope="module")
+def demo_native(demo_folder: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("native") / "out"
+    regsurgery.patch(str(demo_folder), folder, recipe="demo", mode="native", images=pictures)
+    return folder
+
+
+def test_the_same_input_gives_the_same_bytes(
+    demo_folder: Path, demo_native: Path, pictures: Path, tmp_path: Path
+) -> None:
+    regsurgery.patch(str(demo_folder), tmp_path / "out", recipe="demo", mode="native", images=pictures)
     names = sorted(path.name for path in demo_native.iterdir())
     assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
     assert [name for name in names if (demo_native / name).read_bytes() != (tmp_path / "out" / name).read_bytes()] == []
 
 
-def test_calibration_pays_on_images_that_it_has_not_seen(demo_folder: Path, demo_native: Path, tmp_path: Path) -> None:
-    plain = regsurgery.patch(str(demo_folder), tmp_path / "out", recipe="demo", mode="native", calibrate=False)
+def test_calibration_pays_on_images_that_it_has_not_seen(
+    demo_folder: Path, demo_native: Path, pictures: Path, tmp_path: Path
+) -> None:
+    options = {"recipe": "demo", "mode": "native", "images": pictures}
+    regsurgery.patch(str(demo_folder), tmp_path / "out", calibrate=False, **options)
+    plain = regsurgery.verify(tmp_path / "out")
     calibrated = regsurgery.verify(demo_native)
-    assert plain.verdict.kl is not None and calibrated.kl is not None
-    assert calibrated.kl < 0.9 * plain.verdict.kl
+    assert plain.kl is not None and calibrated.kl is not None
+    assert calibrated.kl < 0.9 * plain.kl
     block = json.loads((demo_native / "config.json").read_text())["regsurgery"]
     assert block["mode"] == "native" and block["fit"]["calibration"]["steps"] > 0
     assert block["fit"]["calibration"]["loss_after"] < block["fit"]["calibration"]["loss_before"]
@@ -250,7 +270,9 @@ def test_other_image_sizes_work_in_the_host(fmt: str, demo_folder: Path, tmp_pat
 
 
 @pytest.mark.parametrize("num_registers", [2, 4])
-def test_several_registers_share_the_constants(num_registers: int, demo_folder: Path, tmp_path: Path) -> None:
+def test_each_of_several_registers_gets_the_whole_constants(
+    num_registers: int, demo_folder: Path, tmp_path: Path
+) -> None:
     result = regsurgery.patch(
         str(demo_folder), tmp_path / "out", recipe="demo", mode="native", calibrate=False,
         num_registers=num_registers, num_images=8,
@@ -262,7 +284,7 @@ def test_several_registers_share_the_constants(num_registers: int, demo_folder: 
         str(demo_folder), tmp_path / "one", recipe="demo", mode="native", calibrate=False, num_images=8
     ).verdict
     assert one.register_norm is not None and result.verdict.register_norm is not None
-    assert result.verdict.register_norm < one.register_norm
+    assert result.verdict.register_norm == pytest.approx(one.register_norm, rel=0.1)
 
 
 def test_pt2_runs_with_torch_alone_and_verifies(demo_folder: Path, demo_native: Path, tmp_path: Path) -> None:
@@ -275,13 +297,82 @@ def test_pt2_runs_with_torch_alone_and_verifies(demo_folder: Path, demo_native: 
         torch.testing.assert_close(program(pixels)["logits"], host, rtol=1e-4, atol=1e-5)
 
 
+# --- when it is calibrated ------------------------------------------------------------------------------------------
+
+
+def fit_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())["regsurgery"]["fit"]
+
+
+def test_without_photos_the_closed_form_is_written_and_that_is_said(
+    demo_folder: Path, tmp_path: Path, run: Callable[..., Done]
+) -> None:
+    done = run(
+        "patch", demo_folder, "-o", tmp_path / "out", "--recipe", "demo", "--mode", "native", "--num-images", "8"
+    )
+    assert done.code == 0 and "not calibrated, which needs photos; give some with --images DIR" in done.err
+    assert fit_of(tmp_path / "out")["calibration"] is None
+    assert json.loads((tmp_path / "out" / RUN_RECORD_NAME).read_text())["run"]["calibrate"] is False
+
+
+@pytest.mark.parametrize("gains", [True, False])
+def test_calibration_on_generated_pictures_counts_where_pictures_of_another_kind_confirm_it(
+    gains: bool, demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"recipe": "demo", "mode": "native", "num_images": 8}
+    regsurgery.patch(str(demo_folder), tmp_path / "plain", calibrate=False, **options)
+    real = fitting._checked_on
+
+    def checked(check: ImageSet, *given: Any) -> dict[str, Any]:
+        assert check.note == "32 generated noise pictures"
+        return {**real(check, *given), "loss_before": 0.5, "loss_after": 0.4 if gains else 0.6}
+
+    monkeypatch.setattr(fitting, "_checked_on", checked)
+    regsurgery.patch(str(demo_folder), tmp_path / "out", calibrate=True, **options)
+    found = fit_of(tmp_path / "out")["calibration"]
+    assert found["loss_after"] < found["loss_before"] and (found["steps"] > 0) == gains
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "out")]
+    assert (weights[0] == weights[1]) != gains
+
+
+def test_an_interrupt_keeps_the_best_weights_so_far_and_reproduce_gives_the_same(
+    demo_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    class Interrupting(Progress):
+        name, lines = "", ()
+
+        def stage(self, name: str, total: int | None = None, *, in_bytes: bool = False) -> None:
+            self.name, self.steps = name, 0
+
+        def advance(self, number: int) -> None:
+            self.steps += number
+            if self.name == "calibration" and self.steps == 23:
+                raise KeyboardInterrupt
+
+        def say(self, line: str) -> None:
+            self.lines = (*self.lines, line)
+
+    progress = Interrupting()
+    regsurgery.patch(
+        str(demo_folder), tmp_path / "out", recipe="demo", mode="native", images=pictures, progress=progress
+    )
+    assert any("60 steps, about" in line and "Ctrl-C keeps" in line for line in progress.lines)
+    assert any("interrupted after 22 of 60 steps" in line for line in progress.lines)
+    found = fit_of(tmp_path / "out")["calibration"]
+    assert found["stopped_after"] == 22 and found["steps"] == 20
+    assert regsurgery.reproduce(tmp_path / "out", images=pictures).identical
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
 def test_recipes_that_native_mode_cannot_follow_are_refused() -> None:
-    for options in ({"fill": "mean"}, {"compat": "reference"}, {"num_registers": 2, "scale": (1.0, 0.5)}):
+    for options in ({"compat": "reference"}, {"num_registers": 2, "scale": (1.0, 0.5)}):
         with pytest.raises(RecipeError, match="mode native needs"):
             Recipe({1: (2,)}, **options).with_mode("native")
+    assert Recipe({1: (2,)}, fill="outliers").with_mode("native").fill == "zero"
+    with pytest.raises(RecipeError, match="mode native needs fill: zero"):
+        parse_recipe("schema: 1\nregister_neurons: {1: [2]}\nmode: native\nfill: mean\n", "some.yaml")
     with pytest.raises(RecipeError, match="needs register neurons"):
         Recipe({}).with_mode("bias")
     with pytest.raises(RecipeError, match="did you mean 'native'"):
