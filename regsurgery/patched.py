@@ -180,14 +180,19 @@ def take_our_tensors(surgery: Surgery, folder: Path, fmt: str) -> None:
     import torch
     from safetensors import safe_open
 
+    from regsurgery.runtime import repeated_registers
+
     if not surgery.plan.num_added:
         return
     added = surgery.graph_module.get_parameter(surgery.added_name)
+    grows = not surgery.plan.constant_blocks
     with torch.no_grad():
         if fmt not in backends.LIBRARIES:
-            added.copy_(backends.backend(fmt).state(folder)[surgery.added_name])
+            value = backends.backend(fmt).state(folder)[surgery.added_name]
+            added.copy_(repeated_registers(value, surgery.plan.num_registers) if grows else value)
             return
         for path in checkpoint_io.weight_files(folder, backends.WEIGHTS_NAMES[fmt]):
             with safe_open(path, framework="pt") as file:
                 for name in filter(_is_ours, file.keys()):
-                    added.copy_(file.get_tensor(name))
+                    value = file.get_tensor(name)
+                    added.copy_(repeated_registers(value, surgery.plan.num_registers) if grows else value)
