@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from regsurgery import backends
 from regsurgery.families import LOGIT_OUTPUTS
+from regsurgery.size_drift import SizeDrifts
 from regsurgery.source_card import SourceCard, read_source_card
 from regsurgery.surgery import Surgery
 from regsurgery.verification import Verdict
@@ -43,13 +44,19 @@ class Neuron:
 
 
 def model_card(
-    surgery: Surgery, fmt: str, verdict: Verdict | None, run: dict[str, Any], picture: str | None = None
+    surgery: Surgery,
+    fmt: str,
+    verdict: Verdict | None,
+    run: dict[str, Any],
+    picture: str | None = None,
+    sizes: SizeDrifts | None = None,
 ) -> str:
     """The text of `README.md`: what was done, to what, with which measured figures, and how to load and repeat it.
 
     Args:
         run: the run record's `run`.
         picture: name of the picture beside the card, if there is one.
+        sizes: the drift at several image sizes, where it was measured.
     """
     import jinja2
     from huggingface_hub import ModelCard
@@ -89,6 +96,8 @@ def model_card(
         found_by=_text(surgery.recipe.provenance.get("found_by")),
         positional=_positional(surgery, verdict),
         verdict=verdict,
+        sizes=sizes,
+        grows=surgery.config_block.get("num_patches") is not None and fmt in backends.LIBRARIES,
         generated=run["images"] is None,
         picture=picture,
         version=surgery.config_block["version"],

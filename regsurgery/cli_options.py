@@ -26,6 +26,10 @@ Images = Annotated[
     ),
 ]
 NumImages = Annotated[int | None, typer.Option("--num-images", help="At most that many images.", min=1)]
+ImageSize = Annotated[
+    int | None,
+    typer.Option("--image-size", help="Side of the (square) images in pixels; by default the model's own.", min=1),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Of generated pictures and random controls.")]
 Force = Annotated[bool, typer.Option("--force", help="Also find in a model that was trained with registers.")]
 RecipeName = Annotated[

@@ -70,16 +70,30 @@ def _refuse_foreign_code(root: Path, repo: str) -> None:
         )
 
 
-def rebuilt(folder: Path, config: dict[str, Any], fmt: str, *, stored: bool) -> nn.Module:
-    """The patched model of a folder, as a user would get it; `stored`: its weights stay on disk where they can."""
+def rebuilt(
+    folder: Path, config: dict[str, Any], fmt: str, *, stored: bool, image_size: tuple[int, int] | None = None
+) -> nn.Module:
+    """The patched model of a folder, as a user would get it.
+
+    Args:
+        stored: its weights stay on disk where they can.
+        image_size: for images of this size (height, width), where it is not the model's own.
+
+    Raises:
+        UserError: a program, or a host, that takes one size only.
+    """
     backend = backends.backend(fmt, config["regsurgery"]["mode"])
-    if stored and fmt in backends.LIBRARIES:
-        return backend.reload(folder, config, stored=True)
-    return backend.reload(folder, config)
+    own = config.get("image_size")
+    if fmt in backends.PROGRAMS and image_size is not None and list(image_size) != own:
+        raise UserError(f"{folder}: format {fmt} takes images of {own} (height, width) only, not {list(image_size)}")
+    options: dict[str, Any] = {}
+    if fmt in backends.LIBRARIES:
+        options = {**({"stored": True} if stored else {}), **({"image_size": image_size} if image_size else {})}
+    return backend.reload(folder, config, **options)
 
 
-def reloaded(folder: Path, fmt: str, *, stored: bool = False) -> nn.Module:
-    """The patched model of a folder that may be broken; `stored`: see `rebuilt`.
+def reloaded(folder: Path, fmt: str, *, stored: bool = False, image_size: tuple[int, int] | None = None) -> nn.Module:
+    """The patched model of a folder that may be broken; `stored` and `image_size`: see `rebuilt`.
 
     Raises:
         CheckpointError: the folder's own loader file, or the stock host, cannot build it.
@@ -90,9 +104,9 @@ def reloaded(folder: Path, fmt: str, *, stored: bool = False) -> nn.Module:
     headers = [checkpoint_io.read_header(path) for path in checkpoint_io.weight_files(folder, name)] if name else []
     try:
         if not headers:
-            return rebuilt(folder, config, fmt, stored=stored)
+            return rebuilt(folder, config, fmt, stored=stored, image_size=image_size)
         with bounded_model(folder / backend.CONFIG_NAME, headers):
-            return rebuilt(folder, config, fmt, stored=stored)
+            return rebuilt(folder, config, fmt, stored=stored, image_size=image_size)
     except getattr(backend, "UNLOADABLE", BROKEN) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(f"{folder}: its model cannot be built: {reason}; patch the model again") from error

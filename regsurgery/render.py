@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from regsurgery.reproducing import Reproduction
     from regsurgery.restoring import Restored
     from regsurgery.sharing import FoundPart
+    from regsurgery.size_drift import SizeDrifts
     from regsurgery.tensor_diff import Difference
     from regsurgery.verification import Pair, Verdict
 
@@ -134,6 +135,8 @@ class Screen(Progress):
             self.out.print("not verified: no image went through what was written")
         else:
             self._verdict(result.verdict)
+        if result.sizes is not None:
+            self._sizes(result.sizes)
         where = f"wrote {result.output}" if result.output else "dry run: nothing written"
         self._neurons(result.recipe)
         self.out.print(
@@ -349,6 +352,19 @@ class Screen(Progress):
             f"written model against graph, allowed {verdict.parity_allowed:.0e}", "", f"{verdict.parity_max_abs:.1e}"
         )
         self.out.print(table)
+
+    def _sizes(self, sizes: SizeDrifts) -> None:
+        for row in sizes.rows if len(sizes.rows) > 1 else ():
+            error = "" if row.standard_error is None else f" ± {row.standard_error:.4f}"
+            registers = "1 register" if row.num_registers == 1 else f"{row.num_registers} registers"
+            self.out.print(
+                f"at {row.image_size[0]}x{row.image_size[1]} pixels, {registers}: {row.measure} {row.drift:.4f}{error} "
+                f"({row.num_images} images)",
+                soft_wrap=True,
+                markup=False,
+            )
+        for note in sizes.notes:
+            self.out.print(f"note: {note}", soft_wrap=True, markup=False)
 
 
 def difference_lines(difference: Difference) -> list[str]:

@@ -28,7 +28,8 @@ def registers_for(num_patches: int, num_registers: int, chosen_for: int | None) 
     """
     if chosen_for is None or num_registers == 0:
         return num_registers
-    return torch.sym_max(1, (2 * num_registers * num_patches + chosen_for) // (2 * chosen_for))
+    number: Any = torch.sym_max(1, (2 * num_registers * num_patches + chosen_for) // (2 * chosen_for))
+    return number
 
 
 class RegisterCount:
@@ -58,12 +59,13 @@ class RegisterCount:
             return self.num_registers
         both, per, more = _number(num_tokens) - self.num_prefix, self.chosen_for, self.num_registers
         num_patches = (2 * per * both - per + 2 * (per + more) - 1) // (2 * (per + more))
-        return torch.sym_max(1, both - num_patches)
+        number: Any = torch.sym_max(1, both - num_patches)
+        return number
 
 
 def _number(size: int) -> int:
     # While torch.jit.trace runs, sizes are tensors; a traced model holds for one image size all the same.
-    return int(size) if torch.jit.is_tracing() else size
+    return int(size) if torch.jit.is_tracing() else size  # type: ignore[attr-defined]
 
 
 def repeated_registers(register_tokens_1RD: Tensor, num_registers: int) -> Tensor:
@@ -361,7 +363,8 @@ class _PadsBias(_Grafted):
         if kwargs.get("dim_size") is not None:  # BEiT's and Data2Vec's: the number of tokens to interpolate to
             rows, columns = args[0] if args else kwargs["window_size"]
             num_tokens = rows * columns + self._count.num_prefix
-            if kwargs["dim_size"] == num_tokens + self._count.beside(num_tokens):  # where blocks share it, they are not in
+            # Where all blocks share one bias, it is made before there are registers.
+            if kwargs["dim_size"] == num_tokens + self._count.beside(num_tokens):
                 kwargs["dim_size"] = num_tokens
         bias = super().forward(*args, **kwargs)  # type: ignore[misc]
         return pad_registers(bias, (-2, -1), self._count.beside(bias.shape[-1]), self._start)
