@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--registers", nargs="+", type=int, default=[2, 3, 4], help="fixed numbers of them")
     parser.add_argument("--growing", nargs="+", type=int, default=[2, 3], help="numbers at the model's own size")
     parser.add_argument("--sizes", nargs="+", type=int, default=[224, 336, 448], help="pixels a side")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, beside other libraries'")
     args = parser.parse_args()
     loaded = load(args.model)
     photos = sorted(path for path in args.images.iterdir() if path.is_file())[::2]
@@ -59,7 +59,8 @@ def main() -> None:
             figures[name] = {str(size): _measured(loaded, folder, photos, size) for size in args.sizes}
             print(f"{name:28}" + "".join(f"{_text(found):>28}" for found in figures[name].values()), flush=True)
     if args.json:
-        args.json.write_text(json.dumps({loaded.library: figures}, indent=2) + "\n", "utf-8")
+        known = json.loads(args.json.read_text("utf-8")) if args.json.is_file() else {}
+        args.json.write_text(json.dumps({**known, loaded.library: figures}, indent=2) + "\n", "utf-8")
 
 
 def _neurons(listed: list[str]) -> dict[int, tuple[int, ...]]:
