@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from regsurgery import backends
 from regsurgery.families import LOGIT_OUTPUTS
+from regsurgery.size_drift import SizeDrifts
 from regsurgery.source_card import SourceCard, read_source_card
 from regsurgery.surgery import Surgery
 from regsurgery.verdict import MIN_IMAGES_FOR_PERCENT, Verdict
@@ -44,13 +45,19 @@ class Neuron:
 
 
 def model_card(
-    surgery: Surgery, fmt: str, verdict: Verdict | None, run: dict[str, Any], picture: str | None = None
+    surgery: Surgery,
+    fmt: str,
+    verdict: Verdict | None,
+    run: dict[str, Any],
+    picture: str | None = None,
+    sizes: SizeDrifts | None = None,
 ) -> str:
     """The text of `README.md`: what was done, to what, with which measured figures, and how to load and repeat it.
 
     Args:
         run: the run record's `run`.
         picture: name of the picture beside the card, if there is one.
+        sizes: the drift at several image sizes, where it was measured.
     """
     import jinja2
     from huggingface_hub import ModelCard
@@ -92,6 +99,8 @@ def model_card(
         verdict=verdict,
         figures=None if verdict is None else _figures(verdict),
         changes=surgery.recipe.changes_since_found(),
+        sizes=sizes,
+        grows=surgery.config_block.get("num_patches") is not None and fmt in backends.LIBRARIES,
         generated=run["images"] is None,
         picture=picture,
         version=surgery.config_block["version"],

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -22,6 +22,7 @@ from regsurgery.cli_options import (
     Force,
     Format,
     Images,
+    ImageSize,
     MaxMemory,
     Mode,
     Model,
@@ -68,6 +69,7 @@ def doctor(
     model: Model,
     images: Images = None,
     num_images: NumImages = None,
+    image_size: ImageSize = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
@@ -82,7 +84,9 @@ def doctor(
 
     options = _options(allow_pickle, trust_remote_code, revision, max_memory, device_map)
     with Screen(as_json=as_json, quiet=quiet) as screen:
-        diagnosis = pipeline.doctor(model, images=images, num_images=num_images, options=options, progress=screen)
+        diagnosis = pipeline.doctor(
+            model, images=images, num_images=num_images, image_size=image_size, options=options, progress=screen
+        )
     screen.diagnosed(diagnosis)
     if diagnosis.verdict != "register_neurons":
         raise typer.Exit(EXIT_NOTHING_TO_FIX)
@@ -97,6 +101,7 @@ def find(
     output: Annotated[Path, typer.Option("--output", "-o", help="Recipe file to write.")] = Path("recipe.yaml"),
     images: Images = None,
     num_images: NumImages = None,
+    image_size: ImageSize = None,
     seed: Seed = 0,
     force: Force = False,
     num_registers: NumRegisters = None,
@@ -130,7 +135,14 @@ def find(
     if merge != bool(statistics) or (merge and part is not None):
         raise typer.BadParameter("goes with statistics files behind MODEL, and without --part", param_hint="--merge")
     options = _options(allow_pickle, trust_remote_code, revision, max_memory, device_map)
-    given = {"images": images, "num_images": num_images, "seed": seed, "force": force, "precision": precision}
+    given: dict[str, Any] = {
+        "images": images,
+        "num_images": num_images,
+        "image_size": image_size,
+        "seed": seed,
+        "force": force,
+        "precision": precision,
+    }
     with Screen(as_json=as_json, quiet=quiet or not is_first_process()) as screen, _nothing_to_fix(screen):
         if part is None or stats is None:
             found = pipeline.find(
@@ -174,6 +186,7 @@ def patch(
     smallest: Smallest = False,
     images: Images = None,
     num_images: NumImages = None,
+    image_size: ImageSize = None,
     seed: Seed = 0,
     force: Force = False,
     push: Annotated[str | None, typer.Option("--push", help="USER/NAME on the Hub to push the folder to.")] = None,
@@ -211,6 +224,7 @@ def patch(
             smallest=smallest,
             images=images,
             num_images=num_images,
+            image_size=image_size,
             seed=seed,
             force=force,
             link=link,
@@ -235,6 +249,7 @@ def verify(
     images: Images = None,
     num_images: NumImages = None,
     strict: Strict = False,
+    image_size: ImageSize = None,
     trust_remote_code: TrustRemoteCode = False,
     revision: Annotated[str | None, typer.Option("--revision", help="Hub revision.")] = None,
     max_memory: MaxMemory = None,
@@ -253,6 +268,7 @@ def verify(
             images=images,
             num_images=num_images,
             strict=strict,
+            image_size=image_size,
             options=options,
             progress=screen,
         )

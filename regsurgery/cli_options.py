@@ -34,6 +34,10 @@ Smallest = Annotated[
     bool,
     typer.Option("--smallest", help="Find the smallest set of neurons, with one register (the paper's setting)."),
 ]
+ImageSize = Annotated[
+    int | None,
+    typer.Option("--image-size", help="Side of the (square) images in pixels; by default the model's own.", min=1),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Of generated pictures and random controls.")]
 Force = Annotated[bool, typer.Option("--force", help="Also find in a model that was trained with registers.")]
 RecipeName = Annotated[

@@ -15,6 +15,7 @@ from regsurgery.original import RECORD_NAME, write_record
 from regsurgery.picture import before_after
 from regsurgery.recipe import RECIPE_NAME
 from regsurgery.run_record import RUN_RECORD_NAME, write_run_record
+from regsurgery.size_drift import SizeDrifts
 from regsurgery.source_card import CARD_NAME
 from regsurgery.surgery import Surgery
 from regsurgery.verdict import Verdict
@@ -34,13 +35,20 @@ def emit(surgery: Surgery, target: Path, fmt: str) -> Iterator[Path]:
         yield folder
 
 
-def complete(surgery: Surgery, folder: Path, fmt: str, verdict: Verdict | None, run: dict[str, Any]) -> None:
+def complete(
+    surgery: Surgery,
+    folder: Path,
+    fmt: str,
+    verdict: Verdict | None,
+    run: dict[str, Any],
+    sizes: SizeDrifts | None = None,
+) -> None:
     """Write the model card and its picture, which have the verdict's figures, the record of the `run` (see
     `run_record.py`), what undoing takes, and last SHA256SUMS.
     """
     picture = None if verdict is None else before_after(verdict, folder)
-    (folder / CARD_NAME).write_text(model_card(surgery, fmt, verdict, run, picture), "utf-8")
-    write_run_record(folder, run, verdict)
+    (folder / CARD_NAME).write_text(model_card(surgery, fmt, verdict, run, picture, sizes), "utf-8")
+    write_run_record(folder, run, verdict, sizes)
     loaded, known = surgery.loaded, {}
     if surgery.recipe.mode != "native" and fmt == loaded.library:
         write_record(loaded, folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,7 @@ class Loaded(Checkpoint):
         model: the stock model in the checkpoint's dtype, in eval mode; on the CPU if no device map was given.
         image_size: (height, width) in pixels that the model was made for.
         preprocess: the model's own preprocessing, images -> `[B, 3, height, width]` in the model's dtype.
+        preprocess_at: (height, width) -> the same preprocessing for that image size: what is cut off keeps its share.
         preprocess_note: one line that says where the preprocessing comes from.
         inputs: images `[B, 3, H, W]` -> (args, kwargs) of the model's forward; a text tower gets a dummy text.
         name_outputs: what forward returns -> its tensors by name.
@@ -89,17 +90,32 @@ class Loaded(Checkpoint):
             of its own for it (a part of a fused one).
         entry: path of the module that is traced and called, "" for the whole model; a vision tower inside a model that
             cannot be traced whole.
+        own: the same checkpoint at the size that it was made for, where `image_size` is another one.
     """
 
     architecture: str
     model: nn.Module
     image_size: tuple[int, int]
     preprocess: Callable[[list[Image]], Tensor]
+    preprocess_at: Callable[[tuple[int, int]], Callable[[list[Image]], Tensor]]
     preprocess_note: str
     inputs: Callable[[Tensor], tuple[tuple[Any, ...], dict[str, Any]]]
     name_outputs: Callable[[Any], dict[str, Tensor]]
     disk_name: Callable[[str], str | None]
     entry: str = ""
+    own: Loaded | None = None
+
+    def resized(self, model: nn.Module, size: tuple[int, int]) -> Loaded:
+        """The checkpoint as `model`, which takes images of another size (height, width), preprocessed for it."""
+        note = f"{(self.own or self).preprocess_note}, at {size[0]}x{size[1]} pixels"
+        return replace(
+            self,
+            model=model,
+            image_size=size,
+            preprocess=self.preprocess_at(size),
+            preprocess_note=note,
+            own=self.own or self,
+        )
 
     def call(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """Run `model`, a stock or patched model of this checkpoint's kind, on `images` `[B, 3, H, W]`."""

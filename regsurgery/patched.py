@@ -70,16 +70,30 @@ def _refuse_foreign_code(root: Path, repo: str) -> None:
         )
 
 
-def rebuilt(folder: Path, config: dict[str, Any], fmt: str, *, stored: bool) -> nn.Module:
-    """The patched model of a folder, as a user would get it; `stored`: its weights stay on disk where they can."""
+def rebuilt(
+    folder: Path, config: dict[str, Any], fmt: str, *, stored: bool, image_size: tuple[int, int] | None = None
+) -> nn.Module:
+    """The patched model of a folder, as a user would get it.
+
+    Args:
+        stored: its weights stay on disk where they can.
+        image_size: for images of this size (height, width), where it is not the model's own.
+
+    Raises:
+        UserError: a program, or a host, that takes one size only.
+    """
     backend = backends.backend(fmt, config["regsurgery"]["mode"])
-    if stored and fmt in backends.LIBRARIES:
-        return backend.reload(folder, config, stored=True)
-    return backend.reload(folder, config)
+    own = config.get("image_size")
+    if fmt in backends.PROGRAMS and image_size is not None and list(image_size) != own:
+        raise UserError(f"{folder}: format {fmt} takes images of {own} (height, width) only, not {list(image_size)}")
+    options: dict[str, Any] = {}
+    if fmt in backends.LIBRARIES:
+        options = {**({"stored": True} if stored else {}), **({"image_size": image_size} if image_size else {})}
+    return backend.reload(folder, config, **options)
 
 
-def reloaded(folder: Path, fmt: str, *, stored: bool = False) -> nn.Module:
-    """The patched model of a folder that may be broken; `stored`: see `rebuilt`.
+def reloaded(folder: Path, fmt: str, *, stored: bool = False, image_size: tuple[int, int] | None = None) -> nn.Module:
+    """The patched model of a folder that may be broken; `stored` and `image_size`: see `rebuilt`.
 
     Raises:
         CheckpointError: the folder's own loader file, or the stock host, cannot build it.
@@ -90,9 +104,9 @@ def reloaded(folder: Path, fmt: str, *, stored: bool = False) -> nn.Module:
     headers = [checkpoint_io.read_header(path) for path in checkpoint_io.weight_files(folder, name)] if name else []
     try:
         if not headers:
-            return rebuilt(folder, config, fmt, stored=stored)
+            return rebuilt(folder, config, fmt, stored=stored, image_size=image_size)
         with bounded_model(folder / backend.CONFIG_NAME, headers):
-            return rebuilt(folder, config, fmt, stored=stored)
+            return rebuilt(folder, config, fmt, stored=stored, image_size=image_size)
     except getattr(backend, "UNLOADABLE", BROKEN) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(f"{folder}: its model cannot be built: {reason}; patch the model again") from error
@@ -180,14 +194,19 @@ def take_our_tensors(surgery: Surgery, folder: Path, fmt: str) -> None:
     import torch
     from safetensors import safe_open
 
+    from regsurgery.runtime import repeated_registers
+
     if not surgery.plan.num_added:
         return
     added = surgery.graph_module.get_parameter(surgery.added_name)
+    grows = not surgery.plan.constant_blocks
     with torch.no_grad():
         if fmt not in backends.LIBRARIES:
-            added.copy_(backends.backend(fmt).state(folder)[surgery.added_name])
+            value = backends.backend(fmt).state(folder)[surgery.added_name]
+            added.copy_(repeated_registers(value, surgery.plan.num_registers) if grows else value)
             return
         for path in checkpoint_io.weight_files(folder, backends.WEIGHTS_NAMES[fmt]):
             with safe_open(path, framework="pt") as file:
                 for name in filter(_is_ours, file.keys()):
-                    added.copy_(file.get_tensor(name))
+                    value = file.get_tensor(name)
+                    added.copy_(repeated_registers(value, surgery.plan.num_registers) if grows else value)

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from regsurgery.distributed import Processes
     from regsurgery.sharing import FoundPart, Part, Share
     from regsurgery.sites import Sites
+    from regsurgery.size_drift import SizeDrifts
     from regsurgery.stats_file import Statistics
     from regsurgery.surgery import Surgery
     from regsurgery.trace import Traced
@@ -73,7 +74,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class PatchResult:
-    """What `patch` did. `output` is None for a dry run, `verdict` where nothing was verified.
+    """What `patch` did. `output` is None for a dry run, `verdict` and `sizes` where nothing was verified.
 
     `seconds` and `peak_rss_mb` are of the whole process so far.
     """
@@ -83,6 +84,7 @@ class PatchResult:
     format: str
     recipe: Recipe
     verdict: Verdict | None
+    sizes: SizeDrifts | None
     seconds: float
     peak_rss_mb: float
 
@@ -93,6 +95,7 @@ class PatchResult:
             "format": self.format,
             "register_neurons": {str(b): list(neurons) for b, neurons in self.recipe.register_neurons.items()},
             "verify": None if self.verdict is None else self.verdict.as_dict(),
+            "sizes": [] if self.sizes is None else self.sizes.as_dicts(),
             "seconds": round(self.seconds, 3),
             "peak_rss_mb": round(self.peak_rss_mb, 1),
         }
@@ -109,6 +112,7 @@ def patch(
     format: str | None = None,
     num_registers: int | None = None,
     smallest: bool = False,
+    image_size: int | None = None,
     images: str | Path | ImageSet | None = None,
     num_images: int | None = None,
     seed: int = 0,
@@ -134,6 +138,8 @@ def patch(
             host.
         num_registers: that many register tokens; by default the recipe's, or as many as drift least.
         smallest: where neurons are found: the smallest set, with one register; see `find`.
+        image_size: side in pixels of the images that neurons are found, registers counted and the result verified on,
+            by default the model's own. What is written has the original's tensors, at their own size.
         images: where images for finding, fitting and verification are, see `calibration.image_set`, or themselves. What
             is found or fitted on images is verified on others.
         seed: of generated pictures.
@@ -180,7 +186,13 @@ def patch(
                 copies.start(weights)
 
         loaded, traced, sites = load_and_locate(
-            model, options, progress, format, look_through=verification, use_meanwhile=copy_shards
+            model,
+            options,
+            progress,
+            format,
+            image_size,
+            look_through=verification,
+            use_meanwhile=copy_shards,
         )
         progress.say(f"preprocessing: {loaded.preprocess_note}; images: {pictures.note}")
         if family_of(loaded.library, loaded.architecture) is None:
@@ -240,11 +252,13 @@ def patch(
                     num_images=num_images,
                     force=force,
                     verification=verification,
+                    image_size=image_size,
                 )
-                verdict = _write(surgery, target, fmt, unseen if verification else None, run, progress, strict=strict)
+                shown = unseen if verification else None
+                verdict, sizes = _write(surgery, target, fmt, shown, run, progress, strict=strict)
             seconds = time.monotonic() - started
             return PatchResult(
-                None if dry_run else str(output), chosen.mode, fmt, chosen, verdict, seconds, _peak_rss_mb()
+                None if dry_run else str(output), chosen.mode, fmt, chosen, verdict, sizes, seconds, _peak_rss_mb()
             )
 
         if given is not None:
@@ -287,7 +301,11 @@ def _format(wanted: str | None, loaded: Loaded, recipe: Recipe, progress: Progre
         _check_memory(loaded, f"format {fmt} is written")
     elif recipe.mode == "native":
         progress.say(f"native host: {fmt}, unmodified")
-        backends.backend(fmt, "native").check(loaded, recipe.num_registers)
+        if loaded.own is not None and not backends.any_size(fmt, "native"):
+            raise UserError(
+                f"--image-size: in native mode format {fmt} takes the model's own size only; use --format timm"
+            )
+        backends.backend(fmt, "native").check(loaded.own or loaded, recipe.num_registers)
     elif fmt != loaded.library:
         raise UserError(
             f"format {fmt}: {loaded.source.id} is a {loaded.library} checkpoint, which mode {recipe.mode} writes as "
@@ -336,6 +354,7 @@ def find(
     *,
     images: str | Path | None = None,
     num_images: int | None = None,
+    image_size: int | None = None,
     seed: int = 0,
     force: bool = False,
     precision: str = "checkpoint",
@@ -356,6 +375,7 @@ def find(
         output: recipe file to write. A recipe that `find` wrote there before is replaced, anything else refused. Beside
             it lies a journal (`<output>.journal`) while the search runs; with it a killed search continues.
         images, num_images: see `calibration.image_set`.
+        image_size: side of the images in pixels, by default the model's own.
         seed: of generated pictures and of the control with random neurons.
         force: search a model that was trained with registers, too.
         precision: of the pass over all images: `checkpoint`, as the checkpoint is, or `bf16`, under autocast, with sums
@@ -387,7 +407,9 @@ def find(
 
             parts = read_parts([Path(path) for path in merge])
             part = Part(1, len(parts))  # any will do, to look at the pilot's images and no more than needed
-        loaded, traced, sites, share = _shared(model, images, num_images, seed, part, options, progress, group)
+        loaded, traced, sites, share = _shared(
+            model, images, num_images, image_size, seed, part, options, progress, group
+        )
         journal = None if output is None else output.absolute().with_name(f"{output.name}.journal")
         found = _find(loaded, traced, sites, share, wanted, journal, progress, group, parts)
         if output is not None and group.is_first:
@@ -402,6 +424,7 @@ def find_part(
     *,
     images: str | Path | None = None,
     num_images: int | None = None,
+    image_size: int | None = None,
     seed: int = 0,
     force: bool = False,
     precision: str = "checkpoint",
@@ -433,7 +456,9 @@ def find_part(
     chosen = Part.parse(f"{part[0]}/{part[1]}")
     check_statistics_output(stats)
     with processes() as group:
-        loaded, traced, sites, share = _shared(model, images, num_images, seed, chosen, options, progress, group)
+        loaded, traced, sites, share = _shared(
+            model, images, num_images, image_size, seed, chosen, options, progress, group
+        )
         return search(
             loaded,
             traced,
@@ -451,6 +476,7 @@ def _shared(
     model: str,
     images: str | Path | None,
     num_images: int | None,
+    image_size: int | None,
     seed: int,
     part: Part | None,
     options: LoadOptions | None,
@@ -460,7 +486,7 @@ def _shared(
     from regsurgery.sharing import share_out
 
     share = share_out(images, num_images, seed=seed, say=progress.say, part=part, processes=group)
-    loaded, traced, sites = load_and_locate(model, options, progress)
+    loaded, traced, sites = load_and_locate(model, options, progress, image_size=image_size)
     progress.say(f"preprocessing: {loaded.preprocess_note}; images: {share.own.note}")
     return loaded, traced, sites, share
 
@@ -528,6 +554,7 @@ def doctor(
     *,
     images: str | Path | None = None,
     num_images: int | None = None,
+    image_size: int | None = None,
     options: LoadOptions | None = None,
     progress: Progress | None = None,
 ) -> Diagnosis:
@@ -543,7 +570,7 @@ def doctor(
     progress = progress or Progress()
     pictures = image_set(images, num_images, say=progress.say)
     try:
-        loaded, traced, sites = load_and_locate(model, options, progress)
+        loaded, traced, sites = load_and_locate(model, options, progress, image_size=image_size)
     except UnsupportedModelError as error:
         return Diagnosis("unsupported", str(error), pictures.note, pictures.num_images)
     progress.say(f"preprocessing: {loaded.preprocess_note}; images: {pictures.note}")
@@ -561,12 +588,22 @@ def operate(loaded: Loaded, recipe: Recipe, progress: Progress) -> Surgery:
 
 
 def load_and_locate(
-    model: str, options: LoadOptions | None, progress: Progress, fmt: str | None = None, **how: Any
+    model: str,
+    options: LoadOptions | None,
+    progress: Progress,
+    fmt: str | None = None,
+    image_size: int | None = None,
+    **how: Any,
 ) -> tuple[Loaded, Traced, Sites]:
-    """Load -> trace -> match; `how` is of `loading.load`, and what `fmt` cannot write is refused before the trace."""
+    """Load -> trace -> match, at `image_size` pixels where that is given.
+
+    `how` is of `loading.load`; what `fmt` cannot write is refused before the trace.
+    """
+    from regsurgery.image_size import at_image_size
+
     progress.stage("load")
     with _objects_stay():
-        loaded = load_original(model, options, **how)
+        loaded = at_image_size(load_original(model, options, **how), image_size)
         if fmt == "onnx":
             backends.backend(fmt).check(loaded)
         try:
@@ -615,20 +652,26 @@ def _write(
     progress: Progress,
     *,
     strict: bool,
-) -> Verdict | None:
+) -> tuple[Verdict | None, SizeDrifts | None]:
     """emit, with verification (if there are images for it) of what was emitted before it gets its final name."""
     from regsurgery.emit import complete, emit
-    from regsurgery.written import verify_folder
+    from regsurgery.size_drift import drift_at_sizes
+    from regsurgery.written import module_of, verify_folder
 
-    with emit(surgery, target, fmt) as folder:
-        verdict = None
+    verdict = sizes = None
+
+    # What is written is the checkpoint as it was, whatever image size the surgery was traced at.
+    written = surgery if surgery.loaded.own is None else replace(surgery, loaded=surgery.loaded.own)
+    with emit(written, target, fmt) as folder:
         if pictures is not None:
-            verdict = verify_folder(surgery, folder, fmt, pictures, progress)
+            module = module_of(surgery, folder, fmt)
+            verdict = verify_folder(surgery, folder, fmt, pictures, progress, module)
             verdict = _judged(verdict, pictures, set(run["fitted"]), strict=strict)
-        if verdict is not None and not verdict.passed:
-            raise VerificationError(f"verification failed, nothing was written: {'; '.join(verdict.failures)}")
-        complete(surgery, folder, fmt, verdict, run)
-    return verdict
+            if not verdict.passed:
+                raise VerificationError(f"verification failed, nothing was written: {'; '.join(verdict.failures)}")
+            sizes = drift_at_sizes(surgery, folder, fmt, module, pictures, progress)
+        complete(written, folder, fmt, verdict, run, sizes)
+    return verdict, sizes
 
 
 def _judged(verdict: Verdict, pictures: ImageSet, fitted: set[str] | None, *, strict: bool) -> Verdict:
@@ -646,6 +689,7 @@ def verify(
     images: str | Path | None = None,
     num_images: int | None = None,
     strict: bool = False,
+    image_size: int | None = None,
     options: LoadOptions | None = None,
     progress: Progress | None = None,
 ) -> Verdict:
@@ -653,7 +697,8 @@ def verify(
 
     The folder's files are checked against its SHA256SUMS, then its own loader file is run: a folder to be verified must
     be one that the user trusts. A patched checkpoint holds the original's tensors unchanged and is compared with them,
-    a program (`.pt2`, `.onnx`) and one of native mode with the recorded source; `original` names another MODEL.
+    a program (`.pt2`, `.onnx`) and one of native mode with the recorded source; `original` names another MODEL. Images
+    have `image_size` pixels a side, by default those of the model, or of the program.
 
     Args:
         strict: warnings, and too few images to judge, are failures.
@@ -662,6 +707,7 @@ def verify(
         CheckpointError: the folder is incomplete, or `original` is not what was patched.
     """
     from regsurgery.calibration import image_set
+    from regsurgery.image_size import at_image_size
     from regsurgery.run_record import fitted_of
     from regsurgery.written import verify_folder, verify_native
 
@@ -675,14 +721,26 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
         progress.stage("load")
         loaded = original_of(patched, original, options, Path(scratch))
+        if image_size is None and fmt in backends.PROGRAMS:
+            image_size = _side_of_program(patched.config)
+        loaded = at_image_size(loaded, image_size)
         if recipe.mode == "native":
             verdict = verify_native(loaded, recipe, *located(loaded, progress), root, fmt, pictures, progress)
         else:
             surgery = operate(loaded, recipe, progress)
             take_our_tensors(surgery, root, fmt)
-            module = reloaded(root, fmt, stored=loaded.stored)
+            size = loaded.image_size if loaded.own else None
+            module = reloaded(root, fmt, stored=loaded.stored, image_size=size)
             verdict = verify_folder(surgery, root, fmt, pictures, progress, module)
     return _judged(verdict, pictures, fitted_of(root), strict=strict)
+
+
+def _side_of_program(config: dict[str, Any]) -> int | None:
+    """The side of the square images that a program takes; None for others, which are of the model's own size."""
+    size = config.get("image_size")
+    if isinstance(size, list) and len(size) == 2 and type(size[0]) is int and size[0] == size[1]:
+        return size[0]
+    return None
 
 
 def original_of(patched: PatchedFolder, original: str | None, options: LoadOptions | None, scratch: Path) -> Loaded:

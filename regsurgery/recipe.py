@@ -38,6 +38,8 @@ class Recipe:
         register_neurons: block -> ascending neuron indices, both counted from 0; blocks ascending.
         model: the Hub id or name that the recipe was made for; a mismatch is a warning.
         num_registers: register tokens to append; 0 only with no neurons.
+        num_patches: the number of patches that `num_registers` was chosen for; with it a model of mode shift appends
+            more of them for larger images, see `runtime.registers_for`. None: always `num_registers`.
         mode: what is written; see `MODES`.
         fill, prefix, compat: options of `runtime.neuron_shift`.
         scale: one factor a register.
@@ -47,6 +49,7 @@ class Recipe:
     register_neurons: Mapping[int, tuple[int, ...]]
     model: str = ""
     num_registers: int = 1
+    num_patches: int | None = None
     mode: str = "shift"
     fill: str = "zero"
     prefix: str = "keep"
@@ -59,15 +62,21 @@ class Recipe:
         return sum(len(neurons) for neurons in self.register_neurons.values())
 
     def with_num_registers(self, num_registers: int) -> Recipe:
-        """The same recipe with another number of registers; a scale common to all registers is kept."""
+        """The same recipe with another number of registers, for every image size; a common scale is kept."""
         if len(set(self.scale)) > 1:
             raise RecipeError("the recipe has one scale per register; change num_registers there")
         scale = (self.scale[0] if self.scale else 1.0,) * num_registers
-        return _checked(replace(self, num_registers=num_registers, scale=scale), "--num-registers")
+        recipe = replace(self, num_registers=num_registers, num_patches=None, scale=scale)
+        return _checked(recipe, "--num-registers")
 
     def with_mode(self, mode: str) -> Recipe:
-        """The same recipe in another mode; native mode needs no fill, and drops that of the shift."""
-        return _checked(replace(self, mode=mode, fill="zero" if mode == "native" else self.fill), "--mode")
+        """The same recipe in another mode; native mode needs no fill, and drops that of the shift.
+
+        Only in mode shift the number of registers follows the image size.
+        """
+        fill = "zero" if mode == "native" else self.fill
+        num_patches = self.num_patches if mode == "shift" else None
+        return _checked(replace(self, mode=mode, fill=fill, num_patches=num_patches), "--mode")
 
     def changes_since_found(self) -> tuple[str, ...]:
         """What is set otherwise than `find` wrote it, each as "num_registers 2 -> 4".
@@ -90,7 +99,7 @@ class Recipe:
 
     def as_single_shift(self) -> Recipe:
         """The same neurons shifted onto one register: what mode bias takes its constants from."""
-        return replace(self, mode="shift", num_registers=1, scale=self.scale[:1])
+        return replace(self, mode="shift", num_registers=1, num_patches=None, scale=self.scale[:1])
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data in the order of the contract, as `to_yaml` writes it."""
@@ -100,6 +109,7 @@ class Recipe:
             "model": self.model,
             "register_neurons": {block: list(neurons) for block, neurons in self.register_neurons.items()},
             "num_registers": self.num_registers,
+            "num_patches": self.num_patches,
             "mode": self.mode,
             "fill": self.fill,
             "prefix": self.prefix,
@@ -126,6 +136,7 @@ KEYS = [
     "model",
     "register_neurons",
     "num_registers",
+    "num_patches",
     "mode",
     "fill",
     "prefix",
@@ -210,6 +221,12 @@ def parse_recipe(text: str, where: str) -> Recipe:
     num_registers = data.get("num_registers", 1)
     if type(num_registers) is not int or not 0 <= num_registers <= MAX_REGISTERS:
         fail(f"num_registers must be a whole number from 0 to {MAX_REGISTERS}, found {_shown(num_registers)}")
+    num_patches = data.get("num_patches")
+    if num_patches is not None and not (type(num_patches) is int and 1 <= num_patches <= MAX_INDEX):
+        fail(
+            f"num_patches must be a whole number from 1 to {MAX_INDEX}, or null for as many registers at every image "
+            f"size, found {_shown(num_patches)}"
+        )
     scale = data.get("scale", 1.0)
     scales = scale if isinstance(scale, list) else [scale] * num_registers
     if not all(type(factor) in (int, float) and abs(factor) < 1e6 for factor in scales):
@@ -224,6 +241,7 @@ def parse_recipe(text: str, where: str) -> Recipe:
         register_neurons=_neurons(data["register_neurons"], fail),
         model=model,
         num_registers=num_registers,
+        num_patches=num_patches,
         mode=data.get("mode", "shift"),
         fill=data.get("fill", "zero"),
         prefix=data.get("prefix", "keep"),
@@ -302,6 +320,13 @@ def _checked(recipe: Recipe, where: str) -> Recipe:
         )
     if recipe.mode == "native" and (recipe.fill != "zero" or recipe.compat != "none" or len(set(recipe.scale)) > 1):
         raise RecipeError(f"{where}: mode native needs fill: zero, compat: none and one scale for all registers")
+    if recipe.num_patches is not None and (
+        recipe.mode != "shift" or recipe.compat != "none" or len(set(recipe.scale)) != 1
+    ):
+        raise RecipeError(
+            f"{where}: num_patches needs mode: shift, compat: none, at least one register and one scale for all "
+            "registers; leave it out for as many registers at every image size"
+        )
     if recipe.mode != "shift" and not recipe.register_neurons:
         raise RecipeError(f"{where}: mode {recipe.mode} needs register neurons")
     if len(recipe.scale) != recipe.num_registers:

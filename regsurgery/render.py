@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from regsurgery.reproducing import Reproduction
     from regsurgery.restoring import Restored
     from regsurgery.sharing import FoundPart
+    from regsurgery.size_drift import SizeDrifts
     from regsurgery.tensor_diff import Difference
     from regsurgery.verdict import Verdict
 
@@ -154,6 +155,8 @@ class Screen(Progress):
             print(json.dumps({**result.as_dict(), **more}, indent=2))
         if result.verdict is not None:
             self._figures(result.verdict)
+        if result.sizes is not None:
+            self._sizes(result.sizes)
         where = f"wrote {result.output}" if result.output else "dry run: nothing written"
         self._neurons(result.recipe)
         self.out.print(
@@ -355,6 +358,19 @@ class Screen(Progress):
     def _outcome(self, verdict: Verdict) -> None:
         for line in (*remarks(verdict), sentence(verdict)):
             self.out.print(line, soft_wrap=True, markup=False)
+
+    def _sizes(self, sizes: SizeDrifts) -> None:
+        for row in sizes.rows if len(sizes.rows) > 1 else ():
+            error = "" if row.standard_error is None else f" ± {row.standard_error:.4f}"
+            registers = "1 register" if row.num_registers == 1 else f"{row.num_registers} registers"
+            self.out.print(
+                f"at {row.image_size[0]}x{row.image_size[1]} pixels, {registers}: {row.measure} {row.drift:.4f}{error} "
+                f"({row.num_images} images)",
+                soft_wrap=True,
+                markup=False,
+            )
+        for note in sizes.notes:
+            self.out.print(f"note: {note}", soft_wrap=True, markup=False)
 
 
 def _setting_cells(row: Row) -> list[str]:

@@ -111,6 +111,7 @@ def reproduce(
             seed=run["seed"],
             force=run["force"],
             verification=run["verification"],
+            image_size=run.get("image_size"),
             options=replace(
                 options or LoadOptions(), revision=run["revision"], sha256=run["sha256"], called=run["model"]
             ),

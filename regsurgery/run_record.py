@@ -5,13 +5,14 @@
      "run": {"model": MODEL as given, "revision": the Hub commit it stood for or null, "sha256": of its weights,
              "mode", "format", "num_registers": as written; "calibrate": native mode only, else null,
              "stopped_after": only where calibration was interrupted: the number of steps that were run,
-             "seed", "num_images", "force", "verification": as given,
+             "seed", "num_images", "force", "verification", "image_size": as given,
              "images": null where pictures were generated or no image was used, else {"note": what they are called,
                        "count": how many, "sha256": of what they are, see `image_digest`},
              "fitted": the first 12 digits of the sha256 of every image file or record that took part in the search for
                        the neurons or in the fit of the weights, sorted; folders of earlier versions have none of it,
              "versions": {package: version} of what computed the bytes},
-     "verify": null where nobody verified, else the verdict, its numbers to six digits}
+     "verify": null where nobody verified, else the verdict, its numbers to six digits,
+     "sizes": the drift at several image sizes, see `size_drift.SizeDrift`; empty where it was not measured}
 
 The same input and flags give the same bytes: it holds no date and nothing of how the run went. Flags that change no
 byte (links, how much memory, what is allowed while loading) are no part of it.
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from regsurgery.image_sources import Content
     from regsurgery.loading import Loaded
     from regsurgery.recipe import Recipe
+    from regsurgery.size_drift import SizeDrifts
     from regsurgery.verdict import Verdict
 
 RUN_RECORD_NAME = "regsurgery_run.json"
@@ -56,13 +58,16 @@ TYPES: dict[str, type | tuple[type, ...]] = {
 OPTIONAL: dict[str, type | tuple[type, ...]] = {"stopped_after": int}
 
 
-def write_run_record(folder: Path, run: dict[str, Any], verdict: Verdict | None) -> None:
+def write_run_record(
+    folder: Path, run: dict[str, Any], verdict: Verdict | None, sizes: SizeDrifts | None = None
+) -> None:
     """Write the record of `run` to the patched `folder`."""
     record = {
         "schema": SCHEMA,
         "regsurgery": regsurgery.__version__,
         "run": run,
         "verify": None if verdict is None else rounded(verdict.as_dict()),
+        "sizes": [] if sizes is None else rounded(sizes.as_dicts()),
     }
     write_json(folder / RUN_RECORD_NAME, record)
 
@@ -105,6 +110,9 @@ def _problem(record: dict[str, Any]) -> str | None:
     for key, kind in OPTIONAL.items():
         if key in run and not isinstance(run[key], kind):
             return f"'run' has no valid '{key}'"
+    side = run.get("image_size")  # records of older versions have none
+    if side is not None and not (type(side) is int and side > 0):
+        return "'run' has no valid 'image_size'"
     images = run["images"]
     if images is not None and not all(
         isinstance(images.get(key), kind) for key, kind in (("note", str), ("count", int), ("sha256", str))
@@ -129,6 +137,7 @@ def run_of(
     num_images: int | None,
     force: bool,
     verification: bool,
+    image_size: int | None,
 ) -> dict[str, Any]:
     """The `run` entry of a record.
 
@@ -151,6 +160,7 @@ def run_of(
         "num_images": num_images,
         "force": force,
         "verification": verification,
+        "image_size": image_size,
         "images": None if pictures is None else images_of(pictures),
         "fitted": sorted(set(fitted)),
         "versions": versions(),

@@ -20,6 +20,60 @@ import torch
 from torch import Tensor, nn
 
 
+def registers_for(num_patches: int, num_registers: int, chosen_for: int | None) -> int:
+    """The number of registers of a model that sees `num_patches` patches, given `num_registers` of `chosen_for`.
+
+    It grows in proportion, a half rounded up, and is at least one; where `chosen_for` is None it is always
+    `num_registers`. Whole numbers only, symbolic ones (`torch.SymInt`) too.
+    """
+    if chosen_for is None or num_registers == 0:
+        return num_registers
+    number: Any = torch.sym_max(1, (2 * num_registers * num_patches + chosen_for) // (2 * chosen_for))
+    return number
+
+
+class RegisterCount:
+    """How many registers there are, read off the number of tokens; nothing is shared between modules.
+
+    Args:
+        num_registers, chosen_for: see `registers_for`.
+        num_prefix: prefix tokens, which are no patches.
+    """
+
+    def __init__(self, num_registers: int, chosen_for: int | None = None, num_prefix: int = 0) -> None:
+        self.num_registers, self.chosen_for, self.num_prefix = num_registers, chosen_for, num_prefix
+
+    def beside(self, num_tokens: int) -> int:
+        """Registers that belong to `num_tokens` tokens, which are prefix tokens and patches."""
+        if self.chosen_for is None:
+            return self.num_registers
+        return registers_for(_number(num_tokens) - self.num_prefix, self.num_registers, self.chosen_for)
+
+    def among(self, num_tokens: int) -> int:
+        """Registers among `num_tokens` tokens, which are prefix tokens, patches and registers.
+
+        With N patches there are N + R(N) of the two, which grows strictly with N. The smallest N with N + r(N) of at
+        least that many, r being R without its minimum of one, is the number of patches, or where r is 0 one more.
+        """
+        if self.chosen_for is None:
+            return self.num_registers
+        both, per, more = _number(num_tokens) - self.num_prefix, self.chosen_for, self.num_registers
+        num_patches = (2 * per * both - per + 2 * (per + more) - 1) // (2 * (per + more))
+        number: Any = torch.sym_max(1, both - num_patches)
+        return number
+
+
+def _number(size: int) -> int:
+    # While torch.jit.trace runs, sizes are tensors; a traced model holds for one image size all the same.
+    return int(size) if torch.jit.is_tracing() else size  # type: ignore[attr-defined]
+
+
+def repeated_registers(register_tokens_1RD: Tensor, num_registers: int) -> Tensor:
+    """`num_registers` register tokens: row i is row `i % R` of `[1, R, D]`."""
+    times = (num_registers + register_tokens_1RD.shape[1] - 1) // register_tokens_1RD.shape[1]
+    return register_tokens_1RD.repeat(1, times, 1).narrow(1, 0, num_registers)
+
+
 def insert_registers(tokens_BTD: Tensor, register_tokens_1RD: Tensor, start: int | None) -> Tensor:
     """`[B, T, D]` and `[1, R, D]` to `[B, T + R, D]`, in the tokens' dtype.
 
@@ -94,11 +148,12 @@ def neuron_shift(
     fill_prefix: bool,
     one_peak: bool,
     in_place: bool,
+    num_registers: int | None = None,
 ) -> Tensor:
     """Move each register neuron's extreme value onto the register tokens and clear it on the patches.
 
     The neuron shift of Jiang et al., arXiv 2506.08010, Algorithm 2, separately for every item of the batch and for
-    every neuron. `len(scale)` tokens are the registers, behind the patches or behind the prefix.
+    every neuron. The registers are behind the patches or behind the prefix.
 
     Args:
         hidden_BTH: MLP activations of one block, the input of the down projection, `[B, T, H]`.
@@ -112,11 +167,14 @@ def neuron_shift(
             authors' code).
         one_peak: one signed extreme for all listed neurons of the block, as in the authors' code (`compat: reference`).
         in_place: write into `hidden_BTH`; only for a tensor that nothing else reads. Ignored while autograd records.
+        num_registers: how many tokens are registers where `scale` is one factor for all of them; by default there are
+            as many as factors.
 
     Returns:
         `[B, T, H]`: `hidden_BTH` itself where written in place, else a copy.
     """
-    num_registers = len(scale)
+    common = num_registers is not None
+    num_registers = num_registers if num_registers is not None else len(scale)
     values_BTK = hidden_BTH.index_select(-1, index_K)
     num_tokens = values_BTK.shape[1] - num_registers
     prefix_BPK = values_BTK.narrow(1, 0, num_prefix)
@@ -128,6 +186,8 @@ def neuron_shift(
     new_prefix_BPK = filled(prefix_BPK, patches_BNK, fill) if fill_prefix else prefix_BPK
     new_patches_BNK = filled(patches_BNK, patches_BNK, fill)
     registers = [peak_B1K * factor for factor in scale]
+    if common:
+        registers = [registers[0].expand(-1, num_registers, -1)]
     order = (*registers, new_patches_BNK) if inside_prefix else (new_patches_BNK, *registers)
     shifted_BTK = torch.cat((new_prefix_BPK, *order), dim=1)
     if in_place and not (torch.is_grad_enabled() and hidden_BTH.requires_grad):
@@ -143,15 +203,16 @@ class ShiftedLinear(nn.Linear):
 
     neurons: list[int]
     shift: dict[str, Any]
+    count: RegisterCount
     _index_K: Tensor | None
 
     @staticmethod
-    def operate(linear: nn.Linear, neurons: list[int], shift: dict[str, Any]) -> None:
+    def operate(linear: nn.Linear, neurons: list[int], shift: dict[str, Any], count: RegisterCount) -> None:
         if type(linear) is not nn.Linear:
             raise TypeError(f"expected a plain torch.nn.Linear as down projection, found {type(linear).__name__}")
         linear.__class__ = ShiftedLinear
         assert isinstance(linear, ShiftedLinear)
-        linear.neurons, linear.shift, linear._index_K = neurons, shift, None
+        linear.neurons, linear.shift, linear.count, linear._index_K = neurons, shift, count, None
 
     def _index(self, device: torch.device) -> Tensor:
         # Neither a parameter nor a buffer: a non-persistent buffer comes back uninitialised from a load on `meta`.
@@ -163,7 +224,9 @@ class ShiftedLinear(nn.Linear):
         return self._index_K
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(neuron_shift(input, self._index(input.device), **self.shift))
+        num_registers = None if self.count.chosen_for is None else self.count.among(input.shape[1])
+        index_K = self._index(input.device)
+        return super().forward(neuron_shift(input, index_K, **self.shift, num_registers=num_registers))
 
 
 class _Grafted:
@@ -212,11 +275,14 @@ def _graft(module: nn.Module, mixin: type, **attributes: Any) -> None:
 class _Registers:
     """Shares the parameter `register_tokens` of the tower with the module that inserts it, without a second name."""
 
-    def __init__(self, tower: nn.Module, start: int | None) -> None:
-        self.tower, self.start = tower, start
+    def __init__(self, tower: nn.Module, count: RegisterCount, start: int | None) -> None:
+        self.tower, self.count, self.start = tower, count, start
 
     def insert(self, hidden: Tensor) -> Tensor:
-        return insert_registers(hidden, self.tower.register_tokens, self.start)  # type: ignore[arg-type]
+        tokens_1RD: Any = self.tower.register_tokens
+        if self.count.chosen_for is not None:
+            tokens_1RD = repeated_registers(tokens_1RD, self.count.beside(hidden.shape[1]))
+        return insert_registers(hidden, tokens_1RD, self.start)
 
 
 class _InsertsRegisters(_Grafted):
@@ -231,44 +297,48 @@ class _InsertsRegisters(_Grafted):
 
 
 class _StripsRegisters(_Grafted):
-    _num_registers: int
+    _count: RegisterCount
     _start: int | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)  # type: ignore[misc]
         if isinstance(output, tuple):
-            return (strip_registers(output[0], (1,), self._num_registers, self._start), *output[1:])
-        return strip_registers(output, (1,), self._num_registers, self._start)
+            return (self._stripped(output[0]), *output[1:])
+        return self._stripped(output)
+
+    def _stripped(self, hidden: Tensor) -> Tensor:
+        return strip_registers(hidden, (1,), self._count.among(hidden.shape[1]), self._start)
 
 
 class _StripsAttention(_Grafted):
     """Strips the attention maps that an attention module returns beside its output; rows then sum to less than 1."""
 
-    _num_registers: int
+    _count: RegisterCount
     _start: int | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)  # type: ignore[misc]
         if not isinstance(output, tuple):
             return output
-        return tuple(_without_map(part, self._num_registers, self._start) for part in output)
+        return tuple(_without_map(part, self._count, self._start) for part in output)
 
 
-def _without_map(part: Any, num_registers: int, start: int | None) -> Any:
+def _without_map(part: Any, count: RegisterCount, start: int | None) -> Any:
     if not isinstance(part, Tensor) or part.ndim != 4:
         return part
-    return strip_registers(part, (2, 3), num_registers, start)
+    return strip_registers(part, (2, 3), count.among(part.shape[-1]), start)
 
 
 class _PadsArguments(_Grafted):
     """Attention that is given a bias or mask over pairs of tokens, `[..., T or 1, T]`, that knows of no registers."""
 
-    _num_registers: int
+    _count: RegisterCount
     _start: int | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        num_tokens = hidden.shape[1] - self._num_registers
+        num_registers = self._count.among(hidden.shape[1])
+        num_tokens = hidden.shape[1] - num_registers
 
         def padded(value: Any) -> Any:
             if not isinstance(value, Tensor) or value.ndim < 3 or value.shape[-1] != num_tokens:
@@ -276,7 +346,7 @@ class _PadsArguments(_Grafted):
             if value.shape[-2] not in (1, num_tokens):  # tokens
                 return value
             dims = (-1,) if value.shape[-2] == 1 else (-2, -1)
-            return pad_registers(value, dims, self._num_registers, self._start)
+            return pad_registers(value, dims, num_registers, self._start)
 
         return super().forward(  # type: ignore[misc]
             *map(padded, args), **{name: padded(value) for name, value in kwargs.items()}
@@ -286,28 +356,34 @@ class _PadsArguments(_Grafted):
 class _PadsBias(_Grafted):
     """A module that makes a bias over pairs of tokens, `[..., T, T]`, with rows and columns for the registers."""
 
-    _num_registers: int
+    _count: RegisterCount
     _start: int | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("dim_size") is not None:  # BEiT's and Data2Vec's: the number of tokens to interpolate to
-            kwargs["dim_size"] -= self._num_registers
+            rows, columns = args[0] if args else kwargs["window_size"]
+            num_tokens = rows * columns + self._count.num_prefix
+            # Where all blocks share one bias, it is made before there are registers.
+            if kwargs["dim_size"] == num_tokens + self._count.beside(num_tokens):
+                kwargs["dim_size"] = num_tokens
         bias = super().forward(*args, **kwargs)  # type: ignore[misc]
-        return pad_registers(bias, (-2, -1), self._num_registers, self._start)
+        return pad_registers(bias, (-2, -1), self._count.beside(bias.shape[-1]), self._start)
 
 
 class _PadsOwnBias(_Grafted):
     """The same for modules of timm that are not called for their bias."""
 
-    _num_registers: int
+    _count: RegisterCount
     _start: int | None
 
     def _get_rel_pos_bias(self) -> Tensor:
-        bias = super()._get_rel_pos_bias()  # type: ignore[misc]
-        return pad_registers(bias, (-2, -1), self._num_registers, self._start)
+        return self._padded(super()._get_rel_pos_bias())  # type: ignore[misc]
 
     def get_bias(self) -> Tensor:
-        return pad_registers(super().get_bias(), (-2, -1), self._num_registers, self._start)  # type: ignore[misc]
+        return self._padded(super().get_bias())  # type: ignore[misc]
+
+    def _padded(self, bias: Tensor) -> Tensor:
+        return pad_registers(bias, (-2, -1), self._count.beside(bias.shape[-1]), self._start)
 
 
 class _Constants:
@@ -345,7 +421,7 @@ class _AttendsToConstant(_Grafted):
         start = self._constants.start
         if not isinstance(output, tuple):
             return strip_registers(output, (1,), 1, start)
-        rest = (_without_map(part, 1, start) for part in output[1:])
+        rest = (_without_map(part, RegisterCount(1), start) for part in output[1:])
         return (strip_registers(output[0], (1,), 1, start), *rest)
 
 
@@ -417,18 +493,20 @@ def operate(model: nn.Module, surgery: Mapping[str, Any], *, keep_registers: boo
 
     Returns:
         `model`, whose tower has a new parameter, zero until loaded: `register_tokens` `[1, R, D]`, or in mode `bias`
-        `attention_constants` `[L, D]`.
+        `attention_constants` `[L, D]`. Where the block has `num_patches`, the number of registers follows the image
+        size, see `registers_for`; R is that of `num_patches` patches.
     """
-    num_registers = int(surgery["num_registers"])
+    num_registers, num_prefix = int(surgery["num_registers"]), int(surgery["num_prefix"])
+    count = RegisterCount(num_registers, surgery.get("num_patches"), num_prefix)  # older folders have no such key
     tower, layout = resolve_layout(model, surgery["layouts"])
     if keep_registers and tower is not model:
         raise ValueError(
             "keep_registers=True needs the vision tower alone, without the head around it; load it with AutoModel"
         )
     shift = {
-        "num_prefix": int(surgery["num_prefix"]),
+        "num_prefix": num_prefix,
         "inside_prefix": surgery["placement"] == "prefix",
-        "scale": [float(factor) for factor in surgery["scale"]],
+        "scale": [float(factor) for factor in surgery["scale"]][: None if count.chosen_for is None else 1],
         "fill": surgery["fill"],
         "fill_prefix": surgery["prefix"] == "fill",
         "one_peak": surgery["compat"] == "reference",
@@ -436,14 +514,15 @@ def operate(model: nn.Module, surgery: Mapping[str, Any], *, keep_registers: boo
     for block, neurons in surgery["register_neurons"].items():
         linear = tower.get_submodule(layout["down"][block])
         in_place = block in surgery["in_place_blocks"]
-        ShiftedLinear.operate(linear, list(neurons), {**shift, "in_place": in_place})  # type: ignore[arg-type]
+        ShiftedLinear.operate(linear, list(neurons), {**shift, "in_place": in_place}, count)  # type: ignore[arg-type]
     like = next(tower.get_submodule(layout["strip"]).parameters())
     start = register_start(surgery)
     if surgery["mode"] == "bias":
         blocks = surgery["constant_blocks"]
         zeros_LD = torch.zeros(len(blocks), int(surgery["width"]), dtype=like.dtype, device=like.device)
         tower.register_parameter("attention_constants", nn.Parameter(zeros_LD))
-        _make_room(tower, [layout["attentions"][block] for block in blocks], layout, 1, start)
+        one = RegisterCount(1, num_prefix=num_prefix)
+        _make_room(tower, [layout["attentions"][block] for block in blocks], layout, one, start)
         for index, block in enumerate(blocks):
             attention = tower.get_submodule(layout["attentions"][block])
             _graft(attention, _AttendsToConstant, _constants=_Constants(tower, index, start))
@@ -452,15 +531,15 @@ def operate(model: nn.Module, surgery: Mapping[str, Any], *, keep_registers: boo
         return model
     zeros_1RD = torch.zeros(1, num_registers, int(surgery["width"]), dtype=like.dtype, device=like.device)
     tower.register_parameter("register_tokens", nn.Parameter(zeros_1RD))
-    _graft(tower.get_submodule(layout["insert"]), _InsertsRegisters, _registers=_Registers(tower, start))
-    where: dict[str, Any] = {"_num_registers": num_registers, "_start": start}
+    _graft(tower.get_submodule(layout["insert"]), _InsertsRegisters, _registers=_Registers(tower, count, start))
+    where: dict[str, Any] = {"_count": count, "_start": start}
     if not keep_registers:
         _graft(tower.get_submodule(layout["strip"]), _StripsRegisters, **where)
         for collector in _collectors(model, tower, layout):
             _graft(collector, _StripsHiddenStates, _start=start)
     for path in layout["attentions"]:
         _graft(tower.get_submodule(path), _StripsAttention, **where)
-    _make_room(tower, layout["attentions"], layout, num_registers, start)
+    _make_room(tower, layout["attentions"], layout, count, start)
     return model
 
 
@@ -480,19 +559,19 @@ def _collectors(model: nn.Module, tower: nn.Module, layout: Mapping[str, Any]) -
 
 
 def _make_room(
-    tower: nn.Module, attentions: Sequence[str], layout: Mapping[str, Any], num_added: int, start: int | None
+    tower: nn.Module, attentions: Sequence[str], layout: Mapping[str, Any], count: RegisterCount, start: int | None
 ) -> None:
     """Let attention that knows positions, or has biases over pairs of tokens, take more tokens.
 
     A bias is made inside the attention, or given to it.
     """
-    where: dict[str, Any] = {"_num_registers": num_added, "_start": start}
+    where: dict[str, Any] = {"_count": count, "_start": start}
     everywhere = layout["attentions"]
     given = [path for path in layout["biases"] if not any(_inside(path, each) for each in everywhere)]
     for attention in attentions:
         module = tower.get_submodule(attention)
         if start is not None and hasattr(module, "num_prefix_tokens"):  # timm's attention with rotary positions
-            module.num_prefix_tokens += num_added  # type: ignore[operator]
+            module.num_prefix_tokens += count.num_registers  # type: ignore[operator]  # it is fixed inside the prefix
         for path in layout["biases"]:
             if _inside(path, attention):
                 maker = tower.get_submodule(path)

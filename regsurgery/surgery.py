@@ -15,8 +15,9 @@ from regsurgery.errors import RecipeError
 from regsurgery.graph import common_path
 from regsurgery.loading import Loaded
 from regsurgery.passes import Plan, apply_passes, padded_modules
-from regsurgery.passes.plan import plan_surgery
+from regsurgery.passes.plan import follows_size, plan_surgery
 from regsurgery.recipe import Recipe
+from regsurgery.runtime import repeated_registers
 from regsurgery.sites import Block, Sites
 from regsurgery.trace import Traced
 
@@ -47,7 +48,7 @@ class Surgery:
 
     @property
     def register_tokens(self) -> Tensor:
-        """The register tokens, `[1, R, D]`."""
+        """The register tokens of the graph, `[1, R, D]`."""
         return self.graph_module.get_parameter(self.plan.register_name).detach()
 
     def state(self) -> dict[str, Tensor]:
@@ -60,16 +61,22 @@ class Surgery:
         return self.plan.constants_name if self.plan.constant_blocks else self.plan.register_name
 
     def new_tensors(self) -> dict[str, Tensor]:
-        """The tensors that a patched checkpoint has beside the original's, by their names on disk."""
+        """The tensors that a patched checkpoint has beside the original's, by their names on disk.
+
+        Register tokens are as many as the config says, whatever the size of the trace.
+        """
         if not self.plan.num_added:
             return {}
         tower = self.config_block["layouts"][0]["tower"]
         name = ATTENTION_CONSTANTS if self.plan.constant_blocks else REGISTER_TOKENS
-        return {f"{tower}.{name}".lstrip("."): self.graph_module.get_parameter(self.added_name).detach()}
+        added = self.graph_module.get_parameter(self.added_name).detach()
+        if not self.plan.constant_blocks:
+            added = repeated_registers(added, self.config_block["num_registers"])
+        return {f"{tower}.{name}".lstrip("."): added}
 
 
 def perform(loaded: Loaded, recipe: Recipe, traced: Traced, sites: Sites) -> Surgery:
-    """Apply `recipe` at `sites`.
+    """Apply `recipe` at `sites`, with the number of registers that it has at the image size of `traced`.
 
     Raises:
         RecipeError: a block or neuron of the recipe does not exist in the model.
@@ -101,10 +108,12 @@ def check_fit(recipe: Recipe, sites: Sites) -> None:
 
 def common_block(loaded: Loaded, recipe: Recipe, plan: Plan) -> dict[str, Any]:
     """What the `regsurgery` entry says in every mode."""
+    num_patches = follows_size(plan.sites, recipe)
     return {
         "version": regsurgery.__version__,
         "mode": recipe.mode,
-        "num_registers": plan.num_registers,
+        "num_registers": plan.num_registers if num_patches is None else recipe.num_registers,
+        "num_patches": num_patches,
         "register_neurons": {str(block): list(neurons) for block, neurons in recipe.register_neurons.items()},
         "source": loaded.source.as_dict(),
     }
@@ -129,7 +138,7 @@ def _config_block(
         "fill": recipe.fill,
         "prefix": recipe.prefix,
         "compat": recipe.compat,
-        "scale": plan.shift["scale"],
+        "scale": [] if recipe.mode == "bias" else list(recipe.scale),
         "constant_blocks": list(plan.constant_blocks),
         "width": sites.width,
         "num_prefix": sites.num_prefix,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,18 +33,24 @@ if TYPE_CHECKING:
 INEXACT = 100.0  # times rounding, where a native host's norms have another eps
 
 
+def module_of(surgery: Surgery, folder: Path, fmt: str) -> nn.Module:
+    """What was written to `folder`, loaded as a user would for the surgery's image size."""
+    size = surgery.traced.image_size if surgery.loaded.own else None
+    return rebuilt(folder, read_patched_config(folder, fmt), fmt, stored=surgery.loaded.stored, image_size=size)
+
+
 def verify_folder(
     surgery: Surgery, folder: Path, fmt: str, pictures: ImageSet, progress: Progress, loaded: nn.Module | None = None
 ) -> Verdict:
     """What was written, run as a user would, against the surgery's graphs.
 
     Args:
-        loaded: the folder's module, where it is loaded already.
+        loaded: the folder's module, for the surgery's image size, where it is loaded already.
     """
     progress.stage("verify", pictures.num_images)
     mode = surgery.recipe.mode
     config = read_patched_config(folder, fmt)
-    module = loaded or rebuilt(folder, config, fmt, stored=surgery.loaded.stored)
+    module = loaded or module_of(surgery, folder, fmt)
     if mode == "native" and fmt in backends.LIBRARIES:
         return _verify_host(surgery, module, config["regsurgery"], fmt, pictures, progress)
 
@@ -94,10 +101,11 @@ def _parity_at(
     surgery: Surgery, run: Callable[[Tensor], dict[str, Tensor]], size: tuple[int, int], pictures: ImageSet
 ) -> tuple[float, float]:
     """Largest difference between edited graph and host at an image size, and what rounding allows."""
-    resized = at_size(surgery, size)
-    batch = next(pictures.some(2).batches(2, surgery.loaded.preprocess))
+    own = surgery.loaded.own or surgery.loaded
+    resized = at_size(replace(surgery, loaded=own), size)
+    batch = next(pictures.some(2).batches(2, own.preprocess))
     images = F.interpolate(batch.float(), size, mode="bicubic", antialias=True).to(batch.dtype)
-    expected, given = resized.graph_module(*tensor_inputs(surgery.loaded, images)), run(images)
+    expected, given = resized.graph_module(*tensor_inputs(own, images)), run(images)
     worst, limit = 0.0, 0.0
     for name, value in given.items():
         worst = max(worst, float((value - expected[name]).abs().max()))
@@ -132,6 +140,8 @@ def verify_native(
     with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:  # stored weights are read for as long as it is
         options = LoadOptions(max_memory=0) if loaded.stored else None
         stock = load_stock(root, fmt, config, options, Path(scratch))
+        if loaded.own is not None:
+            stock = backends.library(stock.library).at_size(stock, traced.image_size)
         original = Side(loaded, traced.graph_module, sites, sites.patches, slice(0, 0))
         patched = stock_side(stock, trace(stock, traced.image_size), sites, recipe, block["num_registers"], root)
         host = backends.backend(fmt, "native")

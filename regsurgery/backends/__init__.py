@@ -40,6 +40,14 @@ def backend(name: str, mode: str = "shift") -> ModuleType:
     return importlib.import_module(f"regsurgery.backends.{modules[name]}")
 
 
+def any_size(format: str, mode: str) -> bool:
+    """Whether what is written can take images of other sizes, where the model itself does.
+
+    A program is for one size; in native mode open_clip builds timm's tower for the size in its config.
+    """
+    return format in LIBRARIES and not (format == "open_clip" and mode == "native")
+
+
 def require(format: str) -> None:
     """Raise `UserError` where a package is not installed that the format needs."""
     missing = [name for name in EXTRAS.get(format, ()) if importlib.util.find_spec(name) is None]

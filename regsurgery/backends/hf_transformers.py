@@ -109,13 +109,14 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         if name in parameters:
             raise UnsupportedModelError(f"{folder}: {architecture} is not supported: {reason} (its input '{name}')")
     own_size = _own_size(config, model)
-    preprocess, note, image_size = _preprocessing(folder, own_size, model.dtype, options)
+    preprocess_at, note, image_size = _preprocessing(folder, own_size, model.dtype, options)
     return Loaded(
         **vars(checkpoint),
         architecture=architecture,
         model=model.eval(),
         image_size=image_size,
-        preprocess=preprocess,
+        preprocess=preprocess_at(None),
+        preprocess_at=preprocess_at,
         preprocess_note=note,
         inputs=_inputs(model, own_size, parameters, collects=bool(entry)),
         name_outputs=_features_named(model, feature_layer) if feature_layer else name_outputs,
@@ -140,7 +141,7 @@ def from_pretrained(
 
 def at_size(loaded: Loaded, size: tuple[int, int]) -> Loaded:
     """`loaded` for images of another size; transformers models interpolate their position embedding by themselves."""
-    return loaded
+    return loaded.resized(loaded.model, size)
 
 
 def _architecture(config_path: Path, config: Mapping[str, Any]) -> str:
@@ -178,8 +179,10 @@ def _own_size(config: Mapping[str, Any], model: nn.Module) -> tuple[int, int]:
 
 def _preprocessing(
     folder: Path, own_size: tuple[int, int], dtype: torch.dtype, options: LoadOptions
-) -> tuple[Callable[[list[Any]], Tensor], str, tuple[int, int]]:
-    """The model's own preprocessing, a line that names it, and the size (height, width) that it makes."""
+) -> tuple[Callable[[tuple[int, int] | None], Callable[[list[Any]], Tensor]], str, tuple[int, int]]:
+    """The model's own preprocessing by the size that it shall make, which is its own one for None; a line that names
+    it; and its own size (height, width).
+    """
     settings = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
     settings = [path for path in settings if path.is_file()]
     if settings:
@@ -195,25 +198,44 @@ def _preprocessing(
                 f"{settings[0]}: transformers cannot load it: {' '.join(str(error).split())[:300]}"
             ) from error
 
-        def processed(images: list[Any]) -> Tensor:
-            return processor(images=images, return_tensors="pt")["pixel_values"].to(dtype)
+        def processed_at(size: tuple[int, int] | None) -> Callable[[list[Any]], Tensor]:
+            other = {} if size is None else _sizes_at(processor, size)
 
-        return processed, f"the model's own {type(processor).__name__}", size or own_size
+            def processed(images: list[Any]) -> Tensor:
+                return processor(images=images, return_tensors="pt", **other)["pixel_values"].to(dtype)
+
+            return processed
+
+        return processed_at, f"the model's own {type(processor).__name__}", size or own_size
     from torchvision.transforms import v2
 
-    plain = v2.Compose(
-        [
-            v2.PILToTensor(),
-            v2.Resize(own_size, antialias=True),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize([0.5] * 3, [0.5] * 3),
-        ]
-    )
+    def resized_at(size: tuple[int, int] | None) -> Callable[[list[Any]], Tensor]:
+        plain = v2.Compose(
+            [
+                v2.PILToTensor(),
+                v2.Resize(size or own_size, antialias=True),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize([0.5] * 3, [0.5] * 3),
+            ]
+        )
+        return lambda images: torch.stack([plain(image) for image in images]).to(dtype)
 
-    def resized(images: list[Any]) -> Tensor:
-        return torch.stack([plain(image) for image in images]).to(dtype)
+    return resized_at, "no preprocessor_config.json in the folder: resized, mean and std 0.5", own_size
 
-    return resized, "no preprocessor_config.json in the folder: resized, mean and std 0.5", own_size
+
+def _sizes_at(processor: Any, size: tuple[int, int]) -> dict[str, dict[str, int]]:
+    """Arguments with which `processor` makes images of `size`: what it resizes to grows as what it crops to."""
+    height, width = size
+    target = {"height": height, "width": width}
+    if not getattr(processor, "do_center_crop", False):
+        return {"size": target}
+    own = _processor_size(processor)
+    given = dict(processor.size)
+    edges = {name: value for name, value in given.items() if value is not None}
+    factors = {"height": height / own[0], "width": width / own[1]} if own else {}
+    shorter = min(factors.values(), default=1.0)
+    resized = {name: max(min(size), round(value * factors.get(name, shorter))) for name, value in edges.items()}
+    return {"size": resized, "crop_size": target}
 
 
 def _processor_size(processor: Any) -> tuple[int, int] | None:
@@ -363,7 +385,9 @@ def _shows_registers(surgery: Surgery) -> bool:
     return surgery.plan.num_registers > 0 and base is not None and surgery.sites.tower_path == tower
 
 
-def reload(folder: Path, config: dict[str, Any], *, stored: bool = False) -> nn.Module:
+def reload(
+    folder: Path, config: dict[str, Any], *, stored: bool = False, image_size: tuple[int, int] | None = None
+) -> nn.Module:
     """The patched model of `folder`, built by the folder's own file; `stored`: its weights stay on disk."""
     from transformers.utils import logging
 

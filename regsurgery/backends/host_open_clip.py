@@ -76,8 +76,13 @@ def load(folder: str | Path = Path(__file__).parent, *, state: Any = None, **kwa
     return model.eval()
 
 
-def image_transform(model: nn.Module) -> Any:
-    """The transform for evaluation that the folder's config describes: PIL image -> `[3, height, width]`."""
+def image_transform(model: Any, size: tuple[int, int] | None = None) -> Any:
+    """The transform for evaluation that the folder's config describes: PIL image -> `[3, height, width]`; the image
+    size is that of the config where no other one is given.
+    """
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    return image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)  # type: ignore[arg-type]
+    settings = model.visual.preprocess_cfg
+    if size is not None:
+        settings = {**settings, "size": size}
+    return image_transform_v2(PreprocessCfg(**settings), is_train=False)

@@ -113,16 +113,19 @@ def snippets(surgery: Surgery, folder: str) -> Snippets:
     )
 
 
-def reload(folder: Path, config: dict[str, Any], *, stored: bool = False) -> nn.Module:
+def reload(
+    folder: Path, config: dict[str, Any], *, stored: bool = False, image_size: tuple[int, int] | None = None
+) -> nn.Module:
     """The model of `folder` as stock timm loads it, in the dtype of its weights; `stored`: they stay on disk."""
+    options: dict[str, Any] = {} if image_size is None else {"dynamic_img_size": True}
     import timm
 
     weights = weight_files(folder, WEIGHTS_NAME)
     dtype = weights_dtype(weights)
     try:
         if stored:
-            return stored_model(folder, weights, dtype).eval()
-        return timm.create_model(f"local-dir:{folder}", pretrained=True).to(dtype).eval()
+            return stored_model(folder, weights, dtype, **options).eval()
+        return timm.create_model(f"local-dir:{folder}", pretrained=True, **options).to(dtype).eval()
     except RuntimeError as error:
         raise CheckpointError(f"{folder}: timm cannot load it: {' '.join(str(error).split())[:300]}") from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +55,11 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     except UNLOADABLE as error:
         raise CheckpointError(f"{folder}: open_clip cannot load it: {' '.join(str(error).split())[:300]}") from error
     size = model.visual.image_size
+
+    def preprocess_at(size: tuple[int, int]) -> Any:
+        other = host_open_clip.image_transform(model, size)
+        return lambda images: torch.stack([other(image) for image in images])
+
     context = getattr(model, "context_length", 77)
 
     # A tower that returns its tokens as well: open_clip's CLIP cannot be called with it, CoCa adds a text decoder.
@@ -79,6 +83,7 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         model=place(model.eval(), options.device_map),
         image_size=tuple(size) if isinstance(size, (tuple, list)) else (size, size),
         preprocess=lambda images: torch.stack([transform(image) for image in images]),
+        preprocess_at=preprocess_at,
         preprocess_note="the model's own preprocess_cfg",
         inputs=inputs,
         name_outputs=name_outputs,
@@ -121,7 +126,7 @@ def at_size(loaded: Loaded, size: tuple[int, int]) -> Loaded:
         model = _model(loaded, force_image_size=size)
     except UNLOADABLE as error:
         raise UnsupportedModelError(f"{loaded.architecture}: takes no other image size") from error
-    return replace(loaded, model=(model if loaded.stored else model.to(reference)).eval(), image_size=size)
+    return loaded.resized((model if loaded.stored else model.to(reference)).eval(), size)
 
 
 def emit(surgery: Surgery, folder: Path, target: Path) -> None:
@@ -141,10 +146,13 @@ def snippets(surgery: Surgery, folder: str) -> Snippets:
     )
 
 
-def reload(folder: Path, config: dict[str, Any], *, stored: bool = False) -> nn.Module:
+def reload(
+    folder: Path, config: dict[str, Any], *, stored: bool = False, image_size: tuple[int, int] | None = None
+) -> nn.Module:
     """The patched model of `folder`, built by the folder's own file; `stored`: its weights stay on disk."""
+    options: dict[str, Any] = {} if image_size is None else {"force_image_size": image_size}
     if not stored:
-        return import_modeling(folder).load(folder)
+        return import_modeling(folder).load(folder, **options)
     with without_memory():
         state = stored_state(weight_files(folder, WEIGHTS_NAME), torch.float32)
-        return import_modeling(folder).load(folder, state=state)
+        return import_modeling(folder).load(folder, state=state, **options)

@@ -68,10 +68,11 @@ def input_names(surgery: Surgery) -> list[str]:
 def write_config(surgery: Surgery, folder: Path, fmt: str) -> None:
     """Write `regsurgery.json`, which says what program is in the folder, and how it is called."""
     traced = surgery.traced
+    fixed = {} if surgery.plan.constant_blocks else {"num_registers": surgery.plan.num_registers}
     write_json(
         folder / CONFIG_NAME,
         {
-            "regsurgery": surgery.config_block,
+            "regsurgery": {**surgery.config_block, "num_patches": None, **fixed},
             "format": fmt,
             "image_size": list(traced.image_size),
             "inputs": input_names(surgery),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +61,11 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         if not 0 < max(image_size) / data["crop_pct"] <= MAX_SIDE:
             raise ValueError(f"crop_pct {data['crop_pct']} of {max(image_size)} pixels")
         transform: Any = create_transform(**data, is_training=False)
+
+        def preprocess_at(size: tuple[int, int]) -> Any:
+            other: Any = create_transform(**{**data, "input_size": (3, *size)}, is_training=False)
+            return lambda images: torch.stack([other(image.convert("RGB")) for image in images]).to(dtype)
+
     except UNLOADABLE as error:
         raise CheckpointError(f"{folder}: timm cannot load it: {' '.join(str(error).split())[:300]}") from error
     output = "logits" if getattr(model, "num_classes", 0) else "output"
@@ -71,6 +75,7 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         model=place(model.eval(), options.device_map),
         image_size=image_size,
         preprocess=lambda images: torch.stack([transform(image.convert("RGB")) for image in images]).to(dtype),
+        preprocess_at=preprocess_at,
         preprocess_note="the model's own pretrained_cfg",
         inputs=lambda images: ((images,), {}),
         name_outputs=lambda value: {output: value},
@@ -108,7 +113,7 @@ def at_size(loaded: Loaded, size: tuple[int, int]) -> Loaded:
             )
     except UNLOADABLE as error:
         raise UnsupportedModelError(f"{loaded.architecture}: takes no other image size") from error
-    return replace(loaded, model=model.eval(), image_size=size)
+    return loaded.resized(model.eval(), size)
 
 
 def emit(surgery: Surgery, folder: Path, target: Path) -> None:
@@ -129,9 +134,13 @@ def snippets(surgery: Surgery, folder: str) -> Snippets:
     )
 
 
-def reload(folder: Path, config: dict[str, Any], *, stored: bool = False) -> nn.Module:
+def reload(
+    folder: Path, config: dict[str, Any], *, stored: bool = False, image_size: tuple[int, int] | None = None
+) -> nn.Module:
     """The patched model of `folder`, built by the folder's own file; `stored`: its weights stay on disk."""
+    options: dict[str, Any] = {} if image_size is None else {"dynamic_img_size": True}
     if not stored:
-        return import_modeling(folder).load(folder)
+        return import_modeling(folder).load(folder, **options)
     with without_memory():
-        return import_modeling(folder).load(folder, state=stored_state(weight_files(folder, WEIGHTS_NAME)))
+        state = stored_state(weight_files(folder, WEIGHTS_NAME))
+        return import_modeling(folder).load(folder, state=state, **options)

@@ -142,9 +142,7 @@ class Pair:
         else:
             surgery = perform(loaded, self.recipe, traced, sites)
             if surgery.plan.num_added:
-                with torch.no_grad():
-                    added = self.surgery.graph_module.get_parameter(self.surgery.added_name)
-                    surgery.graph_module.get_parameter(surgery.added_name).copy_(added)
+                take_our_tensors(surgery, Path(self.folder), self.format)
         return replace(resized, surgery=surgery, patched=_patched(sides(surgery)[1], self.mode, size, sites))
 
 

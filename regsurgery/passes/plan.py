@@ -10,6 +10,7 @@ from torch import fx
 
 from regsurgery.graph import ancestor_sets, find_node, is_ancestor
 from regsurgery.recipe import Recipe
+from regsurgery.runtime import registers_for
 from regsurgery.sites import Sites
 
 INSERTED = "regsurgery"  # key in node.meta of every node that a pass made; its value is the pass
@@ -22,7 +23,7 @@ class Plan:
     """Sites and recipe, resolved into what the passes need. Made by `plan_surgery`.
 
     Attributes:
-        num_registers: register tokens on the stream; none in mode `bias`.
+        num_registers: register tokens on the stream, at the size of the trace; none in mode `bias`.
         constant_blocks: blocks whose attention gets a constant (mode `bias`).
     """
 
@@ -54,12 +55,24 @@ class PassResult:
     due: str
 
 
+def follows_size(sites: Sites, recipe: Recipe) -> int | None:
+    """The number of patches for which the recipe's registers were chosen, or None: there are as many at every size.
+
+    Inside the prefix their number is fixed: attention there counts the prefix tokens, once.
+    """
+    return recipe.num_patches if sites.placement == "end" else None
+
+
 def plan_surgery(sites: Sites, recipe: Recipe) -> Plan:
+    """The plan of `recipe` at `sites`; its registers are those of the traced image size."""
     bias = recipe.mode == "bias"
+    num_patches = follows_size(sites, recipe)
+    num_registers = registers_for(sites.num_tokens - sites.num_prefix, recipe.num_registers, num_patches)
+    scale = list(recipe.scale) if num_patches is None else [recipe.scale[0]] * num_registers
     shift = {
         "num_prefix": sites.num_prefix,
         "inside_prefix": sites.placement == "prefix",
-        "scale": [] if bias else list(recipe.scale),
+        "scale": [] if bias else scale,
         "fill": recipe.fill,
         "fill_prefix": recipe.prefix == "fill",
         "one_peak": recipe.compat == "reference",
@@ -67,7 +80,7 @@ def plan_surgery(sites: Sites, recipe: Recipe) -> Plan:
     if bias:
         blocks = tuple(range(constant_start(recipe), len(sites.blocks)))
         return Plan(sites, 0, dict(recipe.register_neurons), shift, blocks)
-    return Plan(sites, recipe.num_registers, dict(recipe.register_neurons), shift)
+    return Plan(sites, num_registers, dict(recipe.register_neurons), shift)
 
 
 def constant_start(recipe: Recipe) -> int:
