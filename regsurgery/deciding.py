@@ -5,8 +5,8 @@ Everything here looks at few images: neurons are found and grown on the pilot's,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,11 +18,13 @@ from regsurgery.diagnosis import Diagnosis
 from regsurgery.drift import DriftTrials
 from regsurgery.errors import NothingToFixError, UnsupportedModelError
 from regsurgery.faithful import FILLS, POOL, Choice, Cure, choose, grow, register_counts
+from regsurgery.image_size import text
 from regsurgery.journal import TrialJournal
 from regsurgery.loading import Loaded
 from regsurgery.match import match
 from regsurgery.recipe import Recipe
 from regsurgery.run_record import image_digests
+from regsurgery.runtime import registers_for
 from regsurgery.scores import PRECISIONS, Candidate, Scorer, Sums
 from regsurgery.sharing import BATCH, PILOT_IMAGES, Share
 from regsurgery.sites import Sites
@@ -58,15 +60,23 @@ class FindOptions:
     smallest: bool = False
     num_registers: int | None = None
 
+    @property
+    def registers_are_free(self) -> bool:
+        """Whether the number of registers is for the search to choose."""
+        return not self.smallest and self.num_registers is None
+
 
 @dataclass(frozen=True)
 class SecondResolution:
-    """The chosen set at another image size, on the pilot's images.
+    """The chosen setting at another image size, on the pilot's images.
 
     Attributes:
         image_size: (height, width).
         held: the outliers are gone there too, if there are any; None where the model takes no other size.
         note: one line that says so.
+        original, patched: outliers per image.
+        drift: number of registers -> drift with it.
+        num_patches: of the model's own size, if the number of registers is to follow the number of patches.
     """
 
     image_size: tuple[int, int]
@@ -74,12 +84,15 @@ class SecondResolution:
     note: str
     original: float | None = None
     patched: float | None = None
+    drift: Mapping[int, float] = field(default_factory=dict)
+    num_patches: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "image_size": list(self.image_size),
             "held": self.held,
             "outliers_per_image": {"original": self.original, "patched": self.patched},
+            "drift": {str(count): drift for count, drift in self.drift.items()},
             "note": self.note,
         }
 
@@ -203,13 +216,14 @@ def decide(search: Search, diagnosis: Diagnosis, sums: Sums, ranked: Sequence[Ca
     judging, judged_on = _judging(search, pilot)
     choice = _choose(search, cure, smallest, [(c.block, c.neuron) for c in ranked], batches, judging)
     progress.stage("second resolution")
-    choice, second = _second_resolution(search, cure, choice, batches)
+    choice, second = _second_resolution(search, cure, choice)
     setting = choice.setting
-    recipe = replace(setting.recipe(), model=loaded.source.name)
+    recipe = replace(setting.recipe(), model=loaded.source.name, num_patches=second.num_patches)
     chosen = {
         "register_neurons": {block: list(neurons) for block, neurons in recipe.register_neurons.items()},
         "num_registers": recipe.num_registers,
         "fill": recipe.fill,
+        "num_patches": recipe.num_patches,
     }
     found = Found(
         recipe, diagnosis, smallest, choice, sums.threshold, sums.num_images, tuple(ranked), second, judged_on
@@ -289,43 +303,42 @@ def _choose(
     return choose(trials, sets, count, cure, counts, search.sites.num_tokens, fills=fills)
 
 
-def _second_resolution(
-    search: Search, cure: Cure, choice: Choice, batches: Sequence[torch.Tensor]
-) -> tuple[Choice, SecondResolution]:
+def _second_resolution(search: Search, cure: Cure, choice: Choice) -> tuple[Choice, SecondResolution]:
     """Try the chosen setting at another image size, and the next best ones where outliers come back there.
 
-    The pictures are resized after preprocessing.
+    Then, whether as many registers as before drift less there, or a number that follows the number of patches.
     """
-    loaded, traced, sites = search.loaded, search.traced, search.sites
-    size = second_size(traced.image_size, sites.num_tokens - sites.num_prefix)
+    loaded, sites, own = search.loaded, search.sites, search.traced.image_size
+    num_patches = sites.num_tokens - sites.num_prefix
+    size = second_size(own, num_patches)
     try:
         other = backends.library(loaded.library).at_size(loaded, size)
         retraced = trace(other, size)
         resites = match(retraced)
     except UnsupportedModelError:
-        return choice, SecondResolution(
-            size, None, f"holds at {_text(traced.image_size)} only: the model takes no other size"
-        )
-    resized = [
-        torch.nn.functional.interpolate(batch.float(), size, mode="bicubic", antialias=True).to(batch.dtype)
-        for batch in batches
-    ]
+        return choice, SecondResolution(size, None, f"holds at {text(own)} only: the model takes no other size")
+    images = list(search.share.pilot.some(TRIAL_IMAGES).batches(BATCH, other.preprocess))
     first = min(block for setting in choice.ranked for block, _ in setting.neurons)
-    trials = search.at("second resolution", other, retraced, resites, resized, first)
-    before = trials.original_outliers
-    held, tried = False, None
-    for setting in choice.ranked[:MAX_TRIED_AGAIN]:
-        after = float(trials(setting).outliers.mean())
-        if tried is None or after <= cure.allowed:
-            tried = setting, after
-        held = after <= cure.allowed
-        if held:
-            break
-    assert tried is not None
-    setting, after = tried
+    trials = search.at("second resolution", other, retraced, resites, images, first)
+    setting = next((one for one in choice.ranked[:MAX_TRIED_AGAIN] if cure.gone(trials(one))), choice.setting)
+    tried = trials(setting)
+    held, before, after = cure.gone(tried), trials.original_outliers, float(tried.outliers.mean())
     verb = "holds" if held else "does not hold"
-    note = f"{verb} at {_text(size)}: {before:.2f} outlier tokens per image become {after:.2f}"
-    return choice.with_setting(setting), SecondResolution(size, held, note, before, after)
+    note = f"{verb} at {text(size)}: {before:.2f} outlier tokens per image become {after:.2f}"
+    count = registers_for(resites.num_tokens - resites.num_prefix, setting.num_registers, num_patches)
+    drift = {setting.num_registers: float(tried.drift.mean())}
+    follows = False
+    if count != setting.num_registers and sites.placement == "end" and search.options.registers_are_free:
+        scaled = trials(replace(setting, num_registers=count))
+        drift[count] = float(scaled.drift.mean())
+        more, error = tried.worse_than(scaled)
+        follows = more > error and cure.gone(scaled)
+        better = (
+            f"{count} registers drift less than {setting.num_registers}" if follows else "no other number is better"
+        )
+        note = f"{note}; {better} there"
+    found = SecondResolution(size, held, note, before, after, drift, num_patches if follows else None)
+    return choice.with_setting(setting), found
 
 
 def second_size(size: tuple[int, int], num_patches: int) -> tuple[int, int]:
@@ -334,10 +347,6 @@ def second_size(size: tuple[int, int], num_patches: int) -> tuple[int, int]:
     patch = round((height * width / num_patches) ** 0.5)
     factor = 1.5 if max(size) < LARGE_IMAGE else 2 / 3
     return (round(factor * height / patch) * patch, round(factor * width / patch) * patch)
-
-
-def _text(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]} pixels"
 
 
 def _rounded(value: Any) -> Any:

@@ -42,11 +42,14 @@ class Cure:
     allowed: float
     outlier_norm: float
 
+    def gone(self, tried: Tried) -> bool:
+        """Whether the outliers are gone."""
+        return float(tried.outliers.mean()) <= self.allowed
+
     def holds(self, tried: Tried) -> bool:
         """Whether the outliers are gone and the registers have taken over their norm."""
-        outliers, norm = float(tried.outliers.mean()), float(tried.register_norm.mean())
-        gone = 1 - outliers / self.original
-        return outliers <= self.allowed and norm >= STARVED * gone * self.outlier_norm
+        share = 1 - float(tried.outliers.mean()) / self.original
+        return self.gone(tried) and float(tried.register_norm.mean()) >= STARVED * share * self.outlier_norm
 
 
 @dataclass(frozen=True)
