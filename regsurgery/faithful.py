@@ -196,14 +196,14 @@ def choose(
 
 
 def _walk(tried: Callable[[Setting], Tried], neurons: Neurons, count: int, counts: Sequence[int]) -> int:
-    """The number of registers with the least drift, from `count` on: up while that helps, then down while it does."""
+    """The number of registers with the least drift, from `count` on: down while that helps, else up while it does."""
 
     def drift(at: int) -> float:
         return float(tried(Setting(neurons, counts[at])).drift.mean())
 
     start = best = counts.index(count)
     least = drift(start)
-    for step in (1, -1):
+    for step in (-1, 1):
         at = start + step
         while 0 <= at < len(counts):
             found = drift(at)
@@ -211,7 +211,7 @@ def _walk(tried: Callable[[Setting], Tried], neurons: Neurons, count: int, count
                 break
             best, least = at, found
             at += step
-        if best > start:  # it is a valley: what lies below the start is higher
+        if best != start:  # it is a valley: what lies on the other side is higher
             break
     if best > 0:  # fewer registers, if they drift as little
         drift(best - 1)

@@ -77,15 +77,9 @@ def rebuilt(
 
     Args:
         stored: its weights stay on disk where they can.
-        image_size: for images of this size (height, width), where it is not the model's own.
-
-    Raises:
-        UserError: a program, or a host, that takes one size only.
+        image_size: for images of this size (height, width), where it is not the model's own; a program has one size.
     """
     backend = backends.backend(fmt, config["regsurgery"]["mode"])
-    own = config.get("image_size")
-    if fmt in backends.PROGRAMS and image_size is not None and list(image_size) != own:
-        raise UserError(f"{folder}: format {fmt} takes images of {own} (height, width) only, not {list(image_size)}")
     options: dict[str, Any] = {}
     if fmt in backends.LIBRARIES:
         options = {**({"stored": True} if stored else {}), **({"image_size": image_size} if image_size else {})}

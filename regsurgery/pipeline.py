@@ -721,8 +721,8 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
         progress.stage("load")
         loaded = original_of(patched, original, options, Path(scratch))
-        if image_size is None and fmt in backends.PROGRAMS:
-            image_size = _side_of_program(patched.config)
+        if fmt in backends.PROGRAMS:
+            image_size = _size_of_program(patched, image_size)
         loaded = at_image_size(loaded, image_size)
         if recipe.mode == "native":
             verdict = verify_native(loaded, recipe, *located(loaded, progress), root, fmt, pictures, progress)
@@ -735,12 +735,21 @@ def verify(
     return _judged(verdict, pictures, fitted_of(root), strict=strict)
 
 
-def _side_of_program(config: dict[str, Any]) -> int | None:
-    """The side of the square images that a program takes; None for others, which are of the model's own size."""
-    size = config.get("image_size")
-    if isinstance(size, list) and len(size) == 2 and type(size[0]) is int and size[0] == size[1]:
-        return size[0]
-    return None
+def _size_of_program(patched: PatchedFolder, wanted: int | None) -> int | None:
+    """The side of the square images that a program takes; None for others, which are of the model's own size.
+
+    Raises:
+        UserError: `wanted`, where it is given, is another one.
+    """
+    size = patched.config.get("image_size")
+    square = isinstance(size, list) and len(size) == 2 and size[0] == size[1] and type(size[0]) is int
+    side: int | None = size[0] if square else None  # type: ignore[index]
+    if wanted not in (None, side):
+        raise UserError(
+            f"--image-size {wanted}: {patched.root} holds a program (format {patched.format}), which takes images of "
+            f"{size} (height, width) only; leave --image-size out"
+        )
+    return side
 
 
 def original_of(patched: PatchedFolder, original: str | None, options: LoadOptions | None, scratch: Path) -> Loaded:

@@ -20,7 +20,7 @@ from regsurgery.image_tars import Tars
 
 BATCH = 8
 PILOT_IMAGES = 32  # for what is decided on few images
-JUDGING_IMAGES = 48  # on which settings are compared; they take no part in the search
+JUDGING_IMAGES = 32  # on which settings are compared; they take no part in the search
 MIN_DIVIDED = 24  # of fewer images none is held out
 SEARCH, JUDGE = "search", "judge"  # purposes of generated pictures
 
