@@ -99,6 +99,8 @@ def model_card(
         verdict=verdict,
         figures=None if verdict is None else _figures(verdict),
         changes=surgery.recipe.changes_since_found(),
+        settings=_settings(surgery),
+        judged_on=_text(surgery.recipe.provenance.get("judged_on")),
         sizes=sizes,
         grows=surgery.config_block.get("num_patches") is not None and fmt in backends.LIBRARIES,
         generated=run["images"] is None,
@@ -211,6 +213,18 @@ def _neurons(surgery: Surgery) -> list[Neuron]:
             entry = known.get((block, index), {})
             rows.append(Neuron(block, index, _number(entry.get("contribution")), _number(entry.get("mean_activation"))))
     return rows
+
+
+def _settings(surgery: Surgery) -> list[dict[str, Any]]:
+    """Of the table that `find` chose from, the paper's setting and the chosen one."""
+    rows = []
+    for row in surgery.recipe.table():
+        if row["paper"] or row["chosen"]:
+            whose = "the paper's (smallest set, one register)" if row["paper"] else "chosen"
+            both = row["paper"] and row["chosen"]
+            words = "the paper's, which was chosen" if both else whose
+            rows.append({**row, "words": words, "kl": row.get("kl")})
+    return sorted(rows, key=lambda row: row["chosen"])
 
 
 def _number(value: Any) -> str:

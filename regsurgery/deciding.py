@@ -331,8 +331,8 @@ def _second_resolution(search: Search, cure: Cure, choice: Choice) -> tuple[Choi
     if count != setting.num_registers and sites.placement == "end" and search.options.registers_are_free:
         scaled = trials(replace(setting, num_registers=count))
         drift[count] = float(scaled.drift.mean())
-        more, error = tried.worse_than(scaled)
-        follows = more > error and cure.gone(scaled)
+        more, _ = tried.worse_than(scaled)  # in doubt it follows: outliers grow in number with the image
+        follows = more > 0 and cure.gone(scaled)
         better = (
             f"{count} registers drift less than {setting.num_registers}" if follows else "no other number is better"
         )

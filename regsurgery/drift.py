@@ -9,6 +9,7 @@ Shape suffixes: B images of a batch, I images, T tokens, D width, N patches.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
@@ -169,7 +170,9 @@ class DriftTrials:
             setattr(graph_module, name, torch.tensor(listed.get(block, ()), dtype=torch.int64, device=device))
         figures: dict[str, list[Tensor]] = {}
         for stream_BTD, inputs, original in zip(streams, self.inputs, self.originals, strict=True):
-            outputs, taps = graph_module(*inputs, stream_BTD.clone())  # a graph may write into what it is given
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "std", UserWarning)  # of the fill `outliers` over no neurons
+                outputs, taps = graph_module(*inputs, stream_BTD.clone())  # a graph may write into what it is given
             for name, values_B in self._figures(original, outputs[self.main], taps).items():
                 figures.setdefault(name, []).append(values_B.double().cpu())
         return Tried(**{name: torch.cat(values) for name, values in figures.items()})

@@ -97,6 +97,15 @@ class Recipe:
             and _setting(chosen[key]) != _setting(now[key])
         )
 
+    def table(self) -> list[dict[str, Any]]:
+        """The rows of the table that `find` chose from; none of a recipe that has no such table.
+
+        A provenance may hold anything: what is no row is passed over. A row has a `name`, `num_registers`, `fill`,
+        `outliers_per_image`, `register_norm`, `drift`, `cost`, and `kl` where the model has logits; `chosen`, `paper`.
+        """
+        rows = self.provenance.get("sweep")
+        return [row for row in rows if _is_row(row)] if isinstance(rows, list) else []
+
     def as_single_shift(self) -> Recipe:
         """The same neurons shifted onto one register: what mode bias takes its constants from."""
         return replace(self, mode="shift", num_registers=1, num_patches=None, scale=self.scale[:1])
@@ -270,6 +279,16 @@ def _neurons(data: Any, fail: Any) -> dict[int, tuple[int, ...]]:
             fail(f"neuron {twice} of block {block} is listed twice")
         result[block] = tuple(sorted(neurons))
     return result
+
+
+ROW = {"name": str, "fill": str, "num_registers": int, "chosen": bool, "paper": bool,
+       **dict.fromkeys(("outliers_per_image", "register_norm", "drift", "cost"), (int, float))}  # fmt: skip
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("kl"), (int, float, type(None))):
+        return False
+    return all(isinstance(row.get(key), kind) for key, kind in ROW.items())
 
 
 def _setting(value: Any) -> str:

@@ -69,34 +69,24 @@ def norm_curve(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     )
 
 
-def sweep_curve(rows: Sequence[Mapping[str, Any]], cost: str) -> dict[str, Any]:
-    """Outliers and cost by the number of neurons shifted.
+def settings_curve(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Drift by the number of registers, a line for each set of neurons.
 
     Args:
-        rows: of the search's sweep, each with `top_k`, `outliers_per_image` and `cost`.
+        rows: of the search's table, see `Recipe.table`; those that fill the patches with something are left out.
     """
-    x = {"field": "top_k", "type": "quantitative", "title": "neurons shifted", "axis": {"tickMinStep": 1}}
-
-    def line(field: str, title: str, color: str) -> dict[str, Any]:
-        y = {"field": field, "type": "quantitative", "title": title, "axis": {"titleColor": color}}
-        return {
-            "mark": {"type": "line", "point": True, "tooltip": True, "color": color},
-            "encoding": {"x": x, "y": y},
-        }
-
+    kept = [row for row in rows if row["fill"] == "zero" and row["outliers_per_image"] < 1]
     return _chart(
-        "Outlier tokens per image and cost, by the number of neurons shifted",
+        "Drift from the original by the number of register tokens, for every set of neurons that was tried",
         height=200,
-        data={"values": list(rows)},
-        layer=[
-            line("outliers_per_image", "outliers per image", COLORS["original"]),
-            line(cost, COST_NAMES.get(cost, cost), COLORS["patched"]),
-        ],
-        resolve={"scale": {"y": "independent"}},
+        data={"values": [{key: row[key] for key in ("name", "num_registers", "drift")} for row in kept]},
+        mark={"type": "line", "point": True, "tooltip": True},
+        encoding={
+            "x": {"field": "num_registers", "type": "quantitative", "title": "registers", "axis": {"tickMinStep": 1}},
+            "y": {"field": "drift", "type": "quantitative", "title": "drift"},
+            "color": {"field": "name", "type": "nominal", "title": None, "legend": {"orient": "top"}},
+        },
     )
-
-
-COST_NAMES = {"kl": "KL divergence, nats", "cosine_output": "cosine of the output"}
 
 
 def _chart(description: str, height: int, **content: Any) -> dict[str, Any]:

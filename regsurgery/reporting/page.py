@@ -23,12 +23,15 @@ if TYPE_CHECKING:
     from regsurgery.verdict import Verdict
 
 BINS = 60
-SWEEP = {  # key of a sweep's row -> its column in the table
-    "top_k": "neurons shifted",
+SETTINGS = {  # key of a row of the search's table -> its column
+    "name": "neurons",
+    "num_registers": "registers",
+    "fill": "patches keep",
     "outliers_per_image": "outliers per image",
-    "max_over_median": "largest norm, medians",
-    "cosine_output": "cosine of the output",
+    "register_norm": "norm of a register",
+    "drift": "drift",
     "kl": "KL divergence",
+    "cost": "tokens added, %",
 }
 
 
@@ -55,11 +58,11 @@ def page(subject: Subject, verdict: Verdict, collected: Collected, lost: Lost | 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("regsurgery"), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    sweep = _sweep(subject.recipe.provenance)
+    settings = subject.recipe.table()
     specs = {
         "histogram": charts.histogram(*_range(collected)),
         "curve": charts.norm_curve(_curve(collected)),
-        **({"sweep-chart": charts.sweep_curve(sweep, _cost(sweep))} if sweep else {}),
+        **({"settings-chart": charts.settings_curve(settings)} if settings else {}),
     }
     return environment.get_template("report.html.j2").render(
         title=subject.name,
@@ -75,8 +78,8 @@ def page(subject: Subject, verdict: Verdict, collected: Collected, lost: Lost | 
         rows=figures(verdict, collected),
         neurons=_neurons(subject.recipe, collected),
         has_contributions=bool(_contributions(subject.recipe)),
-        sweep=[[_number(row.get(key)) for key in SWEEP] for row in sweep],
-        sweep_columns=SWEEP.values(),
+        settings=[(_mark(row), [_cell(row.get(key)) for key in SETTINGS]) for row in settings],
+        settings_columns=SETTINGS.values(),
         has_boxes=lost is not None,
         boxes_note=""
         if lost is None
@@ -186,16 +189,12 @@ def _contributions(recipe: Recipe) -> dict[tuple[int, int], float]:
     return found
 
 
-def _sweep(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of the search's sweep that take the best k neurons."""
-    rows = provenance.get("sweep")
-    if not isinstance(rows, list):
-        return []
-    return [row for row in rows if isinstance(row, dict) and str(row.get("name")).startswith("top")]
+def _mark(row: Mapping[str, Any]) -> str:
+    return ", ".join(word for word, is_so in (("chosen", row["chosen"]), ("paper", row["paper"])) if is_so)
 
 
-def _cost(sweep: list[dict[str, Any]]) -> str:
-    return "kl" if all(row.get("kl") is not None for row in sweep) else "cosine_output"
+def _cell(value: object) -> str:
+    return value[:200] if isinstance(value, str) else _number(value)
 
 
 def _number(value: object) -> str:

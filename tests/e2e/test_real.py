@@ -110,9 +110,9 @@ def test_outliers_are_gone_and_the_classes_stay(library: str, measured: dict[str
     assert outliers_per_image(m["norms"]) == pytest.approx(3.9, abs=0.05)
     assert outliers_per_image(m["new_norms"]) < 0.05
     assert float(largest) == pytest.approx(546, abs=3)
-    assert float(new_largest) == pytest.approx(28, abs=1)
-    assert float(kl) <= 0.11
-    assert float(same) >= 0.88
+    assert float(new_largest) == pytest.approx(25.4, abs=1)
+    assert float(kl) <= 0.012
+    assert float(same) >= 0.96
 
 
 def test_top_1_is_that_of_the_reference(measured: dict[str, dict[str, Any]]) -> None:
@@ -121,7 +121,7 @@ def test_top_1_is_that_of_the_reference(measured: dict[str, dict[str, Any]]) -> 
         key: float((measured["timm"][key].argmax(-1) == labels).float().mean()) for key in ("logits", "new_logits")
     }
     assert top_1["logits"] == pytest.approx(0.806, abs=0.001)
-    assert top_1["new_logits"] == pytest.approx(0.777, abs=0.001)
+    assert top_1["new_logits"] >= 0.795
 
 
 def test_the_three_patched_models_agree(measured: dict[str, dict[str, Any]]) -> None:

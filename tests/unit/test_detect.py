@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from regsurgery.detect import PATIENCE, random_neurons, select, sweep_sizes
-from regsurgery.finding import second_size
+from regsurgery.deciding import second_size
+from regsurgery.detect import PATIENCE, select
 from regsurgery.scores import Candidate, Sums
-from regsurgery.sites import Block, Sites
 from regsurgery.trials import Glance
 
 HIDDEN = 64
@@ -102,28 +101,6 @@ def test_the_search_gives_up_after_candidates_that_bring_nothing() -> None:
     model = MadeUp([{60}])
     assert chosen(model, ranked(*range(50))) == []
     assert model.glances == PATIENCE
-
-
-@pytest.mark.parametrize(
-    ("num_chosen", "num_candidates", "sizes"),
-    [
-        (1, 99, [0, 1, 2, 3, 5]),
-        (1, 2, [0, 1, 2]),
-        (8, 99, [0, 1, 2, 3, 5, 8]),
-        (30, 99, [0, 1, 2, 3, 5, 8, 16, 30, 45]),
-    ],
-)
-def test_the_sweep_shows_few_sizes_up_to_one_beyond(num_chosen: int, num_candidates: int, sizes: list[int]) -> None:
-    assert sweep_sizes(num_chosen, num_candidates) == sizes
-
-
-def test_the_random_control_takes_other_neurons_of_the_same_blocks() -> None:
-    block = Block(0, "", "", (), "", HIDDEN, False, "", "", "", ())
-    sites = Sites("", "", (block, block), 1, 17, 8, "", "")
-    neurons = [(0, 1), (0, 2), (1, 3)]
-    drawn = random_neurons(neurons, sites, seed=0)
-    assert [at for at, _ in drawn] == [0, 0, 1] and not set(drawn) & set(neurons)
-    assert drawn == random_neurons(neurons, sites, seed=0) != random_neurons(neurons, sites, seed=1)
 
 
 @pytest.mark.parametrize(

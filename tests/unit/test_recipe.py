@@ -204,22 +204,26 @@ def test_a_number_of_registers_out_of_range_is_refused(num_registers):
 
 
 @pytest.mark.parametrize(
-    "name, model, num_neurons",
+    "name, model, num_neurons, num_registers",
     [
-        ("demo", "demo", 3),
-        ("vit-tiny", "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", 1),
-        ("dinov2-large", "facebook/dinov2-large", 50),
-        ("dinov2-large-torchhub", "facebook/dinov2-large", 45),
+        ("demo", "demo", 3, 1),
+        ("vit-tiny", "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", 2, 3),
+        ("dinov2-large", "facebook/dinov2-large", 50, 1),
+        ("dinov2-large-torchhub", "facebook/dinov2-large", 45, 1),
     ],
 )
-def test_a_bundled_recipe_is_found_by_name(name, model, num_neurons):
+def test_a_bundled_recipe_is_found_by_name(name, model, num_neurons, num_registers):
     recipe = find_recipe(name)
-    assert (recipe.model, recipe.num_neurons, recipe.num_registers) == (model, num_neurons, 1)
+    assert (recipe.model, recipe.num_neurons, recipe.num_registers) == (model, num_neurons, num_registers)
     assert bundled_recipes()[name] == recipe
 
 
-def test_the_vit_tiny_recipe_has_the_measured_neuron():
-    assert find_recipe("vit-tiny").register_neurons == {7: (417,)}
+def test_the_vit_tiny_recipe_is_what_find_chose():
+    recipe = find_recipe("vit-tiny")
+    assert recipe.register_neurons == {6: (189,), 7: (417,)} and recipe.changes_since_found() == ()
+    (chosen,) = (row for row in recipe.table() if row["chosen"])
+    (paper,) = (row for row in recipe.table() if row["paper"])
+    assert (chosen["num_registers"], paper["num_registers"]) == (3, 1) and chosen["drift"] < 0.3 * paper["drift"]
 
 
 @pytest.mark.parametrize("name", ["dinov2-large", "dinov2-large-torchhub"])
