@@ -93,7 +93,8 @@ class Recipe:
             f"{key} {_setting(chosen[key])} -> {_setting(now[key])}"
             for key in CHOSEN
             if key in now
-            and isinstance(chosen.get(key), type(now[key]))
+            and key in chosen
+            and isinstance(chosen[key], (int, type(None)) if key == "num_patches" else type(now[key]))
             and _setting(chosen[key]) != _setting(now[key])
         )
 

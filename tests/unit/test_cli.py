@@ -331,7 +331,7 @@ def test_progress_is_plain_lines_where_nothing_can_be_drawn(capsys, monkeypatch)
     assert capsys.readouterr() == ("", "load\nnorms: 0 of 30\na [fact]\n")
     monkeypatch.setattr(render, "PLAIN_EVERY", 0.0)
     work()
-    assert capsys.readouterr() == ("", "load\nnorms: 0 of 30\nnorms: 10 of 30 after 0 s\na [fact]\n")
+    assert capsys.readouterr() == ("", "load\nnorms: 0 of 30\nnorms: 10 of 30 after 0 s, about 0 s left\na [fact]\n")
 
 
 @pytest.mark.parametrize("how", ["as_json", "quiet"])

@@ -361,7 +361,8 @@ CHOSEN = {"register_neurons": {7: [417], 6: [189]}, "num_registers": 3, "fill": 
 
 
 def found_by_find(chosen: object = CHOSEN, found_by: object = "regsurgery 0.3.0 find", **changes) -> Recipe:
-    settings = {"register_neurons": {6: (189,), 7: (417,)}, "num_registers": 3, "scale": (1.0,) * 3, **changes}
+    settings = {"register_neurons": {6: (189,), 7: (417,)}, "num_registers": 3, "num_patches": 196,
+                "scale": (1.0,) * 3, **changes}  # fmt: skip
     return Recipe(**settings, provenance={"found_by": found_by, "chosen": chosen})
 
 
@@ -372,7 +373,10 @@ def test_a_recipe_as_find_wrote_it_has_no_changes():
 
 
 def test_what_was_changed_by_hand_is_listed():
-    assert found_by_find().with_num_registers(4).changes_since_found() == ("num_registers 3 -> 4",)
+    assert found_by_find().with_num_registers(4).changes_since_found() == (
+        "num_registers 3 -> 4",
+        "num_patches 196 -> None",
+    )
     other = found_by_find(register_neurons={7: (3, 417)}, fill="mean")
     assert other.changes_since_found() == ("register_neurons 6:189, 7:417 -> 7:3, 7:417", "fill zero -> mean")
     assert found_by_find(mode="bias").changes_since_found() == (), "the mode is the user's to choose"
