@@ -20,6 +20,7 @@ from regsurgery.recipe import MAX_REGISTERS
 
 POOL = 6  # best candidates by contribution that may join
 MAX_JOINED = 4
+BEAM = 2  # sets of a size that are judged; which of two is nearer, a few images say less surely than more
 # A neuron joins where it takes away at least this share of the drift. What takes less is within what other images would
 # say: on the ViT-Ti 6:189 takes 80 %, 6:59 after it 10 to 20 %, on some divisions of the photos less than nothing.
 MIN_GAIN = 1 / 3
@@ -119,7 +120,8 @@ def register_counts(outliers: float, fixed: int | None = None) -> tuple[int, ...
 def grow(
     trials: DriftTrials, smallest: Neurons, ranked: Sequence[tuple[int, int]], cure: Cure, counts: Sequence[int]
 ) -> tuple[list[Neurons], int]:
-    """Sets of neurons, each one nearer to the original than the one before, and the number of registers they grew with.
+    """Sets of neurons that each are nearer to the original than the smaller ones, and the number of registers that they
+    grew with. The smallest comes first, the nearest last.
 
     Args:
         ranked: candidates, best first.
@@ -129,16 +131,18 @@ def grow(
     current, tried = _best(trials, [Setting(smallest, count) for count in dict.fromkeys((min(counts), typical))])
     count, path = current.num_registers, [smallest]
     pool = [neuron for neuron in ranked if neuron not in smallest][:POOL]
-    while len(path) <= MAX_JOINED and pool:
+    while len(current.neurons) - len(smallest) < MAX_JOINED and pool:
         larger = [Setting(tuple(sorted((*current.neurons, neuron))), count) for neuron in pool]
         cured = [setting for setting in larger if cure.holds(trials(setting))]
         if not cured:
             break
-        best, found = _best(trials, cured)
+        cured.sort(key=lambda setting: float(trials(setting).drift.mean()))
+        found = trials(cured[0])
         if not _gains(found, tried):
             break
-        current, tried = best, found
-        path.append(current.neurons)
+        rivals = [setting.neurons for setting in cured[1:BEAM] if _gains(trials(setting), tried)]
+        current, tried = cured[0], found
+        path += [*rivals, current.neurons]
         pool = [neuron for neuron in pool if neuron not in current.neurons]
     joined = [neuron for neuron in current.neurons if neuron not in smallest]
     for member in [*joined, *smallest][:MAX_DROPPED] if len(path) > 1 else []:
@@ -228,8 +232,8 @@ def _ranked(cells: Mapping[Setting, Tried]) -> tuple[Setting, ...]:
         mean, error = found.worse_than(least)
         if mean <= error:
             return True
-        fewer = len(setting.neurons) < len(best.neurons) and setting.num_registers <= best.num_registers
-        return fewer and not _gains(least, found)
+        fewer = len(setting.neurons) < len(best.neurons) or (setting.fill == "zero" != best.fill)
+        return fewer and setting.num_registers <= best.num_registers and not _gains(least, found)
 
     chosen = [setting for setting, found in cells.items() if near(setting, found)]
     rest = [setting for setting in cells if setting not in chosen]

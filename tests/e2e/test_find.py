@@ -54,7 +54,7 @@ def as_lists(recipe: regsurgery.Recipe) -> dict[int, list[int]]:
 # --- the real network -----------------------------------------------------------------------------------------------
 
 
-OTHER_IMAGES = [("vit-tiny-timm", None, None), ("vit-tiny-timm", "calibration", 8)]
+OTHER_IMAGES = [("vit-tiny-timm", None, None)]
 
 
 @pytest.mark.real
