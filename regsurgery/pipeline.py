@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 HELD_OUT = 30  # of the user's images that are for verification alone where something is fitted on images: a fifth, ...
 GENERATED_TO_FIT = 128  # pictures to fit on where the user gives none
-FIT = "fit"  # purpose of those
+SEARCH, FIT, UNSEEN = "search", "fit", "unseen"  # what pictures are for
 GENERATED_TO_CHECK = 32  # pictures of another kind
 NOT_CALIBRATED = (
     "native: not calibrated, which needs photos; give some with --images DIR (generated pictures mislead it)"
@@ -157,7 +157,7 @@ def patch(
     """
     from regsurgery.calibration import ImageSet, another_kind, image_set
     from regsurgery.deciding import FindOptions
-    from regsurgery.sharing import SEARCH, Share
+    from regsurgery.sharing import Share
 
     started = time.monotonic()
     progress = progress or Progress()
@@ -331,12 +331,13 @@ def _disjoint(
     Of the user's images a fifth is for verification, but at least `HELD_OUT`, and at most a third.
     """
     from regsurgery.calibration import MIN_IMAGES, ImageSet, image_set
-    from regsurgery.sharing import MIN_DIVIDED, SEARCH
+    from regsurgery.sharing import MIN_DIVIDED
 
     total = pictures.num_images
     if pictures.evidence == "generated":
-        count = total if purpose == SEARCH else GENERATED_TO_FIT
-        return image_set(None, count, seed=seed, purpose=purpose), pictures
+        if purpose == SEARCH:
+            return pictures, image_set(None, total, seed=seed, purpose=UNSEEN)
+        return image_set(None, GENERATED_TO_FIT, seed=seed, purpose=purpose), pictures
     if purpose == SEARCH and total < MIN_DIVIDED:
         return pictures, pictures
     if total < 2 * MIN_IMAGES:

@@ -22,7 +22,7 @@ BATCH = 8
 PILOT_IMAGES = 32  # for what is decided on few images
 JUDGING_IMAGES = 32  # on which settings are compared; they take no part in the search
 MIN_DIVIDED = 24  # of fewer images none is held out
-SEARCH, JUDGE = "search", "judge"  # purposes of generated pictures
+JUDGE = "judge"  # purpose of generated pictures
 
 
 class Part(NamedTuple):
@@ -135,7 +135,7 @@ def share_out(
         kind, paths = dataset_files(Path(where))
         if kind == "tar" and len(paths) >= (part.total if part.total > 1 else processes.count) > 1:
             return _tars(Path(where), paths, say, part, processes)
-    share = Share.of(image_set(where, num_images, seed=seed, purpose=SEARCH, say=say))
+    share = Share.of(image_set(where, num_images, seed=seed, say=say))
     first = part.number - 1 + processes.rank * part.total
     return replace(share, first=first, step=part.total * processes.count)
 

@@ -133,6 +133,15 @@ SMALL = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, 
 def test_planted_neurons_are_found_among_distractors(seed: int, tmp_path: Path) -> None:
     _transformers("ViTModel", "ViTConfig", **WIDE, intermediate_size=256)(tmp_path / "model")
     truth = plant_model(tmp_path / "model", random_counts(seed, 6), seed)
+    found = regsurgery.find(str(tmp_path / "model"), smallest=True)
+    assert as_lists(found.recipe) == {block: list(neurons) for block, neurons in truth.neurons.items()}
+    assert found.suppressed
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_what_is_chosen_has_the_planted_neurons_and_drifts_less(seed: int, tmp_path: Path) -> None:
+    _transformers("ViTModel", "ViTConfig", **WIDE, intermediate_size=256)(tmp_path / "model")
+    truth = plant_model(tmp_path / "model", random_counts(seed, 6), seed)
     found = regsurgery.find(str(tmp_path / "model"))
     check_planted(found, truth.neurons)
     assert found.suppressed
@@ -148,7 +157,7 @@ def test_planted_neurons_are_found_in_a_model_of_dinov2_small_size(tmp_path: Pat
 @pytest.mark.parametrize("pico", CORE, ids=lambda pico: pico.id)
 def test_planted_neurons_are_found_in_every_family(pico: Pico, planted_picos: Callable[[Pico], Planted]) -> None:
     planted = planted_picos(pico)
-    check_planted(regsurgery.find(str(planted.folder), num_images=16), planted.neurons)
+    assert as_lists(regsurgery.find(str(planted.folder), num_images=16, smallest=True).recipe) == planted.neurons
 
 
 # --- the recipe -----------------------------------------------------------------------------------------------------
@@ -231,7 +240,8 @@ def test_models_are_placed_by_a_device_map(
 ) -> None:
     planted = planted_picos(pico)
     options = LoadOptions(device_map=device_map)
-    assert as_lists(regsurgery.find(str(planted.folder), num_images=8, options=options).recipe) == planted.neurons
+    found = regsurgery.find(str(planted.folder), num_images=8, smallest=True, options=options)
+    assert as_lists(found.recipe) == planted.neurons
 
 
 @pytest.mark.parametrize(
@@ -246,7 +256,8 @@ def test_a_device_that_is_not_there_is_refused_at_once(device_map: str, named: s
 def test_scores_in_bfloat16_find_the_same(pico: Pico, planted_picos: Callable[[Pico], Planted]) -> None:
     planted = planted_picos(pico)
     exact, rounded = (
-        regsurgery.find(str(planted.folder), num_images=16, precision=precision) for precision in PRECISIONS
+        regsurgery.find(str(planted.folder), num_images=16, smallest=True, precision=precision)
+        for precision in PRECISIONS
     )
     assert as_lists(rounded.recipe) == as_lists(exact.recipe) == planted.neurons
     assert rounded.recipe.provenance["scores_in"] == "bf16" and "scores_in" not in exact.recipe.provenance
