@@ -44,7 +44,7 @@ def refuses(auto_class):
 
 model = load()
 with torch.no_grad():
-    close("sdpa", load(attn_implementation="sdpa")(images).logits, logits, 1e-5)
+    close("sdpa", load(attn_implementation="sdpa")(images).logits, logits, 2e-5)
     close("eager", load(attn_implementation="eager")(images).logits, logits, 1e-4)
     states = model(images, output_hidden_states=True).hidden_states
     assert len(states) == 13 and {state.shape[1] for state in states} == {197}
@@ -53,8 +53,8 @@ with torch.no_grad():
         AutoModel.from_pretrained(folder, trust_remote_code=True, keep_registers=True).eval()(images).last_hidden_state
     )
     plain = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()(images).last_hidden_state
-    assert kept.shape[1] == 198
-    close("keep_registers leaves the rest alone", kept[:, :197], plain, 1e-5)
+    assert kept.shape[1] == 200
+    close("keep_registers leaves the rest alone", kept[:, :197], plain, 2e-5)
     half = load(dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     found = half(images.bfloat16()).logits
@@ -67,7 +67,7 @@ saved = json.loads((scratch / "saved" / "config.json").read_text())
 assert (saved["regsurgery"], saved["model_type"]) == (model.config.regsurgery, "regsurgery_vit")
 assert model.config.model_type == "vit"
 with torch.no_grad():
-    close("save_pretrained and back", load(scratch / "saved")(images).logits, logits, 1e-5)
+    close("save_pretrained and back", load(scratch / "saved")(images).logits, logits, 2e-5)
 
 model.train()
 before = model.vit.register_tokens.detach().clone()

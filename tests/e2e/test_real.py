@@ -240,7 +240,9 @@ def check_fresh(results: list[dict[str, Any]], libraries: list[str], measured: d
                 wanted = torch.linalg.lstsq(head["class_embeddings"], (wanted - head["class_bias"]).T).solution.T
                 torch.testing.assert_close(embedding, F.normalize(wanted, dim=-1), rtol=0, atol=1e-5)
             else:
-                torch.testing.assert_close(outputs["logits"], wanted, rtol=0, atol=1e-5)
+                torch.testing.assert_close(
+                    outputs["logits"], wanted, rtol=0, atol=2e-5
+                )  # they reach 17; batches of other sizes
 
 
 def test_a_fresh_process_reproduces_the_figures(
