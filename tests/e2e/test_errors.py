@@ -25,7 +25,7 @@ PARTS = ["README.md", "SHA256SUMS", "before_after.png", "config.json", "model.sa
          "preprocessor_config.json", "recipe.yaml", "regsurgery_original.json", "regsurgery_run.json"]  # fmt: skip
 VERDICT_KEYS = {"passed", "outliers_per_image", "max_patch_norm", "median_patch_norm", "register_norm",
                 "cosine_patches", "cosine_output", "kl", "same_argmax", "parity_max_abs"}  # fmt: skip
-PATCH_KEYS = {"output", "mode", "format", "register_neurons", "verify", "seconds", "peak_rss_mb"}
+PATCH_KEYS = {"output", "mode", "format", "register_neurons", "verify", "seconds", "peak_rss_mb", "sizes"}
 RENAMED = "vit.encoder.layer.0.attention.output.dense.bias"  # on disk; transformers 5 has another name in memory
 FEW = ("--num-images", "2")
 
