@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from regsurgery.verdict import Verdict
 
 
-HELD_OUT = 30  # of the user's images that are for verification alone where something is fitted on images: a fifth, ...
+HELD_OUT = 30  # of the user's images, at least so many are for verification alone, where there are three times as many
 GENERATED_TO_FIT = 128  # pictures to fit on where the user gives none
 SEARCH, FIT, UNSEEN = "search", "fit", "unseen"  # what pictures are for
 GENERATED_TO_CHECK = 32  # pictures of another kind
