@@ -36,7 +36,7 @@ SHRINKAGE = 0.05  # of the pooled covariance towards a multiple of the identity
 # Norms of the register tokens that are tried, in mean token norms. ViT-Ti, two neurons, 88 photos, KL at 0, 1, 2, 4, 8:
 # one register 0.046, 0.044, 0.027, 0.030, 0.035; three 0.039, 0.033, 0.007, 0.013, 0.081.
 MARKER_NORMS = (0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-ENOUGH_MARGIN = 0.4  # with it detectors hold on images unlike those of the fit, too
+ENOUGH_MARGIN = 0.4  # a guess; whether it holds on images unlike those of the fit was not measured
 MIN_MARGIN = 0.05
 CHUNK = 1 << 14  # tokens that are float64 at a time
 FLAT = 8.0  # a detector is at least that far below zero on every other token, where activations are flat
