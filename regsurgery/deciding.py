@@ -19,6 +19,7 @@ from regsurgery.drift import DriftTrials
 from regsurgery.errors import NothingToFixError, UnsupportedModelError
 from regsurgery.faithful import FILLS, POOL, Choice, Cure, choose, grow, register_counts
 from regsurgery.image_size import text
+from regsurgery.image_tars import Tars
 from regsurgery.journal import TrialJournal
 from regsurgery.loading import Loaded
 from regsurgery.match import match
@@ -263,9 +264,10 @@ def decide(search: Search, diagnosis: Diagnosis, sums: Sums, ranked: Sequence[Ca
 
 
 def _images_seen(share: Share) -> list[str]:
-    """Digests of the images that had a part in the search; of more than `LISTED_IMAGES` those that decided."""
+    """Digests of the images that had a part in the search; of more than `LISTED_IMAGES`, and of tars, which nobody may
+    have as a whole, those that decided."""
     sets = [share.pilot, *([share.judging] if share.judging is not None else [])]
-    if share.own.num_images <= LISTED_IMAGES:
+    if share.own.num_images <= LISTED_IMAGES and not isinstance(share.own.source, Tars):
         sets.append(share.own)
     return sorted({digest for images in sets for digest in image_digests(images)})
 

@@ -139,7 +139,7 @@ def _settings(scorer: Scorer, share: Share) -> dict[str, Any]:
         "model": scorer.loaded.source.sha256,
         "preprocessing": scorer.loaded.preprocess_note,
         "images": share.identity,
-        "number of images": "all" if share.by_file else len(share.own.chosen),
+        "number of images": "all" if share.by_file else share.num_chosen,
         "division": "batches" if share.name is None else "tars",
         "batch size": BATCH,
         "last block": len(scorer.blocks) - 1,

@@ -100,6 +100,12 @@ class Share:
         own, judging = _held_out(images)
         return cls(own.some(PILOT_IMAGES), own, 0, 1, whole, source.identity(), judging=judging)
 
+    @property
+    def num_chosen(self) -> int:
+        """How many images were chosen for the search of all shares, those held out included."""
+        held_out = self.judging.chosen if self.judging and self.judging.source is self.own.source else ()
+        return len(self.own.chosen) + len(held_out)
+
     def num_images(self) -> int:
         """How many images the share has, broken ones included."""
         source = self.own.source

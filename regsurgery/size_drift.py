@@ -86,8 +86,6 @@ def drift_at_sizes(
         pictures: at most `MAX_IMAGES` of them are used, fewer for large models and large images.
     """
     loaded, mode = surgery.loaded, surgery.recipe.mode
-    if loaded.stored:
-        return SizeDrifts((), ("drift at other image sizes: not measured, since the weights stay on disk",))
     own = surgery.traced.image_size
     images = list(_first(pictures, MIN_IMAGES if isinstance(pictures.source, Generated) else MAX_IMAGES))
     config = read_patched_config(folder, fmt)
@@ -107,7 +105,7 @@ def drift_at_sizes(
         else:
             patched = module
             if size != own and fmt != "transformers":  # there the model interpolates, and one does for all sizes
-                patched = rebuilt(folder, config, fmt, stored=False, image_size=size)
+                patched = rebuilt(folder, config, fmt, stored=loaded.stored, image_size=size)
             run = _Runs(resized, patched, fmt, mode, config["regsurgery"])
             measure, values = run.drift(images[:count], max(1, BATCH_PATCHES // num_patches))
             rows.append(SizeDrift(size, _registers(surgery, num_patches), count, measure, *_mean(values)))

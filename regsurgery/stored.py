@@ -169,12 +169,16 @@ def is_stored(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def without_memory() -> Iterator[None]:
-    """Modules made in this context have parameters of shape alone; buffers are real, and no move moves them."""
+    """Modules made in this context have parameters of shape alone; buffers are real, and no move moves them.
+
+    A parameter that takes another one's place, as those of a state dict do, stays what it is.
+    """
     register = nn.Module.register_parameter
 
     def register_shape(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        is_new = self._parameters.get(name) is None
         register(self, name, parameter)
-        if parameter is not None and not isinstance(parameter, NotInMemory):
+        if parameter is not None and is_new and not isinstance(parameter, NotInMemory):
             self._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
 
     # accelerate's init_empty_weights would move stored tensors too, and open_clip moves what it has made.

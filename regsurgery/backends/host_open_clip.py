@@ -59,9 +59,10 @@ def stock_model(folder: str | Path, **kwargs: Any) -> nn.Module:
 def load(folder: str | Path = Path(__file__).parent, *, state: Any = None, **kwargs: Any) -> nn.Module:
     """The patched CLIP of this folder, in eval mode; `kwargs` go to `open_clip.create_model` (`precision`, ...).
 
-    A `state` dict is taken as it is, instead of the folder's weights.
+    A `state` dict is loaded instead of the folder's weights, and its tensors become the model's.
     """
     import open_clip
+    from open_clip.model import resize_pos_embed
 
     folder = Path(folder)
     surgery = json.loads((folder / "open_clip_config.json").read_text("utf-8"))["regsurgery"]
@@ -70,6 +71,7 @@ def load(folder: str | Path = Path(__file__).parent, *, state: Any = None, **kwa
     if state is None:
         open_clip.load_checkpoint(model, str(folder / "open_clip_model.safetensors"), strict=True)
     else:
+        resize_pos_embed(state, model)  # as `load_checkpoint` does
         model.load_state_dict(state, strict=True, assign=True)
     if surgery["num_registers"]:
         _graft(model.visual, _StripsIntermediates, _start=register_start(surgery))

@@ -34,6 +34,7 @@ from tests.e2e.test_find import Stop, StopsAfter
 from tests.picos import _transformers
 
 NUM_IMAGES = 44  # more than the pilot's, and no whole number of batches
+HELD_OUT = NUM_IMAGES // 3  # of files; tars are read whole
 BROKEN = 30
 
 
@@ -107,7 +108,7 @@ def test_merged_parts_give_the_recipe_of_one_process(
     for name, order in (("a.yaml", parts), ("b.yaml", [parts[2], parts[0], parts[1]])):
         found = regsurgery.find(str(demo_folder), tmp_path / name, images=sources["files"], merge=order)
         assert (tmp_path / name).read_bytes() == plain["files"]
-        assert found.num_images == NUM_IMAGES - 1
+        assert found.num_images == NUM_IMAGES - HELD_OUT - 1
     assert found.recipe.register_neurons == find_recipe("demo").register_neurons
     assert sorted(path.name for path in parts[0].parent.iterdir()) == ["1.stats", "2.stats", "3.stats"], "no journals"
 
@@ -142,7 +143,7 @@ def test_a_part_may_be_shared_by_processes(
 def test_a_statistics_file_says_what_it_is(demo_folder: Path, parts: list[Path], sources: dict[str, Path]) -> None:
     facts = [json.loads(read_header(path).metadata["regsurgery"]) for path in parts]
     assert [(each["part"], each["parts"]) for each in facts] == [(1, 3), (2, 3), (3, 3)]
-    assert sum(each["tried"] for each in facts) == NUM_IMAGES
+    assert sum(each["tried"] for each in facts) == NUM_IMAGES - HELD_OUT
     assert [name for each in facts for name in each["broken"]] == [str(sources["files"] / f"{BROKEN:04}.png")]
     settings = facts[0]["settings"]
     assert settings == facts[1]["settings"]
@@ -202,12 +203,15 @@ def test_every_image_is_in_one_share(
     ]
     seen = Counter(name for share in shares for name in names_of(share))
     whole = image_set(sources[name], num_images)
-    assert seen == Counter(name for name, _ in whole.source.items(whole.chosen))
-    assert sum(share.num_images() for share in shares) == whole.num_images
+    judging = shares[0].judging
+    held_out = [] if judging is None else [name for name, _ in judging.source.items(judging.chosen)]
+    assert seen + Counter(held_out) == Counter(name for name, _ in whole.source.items(whole.chosen))
+    assert sum(share.num_images() for share in shares) == whole.num_images - len(held_out)
     assert len({share.identity for share in shares}) == 1
     pilots = {tuple(share.pilot.source.items(share.pilot.chosen)) for share in shares}
     alone = Share.of(whole).pilot
-    assert pilots == {tuple(alone.source.items(alone.chosen))} and alone.num_images == PILOT_IMAGES
+    assert pilots == {tuple(alone.source.items(alone.chosen))}
+    assert alone.num_images == min(PILOT_IMAGES, whole.num_images - len(held_out))
     assert {share.note(whole.num_images) for share in shares} == {whole.note}
 
 
