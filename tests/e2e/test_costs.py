@@ -6,6 +6,7 @@ Each number follows from what the surgery must do, and is written as that; one m
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 import regsurgery
 from regsurgery import finding, runtime
 from regsurgery.calibration import image_set
+from regsurgery.deciding import FindOptions
 from regsurgery.distributed import Processes
 from regsurgery.fitting import perform_bias, perform_native
 from regsurgery.loading import Loaded, load
@@ -206,8 +208,7 @@ def test_find_runs_every_image_once_and_stops_where_no_cause_can_be(
         traced,
         sites,
         Share.of(image_set(None, IMAGES)),
-        seed=0,
-        force=False,
+        FindOptions(),
         journal_path=None,
         processes=Processes(),
         progress=counted,
@@ -227,19 +228,25 @@ def test_find_runs_every_image_once_and_stops_where_no_cause_can_be(
 
 
 @pytest.mark.parametrize("verification", [True, False])
-def test_patch_runs_original_graph_and_module_once_each(
+def test_patch_runs_every_model_once(
     verification: bool, demo: tuple[Loaded, Traced, Sites], demo_folder: Path, tmp_path: Path
 ) -> None:
     """Loading, tracing, surgery and writing run nothing; `--no-verify` therefore runs nothing at all."""
     _, traced, sites = demo
     with Rows() as rows:
-        regsurgery.patch(
+        result = regsurgery.patch(
             str(demo_folder), tmp_path / "out", recipe=RECIPE, num_images=IMAGES, verification=verification
         )
-    tokens = {"original": sites.num_tokens, "graph": sites.num_tokens + 1, "written module": sites.num_tokens + 1}
+    own, registers = sites.num_tokens, RECIPE.num_registers
+    with_registers = own + registers
+    tokens = IMAGES * (own + 3 * with_registers)  # original, patched graph, unused registers, written module
+    for row in result.sizes.rows if result.sizes else ():
+        there = sites.num_prefix + (own - sites.num_prefix) * math.prod(row.image_size) // math.prod(traced.image_size)
+        tokens += row.num_images * (there + there + row.num_registers)
+        tokens += there * (row.image_size != traced.image_size)  # one blank image: does it take that size?
     up = tuple(traced.graph_module.get_parameter(mlp_of(traced, sites.blocks[0]).gate.weight).T.shape)
-    images = IMAGES if verification else 0
-    assert rows.of[up] == len(sites.blocks) * images * sum(tokens.values())
+    assert rows.of[up] == (len(sites.blocks) * tokens if verification else 0)
+    assert (result.sizes is not None and len(result.sizes.rows) == 3) == verification
 
 
 # --- bytes ----------------------------------------------------------------------------------------------------------
