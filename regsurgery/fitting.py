@@ -60,7 +60,8 @@ def perform_native(
     drift = Drift(model, pixels)
     training, held_out = divided(len(pixels), seed)
     progress.stage("closed form", len(MARKER_NORMS))
-    native = closed_form(model, pixels[training].split(BATCH), partial(drift.mean, held_out), progress=progress.advance)
+    train, unseen = pixels[training].split(BATCH), pixels[held_out].split(BATCH)
+    native = closed_form(model, train, unseen, partial(drift.mean, held_out), progress=progress.advance)
     facts: dict[str, Any] = {
         "images": fit.note,
         "num_images": len(pixels),

@@ -78,7 +78,7 @@ def build(root: Path) -> Bases:
         surgery = perform(loaded, recipe, *found)
         with emit.emit(surgery, root / f"patched-{name}", loaded.library) as folder:
             flags: Any = dict.fromkeys(("calibrate", "force", "verification"), False)
-            run = run_of(loaded, recipe, loaded.library, None, seed=0, num_images=None, **flags)
+            run = run_of(loaded, recipe, loaded.library, None, (), seed=0, num_images=None, image_size=None, **flags)
             emit.complete(surgery, folder, loaded.library, None, run)
     return Bases({path.name: path for path in root.iterdir()}, *found)
 
