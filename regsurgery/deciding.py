@@ -15,7 +15,7 @@ import regsurgery
 from regsurgery import backends
 from regsurgery.detect import GONE, Selection, select
 from regsurgery.diagnosis import Diagnosis
-from regsurgery.drift import DriftTrials
+from regsurgery.drift import DriftTrials, Graphs
 from regsurgery.errors import NothingToFixError, UnsupportedModelError
 from regsurgery.faithful import FILLS, POOL, Choice, Cure, choose, grow, register_counts
 from regsurgery.image_size import text
@@ -160,6 +160,7 @@ class Search:
         share: its pilot and its images to judge on are looked at.
         note: what all images of the search are, in words.
         journal: remembers what was tried, so that a search that was stopped goes on.
+        graphs: of the model with registers, for all `trials`.
     """
 
     loaded: Loaded
@@ -171,10 +172,11 @@ class Search:
     options: FindOptions
     progress: Progress
     journal: TrialJournal
+    graphs: Graphs = field(default_factory=dict)
 
     def trials(self, name: str, images: Sequence[torch.Tensor], first_block: int) -> DriftTrials:
         """Trials on `images`, batches; `name` keeps them apart from others."""
-        return self.at(name, self.loaded, self.traced, self.sites, images, first_block)
+        return self.at(name, self.loaded, self.traced, self.sites, images, first_block, self.graphs)
 
     def at(
         self,
@@ -184,6 +186,7 @@ class Search:
         sites: Sites,
         images: Sequence[torch.Tensor],
         first_block: int,
+        graphs: Graphs | None = None,
     ) -> DriftTrials:
         """As `trials`, of the model as it is at another image size."""
 
@@ -192,7 +195,7 @@ class Search:
             self.progress.advance(1)
 
         memo = self.journal.trials.setdefault(name, {})
-        return DriftTrials(loaded, traced, sites, images, first_block, memo=memo, done=done)
+        return DriftTrials(loaded, traced, sites, images, first_block, memo=memo, graphs=graphs, done=done)
 
 
 def decide(search: Search, diagnosis: Diagnosis, sums: Sums, ranked: Sequence[Candidate]) -> Found:
@@ -265,7 +268,8 @@ def decide(search: Search, diagnosis: Diagnosis, sums: Sums, ranked: Sequence[Ca
 
 def _images_seen(share: Share) -> list[str]:
     """Digests of the images that had a part in the search; of more than `LISTED_IMAGES`, and of tars, which nobody may
-    have as a whole, those that decided."""
+    have as a whole, those that decided.
+    """
     sets = [share.pilot, *([share.judging] if share.judging is not None else [])]
     if share.own.num_images <= LISTED_IMAGES and not isinstance(share.own.source, Tars):
         sets.append(share.own)

@@ -34,6 +34,7 @@ from regsurgery.trace import Traced, tensor_inputs
 
 Neurons = tuple[tuple[int, int], ...]  # (block, neuron), ascending
 KEPT = 2  # numbers of registers whose streams stay in memory
+Graphs = dict[tuple[int, int], tuple[fx.GraphModule, fx.GraphModule]]  # (first block, registers) -> up to it, from it
 FIGURES = ("drift", "outliers", "register_norm", "cosine_output", "cosine_patches", "kl", "same_argmax")
 
 
@@ -109,6 +110,7 @@ class DriftTrials:
     Args:
         first_block: no setting has a neuron in a block before it.
         memo: remembers trials, by text; plain data, so that it can be kept in a file.
+        graphs: keeps the graphs, which other trials of `traced` may have made and may use.
         done: called after every trial that was run.
 
     Attributes:
@@ -124,6 +126,7 @@ class DriftTrials:
         first_block: int,
         *,
         memo: MutableMapping[str, Any] | None = None,
+        graphs: Graphs | None = None,
         done: Callable[[], None] = lambda: None,
     ) -> None:
         self.traced, self.sites, self.first_block, self.done = traced, sites, first_block, done
@@ -131,7 +134,8 @@ class DriftTrials:
         self.num_images = sum(map(len, images))
         self.main = main_output(traced.output_names)
         self.memo: MutableMapping[str, Any] = {} if memo is None else memo
-        self._streams: OrderedDict[int, tuple[list[Tensor], fx.GraphModule]] = OrderedDict()
+        self.graphs: Graphs = {} if graphs is None else graphs
+        self._streams: OrderedDict[int, list[Tensor]] = OrderedDict()
 
     def __call__(self, setting: Setting) -> Tried:
         """Try `setting`, or remember what it did."""
@@ -201,9 +205,19 @@ class DriftTrials:
     @torch.no_grad()
     def _from_first_block(self, num_registers: int) -> tuple[list[Tensor], fx.GraphModule]:
         """What enters the first block with so many registers, and the model from there on, a shift in every block."""
-        if num_registers in self._streams:
-            self._streams.move_to_end(num_registers)
-            return self._streams[num_registers]
+        key = self.first_block, num_registers
+        if key not in self.graphs:
+            self.graphs[key] = self._cut(num_registers)
+        before, rest = self.graphs[key]
+        if num_registers not in self._streams:
+            while len(self._streams) >= KEPT:
+                self._streams.popitem(last=False)
+            self._streams[num_registers] = [before(*inputs)[1]["stream"] for inputs in self.inputs]
+        self._streams.move_to_end(num_registers)
+        return self._streams[num_registers], rest
+
+    def _cut(self, num_registers: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """The model with so many registers up to the first block, and from there on."""
         first, last = self.first_block, self.sites.probe_block
         everywhere = replace(
             Setting((), num_registers).recipe(), register_neurons={block: (0,) for block in range(first, last + 1)}
@@ -215,12 +229,7 @@ class DriftTrials:
             (joined,) = patched.graph.find_nodes(op="call_function", target=runtime.insert_registers)
             start = joined.name
         before = tap(patched, {"stream": start}, early_exit=True)
-        streams = [before(*inputs)[1]["stream"] for inputs in self.inputs]
-        rest = starting_at(tap(patched, probe_nodes(self.sites), outputs=(self.main,)), start)
-        while len(self._streams) >= KEPT:
-            self._streams.popitem(last=False)
-        self._streams[num_registers] = streams, rest
-        return self._streams[num_registers]
+        return before, starting_at(tap(patched, probe_nodes(self.sites), outputs=(self.main,)), start)
 
 
 def _with_fill(graph_module: fx.GraphModule, fill: str) -> fx.GraphModule:

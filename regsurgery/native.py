@@ -36,7 +36,7 @@ SHRINKAGE = 0.05  # of the pooled covariance towards a multiple of the identity
 # Norms of the register tokens that are tried, in mean token norms. ViT-Ti, two neurons, 88 photos, KL at 0, 1, 2, 4, 8:
 # one register 0.046, 0.044, 0.027, 0.030, 0.035; three 0.039, 0.033, 0.007, 0.013, 0.081.
 MARKER_NORMS = (0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-# On the images of the fit and on those held out from it. ViT-Ti, closed form, KL on 175 other photos, at 0.4 and at 0.5:
+# On the images of the fit and on those held out from it. ViT-Ti, closed form, KL on 175 other photos, at 0.4 and 0.5:
 # fitted on 27 photos, timm 0.023, 0.006, open_clip 0.051, 0.015; on 146, timm 0.009, 0.011.
 ENOUGH_MARGIN = 0.5
 MIN_MARGIN = 0.05
