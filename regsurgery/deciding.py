@@ -304,6 +304,7 @@ def _choose(
     sets, count = [smallest.neurons], min(counts)
     if not wanted.smallest:
         sets, count = grow(search.trials("grow", batches, first), smallest.neurons, pool, cure, counts)
+    first = min(block for neurons in sets for block, _ in neurons)
     trials = search.trials("judge", judging, first)
     fills = () if wanted.smallest else FILLS
     return choose(trials, sets, count, cure, counts, search.sites.num_tokens, fills=fills)

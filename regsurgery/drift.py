@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -34,7 +34,7 @@ from regsurgery.trace import Traced, tensor_inputs
 
 Neurons = tuple[tuple[int, int], ...]  # (block, neuron), ascending
 KEPT = 2  # numbers of registers whose streams stay in memory
-Graphs = dict[tuple[int, int], tuple[fx.GraphModule, fx.GraphModule]]  # (first block, registers) -> up to it, from it
+Graphs = dict[int, fx.GraphModule]  # number of registers -> the model with them, and a shift in every block
 FIGURES = ("drift", "outliers", "register_norm", "cosine_output", "cosine_patches", "kl", "same_argmax")
 
 
@@ -135,7 +135,7 @@ class DriftTrials:
         self.main = main_output(traced.output_names)
         self.memo: MutableMapping[str, Any] = {} if memo is None else memo
         self.graphs: Graphs = {} if graphs is None else graphs
-        self._streams: OrderedDict[int, list[Tensor]] = OrderedDict()
+        self._streams: OrderedDict[int, tuple[list[Tensor], fx.GraphModule]] = OrderedDict()
 
     def __call__(self, setting: Setting) -> Tried:
         """Try `setting`, or remember what it did."""
@@ -167,11 +167,7 @@ class DriftTrials:
     def _run(self, setting: Setting) -> Tried:
         streams, graph_module = self._from_first_block(setting.num_registers)
         graph_module = _with_fill(graph_module, setting.fill)
-        listed = by_blocks(setting.neurons)
-        for block in range(self.first_block, self.sites.probe_block + 1):
-            name = f"register_neurons_{block}"
-            device = getattr(graph_module, name).device
-            setattr(graph_module, name, torch.tensor(listed.get(block, ()), dtype=torch.int64, device=device))
+        _shift(graph_module, by_blocks(setting.neurons))
         figures: dict[str, list[Tensor]] = {}
         for stream_BTD, inputs, original in zip(streams, self.inputs, self.originals, strict=True):
             with warnings.catch_warnings():
@@ -204,32 +200,40 @@ class DriftTrials:
 
     @torch.no_grad()
     def _from_first_block(self, num_registers: int) -> tuple[list[Tensor], fx.GraphModule]:
-        """What enters the first block with so many registers, and the model from there on, a shift in every block."""
-        key = self.first_block, num_registers
-        if key not in self.graphs:
-            self.graphs[key] = self._cut(num_registers)
-        before, rest = self.graphs[key]
-        if num_registers not in self._streams:
-            while len(self._streams) >= KEPT:
-                self._streams.popitem(last=False)
-            self._streams[num_registers] = [before(*inputs)[1]["stream"] for inputs in self.inputs]
-        self._streams.move_to_end(num_registers)
-        return self._streams[num_registers], rest
-
-    def _cut(self, num_registers: int) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """The model with so many registers up to the first block, and from there on."""
-        first, last = self.first_block, self.sites.probe_block
-        everywhere = replace(
-            Setting((), num_registers).recipe(), register_neurons={block: (0,) for block in range(first, last + 1)}
-        )
-        patched, _ = apply_passes(self.traced, plan_surgery(self.sites, everywhere))
-        if first:
-            start = self.sites.blocks[first - 1].output
+        """What enters the first block with so many registers, and the model from there on."""
+        if num_registers in self._streams:
+            self._streams.move_to_end(num_registers)
+            return self._streams[num_registers]
+        patched = self._with_registers(num_registers)
+        if self.first_block:
+            start = self.sites.blocks[self.first_block - 1].output
         else:
             (joined,) = patched.graph.find_nodes(op="call_function", target=runtime.insert_registers)
             start = joined.name
         before = tap(patched, {"stream": start}, early_exit=True)
-        return before, starting_at(tap(patched, probe_nodes(self.sites), outputs=(self.main,)), start)
+        _shift(before, {})
+        streams = [before(*inputs)[1]["stream"] for inputs in self.inputs]
+        rest = starting_at(tap(patched, probe_nodes(self.sites), outputs=(self.main,)), start)
+        while len(self._streams) >= KEPT:
+            self._streams.popitem(last=False)
+        self._streams[num_registers] = streams, rest
+        return self._streams[num_registers]
+
+    def _with_registers(self, num_registers: int) -> fx.GraphModule:
+        if num_registers not in self.graphs:
+            everywhere = {block: (0,) for block in range(self.sites.probe_block + 1)}
+            recipe = replace(Setting((), num_registers).recipe(), register_neurons=everywhere)
+            self.graphs[num_registers], _ = apply_passes(self.traced, plan_surgery(self.sites, recipe))
+        return self.graphs[num_registers]
+
+
+def _shift(graph_module: fx.GraphModule, neurons: Mapping[int, Sequence[int]]) -> None:
+    """Let the shifts of `graph_module` take these neurons, by block, and no others."""
+    for name, listed in graph_module.named_buffers():
+        prefix, _, block = name.rpartition("_")
+        if prefix == "register_neurons":
+            chosen = torch.tensor(neurons.get(int(block), ()), dtype=torch.int64, device=listed.device)
+            setattr(graph_module, name, chosen)
 
 
 def _with_fill(graph_module: fx.GraphModule, fill: str) -> fx.GraphModule:
