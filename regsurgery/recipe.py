@@ -107,6 +107,21 @@ class Recipe:
         rows = self.provenance.get("sweep")
         return [row for row in rows if _is_row(row)] if isinstance(rows, list) else []
 
+    def papers_setting(self) -> Recipe | None:
+        """The setting of Jiang et al. (arXiv 2506.08010) that `find` had in its table: the smallest set of neurons and
+        one register. None for a recipe without it, and where it is the one chosen.
+        """
+        row = next((row for row in self.table() if row["paper"]), None)
+        if row is None or row["chosen"]:
+            return None
+        neurons: dict[int, list[int]] = {}
+        try:
+            for block, neuron in row["neurons"]:
+                neurons.setdefault(block, []).append(neuron)
+            return _checked(Recipe({block: tuple(sorted(neurons[block])) for block in sorted(neurons)}), "sweep")
+        except (KeyError, TypeError, ValueError, RecipeError):  # a provenance may hold anything
+            return None
+
     def as_single_shift(self) -> Recipe:
         """The same neurons shifted onto one register: what mode bias takes its constants from."""
         return replace(self, mode="shift", num_registers=1, num_patches=None, scale=self.scale[:1])

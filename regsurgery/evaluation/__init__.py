@@ -39,7 +39,7 @@ TASKS = {
     "attention": "entropy, maximum and spatial coherence of attention maps; attention to the register",
     "fidelity": "how far outputs and tokens moved: KL divergence, first class, cosines",
     "classify": "top-1 and top-5 on labelled images, by the model's own head or zero-shot",
-    "controls": "the shift against random neurons, and against neurons zeroed without a register",
+    "controls": "the shift against the paper's setting, random neurons, and neurons zeroed without a register",
     "latency": "time and memory, patched over original",
     "probe": "a linear probe on frozen features, on held-out labelled images",
     "knn": "nearest neighbours of frozen features, on labelled images",

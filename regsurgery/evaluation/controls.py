@@ -30,12 +30,13 @@ if TYPE_CHECKING:
     from regsurgery.calibration import ImageSet
     from regsurgery.pipeline import Progress
 
-PATCHED, RANDOM, ZEROED = "patched", "random neurons", "zeroed, no register"
+PATCHED, PAPER, RANDOM, ZEROED = "patched", "paper's setting", "random neurons", "zeroed, no register"
 
 
 def evaluate(pair: Pair, images: ImageSet, *, progress: Progress, seed: int, draws: int = 3) -> Result:
-    """The patched model, and two controls made of the original: as many random neurons of the same blocks shifted onto
-    one register (mean over the draws), and the register neurons cleared on all tokens with no register at all.
+    """The patched model, and controls made of the original: the paper's setting (the smallest set of neurons, one
+    register), where `find` chose another; as many random neurons of the same blocks shifted onto as many registers
+    (mean over the draws); and the register neurons cleared on all tokens with no register at all.
 
     Outlier tokens are those after the last block but one, above 5 times the median.
 
@@ -53,8 +54,10 @@ def evaluate(pair: Pair, images: ImageSet, *, progress: Progress, seed: int, dra
     drawn = _drawn(pair, chosen, random.Random(seed), draws)
     probe = pair.sites.probe_block
     observe = pair.observer(blocks=(probe,), what=("blocks",), outputs=True)
+    paper, count = pair.recipe.papers_setting(), pair.recipe.num_registers
     controls = {
-        RANDOM: [_observer(pair, Recipe(neurons)) for neurons in drawn],
+        **({} if paper is None else {PAPER: [_observer(pair, paper)]}),
+        RANDOM: [_observer(pair, Recipe(neurons, num_registers=count, scale=(1.0,) * count)) for neurons in drawn],
         ZEROED: [_observer(pair, Recipe(chosen, num_registers=0, scale=(), fill="zero", prefix="fill"))],
     }
     figures = Figures(seed)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,30 @@ def test_controls(patched: Path, demo_folder: Path, images: Tensor, looked: tupl
 
 
 CONTROLS = ("patched", "random neurons", "zeroed, no register")
+
+
+@pytest.mark.real
+def test_the_papers_setting_is_a_control_where_another_was_chosen(tmp_path: Path) -> None:
+    """Patched with the bundled recipe the network is nearer to the original than in the paper's setting, and in that
+    setting it drifts as a patch with that recipe does.
+    """
+    model, labelled = str(shared("models", "vit-tiny-timm")), shared("images", "labelled")
+    for name, recipe in (("chosen", "vit-tiny"), ("paper", PAPERS)):
+        regsurgery.patch(model, tmp_path / name, recipe=recipe, verification=False)
+    found = regsurgery.evaluate(tmp_path / "chosen", "controls", images=labelled, num_images=40, draws=1)
+    of = {name: patched_value(found, "KL divergence", control=name) for name in (*CONTROLS, "paper's setting")}
+    fidelity = regsurgery.evaluate(tmp_path / "paper", "fidelity", images=labelled, num_images=40)
+    assert of["paper's setting"] == pytest.approx(patched_value(fidelity, "KL divergence"), rel=1e-3)
+    assert of["patched"] < 0.2 * of["paper's setting"] < of["zeroed, no register"]
+
+
+def test_of_no_recipe_a_papers_setting_is_made_up(tmp_path: Path) -> None:
+    recipe = find_recipe("vit-tiny")
+    paper = recipe.papers_setting()
+    assert paper is not None and paper.register_neurons == {7: (417,)} and paper.num_registers == 1
+    assert paper.papers_setting() is None and find_recipe("demo").papers_setting() is None
+    rows = [dict(row, neurons="7:417") for row in recipe.table()]
+    assert replace(recipe, provenance={"sweep": rows}).papers_setting() is None
 
 
 def clear(neurons: Any) -> Any:
