@@ -87,11 +87,18 @@ def test_models_of_one_size_take_what_a_recipe_of_another_says(
 
 
 @pytest.mark.parametrize("name", ["timm-reg4", "hf-dinov3"])
-def test_inside_the_prefix_the_number_is_fixed(name: str, planted_picos: Callable[[Pico], Planted]) -> None:
+def test_inside_the_prefix_the_number_is_fixed(
+    name: str, planted_picos: Callable[[Pico], Planted], tmp_path: Path
+) -> None:
     planted = planted_picos(by_id(name))
     own = planted.sites.num_tokens - planted.sites.num_prefix
     surgery = perform(planted.loaded, growing(planted, 2, own // 2), planted.traced, planted.sites)
     assert (surgery.plan.num_registers, surgery.config_block["num_patches"]) == (2, None)
+    sizes = regsurgery.patch(
+        str(planted.folder), tmp_path / "out", recipe=growing(planted, 2, own // 2), num_images=8
+    ).sizes
+    note = "the registers stand inside the prefix: there are 2 at every image size"
+    assert (note in sizes.notes) == (len(sizes.rows) > 1) and {row.num_registers for row in sizes.rows} == {2}
 
 
 def test_shapes_gradients_and_hosts_at_another_size(planted_picos: Callable[[Pico], Planted]) -> None:
