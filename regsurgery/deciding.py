@@ -307,7 +307,7 @@ def _choose(
     first = min(block for neurons in sets for block, _ in neurons)
     trials = search.trials("judge", judging, first)
     fills = () if wanted.smallest else FILLS
-    return choose(trials, sets, count, cure, counts, search.sites.num_tokens, fills=fills)
+    return choose(trials, sets, count, cure, counts, search.sites.num_tokens, ranked=ranked, fills=fills)
 
 
 def _second_resolution(search: Search, cure: Cure, choice: Choice) -> tuple[Choice, SecondResolution]:

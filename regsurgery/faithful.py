@@ -4,7 +4,8 @@ The smallest set of neurons that suppresses the outliers (`detect.select`) is wh
 time, by drift: one that alone never makes an outlier may prepare what another completes. Registers are tried from 1 to
 twice the outliers per image, since each outlier is a place that attention can sink into. What is grown on a few images
 is judged on others, that took no part: of two settings whose drifts lie within one standard error of their paired
-difference, the one with fewer registers, then with fewer neurons, is chosen.
+difference, the one with fewer registers, then with fewer neurons, then with neurons that contribute more to the
+outliers, is chosen.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from regsurgery.recipe import MAX_REGISTERS
 
 POOL = 6  # best candidates by contribution that may join
 MAX_JOINED = 4
-BEAM = 2  # sets of a size that are judged; which of two is nearer, a few images say less surely than more
+BEAM = 3  # sets of a size that are judged; which of them is nearer, a few images say less surely than more
 # A neuron joins where it takes away at least this share of the drift. What takes less is within what other images would
 # say: on the ViT-Ti 6:189 takes 80 %, 6:59 after it 10 to 20 %, on some divisions of the photos less than nothing.
 MIN_GAIN = 1 / 3
@@ -161,6 +162,7 @@ def choose(
     counts: Sequence[int],
     num_tokens: int,
     *,
+    ranked: Sequence[tuple[int, int]] = (),
     fills: Sequence[str] = FILLS,
 ) -> Choice:
     """Try the settings that matter on the images of `trials`, and choose.
@@ -169,34 +171,44 @@ def choose(
         sets: of `grow`; the first is the smallest.
         count: the number of registers that they grew with; the numbers tried begin there.
         num_tokens: of the original, for what a register costs.
+        ranked: candidates, best first: of sets as large and as near, that of better ones is taken.
         fills: others than `zero` to try at the best setting.
     """
     cells: dict[Setting, Tried] = {}
+    places = {neuron: place for place, neuron in enumerate(ranked)}
 
     def tried(setting: Setting) -> Tried:
         cells[setting] = trials(setting)
         return cells[setting]
 
-    largest = sets[-1]
-    best = _walk(tried, largest, count, counts)
-    for neurons in sets[:-1]:
-        tried(Setting(neurons, best))
+    def place(neurons: Neurons) -> list[int]:
+        return sorted(places.get(neuron, len(places)) for neuron in neurons)
+
+    for neurons in sets:
+        if len(neurons) == len(sets[-1]):
+            tried(Setting(neurons, count))
+    rivals = {setting: found for setting, found in cells.items() if cure.holds(found)} or dict(cells)
+    nearest = _ranked(rivals, place)[0].neurons
+    best = _walk(tried, nearest, count, counts)
+    for neurons in sets:
+        if len(neurons) != len(nearest):
+            tried(Setting(neurons, best))
     for fill in fills:
-        tried(Setting(largest, best, fill))
+        tried(Setting(nearest, best, fill))
     paper = Setting(sets[0], 1)
-    for neurons in dict.fromkeys((largest, sets[0])):
+    for neurons in dict.fromkeys((nearest, sets[0])):
         tried(Setting(neurons, 1))
     selectable = {setting: found for setting, found in cells.items() if setting.num_registers in counts}
-    ranked = _ranked({setting: found for setting, found in selectable.items() if cure.holds(found)})
-    if not ranked:
-        ranked = (Setting(sets[0], min(counts)),)
-        tried(ranked[0])
+    order = _ranked({setting: found for setting, found in selectable.items() if cure.holds(found)}, place)
+    if not order:
+        order = (Setting(sets[0], min(counts)),)
+        tried(order[0])
     unused = Setting((), 1)
     rows = [Row("unused register", unused, trials(unused), 100 / num_tokens)]
     for setting, found in sorted(cells.items(), key=_order):
         cost = 100 * setting.num_registers / num_tokens
-        rows.append(Row(_name(setting, sets[0]), setting, found, cost, setting == ranked[0], setting == paper))
-    return Choice(ranked, tuple(rows))
+        rows.append(Row(_name(setting, sets[0]), setting, found, cost, setting == order[0], setting == paper))
+    return Choice(order, tuple(rows))
 
 
 def _walk(tried: Callable[[Setting], Tried], neurons: Neurons, count: int, counts: Sequence[int]) -> int:
@@ -222,8 +234,10 @@ def _walk(tried: Callable[[Setting], Tried], neurons: Neurons, count: int, count
     return counts[best]
 
 
-def _ranked(cells: Mapping[Setting, Tried]) -> tuple[Setting, ...]:
-    """All of `cells`, the chosen one first: near the best ones those with fewer registers, then fewer neurons."""
+def _ranked(cells: Mapping[Setting, Tried], place: Callable[[Neurons], list[int]]) -> tuple[Setting, ...]:
+    """All of `cells`, the chosen one first: near the best ones those with fewer registers, then fewer neurons, then
+    those whose `place` is lowest.
+    """
     if not cells:
         return ()
     best, least = min(cells.items(), key=lambda cell: float(cell[1].drift.mean()))
@@ -238,7 +252,9 @@ def _ranked(cells: Mapping[Setting, Tried]) -> tuple[Setting, ...]:
     chosen = [setting for setting, found in cells.items() if near(setting, found)]
     rest = [setting for setting in cells if setting not in chosen]
     drift = {setting: float(found.drift.mean()) for setting, found in cells.items()}
-    chosen.sort(key=lambda one: (one.num_registers, len(one.neurons), one.fill != "zero", drift[one]))
+    chosen.sort(
+        key=lambda one: (one.num_registers, len(one.neurons), one.fill != "zero", place(one.neurons), drift[one])
+    )
     return (*chosen, *sorted(rest, key=drift.__getitem__))
 
 

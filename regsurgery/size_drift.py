@@ -114,7 +114,9 @@ def drift_at_sizes(
     if not backends.any_size(fmt, mode):
         notes.append(f"what was written takes images of {text(own)} only")
     elif len(sizes) > 1 and mode == "shift" and surgery.sites.placement != "end":
-        notes.append(f"the registers stand inside the prefix: there are {surgery.plan.num_registers} at every image size")
+        notes.append(
+            f"the registers stand inside the prefix: there are {surgery.plan.num_registers} at every image size"
+        )
     if refused:
         notes.append(f"the model takes no images of {' and '.join(map(text, refused))}")
     if costly:
