@@ -8,6 +8,8 @@ real     patch without a recipe, neurons found on photos and on generated pictur
 sizes    the same at 224, 336 and 448 pixels, every second photo, resized to 1.1 times the size and cropped
 native   native mode: closed form and calibrated, with the chosen and with given numbers of registers
 splits   ten random divisions of all photos: neurons found on one part, drift on the other, and the paper's setting
+kinds    the kind of images: photos, crops of six of them, generated pictures (dead leaves). What is found on each, and
+         how far shift and native mode, closed form and calibrated, drift on photos
 planted  DINOv2-S with planted register neurons (`--plant`: a script that takes SRC OUT K BLOCKS SEED and prints where
          it planted them): are they found, and how near are the patches to those of the network before planting
 
@@ -265,6 +267,75 @@ def splits(args: argparse.Namespace) -> dict[str, Any]:
     return {**found, "worse": worse, "same": same}
 
 
+def kinds(args: argparse.Namespace) -> dict[str, Any]:
+    crops = args.scratch / "crops"
+    _write_crops(photos_of(args.search), crops)
+    found: dict[str, Any] = {}
+    for source in args.models:
+        loaded = load(str(source))
+        images = torch.cat([loaded.preprocess([Image.open(path).convert("RGB")]) for path in photos_of(args.photos)])
+        original = _output(loaded.model, images)
+        print(f"{source.name}: {len(images)} photos")
+        for kind, given in (("photos", args.search), ("crops of six photos", crops), ("generated pictures", None)):
+            recipe = regsurgery.find(str(source), images=given).recipe
+            row: dict[str, Any] = {"neurons": _text_of(recipe), "registers": recipe.num_registers}
+            for name, how in (
+                ("shift", {}),
+                ("closed form", {"mode": "native", "calibrate": False}),
+                ("calibrated", {"mode": "native", "calibrate": True}),
+            ):
+                folder = args.scratch / f"{source.name}-{kind.partition(' ')[0]}-{name.partition(' ')[0]}"
+                regsurgery.patch(str(source), folder, recipe=recipe, images=given, **how)
+                row[name] = _drift(original, _output(regsurgery.load(folder), images))
+                fit = read_config(folder)[2]["regsurgery"].get("fit") or {}
+                if fit.get("calibration"):
+                    row |= {"steps kept": fit["calibration"]["steps"], "check": fit["calibration"].get("check")}
+            found[f"{source.name}, {kind}"] = row
+            _print(kind, row)
+    return found
+
+
+def _write_crops(paths: Sequence[Path], folder: Path, num_photos: int = 6, num_crops: int = 96) -> None:
+    """Random crops, a fifth to all of the area, half of them mirrored, of evenly spread photos."""
+    folder.mkdir()
+    rng = random.Random(0)
+    sources = [Image.open(paths[n * len(paths) // num_photos]).convert("RGB") for n in range(num_photos)]
+    for number in range(num_crops):
+        source = sources[number % num_photos]
+        side = (0.2 + 0.8 * rng.random()) ** 0.5
+        width, height = round(side * source.width), round(side * source.height)
+        left, top = rng.randint(0, source.width - width), rng.randint(0, source.height - height)
+        crop = source.crop((left, top, left + width, top + height))
+        if rng.random() < 0.5:
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        crop.save(folder / f"{number:03}.png")
+
+
+@torch.no_grad()
+def _output(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits `[B, C]` of a classifier, else class token and patches `[B, 1 + N, D]`, registers left out."""
+    found = []
+    for batch in images.split(BATCH):
+        output: Any = model(batch)
+        if not isinstance(output, Tensor):
+            output = output.logits if "logits" in output else output.last_hidden_state
+        if output.ndim == 3:
+            grid = (batch.shape[-1] // 14) * (batch.shape[-2] // 14)
+            output = torch.cat((output[:, :1], output[:, -grid:]), dim=1)
+        found.append(output)
+    return torch.cat(found)
+
+
+def _drift(original: Tensor, patched: Tensor) -> float:
+    """KL divergence of classes, or what is missing to 1 of the mean cosine of the class token and of the patches."""
+    if original.ndim == 2:
+        return float(
+            F.kl_div(patched.log_softmax(-1), original.log_softmax(-1), reduction="batchmean", log_target=True)
+        )
+    cosine_BT = F.cosine_similarity(original, patched, dim=-1)
+    return float(2 - cosine_BT[:, 0].mean() - cosine_BT[:, 1:].mean())
+
+
 def planted(args: argparse.Namespace) -> dict[str, Any]:
     (source,) = args.models
     paths = photos_of(args.photos)[::3]
@@ -339,7 +410,7 @@ def _print(name: str, row: dict[str, Any]) -> None:
     print(f"  {name:24} " + "; ".join(cells), flush=True)
 
 
-PARTS = {"real": real, "sizes": sizes, "native": native, "splits": splits, "planted": planted}
+PARTS = {"real": real, "sizes": sizes, "native": native, "splits": splits, "kinds": kinds, "planted": planted}
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "bias": {"mode": "bias"},
     "native, --no-calibrate": {"mode": "native", "calibrate": False},
     "native": {"mode": "native"},
-    "native, dead leaves": {"mode": "native", "images": None},
+    "native, dead leaves": {"mode": "native", "images": None, "calibrate": True},
     "native, 2 registers": {"mode": "native", "num_registers": 2},
     "native, 3 registers": {"mode": "native", "num_registers": 3},
     "native, 3, --no-calibrate": {"mode": "native", "num_registers": 3, "calibrate": False},
