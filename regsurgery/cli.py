@@ -78,7 +78,7 @@ def doctor(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say what is wrong with MODEL. Is there anything to fix, where does it start, and is surgery the cure?"""
+    """Diagnose MODEL: does it have outlier tokens? If so, where do they start, and would surgery remove them?"""
     from regsurgery import pipeline
     from regsurgery.render import Screen
 
@@ -107,14 +107,14 @@ def find(
     num_registers: NumRegisters = None,
     smallest: Smallest = False,
     part: Annotated[
-        str | None, typer.Option("--part", help="I/N: only the I-th of N parts, as a job of an array; with --stats.")
+        str | None, typer.Option("--part", help="I/N: run only part I of N, as one job of an array (with --stats).")
     ] = None,
     stats: Annotated[Path | None, typer.Option("--stats", help="Statistics file that --part writes.")] = None,
     precision: Annotated[
-        str, typer.Option("--precision", help="Of the pass over all images: checkpoint, or bf16 (autocast).")
+        str, typer.Option("--precision", help="Precision of the pass over all images: checkpoint, or bf16 (autocast).")
     ] = "checkpoint",
     merge: Annotated[
-        bool, typer.Option("--merge", help="Decide by the statistics files of all parts, given behind MODEL.")
+        bool, typer.Option("--merge", help="Decide from the statistics files of all parts, listed after MODEL.")
     ] = False,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -124,7 +124,7 @@ def find(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Find register neurons and write a recipe. In parts, as an array job, and then with --merge: docs/scale.md."""
+    """Find register neurons and write a recipe. To split the work over an array job, see docs/scale.md."""
     from regsurgery import pipeline
     from regsurgery.distributed import is_first_process
     from regsurgery.render import Screen
@@ -177,7 +177,7 @@ def patch(
         bool | None,
         typer.Option(
             "--calibrate/--no-calibrate",
-            help="Native mode: train what registers hold on the images; by default where --images gives photos.",
+            help="Native mode: train what the registers hold (default: if --images gives photos).",
             show_default=False,
         ),
     ] = None,
@@ -189,13 +189,11 @@ def patch(
     image_size: ImageSize = None,
     seed: Seed = 0,
     force: Force = False,
-    push: Annotated[str | None, typer.Option("--push", help="USER/NAME on the Hub to push the folder to.")] = None,
+    push: Annotated[str | None, typer.Option("--push", help="Push the folder to USER/NAME on the Hub.")] = None,
     private: Private = None,
-    link: Annotated[
-        bool, typer.Option("--link", help="Hard links instead of copies of shards that stay what they are.")
-    ] = False,
+    link: Annotated[bool, typer.Option("--link", help="Hard-link unchanged shards instead of copying.")] = False,
     verification: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Compare original and patched model on images.")
+        bool, typer.Option("--verify/--no-verify", help="Compare the original and the patched model on images.")
     ] = True,
     strict: Strict = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything, but write nothing.")] = False,
@@ -206,7 +204,7 @@ def patch(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Patch MODEL into a new checkpoint folder. Finds its register neurons or takes a recipe, operates and verifies."""
+    """Patch MODEL into a new checkpoint folder: find its register neurons (or use a recipe), patch, and verify."""
     from regsurgery import hub, pipeline
     from regsurgery.render import Screen
 
@@ -284,38 +282,46 @@ def evaluate(
     original: Annotated[str | None, typer.Option("--original", help="MODEL to compare with.")] = None,
     images: Images = None,
     num_images: NumImages = None,
-    block: Annotated[int | None, typer.Option("--block", help="That block only, or its features; from 0.")] = None,
+    block: Annotated[
+        int | None, typer.Option("--block", help="Only this block, or features of this block (from 0).")
+    ] = None,
     prompts: Annotated[
         Path | None, typer.Option("--prompts", help="classify: zero-shot; one class a line, prompts split by tabs.")
     ] = None,
-    draws: Annotated[int | None, typer.Option("--draws", help="controls: sets of random neurons.", min=1)] = None,
-    runs: Annotated[int | None, typer.Option("--runs", help="latency: pairs of runs.", min=4)] = None,
-    batch: Annotated[int | None, typer.Option("--batch", help="latency: images in a batch.", min=1)] = None,
+    draws: Annotated[int | None, typer.Option("--draws", help="controls: number of random neuron sets.", min=1)] = None,
+    runs: Annotated[int | None, typer.Option("--runs", help="latency: number of paired runs.", min=4)] = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="latency: images per batch.", min=1)] = None,
     features: Annotated[
         str | None, typer.Option("--features", help="probe, knn: cls (the class token) or mean (of the patches).")
     ] = None,
     train: Annotated[
         Path | None, typer.Option("--train", help="probe, knn: labelled images to learn from, instead of --images.")
     ] = None,
-    neighbours: Annotated[int | None, typer.Option("--neighbours", help="knn: how many vote.", min=1)] = None,
+    neighbours: Annotated[
+        int | None, typer.Option("--neighbours", help="knn: number of neighbours that vote.", min=1)
+    ] = None,
     kind: Annotated[
-        list[str] | None, typer.Option("--kind", help="lost: keys, queries or values; all by default.")
+        list[str] | None, typer.Option("--kind", help="lost: keys, queries or values (default: all).")
     ] = None,
     bias: Annotated[
-        list[float] | None, typer.Option("--bias", help="lost: added to similarities; 0, -0.2 and -0.4 by default.")
+        list[float] | None, typer.Option("--bias", help="lost: added to similarities (default: 0, -0.2 and -0.4).")
     ] = None,
-    masks: Annotated[Path | None, typer.Option("--masks", help="segment: folder of PNG of class indices.")] = None,
+    masks: Annotated[
+        Path | None, typer.Option("--masks", help="segment: folder of PNG files of class indices.")
+    ] = None,
     method: Annotated[str | None, typer.Option("--method", help="segment: linear or kmeans.")] = None,
-    where: Annotated[str | None, typer.Option("--where", help="shift-map: x,y,w,h, in fractions or pixels.")] = None,
-    mask: Annotated[Path | None, typer.Option("--mask", help="shift-map: image, white where outliers go.")] = None,
-    png: Annotated[Path | None, typer.Option("--png", help="norms, attention, shift-map: picture to write.")] = None,
+    where: Annotated[str | None, typer.Option("--where", help="shift-map: x,y,w,h, as fractions or in pixels.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option("--mask", help="shift-map: image that is white where outliers go.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option("--png", help="norms, attention, shift-map: write a picture.")] = None,
     seed: Seed = 0,
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Figures of the original and the patched model side by side, each with n and a 95 % interval."""
+    """Evaluate the original and the patched model side by side, with n and a 95 % interval for each figure."""
     from regsurgery import evaluation
     from regsurgery.render import Screen
 
@@ -355,23 +361,23 @@ def evaluate(
 def report(
     folder: Patched,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File to write; FOLDER-report.html by default.")
+        Path | None, typer.Option("--output", "-o", help="File to write (default: FOLDER-report.html).")
     ] = None,
     images: Images = None,
-    num_images: Annotated[int, typer.Option("--num-images", help="At most that many images.", min=1)] = 16,
+    num_images: Annotated[int, typer.Option("--num-images", help="Maximum number of images.", min=1)] = 16,
     original: Annotated[str | None, typer.Option("--original", help="MODEL to compare with.")] = None,
-    boxes: Annotated[bool, typer.Option("--boxes/--no-boxes", help="Draw the boxes of LOST.")] = True,
+    boxes: Annotated[bool, typer.Option("--boxes/--no-boxes", help="Draw LOST's boxes.")] = True,
     block: Annotated[
-        int | None, typer.Option("--block", help="Of LOST's features; by default the fourth from the end.")
+        int | None, typer.Option("--block", help="Block of LOST's features (default: the fourth from the end).")
     ] = None,
-    kind: Annotated[str, typer.Option("--kind", help="Of LOST's features: keys, queries or values.")] = "keys",
+    kind: Annotated[str, typer.Option("--kind", help="LOST's features: keys, queries or values.")] = "keys",
     bias: Annotated[float, typer.Option("--bias", help="Added to LOST's similarities.")] = -0.2,
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show it in one HTML file: norms, attention and object boxes over images, neurons, figures. Opens offline."""
+    """Write one HTML file that opens offline: norms, attention and object boxes over images, neurons, figures."""
     from regsurgery import reporting
     from regsurgery.render import Screen
 
@@ -399,7 +405,7 @@ def unpatch(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Restore the checkpoint that was patched. Byte for byte: every file is checked against its recorded sha256."""
+    """Restore the original checkpoint byte for byte. Every file is checked against its recorded sha256."""
     from regsurgery import restoring
     from regsurgery.render import Screen
 
@@ -414,16 +420,16 @@ def push(
     repo: Annotated[str, typer.Argument(help="USER/NAME on the Hub.", show_default=False)],
     private: Private = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch to push to.")] = None,
-    message: Annotated[str | None, typer.Option("--message", "--commit-message", help="Of the commit.")] = None,
+    message: Annotated[str | None, typer.Option("--message", "--commit-message", help="Commit message.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace what is in a repository that regsurgery did not write.")
+        bool, typer.Option("--force", help="Replace the contents of a repository that regsurgery did not write.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List files and sizes, and push nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List files and sizes without pushing.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Push a verified folder to the Hugging Face Hub, as one commit; log in before with `hf auth login`."""
+    """Push a verified folder to the Hugging Face Hub as one commit. Log in first with `hf auth login`."""
     from regsurgery import hub
     from regsurgery.render import Screen
 
@@ -447,20 +453,18 @@ def reproduce(
     where: Annotated[
         str, typer.Argument(help="Folder that regsurgery patch wrote, or the Hub id of one.", show_default=False)
     ],
-    images: Annotated[
-        Path | None, typer.Option("--images", help="The images of that run, where it used photos.")
-    ] = None,
+    images: Annotated[Path | None, typer.Option("--images", help="The images of that run, if it used photos.")] = None,
     source: Annotated[
-        str | None, typer.Option("--source", help="Where the MODEL is that was patched, if not where it was.")
+        str | None, typer.Option("--source", help="Where the original MODEL is now, if it has moved.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="New folder to keep what comes out in.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="New folder to keep the result in.")] = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
     max_memory: MaxMemory = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Patch the source of a patched checkpoint again, as its records say, and compare SHA256SUMS.
+    """Patch the source of a patched checkpoint again as recorded, and compare SHA256SUMS.
 
     Exit codes: 0 identical; 1 different; 2 the input is at fault.
     """
@@ -480,7 +484,9 @@ def reproduce(
 @app.command(epilog="Example: regsurgery diff demo-patched demo-restored")
 def diff(
     a: Annotated[Path, typer.Argument(help="Checkpoint folder or safetensors file.", show_default=False)],
-    b: Annotated[Path, typer.Argument(help="The one to compare with.", show_default=False)],
+    b: Annotated[
+        Path, typer.Argument(help="Checkpoint folder or safetensors file to compare with.", show_default=False)
+    ],
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -504,7 +510,7 @@ def families(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """List the model families that are supported. The tests hold each to the parity gate; also what is refused."""
+    """List the supported model families, each of which the tests verify, and what is refused."""
     from regsurgery.families import FAMILIES, REFUSED
 
     if as_json:

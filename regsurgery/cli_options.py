@@ -22,31 +22,34 @@ OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="New folder t
 Images = Annotated[
     Path | None,
     typer.Option(
-        "--images", help="Folder of images, parquet or arrow files or WebDataset tars; dead-leaves pictures by default."
+        "--images",
+        help="Folder of images, parquet or arrow files, or WebDataset tars (default: generated dead-leaves pictures).",
     ),
 ]
-NumImages = Annotated[int | None, typer.Option("--num-images", help="At most that many images.", min=1)]
+NumImages = Annotated[int | None, typer.Option("--num-images", help="Maximum number of images.", min=1)]
 NumRegisters = Annotated[
     int | None,
-    typer.Option("--num-registers", help="Number of register tokens; by default as many as drift least.", min=1),
+    typer.Option(
+        "--num-registers", help="Number of register tokens (default: the number that changes the outputs least).", min=1
+    ),
 ]
 Smallest = Annotated[
     bool,
-    typer.Option("--smallest", help="Find the smallest set of neurons, with one register (the paper's setting)."),
+    typer.Option("--smallest", help="Use the smallest set of neurons and one register (the paper's setting)."),
 ]
 ImageSize = Annotated[
     int | None,
-    typer.Option("--image-size", help="Side of the (square) images in pixels; by default the model's own.", min=1),
+    typer.Option("--image-size", help="Side of the square images in pixels (default: the model's own).", min=1),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of generated pictures and random controls.")]
-Force = Annotated[bool, typer.Option("--force", help="Also find in a model that was trained with registers.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed for generated pictures and random controls.")]
+Force = Annotated[bool, typer.Option("--force", help="Search even if the model was trained with registers.")]
 RecipeName = Annotated[
     str | None,
-    typer.Option("--recipe", help="Recipe file, or name of a bundled recipe.", autocompletion=completion.recipes),
+    typer.Option("--recipe", help="Recipe file, or the name of a bundled recipe.", autocompletion=completion.recipes),
 ]
 Mode = Annotated[
     str | None,
-    typer.Option("--mode", help="shift, native or bias; by default the recipe's.", autocompletion=completion.modes),
+    typer.Option("--mode", help="shift, native or bias (default: the recipe's).", autocompletion=completion.modes),
 ]
 Format = Annotated[
     str | None,
@@ -56,7 +59,7 @@ DeviceMap = Annotated[
     str | None,
     typer.Option(
         "--device-map",
-        help="Where the model runs: auto (accelerate), cuda, ...; CPU by default.",
+        help="Where the model runs: auto (accelerate), cuda, ... (default: CPU).",
         autocompletion=completion.devices,
     ),
 ]
@@ -64,17 +67,15 @@ MaxMemory = Annotated[
     str | None,
     typer.Option(
         "--max-memory",
-        help="8GB: weights of larger checkpoints stay on disk; half of what is free by default.",
+        help="Leave the weights of larger checkpoints on disk, e.g. 8GB (default: half of the free memory).",
     ),
 ]
-Strict = Annotated[bool, typer.Option("--strict", help="Fail where the verdict has warnings or too few images.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Fail if the verdict has warnings or rests on too few images.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors, and what --json prints.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors, and the output of --json.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights (weights_only).")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that the source checkpoint brings.")
-]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
 Private = Annotated[
-    bool | None, typer.Option("--private/--public", help="Of a repository that is created; as your account has it.")
+    bool | None, typer.Option("--private/--public", help="Visibility of a new repository (default: account setting).")
 ]
 Revision = Annotated[str | None, typer.Option("--revision", help="Hub revision of MODEL.")]

@@ -15,7 +15,7 @@ from regsurgery.errors import EXIT_USER_ERROR, RecipeError
 
 app = typer.Typer(
     name="recipes",
-    help="List, show and check recipes. By itself, recipes list.",
+    help="List, show and check recipes (default: list).",
     epilog="Example: regsurgery recipes show vit-tiny",
     rich_markup_mode=None,
 )
@@ -72,9 +72,9 @@ def validate(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check recipe files. Says what is wrong and where; exit code 2 where anything is.
+    """Check recipe files. Reports errors with their location; exit code 2 if there are any.
 
-    Whether blocks and neurons are those of a model, patch --dry-run says.
+    Use patch --dry-run to check them against a model.
     """
     from regsurgery.recipe import read_recipe
 
