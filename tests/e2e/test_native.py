@@ -287,8 +287,10 @@ def test_each_of_several_registers_gets_the_whole_constants(
     assert result.verdict.register_norm == pytest.approx(one.register_norm, rel=0.1)
 
 
-def test_pt2_runs_with_torch_alone_and_verifies(demo_folder: Path, demo_native: Path, tmp_path: Path) -> None:
-    regsurgery.patch(str(demo_folder), tmp_path / "out", recipe="demo", mode="native", format="pt2", num_images=8)
+def test_pt2_runs_with_torch_alone_and_verifies(
+    demo_folder: Path, demo_native: Path, pictures: Path, tmp_path: Path
+) -> None:
+    regsurgery.patch(str(demo_folder), tmp_path / "out", recipe="demo", mode="native", format="pt2", images=pictures)
     assert regsurgery.verify(tmp_path / "out", num_images=8).passed
     program = torch.export.load(tmp_path / "out" / "model.pt2").module()
     pixels = next(image_set(None, 4).batches(4, load(str(demo_folder)).preprocess))
