@@ -110,12 +110,17 @@ def compare(
     output_cosine_B = output_cosine(output, new_output)
     means.add("cosine output", output_cosine_B)
     kl_B, same_B = None, None
-    if main in LOGIT_OUTPUTS:
+    if has_classes(main, output):
         kl_B, same_B = kl_divergence(output, new_output), output.argmax(-1) == new_output.argmax(-1)
         means.add("kl", kl_B)
         means.add("argmax", same_B)
     kept_BN = ~was_outlier_BN
     return Drift(kl_B, same_B, output_cosine_B, (cosine_BN * kept_BN).sum(dim=1), kept_BN.sum(dim=1))
+
+
+def has_classes(main: str, output: Tensor) -> bool:
+    """Whether the main output is logits of classes, `[B, C]`; those of MAE, `[B, N, pixels]`, are none."""
+    return main in LOGIT_OUTPUTS and output.ndim == 2
 
 
 def output_cosine(output: Tensor, new_output: Tensor) -> Tensor:

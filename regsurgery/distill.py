@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from regsurgery.comparison import Run, kl_divergence, main_output, output_cosine, probe_nodes
-from regsurgery.families import LOGIT_OUTPUTS
+from regsurgery.comparison import Run, has_classes, kl_divergence, main_output, output_cosine, probe_nodes
 from regsurgery.graph import starting_at
 from regsurgery.native import Native, NativeModel
 from regsurgery.statistics import outliers, tap, token_norms
@@ -214,7 +213,7 @@ class Drift:
 
     def _kept(self, outputs: Mapping[str, Tensor], taps: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """What of a run the loss needs, one row an image."""
-        if self.main in LOGIT_OUTPUTS:
+        if has_classes(self.main, outputs[self.main]):
             return (outputs[self.main],)
         patches = self.model.sites.patches
         inliers_BN = ~outliers(token_norms(taps["probe"])[:, patches])
@@ -226,7 +225,7 @@ class Drift:
         run: Run = self.model.run(self.edited, parameters, self.images[chosen], *states)
         new_output = run[0][self.main]
         original = [part[chosen.to(part.device)] for part in self.original]
-        if self.main in LOGIT_OUTPUTS:
+        if has_classes(self.main, new_output):
             return kl_divergence(original[0], new_output)
         output, patches_BND, inliers_BN = original
         patches, _ = self.model.sites.patched(self.model.recipe.num_registers)

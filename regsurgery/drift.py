@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from regsurgery import runtime
-from regsurgery.comparison import kl_divergence, main_output, output_cosine, probe_nodes
-from regsurgery.families import LOGIT_OUTPUTS
+from regsurgery.comparison import has_classes, kl_divergence, main_output, output_cosine, probe_nodes
 from regsurgery.graph import starting_at
 from regsurgery.loading import Loaded
 from regsurgery.passes import apply_passes
@@ -191,7 +190,7 @@ class DriftTrials:
             "cosine_output": output_cosine(was, output),
             "cosine_patches": (cosine_BN * inlier_BN).sum(dim=1) / inlier_BN.sum(dim=1),
         }
-        if self.main in LOGIT_OUTPUTS:
+        if has_classes(self.main, output):
             figures["drift"] = figures["kl"] = kl_divergence(was, output)
             figures["same_argmax"] = was.argmax(-1) == output.argmax(-1)
         else:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from regsurgery import backends
 from regsurgery.calibration import ImageSet
-from regsurgery.comparison import kl_divergence, main_output, output_cosine
-from regsurgery.families import LOGIT_OUTPUTS
+from regsurgery.comparison import has_classes, kl_divergence, main_output, output_cosine
 from regsurgery.image_size import larger_sizes, takes, text
 from regsurgery.image_sources import UNREADABLE, Generated, decode
 from regsurgery.loading import Loaded
@@ -156,7 +155,7 @@ class _Runs:
             batch = self.loaded.preprocess(images[start : start + batch_size])
             before, after = self.loaded.call(self.loaded.model, batch), self._patched(batch)
             main = main_output(tuple(name for name in before if name in after))
-            if main in LOGIT_OUTPUTS:
+            if has_classes(main, before[main]):
                 measure, value_B = KL, kl_divergence(before[main], after[main])
             else:
                 measure, value_B = f"1 - cosine of {main}", 1 - output_cosine(before[main], after[main])
