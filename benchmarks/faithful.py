@@ -248,11 +248,7 @@ def splits(args: argparse.Namespace) -> dict[str, Any]:
         recipe = regsurgery.find(str(source), images=pool).recipe
         row: dict[str, Any] = {"neurons": _text_of(recipe), "registers": recipe.num_registers, "fill": recipe.fill}
         kept = Seen(original.logits[held_out], original.norms[held_out])
-        paper = next(one for one in recipe.provenance["sweep"] if one["paper"])
-        smallest: dict[int, list[int]] = {}
-        for block, neuron in paper["neurons"]:
-            smallest.setdefault(block, []).append(neuron)
-        settings = {"chosen": recipe, "paper": regsurgery.Recipe({b: tuple(n) for b, n in smallest.items()})}
+        settings = {"chosen": recipe, "paper": recipe.papers_setting() or recipe}
         for name, setting in settings.items():
             folder = args.scratch / f"split-{seed}-{name}"
             regsurgery.patch(str(source), folder, recipe=setting, verification=False)
@@ -361,11 +357,7 @@ def planted(args: argparse.Namespace) -> dict[str, Any]:
             "registers": recipe.num_registers,
             "fill": recipe.fill,
         }
-        smallest = next(one for one in recipe.provenance["sweep"] if one["paper"])["neurons"]
-        paper: dict[int, list[int]] = {}
-        for block, neuron in smallest:
-            paper.setdefault(block, []).append(neuron)
-        settings = {"chosen": recipe, "paper": regsurgery.Recipe({b: tuple(n) for b, n in sorted(paper.items())})}
+        settings = {"chosen": recipe, "paper": recipe.papers_setting() or recipe}
         if chosen - there:
             without = {b: tuple(n for n in ns if (b, n) in there) for b, ns in recipe.register_neurons.items()}
             settings["without others"] = regsurgery.Recipe(

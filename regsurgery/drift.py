@@ -26,7 +26,7 @@ from regsurgery.graph import starting_at
 from regsurgery.loading import Loaded
 from regsurgery.passes import apply_passes
 from regsurgery.passes.plan import plan_surgery
-from regsurgery.recipe import Recipe
+from regsurgery.recipe import Recipe, by_blocks
 from regsurgery.sites import Sites
 from regsurgery.statistics import robust_outliers, tap, token_norms
 from regsurgery.trace import Traced, tensor_inputs
@@ -245,11 +245,3 @@ def _with_fill(graph_module: fx.GraphModule, fill: str) -> fx.GraphModule:
         shift.kwargs = {**shift.kwargs, "fill": fill}
     other.recompile()
     return other
-
-
-def by_blocks(neurons: Sequence[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
-    """Block -> ascending neurons, blocks ascending, as a recipe has them."""
-    found: dict[int, list[int]] = {}
-    for block, neuron in sorted(neurons):
-        found.setdefault(block, []).append(neuron)
-    return {block: tuple(listed) for block, listed in found.items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -114,11 +114,8 @@ class Recipe:
         row = next((row for row in self.table() if row["paper"]), None)
         if row is None or row["chosen"]:
             return None
-        neurons: dict[int, list[int]] = {}
         try:
-            for block, neuron in row["neurons"]:
-                neurons.setdefault(block, []).append(neuron)
-            return _checked(Recipe({block: tuple(sorted(neurons[block])) for block in sorted(neurons)}), "sweep")
+            return _checked(Recipe(by_blocks([(block, neuron) for block, neuron in row["neurons"]])), "sweep")
         except (KeyError, TypeError, ValueError, RecipeError):  # a provenance may hold anything
             return None
 
@@ -147,6 +144,14 @@ class Recipe:
         return yaml.dump(
             self.as_dict(), Dumper=_PlainDumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True
         )
+
+
+def by_blocks(neurons: Sequence[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
+    """Block -> ascending neurons, blocks ascending, as a recipe has them."""
+    found: dict[int, list[int]] = {}
+    for block, neuron in sorted(neurons):
+        found.setdefault(block, []).append(neuron)
+    return {block: tuple(listed) for block, listed in found.items()}
 
 
 class _PlainDumper(yaml.SafeDumper):

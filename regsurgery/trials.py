@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, fx
 
 from regsurgery.comparison import Means, Run
-from regsurgery.drift import by_blocks
 from regsurgery.loading import Loaded
 from regsurgery.passes import apply_passes
 from regsurgery.passes.plan import plan_surgery
-from regsurgery.recipe import Recipe
+from regsurgery.recipe import Recipe, by_blocks
 from regsurgery.scores import Scorer, Sums, column_norms
 from regsurgery.sites import Sites
 from regsurgery.statistics import robust_outliers, tap, token_norms

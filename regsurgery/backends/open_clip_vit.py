@@ -150,15 +150,9 @@ def reload(
     folder: Path, config: dict[str, Any], *, stored: bool = False, image_size: tuple[int, int] | None = None
 ) -> nn.Module:
     """The patched model of `folder`, built by the folder's own file; `stored`: its weights stay on disk."""
-    from open_clip.model import resize_pos_embed
-
     options: dict[str, Any] = {} if image_size is None else {"force_image_size": image_size}
     if not stored:
         return import_modeling(folder).load(folder, **options)
     state = stored_state(weight_files(folder, WEIGHTS_NAME), torch.float32)
-    if image_size is not None:
-        with without_memory():
-            model = host_open_clip.stock_model(folder, **options)
-        resize_pos_embed(state, model)
     with without_memory():
         return import_modeling(folder).load(folder, state=state, **options)

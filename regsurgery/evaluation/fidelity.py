@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from regsurgery.comparison import kl_divergence, main_output, output_cosine
+from regsurgery.comparison import has_classes, kl_divergence, main_output, output_cosine
 from regsurgery.errors import UnsupportedModelError
 from regsurgery.evaluation import Result
 from regsurgery.evaluation.interval import Figures, Values
 from regsurgery.evaluation.pair import Pair
-from regsurgery.families import LOGIT_OUTPUTS
 from regsurgery.observing import Observation
 from regsurgery.statistics import outliers, token_norms
 
@@ -56,7 +55,7 @@ def drift(main: str, original: Mapping[str, Tensor], patched: Mapping[str, Tenso
     """Each image's drift of the output `main`, `[B]`; `same first class` is 1 where it is."""
     before, after = original[main], patched[main]
     found = {f"cosine of {main}": output_cosine(before, after)}
-    if main in LOGIT_OUTPUTS:
+    if has_classes(main, before):
         same_B = (before.argmax(-1) == after.argmax(-1)).float()
         found = {"KL divergence": kl_divergence(before, after), "same first class": same_B, **found}
     return found

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from regsurgery.comparison import kl_divergence, main_output, output_cosine
+from regsurgery.comparison import has_classes, kl_divergence, main_output, output_cosine
 from regsurgery.errors import UserError
 from regsurgery.evaluation import Result
 from regsurgery.evaluation.interval import Figures, Values
 from regsurgery.evaluation.pair import Pair
-from regsurgery.families import LOGIT_OUTPUTS
 from regsurgery.image_sources import UNREADABLE
 from regsurgery.runtime import signed_peak
 from regsurgery.statistics import outliers, tap, token_norms
@@ -113,7 +112,7 @@ def _changes(output: Tensor, changed: Tensor | None, name: str) -> dict[str, Ten
     """How far the output of each image moved; nothing where a stock host has not that output."""
     if changed is None:
         return {}
-    if name not in LOGIT_OUTPUTS:
+    if not has_classes(name, output):
         return {"cosine to the original": output_cosine(output, changed)}
     return {
         "KL to the original": kl_divergence(output, changed),

@@ -263,13 +263,21 @@ def test_the_papers_setting_is_a_control_where_another_was_chosen(tmp_path: Path
     assert of["patched"] < 0.2 * of["paper's setting"] < of["zeroed, no register"]
 
 
-def test_of_no_recipe_a_papers_setting_is_made_up(tmp_path: Path) -> None:
+def test_of_no_recipe_a_papers_setting_is_made_up() -> None:
     recipe = find_recipe("vit-tiny")
     paper = recipe.papers_setting()
     assert paper is not None and paper.register_neurons == {7: (417,)} and paper.num_registers == 1
     assert paper.papers_setting() is None and find_recipe("demo").papers_setting() is None
     rows = [dict(row, neurons="7:417") for row in recipe.table()]
     assert replace(recipe, provenance={"sweep": rows}).papers_setting() is None
+
+
+def test_logits_that_are_no_classes_are_compared_by_their_cosine(planted_picos: Any, tmp_path: Path) -> None:
+    planted: Planted = planted_picos(next(one for one in OTHERS if one.id == "hf-mae-pretraining"))
+    recipe = Recipe({block: tuple(neurons) for block, neurons in planted.neurons.items()})
+    regsurgery.patch(str(planted.folder), tmp_path / "out", recipe=recipe, num_images=8)
+    figures = {row.name for row in regsurgery.evaluate(tmp_path / "out", "fidelity", num_images=8).rows}
+    assert "cosine of logits" in figures and not figures & {"KL divergence", "same first class"}
 
 
 def clear(neurons: Any) -> Any:
