@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 import transformers
 
+from regsurgery.compiler.located import Located
+from regsurgery.compiler.match import match
+from regsurgery.compiler.surgery import perform
+from regsurgery.compiler.trace import trace
 from regsurgery.evaluation.timing import median, turns
-from regsurgery.loading import Loaded, load
-from regsurgery.match import match
+from regsurgery.frontends.load import load
+from regsurgery.frontends.loaded import Loaded
 from regsurgery.recipe import Recipe
-from regsurgery.surgery import perform
-from regsurgery.trace import trace
 
 WIDTH = 64
 RECIPE = Recipe({1: (3, 5)})
@@ -82,7 +84,7 @@ def _compile(loaded: Loaded, steps: Mapping[str, dict[str, float]], name: str) -
     marks.append(time.perf_counter())
     sites = match(traced)
     marks.append(time.perf_counter())
-    perform(loaded, RECIPE, traced, sites)
+    perform(Located(loaded, traced, sites), RECIPE)
     marks.append(time.perf_counter())
     for step, began, ended in zip(STEPS, marks, marks[1:], strict=False):
         steps[step][name] = ended - began

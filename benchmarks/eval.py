@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import regsurgery
-from regsurgery.evaluation import TASKS
-from regsurgery.evaluation.table import cells
+from regsurgery.evaluation.result import cells
+from regsurgery.evaluation.tasks import TASKS
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "norms": {"block": -2},

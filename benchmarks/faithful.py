@@ -43,7 +43,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 import regsurgery
-from regsurgery.loading import load, read_config
+from regsurgery.frontends.config import read_config
+from regsurgery.frontends.load import load
 
 BATCH = 25
 SPLITS, SEEDS = 10, 10
@@ -204,7 +205,7 @@ def _at_any_size(library: str, source: Path, folder: Path) -> tuple[nn.Module, n
         import timm
 
         original = timm.create_model(f"local-dir:{source}", pretrained=True, dynamic_img_size=True).eval()
-        code: dict[str, Any] = {"__name__": "patched"}
+        code: dict[str, Any] = {"__name__": "patched", "__file__": str(folder / "modeling_regsurgery.py")}
         exec((folder / "modeling_regsurgery.py").read_text("utf-8"), code)
         return original, code["load"](str(folder), dynamic_img_size=True).eval()
     return load(str(source)).model, regsurgery.load(folder)

@@ -53,18 +53,19 @@ from torch import Tensor, nn
 
 import regsurgery
 from benchmarks.processes import measure_processes
-from regsurgery.calibration import image_set
-from regsurgery.demo import plant
-from regsurgery.detect import MAX_CANDIDATES
-from regsurgery.diagnosis import diagnose
-from regsurgery.evaluation.interval import Estimate
+from regsurgery.compiler.located import Located
+from regsurgery.compiler.match import match
+from regsurgery.compiler.planting import plant
+from regsurgery.compiler.trace import tensor_inputs, trace
 from regsurgery.evaluation.timing import ratio, turns
-from regsurgery.finding import BATCH, PILOT_IMAGES
-from regsurgery.loading import load
-from regsurgery.match import match
-from regsurgery.pipeline import Progress
-from regsurgery.scores import Scorer, candidates
-from regsurgery.trace import tensor_inputs, trace
+from regsurgery.frontends.load import load
+from regsurgery.images.image_set import image_set
+from regsurgery.interval import Estimate
+from regsurgery.progress import Progress
+from regsurgery.search.diagnosis import diagnose
+from regsurgery.search.scores import Scorer, candidates
+from regsurgery.search.selection import MAX_CANDIDATES
+from regsurgery.search.shares import BATCH, PILOT_IMAGES
 
 # Of the suite: model and images of the timing, its rounds; images of the memory runs; images and rounds of processes.
 FORMS: dict[str, dict[str, Any]] = {
@@ -186,9 +187,9 @@ def measure_speed(
     traced = trace(loaded)
     sites = match(traced)
     pilot = image_set(None, PILOT_IMAGES)
-    block = diagnose(loaded, traced, sites, pilot, batch_size=BATCH).settled_block
+    block = diagnose(Located(loaded, traced, sites), pilot, batch_size=BATCH).settled_block
     assert block is not None, "the planted neurons make outliers"
-    scorer = Scorer(loaded, traced, sites, block)
+    scorer = Scorer(Located(loaded, traced, sites), block)
     batches = list(pilot.batches(BATCH, loaded.preprocess))[:ROUND_BATCHES]
     sums = scorer.new_sums()
     for batch in batches:
@@ -342,7 +343,7 @@ def measure_memory(folder: Path, last_block: int, num_images: int) -> dict[str, 
     """Stream `num_images` pictures through the scoring pass, in this process; sizes in MB."""
     loaded = load(str(folder))
     traced = trace(loaded)
-    scorer = Scorer(loaded, traced, match(traced), last_block)
+    scorer = Scorer(Located(loaded, traced, match(traced)), last_block)
     sums = scorer.new_sums()
     before = _resident_mb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from regsurgery.evaluation.interval import Estimate
+from regsurgery.interval import Estimate
 
 Figures = Mapping[str, Any]
 AGAIN = "original again"  # the original as if it were another model: a goal that is closer to 1 than this says little

@@ -30,9 +30,9 @@ from benchmarks.goals import AGAIN, LATENCY_GOALS
 from benchmarks.models import DTYPES, HOOKS, ORIGINAL, SHAPES, Workshop, on_device, runner, share_weights
 from benchmarks.profiling import where_the_time_goes
 from regsurgery.errors import RegsurgeryError
-from regsurgery.evaluation.interval import Estimate
 from regsurgery.evaluation.latency import peak
 from regsurgery.evaluation.timing import MIN_ROUNDS, ratio, turns
+from regsurgery.interval import Estimate
 
 # A group that fails is told, and the others still run.
 FAILURES = (RegsurgeryError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, OSError)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import regsurgery
 from benchmarks.hooks import hooked
-from regsurgery.calibration import image_set
+from regsurgery.images.image_set import image_set
 from regsurgery.recipe import Recipe
 
 ORIGINAL, HOOKS = "original", "hooks"

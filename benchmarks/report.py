@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.goals import AGAIN, VERDICTS, Verdict, estimate
 from benchmarks.suite import PARTS
-from regsurgery.evaluation.interval import Estimate
+from regsurgery.interval import Estimate
 
 Figures = Mapping[str, Any]
 MODES = ("shift", "native", "bias", "hooks")

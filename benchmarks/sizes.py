@@ -21,12 +21,16 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from regsurgery import backends, pipeline
-from regsurgery.comparison import kl_divergence
-from regsurgery.evaluation.pair import normalisation, pixels_of
-from regsurgery.loading import Loaded, load
-from regsurgery.patched import read_patched_config, rebuilt
+from regsurgery.commands.patch import patch
+from regsurgery.compiler.comparison import kl_divergence
+from regsurgery.frontends.libraries import frontend
+from regsurgery.frontends.load import load
+from regsurgery.frontends.loaded import Loaded
+from regsurgery.models import open_model
+from regsurgery.options import LoadOptions
 from regsurgery.recipe import Recipe
+from regsurgery.verification.pair import normalisation, pixels_of
+from regsurgery.verification.patched import read_patched_config, rebuilt
 
 BATCH = 8
 MARGIN = 1.1
@@ -55,7 +59,7 @@ def main() -> None:
                 _neurons(args.neurons), num_registers=number, num_patches=per, scale=(1.0,) * number
             )  # fmt: skip
             folder = Path(scratch) / str(index)
-            pipeline.patch(args.model, folder, recipe=recipe, verification=False)
+            patch(args.model, folder, recipe=recipe, verification=False)
             figures[name] = {str(size): _measured(loaded, folder, photos, size) for size in args.sizes}
             print(f"{name:28}" + "".join(f"{_text(found):>28}" for found in figures[name].values()), flush=True)
     if args.json:
@@ -69,13 +73,13 @@ def _neurons(listed: list[str]) -> dict[int, tuple[int, ...]]:
 
 
 def _num_patches(model: str) -> int:
-    _, _, sites = pipeline.load_and_locate(model, None, pipeline.Progress())
+    sites = open_model(model, LoadOptions()).sites
     return sites.num_tokens - sites.num_prefix
 
 
 @torch.no_grad()
 def _measured(loaded: Loaded, folder: Path, photos: list[Path], size: int) -> dict[str, Any]:
-    original = backends.library(loaded.library).at_size(loaded, (size, size))
+    original = frontend(loaded.library).at_size(loaded, (size, size))
     config = read_patched_config(folder, loaded.library)
     patched = rebuilt(folder, config, loaded.library, stored=False, image_size=(size, size))
     mean_311, scale_311 = normalisation(loaded)

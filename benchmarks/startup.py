@@ -23,7 +23,7 @@ from typing import Any
 
 import typer.main
 
-from regsurgery.cli import app
+from regsurgery.cli.app import app
 from regsurgery.errors import RegsurgeryError
 from regsurgery.evaluation.timing import median, turns
 

@@ -139,7 +139,7 @@ def make(folder: Path, gigabytes: float) -> None:
     from huggingface_hub import _local_folder
     from safetensors.torch import load_file, save_file
 
-    from regsurgery.checkpoint_io import sha256
+    from regsurgery.checkpoints.sums import sha256
 
     wide = width(gigabytes)
     transformers.utils.logging.disable_progress_bar()

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 IMAGES, BYTES = 14_197_122, 1.3e12  # ImageNet-22k (Fall 2011 release); the size of its JPEG files
-GPUS, WORKERS = 64, 8  # one process a GPU; decoding workers of each, `calibration.MAX_WORKERS`
+GPUS, WORKERS = 64, 8  # one process a GPU; decoding workers of each, `image_set.MAX_WORKERS`
 TAR_BYTES = 1e9  # of a WebDataset tar
 PILOT = 32  # images
 HEADER_BYTES, INDEX_SECONDS = 4100, 52e-6  # to look up one sample of a tar; measured, see docs/scale.md
@@ -78,9 +78,9 @@ def figures() -> dict[str, str]:
 
 
 def decode_seconds(model: str, where: Path) -> float:
-    from regsurgery.calibration import image_set
-    from regsurgery.image_sources import decode
-    from regsurgery.loading import load
+    from regsurgery.frontends.load import load
+    from regsurgery.images.decoding import decode
+    from regsurgery.images.image_set import image_set
 
     preprocess, images = load(model).preprocess, image_set(where)
     contents = [content for _, content in images.source.items(images.chosen)]

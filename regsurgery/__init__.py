@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from regsurgery.version import __version__
+
 __all__ = [
     "Recipe",
     "__version__",
@@ -34,36 +35,39 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from regsurgery.evaluation import evaluate
+    from regsurgery.commands.diff import diff
+    from regsurgery.commands.doctor import doctor
+    from regsurgery.commands.find import find, find_part
+    from regsurgery.commands.patch import patch
+    from regsurgery.commands.reproduce import reproduce
+    from regsurgery.commands.unpatch import unpatch
+    from regsurgery.commands.verify import verify
+    from regsurgery.evaluation.evaluate import evaluate
     from regsurgery.evaluation.observed import observe
-    from regsurgery.hub import push
-    from regsurgery.patched import load
-    from regsurgery.pipeline import doctor, find, find_part, patch, verify
-    from regsurgery.plots import plot_attention, plot_norm_maps, plot_norms, plot_shift_maps
+    from regsurgery.evaluation.plots import plot_attention, plot_norm_maps, plot_norms, plot_shift_maps
+    from regsurgery.hub.push import push
     from regsurgery.recipe import Recipe, find_recipe
-    from regsurgery.reporting import report
-    from regsurgery.reproducing import reproduce
-    from regsurgery.restoring import unpatch
-    from regsurgery.tensor_diff import diff
+    from regsurgery.reporting.report import report
+    from regsurgery.verification.patched import load
 
 _WHERE = {
-    "doctor": "pipeline",
-    "find": "pipeline",
-    "find_part": "pipeline",
-    "patch": "pipeline",
-    "verify": "pipeline",
-    "evaluate": "evaluation",
+    "doctor": "commands.doctor",
+    "find": "commands.find",
+    "find_part": "commands.find",
+    "patch": "commands.patch",
+    "verify": "commands.verify",
+    "evaluate": "evaluation.evaluate",
     "observe": "evaluation.observed",
-    "plot_norms": "plots",
-    "plot_shift_maps": "plots",
-    "plot_norm_maps": "plots",
-    "plot_attention": "plots",
-    "unpatch": "restoring",
-    "report": "reporting",
-    "reproduce": "reproducing",
-    "diff": "tensor_diff",
-    "load": "patched",
-    "push": "hub",
+    "plot_norms": "evaluation.plots",
+    "plot_shift_maps": "evaluation.plots",
+    "plot_norm_maps": "evaluation.plots",
+    "plot_attention": "evaluation.plots",
+    "unpatch": "commands.unpatch",
+    "report": "reporting.report",
+    "reproduce": "commands.reproduce",
+    "diff": "commands.diff",
+    "load": "verification.patched",
+    "push": "hub.push",
     "Recipe": "recipe",
     "find_recipe": "recipe",
 }

@@ -15,7 +15,7 @@ def run() -> None:
     That goes over all of torch and takes 2 s.
     """
     try:
-        from regsurgery.cli import main
+        from regsurgery.cli.app import main
 
         main()
     except KeyboardInterrupt:  # while the command line was imported

@@ -6,10 +6,7 @@ do next. The command line prints it without a traceback. Anything else is a bug 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from regsurgery.diagnosis import Diagnosis
+from typing import Any
 
 EXIT_OK = 0
 EXIT_VERIFICATION_FAILED = 1
@@ -61,11 +58,15 @@ class VerificationError(RegsurgeryError):
 
 
 class NothingToFixError(RegsurgeryError):
-    """Surgery is not the cure: there are no outliers, or no neurons cause them; `diagnosis` says which."""
+    """Surgery is not the cure: there are no outliers, or no neurons cause them; `diagnosis` says which.
+
+    Attributes:
+        diagnosis: a `search.diagnosis.Diagnosis`, which this file, below all others, does not import.
+    """
 
     exit_code = EXIT_NOTHING_TO_FIX
 
-    def __init__(self, diagnosis: Diagnosis) -> None:
+    def __init__(self, diagnosis: Any) -> None:
         super().__init__(diagnosis.reason)
         self.diagnosis = diagnosis
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
+from regsurgery.modes import Mode
+
 
 @dataclass(frozen=True)
 class Family:
@@ -30,9 +32,9 @@ class Family:
     any_size: bool = True
     placement: str = "end"
 
-    def formats(self, mode: str) -> tuple[str, ...]:
+    def formats(self, mode: Mode) -> tuple[str, ...]:
         """What `--format` can be in `mode`."""
-        return (*(self.native if mode == "native" else (self.library,)), "pt2", "onnx")
+        return (*(self.native if mode.stock else (self.library,)), "pt2", "onnx")
 
 
 @dataclass(frozen=True)

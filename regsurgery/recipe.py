@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import yaml
 
 from regsurgery.errors import RecipeError, did_you_mean
+from regsurgery.modes import MODES, Mode
 
 RECIPE_NAME = "recipe.yaml"  # in a patched folder
 SCHEMA = 1
@@ -23,7 +24,6 @@ MAX_REGISTERS = 64
 MAX_BYTES = 1 << 16  # a second of parsing
 MAX_INDEX = 2**31 - 1
 MAX_DEPTH = 64
-MODES = ("shift", "native", "bias")
 FILLS = ("zero", "mean", "outliers", "keep")
 PREFIXES = ("keep", "fill")
 COMPATS = ("none", "reference")
@@ -39,9 +39,9 @@ class Recipe:
         model: the Hub id or name that the recipe was made for; a mismatch is a warning.
         num_registers: register tokens to append; 0 only with no neurons.
         num_patches: the number of patches that `num_registers` was chosen for; with it a model of mode shift appends
-            more of them for larger images, see `runtime.registers_for`. None: always `num_registers`.
-        mode: what is written; see `MODES`.
-        fill, prefix, compat: options of `runtime.neuron_shift`.
+            more of them for larger images, see `runtime.surgery.registers_for`. None: always `num_registers`.
+        mode: what is written, a name in `modes.MODES`.
+        fill, prefix, compat: options of `runtime.surgery.neuron_shift`.
         scale: one factor a register.
         provenance: who found the neurons, on what, with which figures; echoed, never interpreted.
     """
@@ -56,6 +56,11 @@ class Recipe:
     compat: str = "none"
     scale: tuple[float, ...] = (1.0,)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> Mode:
+        """The mode, as the stages ask for it."""
+        return MODES[self.mode]
 
     @property
     def num_neurons(self) -> int:
@@ -74,8 +79,9 @@ class Recipe:
 
         Only in mode shift the number of registers follows the image size.
         """
-        fill = "zero" if mode == "native" else self.fill
-        num_patches = self.num_patches if mode == "shift" else None
+        kind = MODES[mode]
+        fill = "zero" if kind.stock else self.fill
+        num_patches = self.num_patches if kind.follows_size else None
         return _checked(replace(self, mode=mode, fill=fill, num_patches=num_patches), "--mode")
 
     def changes_since_found(self) -> tuple[str, ...]:
@@ -358,16 +364,16 @@ def _checked(recipe: Recipe, where: str) -> Recipe:
             f"{where}: num_registers is 0 but neurons are listed; clearing them with no register to take their place "
             "harms the model: set num_registers to 1"
         )
-    if recipe.mode == "native" and (recipe.fill != "zero" or recipe.compat != "none" or len(set(recipe.scale)) > 1):
+    if recipe.kind.stock and (recipe.fill != "zero" or recipe.compat != "none" or len(set(recipe.scale)) > 1):
         raise RecipeError(f"{where}: mode native needs fill: zero, compat: none and one scale for all registers")
     if recipe.num_patches is not None and (
-        recipe.mode != "shift" or recipe.compat != "none" or len(set(recipe.scale)) != 1
+        not recipe.kind.follows_size or recipe.compat != "none" or len(set(recipe.scale)) != 1
     ):
         raise RecipeError(
             f"{where}: num_patches needs mode: shift, compat: none, at least one register and one scale for all "
             "registers; leave it out for as many registers at every image size"
         )
-    if recipe.mode != "shift" and not recipe.register_neurons:
+    if recipe.kind.fitted and not recipe.register_neurons:
         raise RecipeError(f"{where}: mode {recipe.mode} needs register neurons")
     if len(recipe.scale) != recipe.num_registers:
         raise RecipeError(f"{where}: scale lists {len(recipe.scale)} numbers for {recipe.num_registers} register(s)")

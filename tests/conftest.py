@@ -18,12 +18,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from regsurgery import cli, pipeline
-from regsurgery.calibration import image_set
-from regsurgery.demo import plant, write_demo
-from regsurgery.loading import Loaded, load
-from regsurgery.sites import Sites
-from regsurgery.trace import Traced, tensor_inputs
+from regsurgery.cli.app import main
+from regsurgery.compiler.located import Located
+from regsurgery.compiler.planting import plant
+from regsurgery.compiler.sites import Sites
+from regsurgery.compiler.trace import Traced, tensor_inputs
+from regsurgery.demo import write_demo
+from regsurgery.frontends.load import load
+from regsurgery.frontends.loaded import Loaded
+from regsurgery.images.image_set import image_set
+from regsurgery.models import locate
+from regsurgery.progress import Progress
 from tests.commands import Done
 from tests.picos import PICOS, Pico
 
@@ -78,7 +83,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def in_process(*args: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["regsurgery", *map(str, args)])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main()
         captured = capsys.readouterr()
         return Done(int(ended.value.code or 0), captured.out, captured.err)
 
@@ -102,10 +107,20 @@ class Planted:
 
     pico: Pico
     folder: Path
-    loaded: Loaded
-    traced: Traced
-    sites: Sites
+    located: Located
     neurons: dict[int, list[int]]
+
+    @property
+    def loaded(self) -> Loaded:
+        return self.located.loaded
+
+    @property
+    def traced(self) -> Traced:
+        return self.located.traced
+
+    @property
+    def sites(self) -> Sites:
+        return self.located.sites
 
 
 @pytest.fixture(scope="session")
@@ -125,16 +140,16 @@ def build_planted(pico: Pico, folder: Path) -> Planted:
     pico.build(folder)
     pico.publish(folder)
     loaded = load(str(folder))
-    traced, sites = pipeline.located(loaded, pipeline.Progress())
+    located = locate(loaded, Progress())
     inputs = tensor_inputs(loaded, next(image_set(None, 8).batches(8, loaded.preprocess)))
-    neurons = plant(traced, sites, inputs, PLANTED)
+    neurons = plant(located.traced, located.sites, inputs, PLANTED)
     (path,) = loaded.weights
     if loaded.library == "transformers":
         loaded.model.save_pretrained(folder)
         pico.publish(folder)
     else:
         save_file({name: value.clone() for name, value in loaded.model.state_dict().items()}, path)
-    return Planted(pico, folder, loaded, traced, sites, neurons)
+    return Planted(pico, folder, located, neurons)
 
 
 @pytest.fixture(scope="session")

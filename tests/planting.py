@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from regsurgery.calibration import image_set
-from regsurgery.demo import GAIN, PEAK, plant
-from regsurgery.loading import load
-from regsurgery.match import match
-from regsurgery.mlp import mlp_of
-from regsurgery.sites import Block, Sites
-from regsurgery.statistics import tap, token_norms
-from regsurgery.trace import Traced, tensor_inputs, trace
+from regsurgery.compiler.match import match
+from regsurgery.compiler.mlp import mlp_of
+from regsurgery.compiler.outliers import token_norms
+from regsurgery.compiler.planting import GAIN, PEAK, plant
+from regsurgery.compiler.sites import Block, Sites
+from regsurgery.compiler.taps import tap
+from regsurgery.compiler.trace import Traced, tensor_inputs, trace
+from regsurgery.frontends.load import load
+from regsurgery.images.image_set import image_set
 
 PLANTING_IMAGES = 32
 OUTLIERS = 8.0  # per image at most, over all planted neurons

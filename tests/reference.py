@@ -1,6 +1,6 @@
 """The surgery as a person would do it with runtime hooks: the independent reference of the parity gate.
 
-Nothing is shared with `regsurgery.runtime`; the shift is written neuron by neuron.
+Nothing is shared with `regsurgery.runtime.surgery`; the shift is written neuron by neuron.
 """
 
 from __future__ import annotations

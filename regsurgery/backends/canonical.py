@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from regsurgery.errors import UnsupportedModelError
-from regsurgery.loading import Loaded
+from regsurgery.frontends.loaded import Loaded
 
 if TYPE_CHECKING:
-    from regsurgery.surgery import Surgery
+    from regsurgery.compiler.surgery import Surgery
 
 TIMM_ENTRY = {1e-6: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}  # by the eps of their norms
 BICUBIC, BILINEAR = 3, 2  # of PIL

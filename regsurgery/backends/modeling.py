@@ -8,22 +8,23 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import regsurgery.runtime
-from regsurgery.checkpoint_io import weights_dtype, write_json, write_weights
+from regsurgery.checkpoints.safetensors_file import weights_dtype
+from regsurgery.checkpoints.writing import write_json, write_weights
 from regsurgery.errors import CheckpointError
+from regsurgery.runtime import surgery
 
 if TYPE_CHECKING:
-    from regsurgery.surgery import Surgery
+    from regsurgery.compiler.surgery import Surgery
 
 FILE_NAME = "modeling_regsurgery.py"
 
 
 def modeling_source(host: ModuleType, tail: str = "") -> str:
-    """The source of the loader file: `runtime.py`, the host's loader module, and `tail`.
+    """The source of the loader file: `runtime/surgery.py`, the host's loader module, and `tail`.
 
     Of the host's module the docstring and the imports of regsurgery are left out; what it imports is above it by then.
     """
-    runtime = Path(regsurgery.runtime.__file__).read_text("utf-8")
+    runtime = Path(surgery.__file__).read_text("utf-8")
     assert host.__file__ is not None
     source = Path(host.__file__).read_text("utf-8")
     lines = source.splitlines()

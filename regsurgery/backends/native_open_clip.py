@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from regsurgery.backends import WEIGHTS_NAMES, Snippets, host_open_clip, native_timm
+from regsurgery.backends import native_timm
 from regsurgery.backends.canonical import TRUNK, canonical, config_block
 from regsurgery.backends.native_timm import tower_tensors, write_config
-from regsurgery.backends.open_clip_vit import UNLOADABLE, stored_model
-from regsurgery.checkpoint_io import weight_files, write_json, write_tensors
+from regsurgery.checkpoints.reading import weight_files
+from regsurgery.checkpoints.writing import write_json, write_tensors
 from regsurgery.errors import CheckpointError, UnsupportedModelError
+from regsurgery.formats import WEIGHTS_NAMES, Snippets
+from regsurgery.frontends.open_clip import UNLOADABLE, stored_model
+from regsurgery.runtime.open_clip import stock_model
 
 if TYPE_CHECKING:
-    from regsurgery.loading import Loaded
-    from regsurgery.surgery import Surgery
+    from regsurgery.compiler.surgery import Surgery
+    from regsurgery.frontends.loaded import Loaded
 
 WEIGHTS_NAME = WEIGHTS_NAMES["open_clip"]
 CONFIG_NAME = "open_clip_config.json"
@@ -89,7 +92,7 @@ def reload(folder: Path, config: dict[str, Any], *, stored: bool = False) -> nn.
         try:
             if stored:
                 return stored_model(scratch, weight_files(folder, WEIGHTS_NAME)).eval()
-            model: Any = host_open_clip.stock_model(scratch)
+            model: Any = stock_model(scratch)
             open_clip.load_checkpoint(model, str(folder / WEIGHTS_NAME), strict=True)
         except UNLOADABLE as error:
             raise CheckpointError(

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from regsurgery.backends import WEIGHTS_NAMES, Snippets
 from regsurgery.backends.canonical import Canonical, canonical, config_block, stock_tower
-from regsurgery.backends.timm_vit import stored_model
-from regsurgery.checkpoint_io import weight_files, weights_dtype, write_json, write_tensors
+from regsurgery.checkpoints.reading import weight_files
+from regsurgery.checkpoints.safetensors_file import weights_dtype
+from regsurgery.checkpoints.writing import write_json, write_tensors
 from regsurgery.errors import CheckpointError, UnsupportedModelError
+from regsurgery.formats import WEIGHTS_NAMES, Snippets
+from regsurgery.frontends.timm import stored_model
 
 if TYPE_CHECKING:
-    from regsurgery.loading import Loaded
-    from regsurgery.surgery import Surgery
+    from regsurgery.compiler.surgery import Surgery
+    from regsurgery.frontends.loaded import Loaded
 
 WEIGHTS_NAME = WEIGHTS_NAMES["timm"]
 CONFIG_NAME = "config.json"

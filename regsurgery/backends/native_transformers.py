@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from regsurgery.backends import WEIGHTS_NAMES, Snippets
 from regsurgery.backends.canonical import (
     BICUBIC,
     BILINEAR,
@@ -21,14 +20,16 @@ from regsurgery.backends.canonical import (
     config_block,
     stock_tower,
 )
-from regsurgery.backends.hf_transformers import UNLOADABLE, from_pretrained
 from regsurgery.backends.native_timm import blank_registers, token_kinds
-from regsurgery.checkpoint_io import weight_files, write_json, write_sharded
+from regsurgery.checkpoints.reading import weight_files
+from regsurgery.checkpoints.writing import write_json, write_sharded
 from regsurgery.errors import CheckpointError, UnsupportedModelError
+from regsurgery.formats import WEIGHTS_NAMES, Snippets
+from regsurgery.frontends.transformers import UNLOADABLE, from_pretrained
 
 if TYPE_CHECKING:
-    from regsurgery.loading import Loaded
-    from regsurgery.surgery import Surgery
+    from regsurgery.compiler.surgery import Surgery
+    from regsurgery.frontends.loaded import Loaded
 
 WEIGHTS_NAME = WEIGHTS_NAMES["transformers"]
 CONFIG_NAME = "config.json"

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from regsurgery.checkpoint_io import write_json
+from regsurgery.checkpoints.writing import write_json
+from regsurgery.compiler.passes.spec import CALLABLES
+from regsurgery.compiler.trace import EXAMPLE_BATCH
 from regsurgery.errors import CheckpointError, PassError
-from regsurgery.passes.spec import CALLABLES
-from regsurgery.trace import EXAMPLE_BATCH
 
 if TYPE_CHECKING:
-    from regsurgery.backends import Snippets
-    from regsurgery.surgery import Surgery
+    from regsurgery.compiler.surgery import Surgery
+    from regsurgery.formats import Snippets
 
 PROGRAM_NAME = "model.pt2"
 CONFIG_NAME = "regsurgery.json"

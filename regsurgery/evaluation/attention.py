@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regsurgery.evaluation import Result
-from regsurgery.evaluation.interval import Figures, Values
-from regsurgery.evaluation.pair import Pair
-from regsurgery.observing import Observation, check_block
+from regsurgery.evaluation.result import Result
+from regsurgery.interval import Figures, Values
+from regsurgery.verification.observing import Observation, check_block
+from regsurgery.verification.pair import Pair
 
 if TYPE_CHECKING:
-    from regsurgery.calibration import ImageSet
-    from regsurgery.pipeline import Progress
+    from regsurgery.images.image_set import ImageSet
+    from regsurgery.progress import Progress
 
 ALL = "all"
 

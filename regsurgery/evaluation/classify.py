@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from regsurgery.errors import UserError
-from regsurgery.evaluation import Result
-from regsurgery.evaluation.interval import Figures, Values
 from regsurgery.evaluation.labels import labels_of
-from regsurgery.evaluation.pair import Pair
+from regsurgery.evaluation.result import Result
 from regsurgery.evaluation.zero_shot import class_embeddings, zero_shot_logits
 from regsurgery.families import LOGIT_OUTPUTS
+from regsurgery.interval import Figures, Values
+from regsurgery.verification.pair import Pair
 
 if TYPE_CHECKING:
-    from regsurgery.calibration import ImageSet
-    from regsurgery.pipeline import Progress
+    from regsurgery.images.image_set import ImageSet
+    from regsurgery.progress import Progress
 
 TOPS = (1, 5)
 

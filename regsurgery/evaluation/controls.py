@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regsurgery.comparison import main_output
+from regsurgery.compiler.comparison import main_output
+from regsurgery.compiler.outliers import outliers, token_norms
+from regsurgery.compiler.passes.pipeline import apply_passes
+from regsurgery.compiler.passes.plan import plan_surgery
 from regsurgery.errors import UserError
-from regsurgery.evaluation import Result
 from regsurgery.evaluation.fidelity import drift, shared_output
-from regsurgery.evaluation.interval import Figures, Values
-from regsurgery.evaluation.pair import Pair
-from regsurgery.observing import Observation, Observer, Subject
-from regsurgery.passes import apply_passes
-from regsurgery.passes.plan import plan_surgery
+from regsurgery.evaluation.result import Result
+from regsurgery.interval import Figures, Values
 from regsurgery.recipe import Recipe
-from regsurgery.statistics import outliers, token_norms
-from regsurgery.verification import Side
+from regsurgery.verification.observing import Observation, Observer, Subject
+from regsurgery.verification.pair import Pair
+from regsurgery.verification.side import Side
 
 if TYPE_CHECKING:
-    from regsurgery.calibration import ImageSet
-    from regsurgery.pipeline import Progress
+    from regsurgery.images.image_set import ImageSet
+    from regsurgery.progress import Progress
 
 PATCHED, PAPER, RANDOM, ZEROED = "patched", "paper's setting", "random neurons", "zeroed, no register"
 

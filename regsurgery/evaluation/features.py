@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regsurgery.calibration import ImageSet
 from regsurgery.errors import UserError
-from regsurgery.evaluation.interval import Figures, Values
 from regsurgery.evaluation.labels import labels_of
-from regsurgery.evaluation.pair import Pair
-from regsurgery.observing import Observation, check_block
+from regsurgery.images.image_set import ImageSet
+from regsurgery.interval import Figures, Values
+from regsurgery.verification.observing import Observation, check_block
+from regsurgery.verification.pair import Pair
 
 if TYPE_CHECKING:
-    from regsurgery.pipeline import Progress
+    from regsurgery.progress import Progress
 
 POOLINGS = ("cls", "mean")
 CHUNK = 512  # images whose resamples are drawn at a time

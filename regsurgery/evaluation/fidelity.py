@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from regsurgery.comparison import has_classes, kl_divergence, main_output, output_cosine
+from regsurgery.compiler.comparison import has_classes, kl_divergence, main_output, output_cosine
+from regsurgery.compiler.outliers import outliers, token_norms
 from regsurgery.errors import UnsupportedModelError
-from regsurgery.evaluation import Result
-from regsurgery.evaluation.interval import Figures, Values
-from regsurgery.evaluation.pair import Pair
-from regsurgery.observing import Observation
-from regsurgery.statistics import outliers, token_norms
+from regsurgery.evaluation.result import Result
+from regsurgery.interval import Figures, Values
+from regsurgery.verification.observing import Observation
+from regsurgery.verification.pair import Pair
 
 if TYPE_CHECKING:
-    from regsurgery.calibration import ImageSet
-    from regsurgery.pipeline import Progress
+    from regsurgery.images.image_set import ImageSet
+    from regsurgery.progress import Progress
 
 
 def evaluate(pair: Pair, images: ImageSet, *, progress: Progress, seed: int) -> Result:

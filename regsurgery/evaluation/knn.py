@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from regsurgery.errors import UserError
-from regsurgery.evaluation import Result
 from regsurgery.evaluation.features import add_hits, default_pooling, labelled_features
-from regsurgery.evaluation.interval import Figures
-from regsurgery.evaluation.pair import Pair
 from regsurgery.evaluation.probe import baseline
+from regsurgery.evaluation.result import Result
+from regsurgery.interval import Figures
+from regsurgery.verification.pair import Pair
 
 if TYPE_CHECKING:
-    from regsurgery.calibration import ImageSet
-    from regsurgery.pipeline import Progress
+    from regsurgery.images.image_set import ImageSet
+    from regsurgery.progress import Progress
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
@@ -47,7 +47,7 @@ def evaluate(
     Raises:
         UserError: the images have no labels, or no class has two and there is no `train`.
     """
-    from regsurgery.calibration import image_set
+    from regsurgery.images.image_set import image_set
 
     if neighbours < 1:
         raise UserError(f"eval knn: {neighbours} neighbours; at least one is needed")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from regsurgery.errors import UserError
 
 if TYPE_CHECKING:
-    from regsurgery.calibration import ImageSet
+    from regsurgery.images.image_set import ImageSet
 
 NUMBERED = re.compile(r"(\d+)_")
 

@@ -16,18 +16,18 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from regsurgery import backends
+from regsurgery.compiler.trace import tensor_inputs
 from regsurgery.errors import UserError
-from regsurgery.evaluation import Result
-from regsurgery.evaluation.interval import Estimate, Row
-from regsurgery.evaluation.pair import Pair
+from regsurgery.evaluation.result import Result
 from regsurgery.evaluation.timing import MIN_ROUNDS, median, ratio, turns
-from regsurgery.patched import reloaded
-from regsurgery.trace import tensor_inputs
+from regsurgery.formats import LIBRARIES
+from regsurgery.interval import Estimate, Row
+from regsurgery.verification.pair import Pair
+from regsurgery.verification.patched import reloaded
 
 if TYPE_CHECKING:
-    from regsurgery.calibration import ImageSet
-    from regsurgery.pipeline import Progress
+    from regsurgery.images.image_set import ImageSet
+    from regsurgery.progress import Progress
 
 MEGABYTE = 1e6
 
@@ -74,7 +74,7 @@ def _runs(pair: Pair, pixels: Tensor) -> tuple[Callable[[], Any], Callable[[], A
     if pair.is_same:
         return lambda: loaded.call(loaded.model, pixels), lambda: loaded.call(loaded.model, pixels)
     root = Path(pair.folder)
-    if pair.format not in backends.LIBRARIES:
+    if pair.format not in LIBRARIES:
         module = reloaded(root, pair.format)
         inputs = tensor_inputs(loaded, pixels)
         return lambda: pair.traced.graph_module(*inputs), lambda: module(*inputs)

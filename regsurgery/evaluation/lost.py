@@ -15,21 +15,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from regsurgery.errors import UserError
-from regsurgery.evaluation import Result
 from regsurgery.evaluation.discovery import boxes, found
-from regsurgery.evaluation.interval import Figures, Row, Values
 from regsurgery.evaluation.own_size import by_size
-from regsurgery.evaluation.pair import Pair
+from regsurgery.evaluation.result import Result
 from regsurgery.evaluation.voc import boxes_of_image
-from regsurgery.observing import Observation, check_block
-from regsurgery.verdict_text import share_text
+from regsurgery.interval import Figures, Row, Values
+from regsurgery.verification.observing import Observation, check_block
+from regsurgery.verification.pair import Pair
+from regsurgery.verification.verdict_text import share_text
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from regsurgery.calibration import ImageSet
-    from regsurgery.pipeline import Progress
+    from regsurgery.images.image_set import ImageSet
+    from regsurgery.progress import Progress
 
 LAST_BLOCKS = 4
 KINDS = ("queries", "keys", "values")

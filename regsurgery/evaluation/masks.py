@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from regsurgery.calibration import ImageSet
 from regsurgery.errors import UserError
-from regsurgery.evaluation.pair import Pair, normalisation, pixels_of
-from regsurgery.image_sources import UNREADABLE, decode
+from regsurgery.images.decoding import decode
+from regsurgery.images.image_set import ImageSet
+from regsurgery.images.sources import UNREADABLE
+from regsurgery.verification.pair import Pair, normalisation, pixels_of
 
 FOLDERS = ("SegmentationClass", "masks")
 IGNORED = 255

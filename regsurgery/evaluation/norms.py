@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from regsurgery.evaluation import Result
-from regsurgery.evaluation.interval import Figures, Values
-from regsurgery.evaluation.pair import Pair
-from regsurgery.observing import check_block
-from regsurgery.statistics import outliers, token_norms
+from regsurgery.compiler.outliers import outliers, token_norms
+from regsurgery.evaluation.result import Result
+from regsurgery.interval import Figures, Values
+from regsurgery.verification.observing import check_block
+from regsurgery.verification.pair import Pair
 
 if TYPE_CHECKING:
-    from regsurgery.calibration import ImageSet
-    from regsurgery.pipeline import Progress
+    from regsurgery.images.image_set import ImageSet
+    from regsurgery.progress import Progress
 
 
 def evaluate(pair: Pair, images: ImageSet, *, progress: Progress, seed: int, block: int | None = None) -> Result:

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from regsurgery.calibration import image_set
 from regsurgery.errors import UserError
-from regsurgery.evaluation.pair import BATCH, Pair, normalisation, open_pair
-from regsurgery.observing import WHAT, Observer, Subject
+from regsurgery.images.image_set import image_set
+from regsurgery.verification.observing import WHAT, Observer, Subject
+from regsurgery.verification.pair import BATCH, Pair, normalisation, open_pair
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from regsurgery.loading import LoadOptions
+    from regsurgery.options import LoadOptions
 
 SIDES = ("original", "patched")
 
@@ -72,7 +72,7 @@ def observe(
     original: str | None = None,
     num_images: int | None = None,
     batch_size: int = BATCH,
-    options: LoadOptions | None = None,
+    load: LoadOptions | None = None,
 ) -> Observed:
     """Look into a model while it sees images, batched and on its device.
 
@@ -88,13 +88,14 @@ def observe(
         side: of a patched folder, `patched` or `original`.
         original: MODEL that was patched, where the folder cannot restore it.
         num_images: of a source of images, at most that many.
+        load: what is allowed while loading.
 
     Raises:
         UserError: there is no such side, block or thing to observe, or the input is at fault; see `errors`.
     """
     if side not in SIDES:
         raise UserError(f"side '{side}': not one of {', '.join(SIDES)}")
-    with open_pair(model, original, options) as pair:
+    with open_pair(model, original, load) as pair:
         subject = pair.patched if side == "patched" else pair.original
         chosen = range(subject.num_blocks) if blocks is None else blocks
         return observed(pair, subject, _batches(pair, images, num_images, batch_size), chosen, what)

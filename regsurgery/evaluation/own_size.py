@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from PIL import Image
 
-from regsurgery.calibration import ImageSet
 from regsurgery.errors import UserError
-from regsurgery.evaluation.pair import Batch, Pair, normalisation, pixels_of
-from regsurgery.image_sources import UNREADABLE, Content, Item, decode
+from regsurgery.images.decoding import decode
+from regsurgery.images.image_set import ImageSet
+from regsurgery.images.sources import UNREADABLE, Content, Item
+from regsurgery.verification.pair import Batch, Pair, normalisation, pixels_of
 
 BATCH_PATCHES = 6144  # of one batch; more are no faster on a CPU
 Size = tuple[int, int]

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from regsurgery.evaluation.interval import RESAMPLES, Row, from_resamples
 from regsurgery.evaluation.masks import IGNORED, Batch
+from regsurgery.interval import RESAMPLES, Row, from_resamples
 
 MAX_STEPS = 300
 STARTS = 4  # of k-means; the best is kept

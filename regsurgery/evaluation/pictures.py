@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regsurgery import plots
 from regsurgery.errors import OutputError, UserError
 from regsurgery.evaluation.observed import Observed, observed
-from regsurgery.evaluation.pair import Pair
+from regsurgery.evaluation.plots import plot_attention, plot_norm_maps, plot_norms, plot_shift_maps
+from regsurgery.verification.pair import Pair
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from regsurgery.calibration import ImageSet
-    from regsurgery.evaluation import Evaluation
+    from regsurgery.evaluation.result import Evaluation
+    from regsurgery.images.image_set import ImageSet
 
 EXAMPLES = 4  # images that maps are drawn of
 DPI = 150
@@ -43,15 +43,15 @@ def write_pictures(task: str, evaluation: Evaluation, pair: Pair, images: ImageS
     figures: dict[Path, Figure] = {}
     block = evaluation.settings.get("block")
     if task == "norms":
-        figures[png] = plots.plot_norms(evaluation)
+        figures[png] = plot_norms(evaluation)
         where = pair.sites.probe_block if block is None else block
         both = _examples(pair, images, where, "blocks")
-        figures[png.with_name(f"{png.stem}-maps{png.suffix}")] = plots.plot_norm_maps(*both, block=where)
+        figures[png.with_name(f"{png.stem}-maps{png.suffix}")] = plot_norm_maps(*both, block=where)
     elif task == "shift-map":
-        figures[png] = plots.plot_shift_maps(evaluation)
+        figures[png] = plot_shift_maps(evaluation)
     else:
         where = pair.original.num_blocks - 1 if block is None else block
-        figures[png] = plots.plot_attention(*_examples(pair, images, where, "attention"), block=where)
+        figures[png] = plot_attention(*_examples(pair, images, where, "attention"), block=where)
     for path, figure in figures.items():
         try:
             figure.savefig(path, dpi=DPI, metadata={"Software": None})

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from regsurgery.errors import UserError
-from regsurgery.evaluation import Result
 from regsurgery.evaluation.features import add_hits, default_pooling, labelled_features
-from regsurgery.evaluation.interval import Figures
-from regsurgery.evaluation.pair import Pair
-from regsurgery.verdict_text import share_text
+from regsurgery.evaluation.result import Result
+from regsurgery.interval import Figures
+from regsurgery.verification.pair import Pair
+from regsurgery.verification.verdict_text import share_text
 
 if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
 
-    from regsurgery.calibration import ImageSet
-    from regsurgery.pipeline import Progress
+    from regsurgery.images.image_set import ImageSet
+    from regsurgery.progress import Progress
 
 FOLDS = 5
 MAX_STEPS = 1000
@@ -47,7 +47,7 @@ def evaluate(
     Raises:
         UserError: the images have no labels, are of one class, or one class has a single image and there is no `train`.
     """
-    from regsurgery.calibration import image_set
+    from regsurgery.images.image_set import image_set
 
     features = features or default_pooling(pair)
     tested, labels_S = labelled_features(pair, images, features, block, progress)

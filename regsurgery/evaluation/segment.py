@@ -12,15 +12,15 @@ import numpy as np
 import torch.nn.functional as F
 
 from regsurgery.errors import UserError
-from regsurgery.evaluation import Result
 from regsurgery.evaluation.masks import IGNORED, Batch, batches, with_masks
-from regsurgery.evaluation.pair import Pair
 from regsurgery.evaluation.patch_probe import Samples, Sums
-from regsurgery.observing import check_block
+from regsurgery.evaluation.result import Result
+from regsurgery.verification.observing import check_block
+from regsurgery.verification.pair import Pair
 
 if TYPE_CHECKING:
-    from regsurgery.calibration import ImageSet
-    from regsurgery.pipeline import Progress
+    from regsurgery.images.image_set import ImageSet
+    from regsurgery.progress import Progress
 
 METHODS = ("linear", "kmeans")
 FOLDS = 3

@@ -13,19 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from regsurgery.comparison import has_classes, kl_divergence, main_output, output_cosine
+from regsurgery.compiler.comparison import has_classes, kl_divergence, main_output, output_cosine
+from regsurgery.compiler.outliers import outliers, token_norms
+from regsurgery.compiler.taps import tap
+from regsurgery.compiler.trace import tensor_inputs
 from regsurgery.errors import UserError
-from regsurgery.evaluation import Result
-from regsurgery.evaluation.interval import Figures, Values
-from regsurgery.evaluation.pair import Pair
-from regsurgery.image_sources import UNREADABLE
-from regsurgery.runtime import signed_peak
-from regsurgery.statistics import outliers, tap, token_norms
-from regsurgery.trace import tensor_inputs
+from regsurgery.evaluation.result import Result
+from regsurgery.images.sources import UNREADABLE
+from regsurgery.interval import Figures, Values
+from regsurgery.runtime.surgery import signed_peak
+from regsurgery.verification.pair import Pair
 
 if TYPE_CHECKING:
-    from regsurgery.calibration import ImageSet
-    from regsurgery.pipeline import Progress
+    from regsurgery.images.image_set import ImageSet
+    from regsurgery.progress import Progress
 
 ORIGINAL, REGISTER, PLACES = "original", "register", "places"
 SAME = "same first class"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from regsurgery.evaluation.interval import LEVEL, Estimate
+from regsurgery.interval import LEVEL, Estimate
 
 WARM_UP = 2
 MIN_ROUNDS = 4  # fewer give no interval

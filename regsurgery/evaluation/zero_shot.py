@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regsurgery.errors import UserError
-from regsurgery.loading import Loaded
+from regsurgery.frontends.loaded import Loaded
 
 IMAGE_EMBEDDINGS = ("image_embeds", "image_features")  # names in transformers and open_clip
 

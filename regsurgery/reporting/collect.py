@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from regsurgery.compiler.outliers import token_norms
 from regsurgery.errors import UnsupportedModelError
 from regsurgery.evaluation import discovery
-from regsurgery.evaluation.pair import Pair, normalisation
-from regsurgery.observing import Observation
 from regsurgery.reporting.packing import size_of_maps
-from regsurgery.statistics import token_norms
+from regsurgery.verification.observing import Observation
+from regsurgery.verification.pair import Pair, normalisation
 
 if TYPE_CHECKING:
-    from regsurgery.calibration import ImageSet
-    from regsurgery.pipeline import Progress
+    from regsurgery.images.image_set import ImageSet
+    from regsurgery.progress import Progress
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom as shares of width and height
 

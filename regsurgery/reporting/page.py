@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from regsurgery import __version__
 from regsurgery.reporting import charts
 from regsurgery.reporting.collect import SIDES, Collected, Lost
 from regsurgery.reporting.packing import packed_activations, packed_colors, packed_maps, packed_norms
-from regsurgery.verdict_text import FigureRow, counted, remarks, rows, sentence, title
+from regsurgery.verification.verdict_text import FigureRow, counted, remarks, rows, sentence, title
+from regsurgery.version import __version__
 
 if TYPE_CHECKING:
     from regsurgery.recipe import Recipe
-    from regsurgery.verdict import Verdict
+    from regsurgery.verification.verdict import Verdict
 
 BINS = 60
 SETTINGS = {  # key of a row of the search's table -> its column

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import regsurgery
-from regsurgery import verification
-from regsurgery.calibration import image_set
-from regsurgery.fitting import perform_bias
-from regsurgery.pipeline import Progress
+from regsurgery.compiler.modes import bias
+from regsurgery.compiler.modes.operation import Operation
+from regsurgery.compiler.trace import tensor_inputs
+from regsurgery.images.image_set import image_set
 from regsurgery.recipe import Recipe
-from regsurgery.runtime import operate
-from regsurgery.trace import tensor_inputs
+from regsurgery.runtime.surgery import operate
 from tests.conftest import Planted, shared
 from tests.e2e.test_parity import largest_difference, module_form, pictures
 from tests.picos import PICOS, Pico
@@ -68,9 +67,7 @@ def hook_bias(
 
 
 def test_graph_equals_module_form_equals_hooked_reference(planted: Planted) -> None:
-    surgery = perform_bias(
-        planted.loaded, bias_recipe(planted), planted.traced, planted.sites, image_set(None, 8), progress=Progress()
-    )
+    surgery = bias.operate(Operation(planted.located, bias_recipe(planted), image_set(None, 8)))
     blocks = surgery.plan.constant_blocks
     assert blocks == tuple(range(2, len(planted.sites.blocks)))
     constants = surgery.graph_module.get_parameter(surgery.added_name).detach()
@@ -97,7 +94,7 @@ def test_planted_outliers_are_gone_and_the_folder_verifies(
     pico: Pico, planted_picos: Callable[[Pico], Planted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A random head over the mean of few patches does not survive the loss of its outliers; that is not the point here.
-    monkeypatch.setattr(verification, "MIN_COSINE_OUTPUT", -1.0)
+    monkeypatch.setattr("regsurgery.verification.measure.MIN_COSINE_OUTPUT", -1.0)
     planted = planted_picos(pico)
     result = regsurgery.patch(str(planted.folder), tmp_path / "out", recipe=bias_recipe(planted), num_images=16)
     assert result.mode == "bias" and result.verdict.register_norm is None

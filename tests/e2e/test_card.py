@@ -17,10 +17,10 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from PIL import Image
 
 import regsurgery
-from regsurgery.pipeline import PatchResult
+from regsurgery.commands.patch import PatchResult
+from regsurgery.emit.run_record import read_run_record
 from regsurgery.recipe import find_recipe
-from regsurgery.run_record import read_run_record
-from regsurgery.verdict_text import rows, sentence, title
+from regsurgery.verification.verdict_text import rows, sentence, title
 from tests.conftest import shared
 
 REPO, COMMIT = "someone/pico-vit", "0123456789abcdef0123456789abcdef01234567"

@@ -22,21 +22,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import regsurgery
-from regsurgery import finding, runtime
-from regsurgery.calibration import image_set
-from regsurgery.deciding import FindOptions
-from regsurgery.distributed import Processes
-from regsurgery.fitting import perform_bias, perform_native
-from regsurgery.loading import Loaded, load
-from regsurgery.mlp import mlp_of
-from regsurgery.passes import apply_passes
-from regsurgery.passes.plan import plan_surgery
-from regsurgery.pipeline import Progress, located
+from regsurgery.compiler.located import Located
+from regsurgery.compiler.mlp import mlp_of
+from regsurgery.compiler.modes import bias, native
+from regsurgery.compiler.modes.operation import Operation
+from regsurgery.compiler.passes.pipeline import apply_passes
+from regsurgery.compiler.passes.plan import plan_surgery
+from regsurgery.compiler.surgery import Surgery, perform
+from regsurgery.compiler.trace import tensor_inputs
+from regsurgery.frontends.load import load
+from regsurgery.images.image_set import image_set
+from regsurgery.models import locate
+from regsurgery.options import SearchOptions
+from regsurgery.progress import Progress
 from regsurgery.recipe import Recipe, find_recipe
-from regsurgery.sharing import Share
-from regsurgery.sites import Sites
-from regsurgery.surgery import Surgery, perform
-from regsurgery.trace import Traced, tensor_inputs
+from regsurgery.runtime.surgery import insert_constant, insert_registers, neuron_shift, operate, strip_registers
+from regsurgery.search.find import Task, find
+from regsurgery.search.shares import Share
 from tests.picos import _transformers
 
 IMAGES = 16
@@ -46,21 +48,18 @@ MODES = ("shift", "native", "bias")
 
 
 @pytest.fixture(scope="module")
-def demo(demo_folder: Path) -> tuple[Loaded, Traced, Sites]:
+def demo(demo_folder: Path) -> Located:
     loaded = load(str(demo_folder))
-    return loaded, *located(loaded, Progress())
+    return locate(loaded, Progress())
 
 
 @pytest.fixture(scope="module")
-def surgeries(demo: tuple[Loaded, Traced, Sites]) -> dict[str, Surgery]:
-    loaded, traced, sites = demo
+def surgeries(demo: Located) -> dict[str, Surgery]:
     images = image_set(None, IMAGES)
     return {
-        "shift": perform(loaded, RECIPE, traced, sites),
-        "native": perform_native(
-            loaded, RECIPE.with_mode("native"), traced, sites, images, calibration=False, seed=0, progress=Progress()
-        ),
-        "bias": perform_bias(loaded, RECIPE.with_mode("bias"), traced, sites, images, progress=Progress()),
+        "shift": perform(demo, RECIPE),
+        "native": native.operate(Operation(demo, RECIPE.with_mode("native"), images)),
+        "bias": bias.operate(Operation(demo, RECIPE.with_mode("bias"), images)),
     }
 
 
@@ -81,13 +80,13 @@ def added_nodes(original: fx.Graph, patched: fx.Graph) -> Counter[Any]:
 def test_the_graph_grows_by_what_the_mode_is_made_of(mode: str, surgeries: dict[str, Surgery]) -> None:
     surgery = surgeries[mode]
     exits = 1  # the demo's only output is made of the last block's tokens, and no other edge leaves the region
-    stream = {"register_tokens": 1, runtime.insert_registers: 1, runtime.strip_registers: exits}
+    stream = {"register_tokens": 1, insert_registers: 1, strip_registers: exits}
     blocks = RECIPE.register_neurons
-    shifts = {runtime.neuron_shift: len(blocks), **{f"register_neurons_{block}": 1 for block in blocks}}
+    shifts = {neuron_shift: len(blocks), **{f"register_neurons_{block}": 1 for block in blocks}}
     # From the block after the first neuron on a register has something to say: one concatenation before each of those
     # attentions, one strip behind it.
     attentions = len(surgery.sites.blocks) - min(blocks) - 1
-    constants = dict.fromkeys(("attention_constants", runtime.insert_constant, runtime.strip_registers), attentions)
+    constants = dict.fromkeys(("attention_constants", insert_constant, strip_registers), attentions)
     expected = {"shift": stream | shifts, "native": stream, "bias": shifts | constants}[mode]
     assert added_nodes(surgery.traced.graph_module.graph, surgery.graph_module.graph) == expected
 
@@ -141,7 +140,7 @@ def test_a_forward_makes_no_more_tensors_of_hidden_size(mode: str, form: str, su
                 lambda: surgery.graph_module(*inputs),
             )
         else:
-            module = runtime.operate(copy.deepcopy(loaded.model), surgery.config_block)
+            module = operate(copy.deepcopy(loaded.model), surgery.config_block)
             models = (lambda: loaded.call(loaded.model, images), lambda: loaded.call(module, images))
         before, after = (allocations(num_elements, model) for model in models)
         return before, after
@@ -153,8 +152,8 @@ def test_a_forward_makes_no_more_tensors_of_hidden_size(mode: str, form: str, su
     assert after - before == concatenations, "of the stream's size: each concatenation makes one, and nothing else does"
 
 
-def test_a_shift_that_copies_would_be_seen(demo: tuple[Loaded, Traced, Sites]) -> None:
-    loaded, traced, sites = demo
+def test_a_shift_that_copies_would_be_seen(demo: Located) -> None:
+    loaded, traced, sites = demo.loaded, demo.traced, demo.sites
     copying = replace(sites, blocks=tuple(replace(block, in_place=False) for block in sites.blocks))
     patched, _ = apply_passes(traced, plan_surgery(copying, RECIPE))
     inputs = tensor_inputs(loaded, torch.rand(BATCH, 3, *traced.image_size))
@@ -199,20 +198,11 @@ class CountsIn(Progress):
 
 
 def test_find_runs_every_image_once_and_stops_where_no_cause_can_be(
-    demo: tuple[Loaded, Traced, Sites],
+    demo: Located,
 ) -> None:
-    loaded, traced, sites = demo
+    traced, sites = demo.traced, demo.sites
     counted = CountsIn("scores")
-    found = finding.find(
-        loaded,
-        traced,
-        sites,
-        Share.of(image_set(None, IMAGES)),
-        FindOptions(),
-        journal_path=None,
-        processes=Processes(),
-        progress=counted,
-    )
+    found = find(Task(demo, Share.of(image_set(None, IMAGES)), SearchOptions(progress=counted)))
     settled = found.diagnosis.settled_block
     assert settled is not None and settled < sites.probe_block, "so that an early exit saves something"
     tokens = IMAGES * sites.num_tokens
@@ -228,11 +218,9 @@ def test_find_runs_every_image_once_and_stops_where_no_cause_can_be(
 
 
 @pytest.mark.parametrize("verification", [True, False])
-def test_patch_runs_every_model_once(
-    verification: bool, demo: tuple[Loaded, Traced, Sites], demo_folder: Path, tmp_path: Path
-) -> None:
+def test_patch_runs_every_model_once(verification: bool, demo: Located, demo_folder: Path, tmp_path: Path) -> None:
     """Loading, tracing, surgery and writing run nothing; `--no-verify` therefore runs nothing at all."""
-    _, traced, sites = demo
+    traced, sites = demo.traced, demo.sites
     with Rows() as rows:
         result = regsurgery.patch(
             str(demo_folder), tmp_path / "out", recipe=RECIPE, num_images=IMAGES, verification=verification

@@ -17,15 +17,18 @@ import torch
 from torch import nn
 
 import regsurgery
-from regsurgery import cli
-from regsurgery.calibration import image_set
+from regsurgery.cli.app import main
 from regsurgery.errors import UserError
-from regsurgery.evaluation import Evaluation, Result, discovery, evaluate, task_module
-from regsurgery.evaluation.interval import Row
-from regsurgery.evaluation.pair import Pair, open_pair
-from regsurgery.image_sources import dead_leaves
-from regsurgery.pipeline import Progress
+from regsurgery.evaluation import discovery
+from regsurgery.evaluation.evaluate import evaluate
+from regsurgery.evaluation.result import Evaluation, Result
+from regsurgery.evaluation.tasks import task_module
+from regsurgery.images.generated import dead_leaves
+from regsurgery.images.image_set import image_set
+from regsurgery.interval import Row
+from regsurgery.progress import Progress
 from regsurgery.recipe import Recipe
+from regsurgery.verification.pair import Pair, open_pair
 from tests.conftest import shared
 from tests.unit.test_discovery import annotation, box, naive_box
 
@@ -156,7 +159,7 @@ def run(command: list[str]) -> int:
     before, sys.argv = sys.argv, command
     try:
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main()
     finally:
         sys.argv = before
     return int(ended.value.code or 0)

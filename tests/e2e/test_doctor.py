@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import regsurgery
-from regsurgery import cli
-from regsurgery.diagnosis import robust_outliers
+from regsurgery.cli.app import main
+from regsurgery.search.diagnosis import robust_outliers
 from tests.conftest import PLANTED, Planted, shared
 from tests.picos import CORE, VIT, Pico, _timm, _transformers
 
@@ -42,7 +42,7 @@ def test_the_negative_control_has_nothing_to_fix(
     model = str(shared("models", "dinov2-small"))
     monkeypatch.setattr(sys, "argv", ["regsurgery", "doctor", model, "--json", "--num-images", "16"])
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        main()
     found = json.loads(capsys.readouterr().out)
     assert stopped.value.code == 3
     assert found["verdict"] == "none" and found["positional"] is None and found["emergence_block"] is None

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import regsurgery
-from regsurgery import cli
-from regsurgery.calibration import image_set
+from regsurgery.cli.app import app
 from regsurgery.errors import CheckpointError, OutputError, UserError
-from regsurgery.evaluation import Evaluation
-from regsurgery.evaluation.pair import open_pair
-from regsurgery.image_sources import decode
-from regsurgery.loading import load
+from regsurgery.evaluation.result import Evaluation
+from regsurgery.frontends.load import load
+from regsurgery.images.decoding import decode
+from regsurgery.images.image_set import image_set
 from regsurgery.recipe import Recipe, find_recipe
+from regsurgery.verification.pair import open_pair
 from tests.conftest import Planted, shared
 from tests.picos import OTHERS
 from tests.reference import naive_shift
@@ -375,7 +375,7 @@ def test_plots_draw_what_was_measured(patched: Path, images: Tensor) -> None:
 
 
 def run(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(cli.app, ["eval", *arguments])
+    result = CliRunner().invoke(app, ["eval", *arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.stdout

@@ -18,17 +18,24 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import regsurgery
-from regsurgery import backends, cli, match, trace, verification
 from regsurgery.backends import pt2
+from regsurgery.backends.formats import backend
+from regsurgery.cli.app import main
+from regsurgery.compiler import trace
+from regsurgery.compiler.located import Located
+from regsurgery.compiler.match import NORMS
+from regsurgery.compiler.match import match as find_sites
+from regsurgery.compiler.sites import Sites
+from regsurgery.compiler.surgery import perform
+from regsurgery.compiler.trace import Traced, tensor_inputs
 from regsurgery.errors import UnsupportedModelError
 from regsurgery.families import FAMILIES, REFUSED, Family, family_of
-from regsurgery.loading import load
-from regsurgery.match import match as find_sites
+from regsurgery.formats import LIBRARIES
+from regsurgery.frontends.libraries import frontend
+from regsurgery.frontends.load import load
+from regsurgery.modes import NATIVE
 from regsurgery.recipe import Recipe
-from regsurgery.runtime import operate
-from regsurgery.sites import Sites
-from regsurgery.surgery import perform
-from regsurgery.trace import Traced, tensor_inputs
+from regsurgery.runtime.surgery import operate
 from tests.conftest import Planted, build_planted
 from tests.e2e.test_parity import hooked_model, largest_difference, module_form, pictures, recipe_for
 from tests.e2e.test_reload import transformers_4_python
@@ -60,22 +67,22 @@ def test_every_cell_is_as_the_matrix_says(pico: Pico, planted_picos: Callable[[P
     loaded, row = planted.loaded, row_of(planted)
     assert planted.sites.placement == row.placement
     hosts = set()
-    for name in backends.LIBRARIES:
+    for name in LIBRARIES:
         try:
-            backends.backend(name, "native").check(loaded, 1)
+            backend(name, NATIVE).check(loaded, 1)
             hosts.add(name)
         except UnsupportedModelError as error:
             assert str(error).startswith("native mode: ")
     assert hosts == hosts_of(planted)
     size = (96, 80)
     try:
-        other = backends.library(loaded.library).at_size(loaded, size)
+        other = frontend(loaded.library).at_size(loaded, size)
         traced = trace.trace(other, size)
     except UnsupportedModelError as error:
         assert not row.any_size, error
         return
     assert row.any_size
-    surgery = perform(other, recipe_for(planted, 1), traced, sites_of(planted, traced))
+    surgery = perform(Located(other, traced, sites_of(planted, traced)), recipe_for(planted, 1))
     images = pictures(2, size)
     with torch.no_grad():
         graph = surgery.graph_module(*tensor_inputs(other, images))
@@ -99,14 +106,14 @@ def test_every_row_and_every_member_has_a_model(tmp_path: Path) -> None:
 def test_the_readme_has_the_matrix(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["regsurgery", "families", "--markdown"])
     with pytest.raises(SystemExit):
-        cli.main()
+        main()
     printed = capsys.readouterr().out
     readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
     assert f"<!-- regsurgery families --markdown -->\n{printed}<!-- end -->" in readme
     assert printed.count("\n") > len(FAMILIES) + len(REFUSED)
     monkeypatch.setattr(sys, "argv", ["regsurgery", "families"])
     with pytest.raises(SystemExit):
-        cli.main()
+        main()
     shown = capsys.readouterr().out
     assert all(name.split(",")[0] in shown for name in ("LLaVA", "DINOv3", "Pixtral"))
 
@@ -124,7 +131,7 @@ SAMPLES = ("metaclip2-vision", "mae", "msn", "ijepa", "beit-relative", "data2vec
 def test_pt2_in_the_other_modes(
     pico: Pico, mode: str, planted_picos: Callable[[Pico], Planted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verification, "MIN_COSINE_OUTPUT", -1.0)
+    monkeypatch.setattr("regsurgery.verification.measure.MIN_COSINE_OUTPUT", -1.0)
     planted = planted_picos(pico)
     recipe = Recipe({block: tuple(neurons) for block, neurons in planted.neurons.items()})
     result = regsurgery.patch(
@@ -149,7 +156,7 @@ def test_eager_attention(pico: Pico, planted_picos: Callable[[Pico], Planted]) -
     try:
         traced = trace.trace(loaded)
         assert not any("scaled_dot_product" in node.name for node in traced.graph_module.graph.nodes), "not eager"
-        surgery = perform(loaded, recipe, traced, sites_of(planted, traced))
+        surgery = perform(Located(loaded, traced, sites_of(planted, traced)), recipe)
         images = pictures(3, planted.loaded.image_size)
         with torch.no_grad():
             graph = surgery.graph_module(*tensor_inputs(loaded, images))
@@ -162,7 +169,7 @@ def test_eager_attention(pico: Pico, planted_picos: Callable[[Pico], Planted]) -
 @pytest.mark.parametrize("pico", PICOS, ids=lambda pico: pico.id)
 def test_pt2(pico: Pico, planted_picos: Callable[[Pico], Planted]) -> None:
     planted = planted_picos(pico)
-    surgery = perform(planted.loaded, recipe_for(planted, 1), planted.traced, planted.sites)
+    surgery = perform(planted.located, recipe_for(planted, 1))
     program = pt2.lower(surgery).module()
     for batch in (1, 5):
         inputs = tensor_inputs(planted.loaded, pictures(batch, planted.loaded.image_size))
@@ -192,9 +199,9 @@ def test_open_clip_over_other_timm_towers(name: str, tmp_path: Path) -> None:
         if parameter_name.endswith("gamma"):
             parameter.data.fill_(1.0)  # a layer scale of 1e-5 would hide every difference
     traced = trace.trace(loaded)
-    planted = Planted(pico, tmp_path / "model", loaded, traced, find_sites(traced), {1: [3, 5], 4: [7]})
+    planted = Planted(pico, tmp_path / "model", Located(loaded, traced, find_sites(traced)), {1: [3, 5], 4: [7]})
     recipe = recipe_for(planted, 2)
-    surgery = perform(loaded, recipe, traced, planted.sites)
+    surgery = perform(planted.located, recipe)
     images = pictures(2, (size, size))
     with torch.no_grad():
         graph = surgery.graph_module(*tensor_inputs(loaded, images))
@@ -203,7 +210,7 @@ def test_open_clip_over_other_timm_towers(name: str, tmp_path: Path) -> None:
         assert largest_difference(graph, loaded.call(loaded.model, images)) > 1e-5
     if not native:
         with pytest.raises(UnsupportedModelError, match=r"^native mode: .* takes no reg_tokens"):
-            backends.backend("open_clip", "native").check(loaded, 1)
+            backend("open_clip", NATIVE).check(loaded, 1)
 
 
 # --- the traps of REFERENCE.md, each with its cure removed ------------------------------------------------------------
@@ -218,7 +225,7 @@ def test_beit_is_off_by_the_mask_that_exporting_builds(planted_picos: Callable[[
     for cure in (nullcontext(), mock.patch.object(trace, "_export_settings", nullcontext)):
         with cure:
             traced = trace.trace(loaded)
-        surgery = perform(loaded, recipe, traced, find_sites(traced))
+        surgery = perform(Located(loaded, traced, find_sites(traced)), recipe)
         with torch.no_grad():
             graph = surgery.graph_module(*tensor_inputs(loaded, images))
             differences.append(largest_difference(graph, loaded.call(hooked_model(planted, recipe), images)))
@@ -229,10 +236,10 @@ def test_beit_is_off_by_the_mask_that_exporting_builds(planted_picos: Callable[[
 def test_without_padding_a_relative_bias_has_no_room(name: str, planted_picos: Callable[[Pico], Planted]) -> None:
     planted = planted_picos(by_id(name))
     with (
-        mock.patch.object(sys.modules["regsurgery.passes.resize_tokens"], "_pad", lambda *args: []),
+        mock.patch.object(sys.modules["regsurgery.compiler.passes.resize_tokens"], "_pad", lambda *args: []),
         pytest.raises(UnsupportedModelError, match="no room for a register: shapes do not fit"),
     ):
-        perform(planted.loaded, recipe_for(planted, 1), planted.traced, planted.sites)
+        perform(planted.located, recipe_for(planted, 1))
 
 
 INSIDE = [pico for pico in PICOS if pico.inside and pico.id not in ("hf-dinov2-registers", "timm-reg4")]
@@ -245,11 +252,11 @@ def test_rotary_attention_takes_no_register_at_the_end(pico: Pico, planted_picos
     at_the_end = replace(planted.sites, placement="end")
     recipe = recipe_for(planted, 1)
     with pytest.raises(UnsupportedModelError, match=r"tells them apart by their position \(node '.*attn|attention"):
-        perform(planted.loaded, recipe, planted.traced, at_the_end)
+        perform(Located(planted.loaded, planted.traced, at_the_end), recipe)
     if pico.prefixed:
-        inside = perform(planted.loaded, recipe, planted.traced, planted.sites)
+        inside = perform(planted.located, recipe)
         images = pictures(3, planted.loaded.image_size)
-        unaware = mock.patch("regsurgery.runtime._make_room", lambda *args: None)
+        unaware = mock.patch("regsurgery.runtime.surgery._make_room", lambda *args: None)
         with torch.no_grad(), unaware:
             graph = inside.graph_module(*tensor_inputs(planted.loaded, images))
             with pytest.raises(RuntimeError, match="size"):
@@ -266,7 +273,7 @@ def test_placement_does_not_matter_where_attention_knows_no_position(
     outputs = []
     for placement in ("end", "prefix"):
         surgery = perform(
-            planted.loaded, recipe_for(planted, 2), planted.traced, replace(planted.sites, placement=placement)
+            Located(planted.loaded, planted.traced, replace(planted.sites, placement=placement)), recipe_for(planted, 2)
         )
         with torch.no_grad():
             outputs.append(surgery.graph_module(*tensor_inputs(planted.loaded, images)))
@@ -279,7 +286,7 @@ def test_a_pre_norm_is_behind_the_registers(planted_picos: Callable[[Pico], Plan
     """A zero register behind `ln_pre` would skip it: the tokens node is the one before."""
     planted = planted_picos(by_id("hf-clip-vision"))
     tokens = next(node for node in planted.traced.graph_module.graph.nodes if node.name == planted.sites.tokens)
-    assert any(user.target in match.NORMS for user in tokens.users)
+    assert any(user.target in NORMS for user in tokens.users)
 
 
 # --- trained registers ----------------------------------------------------------------------------------------------
@@ -294,13 +301,13 @@ def test_models_with_trained_registers_are_patched_on_request(
     command = ["regsurgery", "patch", str(planted.folder), "-o", str(tmp_path / "out"), "--num-images", "16", "--json"]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        main()
     assert stopped.value.code == 3 and not (tmp_path / "out").exists()
     assert json.loads(capsys.readouterr().out)["verdict"] == "already_registered"
-    monkeypatch.setattr(verification, "MIN_COSINE_OUTPUT", -1.0)
+    monkeypatch.setattr("regsurgery.verification.measure.MIN_COSINE_OUTPUT", -1.0)
     monkeypatch.setattr(sys, "argv", [*command, "--force"])
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        main()
     assert stopped.value.code == 0
     found = json.loads(capsys.readouterr().out)["register_neurons"]
     assert {int(block): neurons for block, neurons in found.items()} == planted.neurons
@@ -317,7 +324,7 @@ def test_half_precision_stays(
     name: str, dtype: torch.dtype, planted_picos: Callable[[Pico], Planted], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(verification, "MIN_COSINE_OUTPUT", -1.0)
+    monkeypatch.setattr("regsurgery.verification.measure.MIN_COSINE_OUTPUT", -1.0)
     pico = by_id(name)
     planted = planted_picos(pico)
     folder = tmp_path / "model"
@@ -384,7 +391,7 @@ def test_llava(shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert len(list(folder.glob("*.safetensors"))) >= shards
     monkeypatch.setattr(sys, "argv", ["regsurgery", "patch", str(folder), "-o", str(out), "--num-images", "32"])
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        main()
     assert stopped.value.code == 0
     block = json.loads((out / "config.json").read_text())["regsurgery"]
     assert {int(at): neurons for at, neurons in block["register_neurons"].items()} == planted.neurons

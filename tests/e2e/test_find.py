@@ -19,14 +19,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import regsurgery
-from regsurgery import cli, finding
-from regsurgery.deciding import Found
-from regsurgery.drift import Setting
+from regsurgery.cli.app import main
 from regsurgery.errors import OutputError, UserError
-from regsurgery.loading import LoadOptions
-from regsurgery.pipeline import Progress
+from regsurgery.options import PRECISIONS
+from regsurgery.progress import Progress
 from regsurgery.recipe import find_recipe
-from regsurgery.scores import PRECISIONS, Sums
+from regsurgery.search.decide import Found
+from regsurgery.search.drift import Setting
+from regsurgery.search.scores import Scorer, Sums
 from tests.conftest import Planted, shared
 from tests.e2e.test_model_ids import TINY, cached, patch
 from tests.picos import CORE, Pico, _transformers
@@ -117,7 +117,7 @@ def test_the_negative_control_gets_no_recipe_and_no_folder(
     for command in (["find", model], ["patch", model, "-o", "out"]):
         monkeypatch.setattr(sys, "argv", ["regsurgery", *command, "--json", "--num-images", "8"])
         with pytest.raises(SystemExit) as stopped:
-            cli.main()
+            main()
         assert stopped.value.code == 3
         assert json.loads(capsys.readouterr().out)["verdict"] == "none"
     assert list(tmp_path.iterdir()) == []
@@ -190,7 +190,7 @@ def test_find_prints_the_contracts_json(
         ["regsurgery", "find", str(demo_folder), "--json", "--num-images", "8", "-o", str(tmp_path / "r.yaml")],
     )
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        main()
     assert not stopped.value.code
     printed = json.loads(capsys.readouterr().out)
     keys = {"register_neurons", "emergence_block", "threshold", "num_images", "candidates", "sweep"}
@@ -239,8 +239,7 @@ def test_models_are_placed_by_a_device_map(
     pico: Pico, device_map: str, planted_picos: Callable[[Pico], Planted]
 ) -> None:
     planted = planted_picos(pico)
-    options = LoadOptions(device_map=device_map)
-    found = regsurgery.find(str(planted.folder), num_images=8, smallest=True, options=options)
+    found = regsurgery.find(str(planted.folder), num_images=8, smallest=True, device_map=device_map)
     assert as_lists(found.recipe) == planted.neurons
 
 
@@ -249,7 +248,7 @@ def test_models_are_placed_by_a_device_map(
 )
 def test_a_device_that_is_not_there_is_refused_at_once(device_map: str, named: str) -> None:
     with pytest.raises(UserError, match=f"^device map {device_map}: {named}"):
-        regsurgery.find("no-such-model", num_images=8, options=LoadOptions(device_map=device_map))
+        regsurgery.find("no-such-model", num_images=8, device_map=device_map)
 
 
 @pytest.mark.parametrize("pico", [CORE[0], CORE[8], CORE[13]], ids=lambda pico: pico.id)
@@ -303,7 +302,7 @@ class StopsAfter(Progress):
 def test_a_stopped_search_goes_on_where_it_was(
     demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("regsurgery.journal.INTERVAL", 0.0)
+    monkeypatch.setattr("regsurgery.search.journal.INTERVAL", 0.0)
     whole, resumed = tmp_path / "whole.yaml", tmp_path / "resumed.yaml"
     regsurgery.find(str(demo_folder), whole, num_images=64)
     with pytest.raises(Stop):
@@ -311,13 +310,13 @@ def test_a_stopped_search_goes_on_where_it_was(
     assert (tmp_path / "resumed.yaml.journal").is_file() and not resumed.exists()
     progress = StopsAfter(None)
     added = []
-    add = finding.Scorer.add
+    add = Scorer.add
 
-    def counted(scorer: finding.Scorer, sums: Sums, images: torch.Tensor) -> None:
+    def counted(scorer: Scorer, sums: Sums, images: torch.Tensor) -> None:
         added.append(len(images) if progress.scoring else 0)
         add(scorer, sums, images)
 
-    monkeypatch.setattr(finding.Scorer, "add", counted)
+    monkeypatch.setattr(Scorer, "add", counted)
     regsurgery.find(str(demo_folder), resumed, num_images=64, progress=progress)
     assert "continuing resumed.yaml.journal: 40 images are done" in progress.lines
     assert sum(added) == 64 - 40
@@ -329,7 +328,7 @@ def test_a_stopped_search_goes_on_where_it_was(
 def test_a_journal_that_does_not_fit_is_not_used(
     damage: str, demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("regsurgery.journal.INTERVAL", 0.0)
+    monkeypatch.setattr("regsurgery.search.journal.INTERVAL", 0.0)
     recipe, journal = tmp_path / "recipe.yaml", tmp_path / "recipe.yaml.journal"
     with pytest.raises(Stop):
         regsurgery.find(str(demo_folder), recipe, num_images=48, progress=StopsAfter(16))
@@ -350,7 +349,7 @@ def find_demo(folder: Path, output: Path) -> None:
 def start(folder: Path, output: Path) -> BaseProcess:
     """A process of its own, forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "regsurgery.finding", __name__])
+    context.set_forkserver_preload(["torch", "transformers", "regsurgery.search.find", __name__])
     process = context.Process(target=find_demo, args=(folder, output))
     process.start()
     return process

@@ -35,13 +35,12 @@ def test_damaged_input_ends_in_an_error_of_the_projects_own_or_is_accepted(tmp_p
 
 @pytest.mark.parametrize("number", [3])
 def test_an_input_that_fails_is_reported_and_kept(tmp_path, monkeypatch, number):
-    from regsurgery import checkpoint_io
     from tests.fuzz.run import fuzz
 
     def broken(path: Path) -> None:
         raise ZeroDivisionError("planted")
 
-    monkeypatch.setattr(checkpoint_io, "read_header", broken)
+    monkeypatch.setattr("regsurgery.checkpoints.safetensors_file.read_header", broken)
     monkeypatch.setattr("tests.fuzz.run.build", lambda root: _only_weights(root))
     monkeypatch.setattr("tests.fuzz.run._warm", lambda folder: None)
     outcome = fuzz(1, 0, first=number, only="header:", keep=tmp_path / "kept")

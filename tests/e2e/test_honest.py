@@ -10,11 +10,14 @@ import pytest
 import torch
 
 import regsurgery
-from regsurgery import checkpoint_io, verdict
-from regsurgery.calibration import image_set
-from regsurgery.image_sources import decode
+from regsurgery.checkpoints.sums import write_sums
+from regsurgery.emit.run_record import RUN_RECORD_NAME, read_run_record
+from regsurgery.images.decoding import decode
+from regsurgery.images.digests import image_digests
+from regsurgery.images.image_set import image_set
+from regsurgery.models import open_model
+from regsurgery.options import LoadOptions
 from regsurgery.recipe import Recipe
-from regsurgery.run_record import RUN_RECORD_NAME, image_digests, read_run_record
 from tests.commands import Done
 from tests.conftest import shared
 
@@ -90,11 +93,11 @@ def test_folders_of_earlier_versions_are_verified_without_that(
     for key in NEW_KEYS:
         del record["verify"][key]
     (old / RUN_RECORD_NAME).write_text(json.dumps(record))
-    checkpoint_io.write_sums(old)
+    write_sums(old)
     done = run("verify", old, "--images", of_the_fit, "--json")
     assert done.code == 0 and json.loads(done.out)["fitted_images"] is None
     (old / RUN_RECORD_NAME).unlink()
-    checkpoint_io.write_sums(old)
+    write_sums(old)
     assert regsurgery.verify(old, images=of_the_fit).fitted_images is None
 
 
@@ -131,7 +134,7 @@ def test_the_figures_and_their_intervals_are_those_of_the_images(of_the_fit: Pat
     recipe = Recipe({1: (25, 73), 2: (172,)}, num_registers=2, scale=(1.0, 1.0))
     made = regsurgery.patch("demo", tmp_path / "out", recipe=recipe, images=of_the_fit).verdict
     assert made is not None
-    loaded, _, _ = regsurgery.pipeline.load_and_locate("demo", None, regsurgery.pipeline.Progress())
+    loaded = open_model("demo", LoadOptions()).loaded
     pixels = next(image_set(of_the_fit).batches(20, loaded.preprocess))
     with torch.no_grad():
         before = loaded.model(pixels).logits
@@ -160,7 +163,7 @@ def test_a_few_images_are_too_few(run: Run, tmp_path: Path) -> None:
 def test_strict_makes_a_failure_of_a_warning(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     out, options = tmp_path / "out", ("--num-images", 8)
     assert run("patch", "demo", "-o", tmp_path / "fine", "--strict", *options).code == 0
-    monkeypatch.setattr(verdict, "MAX_TIMES", 0.0)  # as if the demo, which hardly moves, drifted
+    monkeypatch.setattr("regsurgery.verification.verdict.MAX_TIMES", 0.0)  # as if the demo, which hardly moves, drifted
     assert run("patch", "demo", "-o", out, "--recipe", "demo", "--strict", *options).code == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fine"]
     done = run("patch", "demo", "-o", out, "--recipe", "demo", *options)

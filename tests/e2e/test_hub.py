@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 import regsurgery
-from regsurgery import checkpoint_io
+from regsurgery.checkpoints.sums import check_sums, write_sums
+from regsurgery.emit.run_record import RUN_RECORD_NAME, read_run_record
 from regsurgery.errors import HubError
-from regsurgery.run_record import RUN_RECORD_NAME, read_run_record
 from tests.conftest import shared
 from tests.hub import commands
 from tests.hub.commands import Done, environment
@@ -67,7 +67,7 @@ def demo(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(demo: Path) -> dict[str, bytes]:
     """What an undisturbed push of `demo` puts into a repository."""
-    from regsurgery.published import published
+    from regsurgery.emit.published import published
 
     files = published(demo, REPO).files
     return {name: file if isinstance(file, bytes) else file.read_bytes() for name, file in files.items()}
@@ -85,14 +85,14 @@ def sums_hold(files: dict[str, bytes], folder: Path) -> None:
     folder.mkdir()
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    checkpoint_io.check_sums(folder)
+    check_sums(folder)
 
 
 def rewritten(demo: Path, folder: Path, change: Callable[[Path], object]) -> Path:
     """A copy of `demo` with a change that its SHA256SUMS knows of."""
     shutil.copytree(demo, folder)
     change(folder)
-    checkpoint_io.write_sums(folder)
+    write_sums(folder)
     return folder
 
 

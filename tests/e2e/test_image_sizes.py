@@ -14,15 +14,19 @@ import pytest
 import torch
 
 import regsurgery
-from regsurgery import backends, pipeline
+from regsurgery.backends.formats import backend
+from regsurgery.compiler.located import Located
+from regsurgery.compiler.surgery import perform
+from regsurgery.compiler.trace import tensor_inputs
+from regsurgery.emit.run_record import read_run_record
 from regsurgery.errors import UserError
-from regsurgery.evaluation.pair import open_pair
-from regsurgery.image_size import at_image_size
+from regsurgery.frontends.image_size import at_image_size
+from regsurgery.frontends.libraries import frontend
+from regsurgery.models import locate
+from regsurgery.progress import Progress
 from regsurgery.recipe import Recipe
-from regsurgery.run_record import read_run_record
-from regsurgery.runtime import operate
-from regsurgery.surgery import perform
-from regsurgery.trace import tensor_inputs
+from regsurgery.runtime.surgery import operate
+from regsurgery.verification.pair import open_pair
 from tests.conftest import Planted
 from tests.e2e.test_parity import hooked_model, largest_difference, pictures
 from tests.picos import Pico, by_id
@@ -45,12 +49,13 @@ def growing(planted: Planted, num_registers: int = 2, num_patches: int | None = 
 def test_module_form_equals_the_graph_of_every_size(name: str, planted_picos: Callable[[Pico], Planted]) -> None:
     planted = planted_picos(by_id(name))
     recipe, tolerance = growing(planted), planted.pico.tolerance
-    block = perform(planted.loaded, recipe, planted.traced, planted.sites).config_block
+    block = perform(planted.located, recipe).config_block
     assert (block["num_registers"], block["num_patches"]) == (2, 64)
     for size, num_registers in SIZES.items():
-        loaded = backends.library(planted.loaded.library).at_size(planted.loaded, size)
-        traced, sites = pipeline.located(loaded, pipeline.Progress(), size)
-        surgery = perform(loaded, recipe, traced, sites)
+        loaded = frontend(planted.loaded.library).at_size(planted.loaded, size)
+        located = locate(loaded, Progress(), size)
+        traced, sites = located.traced, located.sites
+        surgery = perform(Located(loaded, traced, sites), recipe)
         assert surgery.plan.num_registers == num_registers
         assert surgery.config_block == block
         (added,) = surgery.new_tensors().values()
@@ -65,7 +70,7 @@ def test_module_form_equals_the_graph_of_every_size(name: str, planted_picos: Ca
             if not planted.pico.bias or size == (64, 64):  # the reference's hooks do not know interpolated biases
                 assert largest_difference(graph, loaded.call(hooked, images)) <= tolerance
             if num_registers != 2:
-                two = perform(loaded, replace(recipe, num_patches=None), traced, sites).graph_module
+                two = perform(Located(loaded, traced, sites), replace(recipe, num_patches=None)).graph_module
                 assert largest_difference(graph, two(*tensor_inputs(loaded, images))) > 1e-4
 
 
@@ -75,7 +80,7 @@ def test_models_of_one_size_take_what_a_recipe_of_another_says(
 ) -> None:
     planted = planted_picos(by_id(name))
     own = planted.sites.num_tokens - planted.sites.num_prefix
-    surgery = perform(planted.loaded, growing(planted, 2, own // 2), planted.traced, planted.sites)
+    surgery = perform(planted.located, growing(planted, 2, own // 2))
     assert surgery.plan.num_registers == 4
     images = pictures(3, planted.loaded.image_size)
     with torch.no_grad():
@@ -92,7 +97,7 @@ def test_inside_the_prefix_the_number_is_fixed(
 ) -> None:
     planted = planted_picos(by_id(name))
     own = planted.sites.num_tokens - planted.sites.num_prefix
-    surgery = perform(planted.loaded, growing(planted, 2, own // 2), planted.traced, planted.sites)
+    surgery = perform(planted.located, growing(planted, 2, own // 2))
     assert (surgery.plan.num_registers, surgery.config_block["num_patches"]) == (2, None)
     sizes = regsurgery.patch(
         str(planted.folder), tmp_path / "out", recipe=growing(planted, 2, own // 2), num_images=8
@@ -103,7 +108,7 @@ def test_inside_the_prefix_the_number_is_fixed(
 
 def test_shapes_gradients_and_hosts_at_another_size(planted_picos: Callable[[Pico], Planted]) -> None:
     planted = planted_picos(by_id("hf-vit-classes"))
-    block = perform(planted.loaded, growing(planted), planted.traced, planted.sites).config_block
+    block = perform(planted.located, growing(planted)).config_block
     stock = copy.deepcopy(planted.loaded.model)
     stock.set_attn_implementation("eager")  # type: ignore[operator]
     model = operate(copy.deepcopy(stock), block)
@@ -126,7 +131,7 @@ def test_shapes_gradients_and_hosts_at_another_size(planted_picos: Callable[[Pic
     bare = planted_picos(by_id("hf-vit"))
     kept = operate(
         copy.deepcopy(bare.loaded.model),
-        perform(bare.loaded, growing(bare), bare.traced, bare.sites).config_block,
+        perform(bare.located, growing(bare)).config_block,
         keep_registers=True,
     )
     with torch.no_grad():
@@ -137,8 +142,8 @@ def test_shapes_gradients_and_hosts_at_another_size(planted_picos: Callable[[Pic
 
 def test_compiled_exported_and_traced(planted_picos: Callable[[Pico], Planted]) -> None:
     planted = planted_picos(by_id("timm-vit"))
-    block = perform(planted.loaded, growing(planted), planted.traced, planted.sites).config_block
-    loaded = backends.library("timm").at_size(planted.loaded, (96, 96))
+    block = perform(planted.located, growing(planted)).config_block
+    loaded = frontend("timm").at_size(planted.loaded, (96, 96))
     model = operate(copy.deepcopy(loaded.model), block).eval()
     images = pictures(3, (96, 96))
     with torch.no_grad():
@@ -197,7 +202,7 @@ def test_a_program_keeps_its_size(planted_picos: Callable[[Pico], Planted], tmp_
 def test_a_folder_without_the_key_is_fixed(planted_picos: Callable[[Pico], Planted]) -> None:
     planted = planted_picos(by_id("hf-vit"))
     recipe = replace(growing(planted), num_patches=None)
-    block = perform(planted.loaded, recipe, planted.traced, planted.sites).config_block
+    block = perform(planted.located, recipe).config_block
     older = {name: value for name, value in block.items() if name != "num_patches"}
     images = pictures(2, (128, 128))
     with torch.no_grad():
@@ -210,9 +215,9 @@ def test_a_fresh_process_loads_it_at_another_size(
 ) -> None:  # fmt: skip
     planted = planted_picos(by_id("hf-vit-classes"))
     folder = tmp_path / "patched"
-    surgery = perform(planted.loaded, growing(planted), planted.traced, planted.sites)
+    surgery = perform(planted.located, growing(planted))
     folder.mkdir()
-    backends.library("transformers").emit(surgery, folder, folder)
+    backend("transformers").emit(surgery, folder, folder)
     images = pictures(2, (128, 128))
     with torch.no_grad():
         expected = planted.loaded.call(operate(copy.deepcopy(planted.loaded.model), surgery.config_block), images)

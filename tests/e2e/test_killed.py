@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from regsurgery.checkpoint_io import check_sums
+from regsurgery.checkpoints.sums import check_sums
 
 KILLS = int(os.environ.get("REGSURGERY_KILLS", "10"))
 PARTIAL = ".out.partial-*"
@@ -31,7 +31,9 @@ def patch(folder: str, out: str) -> None:
 def start(folder: Path, out: Path) -> BaseProcess:
     """A process of its own, forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "regsurgery.pipeline", "regsurgery.surgery"])
+    context.set_forkserver_preload(
+        ["torch", "transformers", "regsurgery.commands.patch", "regsurgery.compiler.surgery"]
+    )
     process = context.Process(target=patch, args=(str(folder), str(out)))
     process.start()
     return process

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from regsurgery.errors import ModelNotFoundError
-from regsurgery.loading import _open_clip_repo, _timm_repo
+from regsurgery.frontends.model_id import _open_clip_repo, _timm_repo
 from regsurgery.recipe import find_recipe
 from tests.conftest import shared
 

@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import regsurgery
-from regsurgery import cli, fitting, verification
-from regsurgery.calibration import ImageSet, image_set
+from regsurgery.cli.app import main
+from regsurgery.compiler.modes.native import _checked_on
+from regsurgery.emit.run_record import RUN_RECORD_NAME
 from regsurgery.errors import CheckpointError, RecipeError, UnsupportedModelError, UserError, VerificationError
-from regsurgery.image_sources import decode
-from regsurgery.loading import load
-from regsurgery.pipeline import Progress
+from regsurgery.frontends.load import load
+from regsurgery.images.decoding import decode
+from regsurgery.images.image_set import ImageSet, image_set
+from regsurgery.progress import Progress
 from regsurgery.recipe import Recipe, find_recipe, parse_recipe
-from regsurgery.run_record import RUN_RECORD_NAME
 from tests.conftest import Done, Planted, build_planted
 from tests.e2e.test_families import hosts_of
 from tests.e2e.test_native_real import in_stock_libraries
@@ -40,7 +41,7 @@ def test_every_planted_model_in_every_host_that_can_hold_it(
     pico: Pico, planted_picos: Callable[[Pico], Planted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A random head over the mean of few patches does not survive the loss of its outliers; that is not the point here.
-    monkeypatch.setattr(verification, "MIN_COSINE_OUTPUT", -1.0)
+    monkeypatch.setattr("regsurgery.verification.measure.MIN_COSINE_OUTPUT", -1.0)
     planted = planted_picos(pico)
     recipe = Recipe({block: tuple(neurons) for block, neurons in planted.neurons.items()})
     written = []
@@ -121,7 +122,7 @@ TOWERS = {
 
 @pytest.mark.parametrize("name", list(TOWERS))
 def test_other_towers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verification, "MIN_COSINE_OUTPUT", -1.0)
+    monkeypatch.setattr("regsurgery.verification.measure.MIN_COSINE_OUTPUT", -1.0)
     build, hosts = TOWERS[name]
     planted = build_planted(Pico(name, build, "", "", ""), tmp_path / "model")
     recipe = Recipe({block: tuple(neurons) for block, neurons in planted.neurons.items()})
@@ -323,13 +324,13 @@ def test_calibration_on_generated_pictures_counts_where_pictures_of_another_kind
 ) -> None:
     options = {"recipe": "demo", "mode": "native", "num_images": 8}
     regsurgery.patch(str(demo_folder), tmp_path / "plain", calibrate=False, **options)
-    real = fitting._checked_on
+    real = _checked_on
 
     def checked(check: ImageSet, *given: Any) -> dict[str, Any]:
         assert check.note == "32 generated noise pictures"
         return {**real(check, *given), "loss_before": 0.5, "loss_after": 0.4 if gains else 0.6}
 
-    monkeypatch.setattr(fitting, "_checked_on", checked)
+    monkeypatch.setattr("regsurgery.compiler.modes.native._checked_on", checked)
     regsurgery.patch(str(demo_folder), tmp_path / "out", calibrate=True, **options)
     found = fit_of(tmp_path / "out")["calibration"]
     assert found["loss_after"] < found["loss_before"] and (found["steps"] > 0) == gains
@@ -407,13 +408,12 @@ def test_too_few_images_to_fit_on_some_and_verify_on_others(demo_folder: Path, t
 def test_a_register_that_cannot_be_told_apart_is_an_error(
     demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from regsurgery import native
 
-    monkeypatch.setattr(native, "MIN_MARGIN", 2.0)
+    monkeypatch.setattr("regsurgery.compiler.modes.closed_form.MIN_MARGIN", 2.0)
     arguments = ["patch", str(demo_folder), "-o", str(tmp_path / "out"), "--recipe", "demo", "--mode", "native"]
     monkeypatch.setattr(sys, "argv", ["regsurgery", *arguments])
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        main()
     assert stopped.value.code == 2
     assert "keeps the register apart" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

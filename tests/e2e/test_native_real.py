@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import regsurgery
-from regsurgery.loading import load
-from regsurgery.pipeline import PatchResult
+from regsurgery.commands.patch import PatchResult
+from regsurgery.frontends.load import load
 from regsurgery.recipe import find_recipe
 from tests.conftest import shared
 from tests.e2e.test_real import photos as photos

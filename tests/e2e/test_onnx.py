@@ -17,13 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import regsurgery
-from regsurgery import cli, verification
-from regsurgery.backends import onnx_program
-from regsurgery.patched import folder_format
+from regsurgery.backends import onnx
+from regsurgery.backends.onnx import INEXACT, emit, reload
+from regsurgery.cli.app import main
+from regsurgery.compiler.surgery import Surgery, perform
+from regsurgery.compiler.trace import tensor_inputs
 from regsurgery.recipe import Recipe
-from regsurgery.surgery import Surgery, perform
-from regsurgery.trace import tensor_inputs
-from regsurgery.verification import rounding
+from regsurgery.verification.measure import rounding
+from regsurgery.verification.patched import folder_format
 from tests.conftest import Planted, shared
 from tests.e2e.test_parity import pictures, recipe_for
 from tests.picos import PICOS, Pico, by_id
@@ -40,16 +41,16 @@ if os.environ.get("REGSURGERY_ONNX") == "all":  # minutes
 
 
 def allowed(output: Tensor) -> float:
-    return onnx_program.INEXACT * rounding(output)
+    return INEXACT * rounding(output)
 
 
 def surgery_of(planted: Planted, **options: object) -> Surgery:
-    return perform(planted.loaded, recipe_for(planted, 1, **options), planted.traced, planted.sites)
+    return perform(planted.located, recipe_for(planted, 1, **options))
 
 
 def assert_as_graph(folder: Path, surgery: Surgery) -> None:
     """The folder's model gives what the patched graph gives, and not what the original gives, on any batch."""
-    program = onnx_program.reload(folder, {})
+    program = reload(folder, {})
     for batch in BATCHES:
         inputs = tensor_inputs(surgery.loaded, pictures(batch, surgery.traced.image_size))
         with torch.no_grad():
@@ -70,9 +71,9 @@ def test_onnxruntime_gives_what_the_patched_graph_gives(
     name: str, planted_picos: Callable[[Pico], Planted], tmp_path: Path
 ) -> None:
     surgery = surgery_of(planted_picos(by_id(name)))
-    onnx_program.emit(surgery, tmp_path, tmp_path)
+    emit(surgery, tmp_path, tmp_path)
     assert_as_graph(tmp_path, surgery)
-    state = onnx_program.state(tmp_path)
+    state = onnx.state(tmp_path)
     for parameter, value in surgery.graph_module.named_parameters():
         assert parameter not in state or torch.equal(state[parameter], value)
     assert "register_tokens" in state or any(name.endswith(".register_tokens") for name in state)
@@ -80,7 +81,7 @@ def test_onnxruntime_gives_what_the_patched_graph_gives(
 
 def test_every_kind_of_fill(planted_picos: Callable[[Pico], Planted], tmp_path: Path) -> None:
     surgery = surgery_of(planted_picos(by_id("hf-vit")), fill="outliers", prefix="fill", compat="reference")
-    onnx_program.emit(surgery, tmp_path, tmp_path)
+    emit(surgery, tmp_path, tmp_path)
     assert_as_graph(tmp_path, surgery)
 
 
@@ -88,7 +89,7 @@ def test_every_kind_of_fill(planted_picos: Callable[[Pico], Planted], tmp_path: 
 def test_the_other_modes_patch_and_verify(
     mode: str, planted_picos: Callable[[Pico], Planted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verification, "MIN_COSINE_OUTPUT", -1.0)
+    monkeypatch.setattr("regsurgery.verification.measure.MIN_COSINE_OUTPUT", -1.0)
     planted = planted_picos(by_id("hf-vit"))
     recipe = Recipe({block: tuple(neurons) for block, neurons in planted.neurons.items()})
     result = regsurgery.patch(
@@ -130,11 +131,11 @@ def test_the_same_surgery_twice_is_the_same_folder_without_paths(
 def test_large_weights_lie_in_a_file_of_their_own(
     planted_picos: Callable[[Pico], Planted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_program, "MAX_ONE_FILE_BYTES", 0)
+    monkeypatch.setattr("regsurgery.backends.onnx.MAX_ONE_FILE_BYTES", 0)
     surgery = surgery_of(planted_picos(by_id("timm-vit")))
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        onnx_program.emit(surgery, tmp_path / name, tmp_path)
+        emit(surgery, tmp_path / name, tmp_path)
     for name in ("model.onnx", "model.onnx.data"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
     assert (tmp_path / "first" / "model.onnx.data").stat().st_size > (tmp_path / "first" / "model.onnx").stat().st_size
@@ -149,7 +150,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     command = ["regsurgery", "patch", str(model), "--recipe", "demo", "--format", "onnx", "-q", "-o", str(output)]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        main()
     assert stopped.value.code == 2 and not list(output.parent.glob("*out*"))
     message = capsys.readouterr().err
     assert message.startswith("error: format onnx: ") and message.count("\n") == 1
@@ -179,7 +180,7 @@ def test_an_operator_that_onnx_has_not(demo_folder: Path, tmp_path: Path, monkey
             return {"logits": torch.special.airy_ai(x)}
 
     program = torch.export.export(Unknown(), (torch.zeros(2, 3),))
-    monkeypatch.setattr(onnx_program, "lower", lambda surgery: program)
+    monkeypatch.setattr("regsurgery.backends.onnx.lower", lambda surgery: program)
     message = refused(monkeypatch, capsys, demo_folder, tmp_path / "out")
     assert "special_airy_ai" in message and "\x1b" not in message
 
@@ -243,7 +244,7 @@ def test_node_gives_what_the_patched_graph_gives(
     planted_picos: Callable[[Pico], Planted], node_client: Path, tmp_path: Path
 ) -> None:
     surgery = surgery_of(planted_picos(by_id("hf-vit-classes")))
-    onnx_program.emit(surgery, tmp_path, tmp_path)
+    emit(surgery, tmp_path, tmp_path)
     batches = [pictures(batch, surgery.traced.image_size) for batch in (1, 3)]
     listed = []
     for index, images in enumerate(batches):

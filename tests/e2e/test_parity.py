@@ -16,17 +16,18 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from regsurgery.checkpoint_io import write_sums
-from regsurgery.cli import main
-from regsurgery.emit import emit
-from regsurgery.image_sources import dead_leaves
-from regsurgery.loading import load
-from regsurgery.match import match
-from regsurgery.original import write_record
+from regsurgery.checkpoints.sums import write_sums
+from regsurgery.cli.app import main
+from regsurgery.compiler.located import Located
+from regsurgery.compiler.match import match
+from regsurgery.compiler.surgery import Surgery, perform
+from regsurgery.compiler.trace import tensor_inputs, trace
+from regsurgery.emit.folder import emit
+from regsurgery.frontends.load import load
+from regsurgery.images.generated import dead_leaves
 from regsurgery.recipe import Recipe
-from regsurgery.runtime import operate
-from regsurgery.surgery import Surgery, perform
-from regsurgery.trace import tensor_inputs, trace
+from regsurgery.runtime.surgery import operate
+from regsurgery.verification.original import write_record
 from tests.conftest import Planted
 from tests.picos import OTHER_SIZES, PICOS, Pico
 from tests.reference import hook
@@ -92,7 +93,9 @@ def test_graph_equals_module_form_equals_hooked_reference(planted: Planted, num_
     hooked = hooked_model(planted, recipe)
     for size in sizes(planted):
         traced = planted.traced if size == loaded.image_size else trace(loaded, size)
-        surgery = perform(loaded, recipe, traced, planted.sites if size == loaded.image_size else match(traced))
+        surgery = perform(
+            Located(loaded, traced, planted.sites if size == loaded.image_size else match(traced)), recipe
+        )
         patched = module_form(planted, surgery)
         images = pictures(3, size)
         with torch.no_grad():
@@ -109,7 +112,7 @@ def test_graph_equals_module_form_equals_hooked_reference(planted: Planted, num_
 
 
 def test_no_registers_and_no_neurons_change_nothing(planted: Planted) -> None:
-    surgery = perform(planted.loaded, Recipe({}, num_registers=0, scale=()), planted.traced, planted.sites)
+    surgery = perform(planted.located, Recipe({}, num_registers=0, scale=()))
     images = pictures(3, planted.loaded.image_size)
     with torch.no_grad():
         original = planted.loaded.call(planted.loaded.model, images)
@@ -147,7 +150,7 @@ def test_every_option_agrees_between_graph_and_module_form(
         {"prefix": "fill"},
         {"compat": "reference"},
     ):
-        surgery = perform(planted.loaded, recipe_for(planted, 1, **options), planted.traced, planted.sites)
+        surgery = perform(planted.located, recipe_for(planted, 1, **options))
         with torch.no_grad():
             graph = surgery.graph_module(*tensor_inputs(planted.loaded, images))
             module = planted.loaded.call(module_form(planted, surgery), images)
@@ -162,7 +165,7 @@ def test_a_folder_whose_outliers_are_left_fails_verification(
 ) -> None:  # fmt: skip
     planted = planted_picos(next(pico for pico in PICOS if pico.id == "hf-vit"))
     wrong = Recipe({0: (5,)})
-    surgery = perform(planted.loaded, wrong, planted.traced, planted.sites)
+    surgery = perform(planted.located, wrong)
     with emit(surgery, tmp_path / "wrong", "transformers") as folder:
         write_record(load(str(planted.folder)), folder)  # its digests are those of the planted weights
         write_sums(folder, {})

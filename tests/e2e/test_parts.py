@@ -19,17 +19,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import regsurgery
-from regsurgery import cli, finding, image_tars, sharing
-from regsurgery.calibration import image_set
-from regsurgery.checkpoint_io import read_header
-from regsurgery.distributed import Processes
+from regsurgery.checkpoints.safetensors_file import read_header
+from regsurgery.cli.app import main
 from regsurgery.errors import NothingToFixError, OutputError, UserError
-from regsurgery.image_sources import dead_leaves
-from regsurgery.loading import load
-from regsurgery.pipeline import Progress, located
+from regsurgery.frontends.load import load
+from regsurgery.images.generated import dead_leaves
+from regsurgery.images.image_set import image_set
+from regsurgery.images.tars import _images_of_tar
+from regsurgery.models import locate
+from regsurgery.options import SearchOptions
+from regsurgery.progress import Progress
 from regsurgery.recipe import find_recipe
-from regsurgery.scores import Sums
-from regsurgery.sharing import PILOT_IMAGES, FoundPart, Part, Share, share_out
+from regsurgery.search.find import Task, _score
+from regsurgery.search.processes import Processes
+from regsurgery.search.scores import Scorer, Sums
+from regsurgery.search.shares import BATCH, PILOT_IMAGES, FoundPart, Part, Share, share_out
 from tests.e2e.test_find import Stop, StopsAfter
 from tests.picos import _transformers
 
@@ -164,7 +168,7 @@ def names_of(share: Share) -> list[str]:
         return torch.zeros(len(images), 3, 2, 2)
 
     numbered = share.own.numbered_batches(
-        sharing.BATCH, preprocess, first=share.first, step=share.step, by_file=share.by_file, least=0
+        BATCH, preprocess, first=share.first, step=share.step, by_file=share.by_file, least=0
     )
     taken = {number for number, _ in numbered}
     for number, batch in enumerate(grouped(list(share.own.source.items(share.own.chosen)), share.by_file)):
@@ -178,7 +182,7 @@ def grouped(items: list[Any], by_file: bool) -> list[list[Any]]:
     for name, content in items:
         previous = batches[-1][-1][1] if batches else None
         other_tar = by_file and previous is not None and getattr(previous, "path", 0) != getattr(content, "path", 0)
-        if not batches or len(batches[-1]) == sharing.BATCH or other_tar:
+        if not batches or len(batches[-1]) == BATCH or other_tar:
             batches.append([])
         batches[-1].append((name, content))
     return batches
@@ -195,7 +199,7 @@ def test_every_image_is_in_one_share(
     sources: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("regsurgery.calibration.IN_PROCESS", NUM_IMAGES)  # no workers
+    monkeypatch.setattr("regsurgery.images.image_set.IN_PROCESS", NUM_IMAGES)  # no workers
     shares = [
         share_out(sources[name], num_images, part=Part(number, total), processes=Processes(rank, processes))
         for number in range(1, total + 1)
@@ -219,14 +223,14 @@ def test_a_part_opens_its_own_tars_and_of_others_the_first_image(
     sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: Counter[str] = Counter()
-    images_of_tar = image_tars._images_of_tar
+    images_of_tar = _images_of_tar
 
     def counted(path: Path) -> Any:
         for member in images_of_tar(path):
             read[path.name] += 1
             yield member
 
-    monkeypatch.setattr(image_tars, "_images_of_tar", counted)
+    monkeypatch.setattr("regsurgery.images.tars._images_of_tar", counted)
     share = share_out(sources["many tars"], part=Part(3, 17))
     own = {"002.tar", "019.tar"}
     assert {path.name for path in share.own.source.paths} == own  # type: ignore[attr-defined]
@@ -253,7 +257,7 @@ def test_a_copy_of_the_images_elsewhere_is_the_same_set(sources: dict[str, Path]
 def test_a_stopped_part_goes_on_where_it_was(
     demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("regsurgery.journal.INTERVAL", 0.0)
+    monkeypatch.setattr("regsurgery.search.journal.INTERVAL", 0.0)
     (whole,) = write_parts(demo_folder, tmp_path, 1, num_images=64)
     path = tmp_path / "resumed.stats"
     with pytest.raises(Stop):
@@ -282,15 +286,15 @@ class Rank(Processes):
 def test_every_process_of_a_killed_launch_has_a_journal_of_its_own(
     demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("regsurgery.journal.INTERVAL", 0.0)
+    monkeypatch.setattr("regsurgery.search.journal.INTERVAL", 0.0)
     loaded = load(str(demo_folder))
-    traced, sites = located(loaded, Progress())
-    scorer = finding.Scorer(loaded, traced, sites, 2)
+    located = locate(loaded, Progress())
+    scorer = Scorer(located, 2)
 
     def score(rank: int, path: Path | None, progress: Progress) -> Sums:
         group = Rank(rank, 2)
         share, sums = share_out(None, 64, processes=group), scorer.new_sums()
-        finding._score(scorer, sums, share, path, group, progress)
+        _score(Task(located, share, SearchOptions(progress=progress), group), scorer, sums, path)
         return sums
 
     path = tmp_path / "vit.yaml.journal"
@@ -409,7 +413,7 @@ def test_where_there_is_nothing_to_fix_no_part_writes_statistics(tmp_path: Path)
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["regsurgery", "find", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        main()
     return int(stopped.value.code or 0)
 
 

@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import regsurgery
-from regsurgery import cli
-from regsurgery.checkpoint_io import read_header, sha256
-from regsurgery.loading import load
-from regsurgery.pipeline import PatchResult
+from regsurgery.checkpoints.safetensors_file import read_header
+from regsurgery.checkpoints.sums import sha256
+from regsurgery.cli.app import main
+from regsurgery.commands.patch import PatchResult
+from regsurgery.frontends.load import load
 from tests.conftest import shared
 from tests.e2e.test_reload import EVERYTHING, run_fresh, transformers_4_python
 
@@ -334,7 +335,7 @@ def test_verify_repeats_the_figures_of_patch(
     ]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        main()
     assert stopped.value.code == 0
     assert json.loads(capsys.readouterr().out) == result.verdict.as_dict()
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from regsurgery.compiler.located import Located
+from regsurgery.compiler.match import match
+from regsurgery.compiler.surgery import perform
+from regsurgery.compiler.trace import trace
 from regsurgery.errors import UnsupportedModelError
-from regsurgery.loading import load
-from regsurgery.match import match
+from regsurgery.frontends.load import load
 from regsurgery.recipe import Recipe
-from regsurgery.surgery import perform
-from regsurgery.trace import trace
 from tests.picos import VIT, _timm, _transformers
 
 SMALL = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
@@ -91,7 +92,7 @@ def test_refused_with_a_reason(kind: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=message) as refused:
         loaded = load(str(tmp_path / "model"))
         traced = trace(loaded)
-        perform(loaded, Recipe({0: (1,)}), traced, match(traced))
+        perform(Located(loaded, traced, match(traced)), Recipe({0: (1,)}))
     print(refused.value)
 
 
@@ -123,6 +124,6 @@ def test_the_number_of_tokens_is_told_from_equal_sizes_by_data_flow(tmp_path: Pa
         traced = trace(loaded, size)
         sites = match(traced)
         assert sites.num_tokens in (64, 16)
-        surgery = perform(loaded, Recipe({1: (3,)}, num_registers=4, scale=(1.0,) * 4), traced, sites)
+        surgery = perform(Located(loaded, traced, sites), Recipe({1: (3,)}, num_registers=4, scale=(1.0,) * 4))
         last = next(node for node in surgery.graph_module.graph.nodes if node.name == sites.last)
         assert last.meta["val"].shape[1:] == (sites.num_tokens + 4, 64)

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from regsurgery import backends
-from regsurgery.backends.hf_transformers import auto_class
-from regsurgery.surgery import perform
-from regsurgery.trace import tensor_inputs
+from regsurgery.backends.formats import backend
+from regsurgery.backends.transformers import auto_class
+from regsurgery.compiler.surgery import perform
+from regsurgery.compiler.trace import tensor_inputs
 from tests.conftest import Planted
 from tests.e2e.test_parity import pictures, recipe_for
 from tests.picos import PICOS, Pico
@@ -52,9 +52,9 @@ def run_fresh(jobs: list[dict[str, Any]], manifest: Path, python: str = sys.exec
 
 def job_for(planted: Planted, folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Write the patched folder; the job for the fresh process, and what the graph gives for its inputs."""
-    surgery = perform(planted.loaded, recipe_for(planted, 1), planted.traced, planted.sites)
+    surgery = perform(planted.located, recipe_for(planted, 1))
     folder.mkdir(parents=True)
-    backends.library(planted.loaded.library).emit(surgery, folder, folder)
+    backend(planted.loaded.library).emit(surgery, folder, folder)
     inputs = tensor_inputs(planted.loaded, pictures(7, planted.loaded.image_size))
     names = [node.name for node in planted.traced.graph_module.graph.find_nodes(op="placeholder")]
     with torch.no_grad():

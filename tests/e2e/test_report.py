@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from regsurgery import pipeline
-from regsurgery.calibration import image_set
-from regsurgery.evaluation.pair import open_pair
-from regsurgery.reporting import Report, report
-from regsurgery.statistics import token_norms
+from regsurgery.commands import patch
+from regsurgery.commands.find import find
+from regsurgery.commands.verify import verify
+from regsurgery.compiler.outliers import token_norms
+from regsurgery.images.image_set import image_set
+from regsurgery.reporting.report import Report, report
+from regsurgery.verification.pair import open_pair
 from tests.conftest import shared
 
 if TYPE_CHECKING:
@@ -37,8 +39,8 @@ def needed(what: str) -> None:
 def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo, patched with a recipe that `find` wrote: it has a sweep and contributions."""
     folder = tmp_path_factory.mktemp("report")
-    pipeline.find("demo", folder / "recipe.yaml", num_images=16)
-    pipeline.patch("demo", folder / "patched", recipe=str(folder / "recipe.yaml"), num_images=8)
+    find("demo", folder / "recipe.yaml", num_images=16)
+    patch.patch("demo", folder / "patched", recipe=str(folder / "recipe.yaml"), num_images=8)
     return folder / "patched"
 
 
@@ -126,7 +128,7 @@ def test_it_is_one_file_that_says_what_verification_says(made: Report, patched: 
     assert not re.search(r"(src|href)=[\"']?https?:", text), "nothing is fetched"
     found = made.verdict.outliers_per_image
     assert found.original > 1 > found.patched and f"<td>{found.original:.2f}</td>" in text
-    assert pipeline.verify(patched, num_images=NUM_IMAGES).outliers_per_image == found
+    assert verify(patched, num_images=NUM_IMAGES).outliers_per_image == found
     assert str(patched.parent) not in text and "/tmp" not in text, "no path of this machine"
 
 
@@ -222,7 +224,7 @@ def test_the_real_model_has_its_outliers_in_the_corners(
     browser: Browser, complaints: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "patched"
-    pipeline.patch(str(shared("models", "vit-tiny-timm")), folder, recipe="vit-tiny", num_images=4)
+    patch.patch(str(shared("models", "vit-tiny-timm")), folder, recipe="vit-tiny", num_images=4)
     made = report(folder, images=shared("images", "labelled"))
     assert made.num_images == 16 and made.size < 8_000_000
     for page in opened(browser, made.path, complaints):

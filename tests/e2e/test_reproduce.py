@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 import regsurgery
-from regsurgery import checkpoint_io, cli, run_record
+from regsurgery.checkpoints.sums import check_sums, write_sums
+from regsurgery.cli.app import main
+from regsurgery.emit.published import published
+from regsurgery.emit.run_record import RUN_RECORD_NAME, read_run_record, versions
 from regsurgery.errors import CheckpointError, ModelNotFoundError, UserError
-from regsurgery.published import published
-from regsurgery.run_record import RUN_RECORD_NAME, read_run_record
 from tests.conftest import shared
 
 REPO, COMMIT = "someone/patched", "0123456789abcdef0123456789abcdef01234567"
@@ -29,8 +30,8 @@ def source(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from regsurgery.calibration import image_set
-    from regsurgery.image_sources import decode
+    from regsurgery.images.decoding import decode
+    from regsurgery.images.image_set import image_set
 
     folder = tmp_path_factory.mktemp("photos") / "photos"
     folder.mkdir()
@@ -56,7 +57,7 @@ def patched(with_photos: Path, tmp_path: Path) -> Path:
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["regsurgery", *arguments])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     return int(ended.value.code or 0)
 
 
@@ -70,7 +71,7 @@ def test_the_demo_with_what_find_found_comes_out_the_same(
     answer = json.loads(capsys.readouterr().out)
     assert (answer["identical"], answer["differences"], answer["num_files"]) == (True, {}, 9)
     assert (tmp_path / "again" / "SHA256SUMS").read_bytes() == (tmp_path / "out" / "SHA256SUMS").read_bytes()
-    checkpoint_io.check_sums(tmp_path / "again")
+    check_sums(tmp_path / "again")
 
 
 def test_photos_may_lie_elsewhere_by_then(patched: Path, photos: Path, tmp_path: Path) -> None:
@@ -103,10 +104,10 @@ def test_other_versions_and_figures_are_told(
     record["run"]["versions"]["torch"], kept = "2.0.0", record["verify"]["kl"]
     record["verify"]["kl"] = 0.5
     path.write_text(json.dumps(record))
-    checkpoint_io.write_sums(patched)
+    write_sums(patched)
     assert run(["reproduce", str(patched), "--images", str(photos)], monkeypatch) == 1
     told = capsys.readouterr()
-    assert f"torch was 2.0.0, here it is {run_record.versions()['torch']}" in told.err
+    assert f"torch was 2.0.0, here it is {versions()['torch']}" in told.err
     assert f"{RUN_RECORD_NAME}  comes out with other content" in told.out
     assert f"figure kl was 0.5, is {kept}" in told.out
 

@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file
 
 import regsurgery
-from regsurgery import distill, pipeline, stored, verification
+from regsurgery.checkpoints import stored
+from regsurgery.checkpoints.stored import StoredTensor, is_stored, stored_state
 from regsurgery.errors import CheckpointError, UserError
-from regsurgery.loading import LoadOptions, load, parse_size
+from regsurgery.frontends.load import load
+from regsurgery.options import LoadOptions, parse_size
 from regsurgery.recipe import Recipe
-from regsurgery.stored import StoredTensor, is_stored, stored_state
 from tests.conftest import Planted
 from tests.e2e.test_parity import recipe_for
 from tests.picos import Pico, by_id
 
-ON_DISK = LoadOptions(max_memory=0)
 # Every library; a tower below a language model; renamed keys, fused ones, biases, rotary positions, another dtype.
 SAMPLES = ("hf-clip-vision", "hf-llava", "hf-data2vec", "timm-dinov2-swiglu", "timm-dinov3", "open-clip",
            "open-clip-over-timm")  # fmt: skip
@@ -33,13 +33,15 @@ def test_the_same_figures_and_bytes(name: str, planted_picos: Callable[[Pico], P
     planted = planted_picos(by_id(name))
     recipe = recipe_for(planted, 1)
     verdicts = [
-        regsurgery.patch(str(planted.folder), tmp_path / where, recipe=recipe, num_images=8, options=options).verdict
-        for where, options in (("memory", None), ("disk", ON_DISK))
+        regsurgery.patch(
+            str(planted.folder), tmp_path / where, recipe=recipe, num_images=8, max_memory=max_memory
+        ).verdict
+        for where, max_memory in (("memory", None), ("disk", 0))
     ]
     assert verdicts[0] == verdicts[1]
     sums = [(tmp_path / where / "SHA256SUMS").read_text() for where in ("memory", "disk")]
     assert sums[0] == sums[1]
-    assert regsurgery.verify(tmp_path / "disk", num_images=8, options=ON_DISK).passed
+    assert regsurgery.verify(tmp_path / "disk", num_images=8, max_memory=0).passed
 
 
 # In the host by the same names, and where tensors get other names or shapes: one qkv for three, three for one, a head
@@ -59,18 +61,24 @@ def test_native_mode_writes_the_same_bytes(
     name: str, fmt: str, calibrate: bool, planted_picos: Callable[[Pico], Planted], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(verification, "MIN_COSINE_OUTPUT", -1.0)  # a random head over few patches
-    monkeypatch.setattr(pipeline, "GENERATED_TO_FIT", 16)
-    monkeypatch.setattr(distill, "STEPS", 4)
-    monkeypatch.setattr(distill, "CHECK_EVERY", 2)
+    monkeypatch.setattr("regsurgery.verification.measure.MIN_COSINE_OUTPUT", -1.0)  # a random head over few patches
+    monkeypatch.setattr("regsurgery.search.division.GENERATED_TO_FIT", 16)
+    monkeypatch.setattr("regsurgery.compiler.modes.calibrate.STEPS", 4)
+    monkeypatch.setattr("regsurgery.compiler.modes.calibrate.CHECK_EVERY", 2)
     planted = planted_picos(by_id(name))
     recipe = Recipe({block: tuple(neurons) for block, neurons in planted.neurons.items()}, mode="native")
     verdicts, sums = [], []
-    for where, options in (("memory", None), ("disk", ON_DISK)):
+    for where, max_memory in (("memory", None), ("disk", 0)):
         (tmp_path / where).mkdir()
         monkeypatch.chdir(tmp_path / where)
         result = regsurgery.patch(
-            str(planted.folder), "out", recipe=recipe, calibrate=calibrate, format=fmt, num_images=8, options=options
+            str(planted.folder),
+            "out",
+            recipe=recipe,
+            calibrate=calibrate,
+            format=fmt,
+            num_images=8,
+            max_memory=max_memory,
         )
         verdicts.append(result.verdict)
         sums.append(dict(line.split("  ")[::-1] for line in Path("out/SHA256SUMS").read_text().splitlines()))
@@ -78,7 +86,7 @@ def test_native_mode_writes_the_same_bytes(
     if fmt == "open_clip":  # its config names the folder
         assert {each.pop("open_clip_config.json") for each in sums}
     assert sums[0] == sums[1]
-    assert regsurgery.verify("out", num_images=8, options=ON_DISK).passed
+    assert regsurgery.verify("out", num_images=8, max_memory=0).passed
 
 
 def test_native_mode_of_shards_writes_shards(planted_picos: Callable[[Pico], Planted], tmp_path: Path) -> None:
@@ -87,10 +95,10 @@ def test_native_mode_of_shards_writes_shards(planted_picos: Callable[[Pico], Pla
     planted = planted_picos(by_id("hf-dinov2"))
     planted.loaded.model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
     recipe = Recipe({block: tuple(neurons) for block, neurons in planted.neurons.items()}, mode="native")
-    for where, options in (("memory", None), ("disk", ON_DISK)):
+    for where, max_memory in (("memory", None), ("disk", 0)):
         regsurgery.patch(
             str(tmp_path / "sharded"), tmp_path / where, recipe=recipe, calibrate=False, format="transformers",
-            num_images=8, options=options,
+            num_images=8, max_memory=max_memory,
         )  # fmt: skip
     assert (tmp_path / "memory" / "SHA256SUMS").read_text() == (tmp_path / "disk" / "SHA256SUMS").read_text()
     shards = sorted((tmp_path / "disk").glob("*.safetensors"))
@@ -102,13 +110,13 @@ def test_native_mode_of_shards_writes_shards(planted_picos: Callable[[Pico], Pla
 
 def test_find_reads_from_disk(planted_picos: Callable[[Pico], Planted]) -> None:
     planted = planted_picos(by_id("hf-vit-classes"))
-    found = regsurgery.find(str(planted.folder), num_images=32, options=ON_DISK)
+    found = regsurgery.find(str(planted.folder), num_images=32, max_memory=0)
     assert found.recipe.register_neurons == {block: tuple(listed) for block, listed in planted.neurons.items()}
 
 
 def test_a_stored_tensor_is_read_by_operators_alone(planted_picos: Callable[[Pico], Planted]) -> None:
     planted = planted_picos(by_id("hf-vit-classes"))
-    loaded = load(str(planted.folder), ON_DISK)
+    loaded = load(str(planted.folder), LoadOptions(max_memory=0))
     assert is_stored(loaded.model) and not is_stored(planted.loaded.model)
     (path,) = loaded.weights
     in_memory, on_disk = load_file(path), stored_state([path])
@@ -131,7 +139,7 @@ def test_nothing_is_read_to_trace_and_match(
     monkeypatch.setattr(stored.StoredTensor, "read", lambda self: (read.append(self.entry.name), plain(self))[1])
     with pytest.raises(UserError, match="with all weights in memory"):
         regsurgery.patch(
-            str(planted.folder), "nowhere", recipe=Recipe({1: (0,)}), format="pt2", options=ON_DISK, dry_run=True
+            str(planted.folder), "nowhere", recipe=Recipe({1: (0,)}), format="pt2", max_memory=0, dry_run=True
         )
     assert read
     assert all(".embeddings." in name for name in read)
@@ -155,7 +163,7 @@ def test_what_needs_all_weights_says_so(mode: str, planted_picos: Callable[[Pico
     with pytest.raises(UserError, match=r"format pt2.*--max-memory"):
         regsurgery.patch(
             str(planted.folder), tmp_path / "out", recipe=recipe_for(planted, 1), mode=mode, format="pt2",
-            options=ON_DISK,
+            max_memory=0,
         )  # fmt: skip
     assert not list(tmp_path.iterdir())
 
@@ -171,14 +179,15 @@ import json, sys
 from pathlib import Path
 import torch, transformers
 import regsurgery
-from regsurgery import distill, pipeline, verification
-from regsurgery.loading import LoadOptions
+from regsurgery.compiler.modes import calibrate
+from regsurgery.search import division
+from regsurgery.verification import measure
 from regsurgery.recipe import Recipe
 
 folder, out, mode, limit = sys.argv[1:]
 torch.set_num_threads(1)
-verification.MIN_COSINE_OUTPUT = -1.0  # random weights
-pipeline.GENERATED_TO_FIT, distill.STEPS, distill.CHECK_EVERY = 16, 2, 1
+measure.MIN_COSINE_OUTPUT = -1.0  # random weights
+division.GENERATED_TO_FIT, calibrate.STEPS, calibrate.CHECK_EVERY = 16, 2, 1
 
 def memory(key):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
@@ -187,7 +196,7 @@ def memory(key):
 before = memory("VmRSS")
 result = regsurgery.patch(
     folder, out, recipe=Recipe({0: (1,)}, mode=mode), num_images=8, dry_run=True,
-    options=LoadOptions(max_memory=int(limit)),
+    max_memory=int(limit),
 )
 print(json.dumps({"before": before, "after": memory("VmHWM")}))
 """

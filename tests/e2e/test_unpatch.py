@@ -13,11 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import regsurgery
-from regsurgery import cli
-from regsurgery.checkpoint_io import SUMS_NAME, sha256
+from regsurgery.checkpoints.sums import SUMS_NAME, sha256
+from regsurgery.cli.app import main
 from regsurgery.errors import CheckpointError, OutputError, UserError
-from regsurgery.loading import LoadOptions
-from regsurgery.original import RECORD_NAME
+from regsurgery.verification.original import RECORD_NAME
 
 MODEL = "model.safetensors"
 
@@ -125,8 +124,7 @@ def test_a_pickle_cannot_come_back_and_verify_can_still_compare(demo_folder: Pat
     source = shutil.copytree(demo_folder, tmp_path / "source")
     torch.save(load_file(source / MODEL), source / "pytorch_model.bin")
     (source / MODEL).unlink()
-    options = LoadOptions(allow_pickle=True)
-    regsurgery.patch(str(source), tmp_path / "patched", recipe="demo", num_images=2, options=options)
+    regsurgery.patch(str(source), tmp_path / "patched", recipe="demo", num_images=2, allow_pickle=True)
     digest = sha256(source / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=rf"the pickle pytorch_model\.bin \(sha256 {digest}\).*{source}"):
         regsurgery.unpatch(tmp_path / "patched", tmp_path / "restored")
@@ -152,7 +150,7 @@ def test_the_command(
     def run(*arguments: object) -> tuple[int | str | None, str, str]:
         monkeypatch.setattr(sys, "argv", ["regsurgery", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
-            cli.main()
+            main()
         return stopped.value.code, *capsys.readouterr()
 
     retrain(copy, "vit.register_tokens")

@@ -46,10 +46,14 @@ class Bases:
 
 
 def build(root: Path) -> Bases:
-    from regsurgery import emit, loading, pipeline
+    from regsurgery.compiler.surgery import perform
+    from regsurgery.emit.folder import complete, emit
+    from regsurgery.emit.run_record import run_of
+    from regsurgery.frontends.load import load
+    from regsurgery.models import locate
+    from regsurgery.options import PatchOptions
+    from regsurgery.progress import Progress
     from regsurgery.recipe import parse_recipe
-    from regsurgery.run_record import run_of
-    from regsurgery.surgery import perform
 
     quiet()
     _transformers("ViTForImageClassification", "ViTConfig", **TINY, num_labels=3)(root / "vit")
@@ -73,14 +77,14 @@ def build(root: Path) -> Bases:
     recipe = parse_recipe(RECIPE, "recipe.yaml")
     found: Any = None
     for name in ("timm", "vit"):
-        loaded = loading.load(str(root / name))
-        found = pipeline.located(loaded, pipeline.Progress())
-        surgery = perform(loaded, recipe, *found)
-        with emit.emit(surgery, root / f"patched-{name}", loaded.library) as folder:
-            flags: Any = dict.fromkeys(("calibrate", "force", "verification"), False)
-            run = run_of(loaded, recipe, loaded.library, None, (), seed=0, num_images=None, image_size=None, **flags)
-            emit.complete(surgery, folder, loaded.library, None, run)
-    return Bases({path.name: path for path in root.iterdir()}, *found)
+        loaded = load(str(root / name))
+        found = locate(loaded, Progress())
+        surgery = perform(found, recipe)
+        with emit(surgery, root / f"patched-{name}", loaded.library) as folder:
+            options = PatchOptions(verification=False)
+            run = run_of(surgery, loaded.library, options.image_set(), None, options, False)
+            complete(surgery, folder, loaded.library, None, run)
+    return Bases({path.name: path for path in root.iterdir()}, found.traced, found.sites)
 
 
 def quiet() -> None:

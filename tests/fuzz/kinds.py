@@ -291,10 +291,10 @@ def patched_sums(rng: Random, folder: Path) -> None:
 
 
 def resum(folder: Path) -> None:
-    from regsurgery import checkpoint_io
+    from regsurgery.checkpoints.sums import write_sums
 
     if all(path.is_file() and not path.is_symlink() for path in folder.iterdir()):
-        checkpoint_io.write_sums(folder)
+        write_sums(folder)
 
 
 # --- entry points ---------------------------------------------------------------------------------------------------
@@ -303,22 +303,23 @@ def resum(folder: Path) -> None:
 def run_load(rng: Random, folder: Path, bases: Bases) -> None:
     import PIL.Image
 
-    from regsurgery import loading
+    from regsurgery.frontends.load import load
+    from regsurgery.options import LoadOptions
 
-    loaded = loading.load(str(folder), loading.LoadOptions(allow_pickle=True))
+    loaded = load(str(folder), LoadOptions(allow_pickle=True))
     loaded.preprocess([PIL.Image.new("RGB", (20, 18), (9, 90, 200))])
 
 
 def run_header(rng: Random, folder: Path, bases: Bases) -> None:
-    from regsurgery import checkpoint_io
+    from regsurgery.checkpoints.safetensors_file import read_header
 
-    checkpoint_io.read_header(weights_of(folder))
+    read_header(weights_of(folder))
 
 
 def run_recipe(rng: Random, folder: Path, bases: Bases) -> None:
-    from regsurgery.passes.plan import plan_surgery
+    from regsurgery.compiler.passes.plan import plan_surgery
+    from regsurgery.compiler.surgery import check_fit
     from regsurgery.recipe import find_recipe, parse_recipe
-    from regsurgery.surgery import check_fit
 
     recipe = find_recipe(str(folder / "recipe.yaml"))
     assert parse_recipe(recipe.to_yaml(), "written").as_dict() == recipe.as_dict(), (
@@ -330,16 +331,20 @@ def run_recipe(rng: Random, folder: Path, bases: Bases) -> None:
 
 
 def run_patched(rng: Random, folder: Path, bases: Bases) -> None:
-    from regsurgery import checkpoint_io, loading, original, patched
+    from regsurgery.checkpoints.sums import check_sums
+    from regsurgery.frontends.load import load
     from regsurgery.recipe import find_recipe
+    from regsurgery.verification.original import restore_original
+    from regsurgery.verification.patched import existing_folder, folder_format, patched_mode
+    from regsurgery.verification.patched import load as load_patched
 
-    checkpoint_io.check_sums(patched.existing_folder(folder))
-    fmt = patched.folder_format(folder)
-    patched.patched_mode(folder, fmt)
+    check_sums(existing_folder(folder))
+    fmt = folder_format(folder)
+    patched_mode(folder, fmt)
     find_recipe(str(folder / "recipe.yaml"))
-    original.restore_original(folder, folder.parent / "restored", fmt)
-    loading.load(str(folder.parent / "restored"))
-    patched.load(folder)
+    restore_original(folder, folder.parent / "restored", fmt)
+    load(str(folder.parent / "restored"))
+    load_patched(folder)
 
 
 KINDS = {

@@ -165,7 +165,7 @@ def _pipes(folder: str, names: list[str]) -> list[str]:
 
 
 def _warm(folder: Path) -> None:
-    from regsurgery.loading import load
+    from regsurgery.frontends.load import load
 
     load(str(folder))
 

@@ -46,7 +46,7 @@ def process(url: str, home: Path) -> Iterator[Callable[..., Any]]:
 
 def run(*argv: Any, token: str | None = TOKEN) -> Done:
     """`regsurgery ARGV`; to be called in the process."""
-    from regsurgery.cli import main
+    from regsurgery.cli.app import main
 
     os.environ.pop("HF_TOKEN", None)
     if token is not None:

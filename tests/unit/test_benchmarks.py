@@ -21,8 +21,8 @@ from benchmarks import depth, goals, hooks, models, report, suite
 from benchmarks import latency as latency_part
 from benchmarks.__main__ import main
 from benchmarks.profiling import where_the_time_goes
-from regsurgery.evaluation.interval import Estimate
 from regsurgery.evaluation.timing import ratio, turns
+from regsurgery.interval import Estimate
 from tests.reference import naive_shift
 
 

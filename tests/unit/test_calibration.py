@@ -18,9 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from regsurgery.calibration import DEFAULT_GENERATED, IN_PROCESS, MIN_IMAGES, ImageSet, image_set
 from regsurgery.errors import UserError
-from regsurgery.image_sources import Generated, Item, decode, open_source
+from regsurgery.images.decoding import decode
+from regsurgery.images.generated import Generated
+from regsurgery.images.image_set import DEFAULT_GENERATED, IN_PROCESS, MIN_IMAGES, ImageSet, image_set
+from regsurgery.images.opening import open_source
+from regsurgery.images.sources import Item
 
 MANY = IN_PROCESS + 13
 
@@ -172,7 +175,7 @@ def test_workers_give_the_same_batches(tmp_path, monkeypatch, three_workers, siz
     with_workers = list(images.numbered_batches(size, traced))
     pids = {pid for _, batch in with_workers for pid in batch[:, 0, -1, 0].tolist()}
     assert os.getpid() not in pids and len(pids) <= 3
-    monkeypatch.setattr("regsurgery.calibration.IN_PROCESS", MANY)
+    monkeypatch.setattr("regsurgery.images.image_set.IN_PROCESS", MANY)
     without = list(images.numbered_batches(size, traced))
     assert {pid for _, batch in without for pid in batch[:, 0, -1, 0].tolist()} == {os.getpid()}
     assert [number for number, _ in with_workers] == [number for number, _ in without]
@@ -719,7 +722,7 @@ def refuse(event, args):
         raise OSError("no network")
 
 sys.addaudithook(refuse)
-from regsurgery.image_sources import open_source
+from regsurgery.images.opening import open_source
 
 print(len(list(open_source(Path(sys.argv[1])).items(range(8)))))
 """
@@ -810,7 +813,7 @@ def test_dead_leaves_are_pictures():
 
 def test_dead_leaves_are_the_same_in_another_process():
     program = (
-        "import hashlib, json; from regsurgery.image_sources import decode\n"
+        "import hashlib, json; from regsurgery.images.decoding import decode\n"
         "print(json.dumps([hashlib.sha256(decode(f'3/{n}').tobytes()).hexdigest() for n in range(3)]))"
     )
     here = [hashlib.sha256(content).hexdigest() for content in generated(3, seed=3)]
@@ -825,7 +828,7 @@ def test_dead_leaves_in_workers(monkeypatch, three_workers):
     images = image_set(None, MANY)
     small = lambda pictures: pixels([image.resize((4, 4)) for image in pictures])  # noqa: E731
     with_workers = torch.cat(list(images.batches(8, small)))
-    monkeypatch.setattr("regsurgery.calibration.IN_PROCESS", MANY)
+    monkeypatch.setattr("regsurgery.images.image_set.IN_PROCESS", MANY)
     assert torch.cat(list(replace(images).batches(8, small))).equal(with_workers)
     assert len(with_workers) == MANY
 
@@ -833,7 +836,7 @@ def test_dead_leaves_in_workers(monkeypatch, three_workers):
 KILLED_WHILE_READING = """
 import os, signal, sys
 import psutil, torch
-from regsurgery.calibration import image_set
+from regsurgery.images.image_set import image_set
 
 def large(images):  # more than a pipe takes
     return torch.zeros(len(images), 3, 512, 512)

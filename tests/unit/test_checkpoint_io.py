@@ -14,10 +14,14 @@ import pytest
 import safetensors.torch
 import torch
 
-from regsurgery import checkpoint_io as io
-from regsurgery import copying
+from regsurgery.checkpoints.copying import CopiesAhead, copy_bytes, copy_file
+from regsurgery.checkpoints.reading import weight_files
+from regsurgery.checkpoints.safetensors_file import read_header
+from regsurgery.checkpoints.stored import NotInMemory, StoredTensor, stored_state
+from regsurgery.checkpoints.sums import SUMS_NAME, check_sums, sha256, write_sums
+from regsurgery.checkpoints.whole import check_output, copies_ahead, whole_folder
+from regsurgery.checkpoints.writing import write_tensors, write_weights, write_with_additions
 from regsurgery.errors import CheckpointError, OutputError
-from regsurgery.stored import NotInMemory, StoredTensor, stored_state
 
 TENSORS = {
     "block.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -62,7 +66,7 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def test_the_header_of_a_good_file_is_read(good):
-    header = io.read_header(good)
+    header = read_header(good)
     expected = {name: (dtype, tuple(shape), len(data)) for name, (dtype, shape, data) in raw_tensors(good).items()}
     assert {t.name: (t.dtype, t.shape, t.stop - t.start) for t in header.tensors} == expected
     assert set(expected) == set(TENSORS)
@@ -78,7 +82,7 @@ def test_a_file_too_short_for_a_header_is_refused(tmp_path, num_bytes):
     path = tmp_path / "short.safetensors"
     path.write_bytes(b"\0" * num_bytes)
     with pytest.raises(CheckpointError, match=re.escape(f"{path}: cut off: {num_bytes} bytes")):
-        io.read_header(path)
+        read_header(path)
 
 
 @pytest.mark.parametrize("claimed", [3, 1 << 40, (1 << 64) - 1])
@@ -86,14 +90,14 @@ def test_a_header_longer_than_the_file_is_refused(tmp_path, claimed):
     path = tmp_path / "long.safetensors"
     path.write_bytes(struct.pack("<Q", claimed) + b"{}")
     with pytest.raises(CheckpointError, match=re.escape(f"{path}: ") + f".*the header claims {claimed} bytes"):
-        io.read_header(path)
+        read_header(path)
 
 
 @pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"\0"], ids=["cut", "trailing"])
 def test_a_file_of_another_size_than_its_header_says_is_refused(good, change):
     good.write_bytes(change(good.read_bytes()))
     with pytest.raises(CheckpointError, match=re.escape(f"{good}: the header describes")):
-        io.read_header(good)
+        read_header(good)
 
 
 def entry(**changes: object) -> dict[str, object]:
@@ -133,7 +137,7 @@ def entry(**changes: object) -> dict[str, object]:
 def test_a_tensor_that_lies_is_refused_by_name(tmp_path, header, problem):
     path = raw_file(tmp_path / "lies.safetensors", header, b"\0" * 16)
     with pytest.raises(CheckpointError) as caught:
-        io.read_header(path)
+        read_header(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
     assert problem in message
@@ -149,12 +153,12 @@ def test_a_tensor_that_lies_is_refused_by_name(tmp_path, header, problem):
 def test_a_header_that_is_no_header_is_refused(tmp_path, header):
     path = raw_file(tmp_path / "bad.safetensors", header)
     with pytest.raises(CheckpointError, match=re.escape(f"{path}: ")):
-        io.read_header(path)
+        read_header(path)
 
 
 def test_additions_leave_the_original_tensors_byte_identical(good, tmp_path):
     target = tmp_path / "new.safetensors"
-    io.write_with_additions(io.read_header(good), target, {"vit.register_tokens": REGISTERS})
+    write_with_additions(read_header(good), target, {"vit.register_tokens": REGISTERS})
     before, after = raw_tensors(good), raw_tensors(target)
     assert after.pop("vit.register_tokens") == ("F32", [1, 1, 4], REGISTERS.numpy().tobytes())
     assert after == before
@@ -166,13 +170,13 @@ def test_additions_leave_the_original_tensors_byte_identical(good, tmp_path):
 
 
 def test_no_additions_keep_every_tensor(good, tmp_path):
-    io.write_with_additions(io.read_header(good), tmp_path / "new.safetensors", {})
+    write_with_additions(read_header(good), tmp_path / "new.safetensors", {})
     assert raw_tensors(tmp_path / "new.safetensors") == raw_tensors(good)
 
 
 def test_an_addition_whose_name_is_taken_is_refused(good, tmp_path):
     with pytest.raises(CheckpointError, match="has a tensor 'odd' already"):
-        io.write_with_additions(io.read_header(good), tmp_path / "new.safetensors", {"odd": REGISTERS})
+        write_with_additions(read_header(good), tmp_path / "new.safetensors", {"odd": REGISTERS})
 
 
 # --- shards ---------------------------------------------------------------------------------------------------------
@@ -184,7 +188,7 @@ INDEX = "model.safetensors.index.json"
 
 def test_tensors_are_written_as_safetensors_writes_them(tmp_path):
     safetensors.torch.save_file(TENSORS, tmp_path / "theirs", metadata={"format": "pt"})
-    io.write_tensors(tmp_path / "ours", {**TENSORS, "block.weight": TENSORS["block.weight"].T.contiguous().T})
+    write_tensors(tmp_path / "ours", {**TENSORS, "block.weight": TENSORS["block.weight"].T.contiguous().T})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
@@ -200,7 +204,7 @@ def test_tensors_on_disk_are_written_one_after_the_other(good, tmp_path, monkeyp
     order: list[str] = []
     plain = StoredTensor.read
     monkeypatch.setattr(StoredTensor, "read", lambda self: (order.append(self.entry.name), plain(self))[1])
-    io.write_tensors(tmp_path / "ours", state | more)
+    write_tensors(tmp_path / "ours", state | more)
     assert order == [
         "scalar",
         *["block.weight"] * 2,
@@ -231,30 +235,30 @@ def write_index(folder: Path, weight_map: object) -> None:
 
 
 def test_the_weights_are_the_shards_of_the_index(sharded):
-    assert io.weight_files(sharded, "model.safetensors") == [sharded / shard for shard in SHARDS]
+    assert weight_files(sharded, "model.safetensors") == [sharded / shard for shard in SHARDS]
 
 
 def test_the_weights_are_the_single_file_where_there_is_one(sharded):
     (sharded / "model.safetensors").touch()
-    assert io.weight_files(sharded, "model.safetensors") == [sharded / "model.safetensors"]
+    assert weight_files(sharded, "model.safetensors") == [sharded / "model.safetensors"]
 
 
 def test_a_folder_without_weights_has_none(tmp_path):
-    assert io.weight_files(tmp_path, "model.safetensors") == []
+    assert weight_files(tmp_path, "model.safetensors") == []
 
 
 @pytest.mark.parametrize("name", ["a\0b", "a" * 5000, "\ud800"])
 def test_a_shard_with_a_name_that_no_file_can_have_is_refused(sharded, name):
     write_index(sharded, {"a": name})
     with pytest.raises(CheckpointError, match=re.escape(str(sharded))) as caught:
-        io.weight_files(sharded, "model.safetensors")
+        weight_files(sharded, "model.safetensors")
     assert len(str(caught.value)) < 1000
 
 
 def test_a_missing_shard_is_named(sharded):
     (sharded / SHARDS[1]).unlink()
     with pytest.raises(CheckpointError, match=re.escape(f"{sharded / SHARDS[1]}: named by {INDEX} but missing")):
-        io.weight_files(sharded, "model.safetensors")
+        weight_files(sharded, "model.safetensors")
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "sub/x.safetensors", ".", "..", "", 5])
@@ -262,20 +266,20 @@ def test_a_shard_outside_the_folder_is_refused(sharded, name):
     shutil.copyfile(sharded / SHARDS[0], sharded.parent / "x.safetensors")
     write_index(sharded, {"a": name})
     with pytest.raises(CheckpointError, match=re.escape(str(sharded))):
-        io.weight_files(sharded, "model.safetensors")
+        weight_files(sharded, "model.safetensors")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": {}}}', "[" * 100_000])
 def test_a_broken_index_is_refused(sharded, text):
     (sharded / INDEX).write_text(text, "utf-8")
     with pytest.raises(CheckpointError, match=re.escape(f"{sharded / INDEX}: not a valid safetensors index")):
-        io.weight_files(sharded, "model.safetensors")
+        weight_files(sharded, "model.safetensors")
 
 
 def test_shards_are_written_as_shards_and_the_index_knows_the_addition(sharded, tmp_path):
     target = tmp_path / "target"
     target.mkdir()
-    io.write_weights([sharded / shard for shard in SHARDS], target, {"register_tokens": REGISTERS})
+    write_weights([sharded / shard for shard in SHARDS], target, {"register_tokens": REGISTERS})
     assert (target / SHARDS[0]).read_bytes() == (sharded / SHARDS[0]).read_bytes()
     assert (target / SHARDS[1]).read_bytes() == (sharded / SHARDS[1]).read_bytes()
     assert torch.equal(safetensors.torch.load_file(target / ADDED)["register_tokens"], REGISTERS)
@@ -288,15 +292,15 @@ def test_shards_are_written_as_shards_and_the_index_knows_the_addition(sharded, 
 
 def test_a_second_addition_of_the_same_name_is_refused(sharded, tmp_path):
     with pytest.raises(CheckpointError, match="has a tensor 'a' already"):
-        io.write_weights([sharded / shard for shard in SHARDS], tmp_path, {"a": REGISTERS})
+        write_weights([sharded / shard for shard in SHARDS], tmp_path, {"a": REGISTERS})
 
 
 def test_shards_are_linked_on_request_and_copied_otherwise(sharded, tmp_path):
     for link in (True, False):
         target = tmp_path / f"target-{link}"
         target.mkdir()
-        place = partial(copying.copy_file, link=link)
-        io.write_weights([sharded / shard for shard in SHARDS], target, {"register_tokens": REGISTERS}, place)
+        place = partial(copy_file, link=link)
+        write_weights([sharded / shard for shard in SHARDS], target, {"register_tokens": REGISTERS}, place)
         assert all(os.path.samefile(target / shard, sharded / shard) is link for shard in SHARDS)
         assert all((target / shard).read_bytes() == (sharded / shard).read_bytes() for shard in SHARDS)
 
@@ -307,7 +311,7 @@ def test_where_no_link_can_be_made_a_copy_is(sharded, tmp_path, monkeypatch, err
         raise OSError(error, "no")
 
     monkeypatch.setattr(os, "link", refuse)
-    copying.copy_file(sharded / SHARDS[0], tmp_path / "copy", link=True)
+    copy_file(sharded / SHARDS[0], tmp_path / "copy", link=True)
     assert (tmp_path / "copy").read_bytes() == (sharded / SHARDS[0]).read_bytes()
 
 
@@ -317,13 +321,13 @@ def test_a_copy_is_whole_where_the_kernel_cannot_copy(tmp_path, monkeypatch, err
     if error is not None:
         monkeypatch.setattr(os, "copy_file_range", lambda *a: (_ for _ in ()).throw(OSError(error, "no")))
     (tmp_path / "linked").symlink_to("source")
-    copying.copy_file(tmp_path / "linked", tmp_path / "copy")
+    copy_file(tmp_path / "linked", tmp_path / "copy")
     assert not (tmp_path / "copy").is_symlink()
     assert (tmp_path / "copy").read_bytes() == (tmp_path / "source").read_bytes()
 
 
 def test_copies_that_were_begun_are_moved_to_their_place(sharded, tmp_path):
-    with io.copies_ahead(tmp_path / "out") as copies:
+    with copies_ahead(tmp_path / "out") as copies:
         copies.start([sharded / SHARDS[0]])
         copies.place(sharded / SHARDS[0], tmp_path / "begun")
         copies.place(sharded / SHARDS[0], tmp_path / "again")
@@ -335,7 +339,7 @@ def test_copies_that_were_begun_are_moved_to_their_place(sharded, tmp_path):
 
 
 def test_copies_that_were_not_needed_vanish(sharded, tmp_path):
-    with pytest.raises(KeyError), io.copies_ahead(tmp_path / "out") as copies:
+    with pytest.raises(KeyError), copies_ahead(tmp_path / "out") as copies:
         copies.start([sharded / shard for shard in SHARDS])
         assert len(list(tmp_path.glob(".out.partial-copies-*"))) == 1
         raise KeyError
@@ -346,13 +350,13 @@ def test_a_copy_that_fails_says_so_where_it_is_wanted(sharded, tmp_path, monkeyp
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(copying, "copy_bytes", full)
+    monkeypatch.setattr("regsurgery.checkpoints.copying.copy_bytes", full)
     with (
         pytest.raises(OutputError, match="No space left"),
-        io.copies_ahead(tmp_path / "out") as copies,
+        copies_ahead(tmp_path / "out") as copies,
     ):
         copies.start([sharded / SHARDS[0]])
-        with io.whole_folder(tmp_path / "out") as folder:
+        with whole_folder(tmp_path / "out") as folder:
             copies.place(sharded / SHARDS[0], folder / SHARDS[0])
     assert not list(tmp_path.glob(".out*")) and not (tmp_path / "out").exists()
 
@@ -364,7 +368,7 @@ def test_a_source_that_shrinks_while_it_is_copied_is_an_error(tmp_path):
         (tmp_path / "copy").open("wb") as writer,
         pytest.raises(CheckpointError, match="became shorter"),
     ):
-        copying.copy_bytes(reader, writer, 101)
+        copy_bytes(reader, writer, 101)
 
 
 def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(tmp_path):
@@ -375,7 +379,7 @@ def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(tmp_path
     for folder in (left, copies, other, living):
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"half")
-    with io.whole_folder(tmp_path / "out") as folder:
+    with whole_folder(tmp_path / "out") as folder:
         (folder / "a").write_text("a")
     assert not left.exists() and not copies.exists() and other.exists() and living.exists()
     assert (tmp_path / "out" / "a").read_text() == "a"
@@ -383,8 +387,8 @@ def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(tmp_path
 
 def test_known_digests_are_not_measured_again(tmp_path):
     fill(tmp_path)
-    io.write_sums(tmp_path, {"sub/b": "0" * 64})
-    assert f"{'0' * 64}  sub/b" in (tmp_path / io.SUMS_NAME).read_text().splitlines()
+    write_sums(tmp_path, {"sub/b": "0" * 64})
+    assert f"{'0' * 64}  sub/b" in (tmp_path / SUMS_NAME).read_text().splitlines()
 
 
 # --- folders --------------------------------------------------------------------------------------------------------
@@ -397,7 +401,7 @@ def fill(folder: Path) -> None:
 
 
 def test_a_whole_folder_has_every_file_and_no_sibling(tmp_path):
-    with io.whole_folder(tmp_path / "out") as folder:
+    with whole_folder(tmp_path / "out") as folder:
         fill(folder)
         assert not (tmp_path / "out").exists()
     assert (tmp_path / "out" / "sub" / "b").read_bytes() == b"bb"
@@ -406,7 +410,7 @@ def test_a_whole_folder_has_every_file_and_no_sibling(tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError("bug"), KeyboardInterrupt(), CheckpointError("x")])
 def test_an_exception_leaves_nothing_and_passes_through(tmp_path, error):
-    with pytest.raises(type(error)) as caught, io.whole_folder(tmp_path / "out") as folder:
+    with pytest.raises(type(error)) as caught, whole_folder(tmp_path / "out") as folder:
         fill(folder)
         raise error
     assert caught.value is error
@@ -415,7 +419,7 @@ def test_an_exception_leaves_nothing_and_passes_through(tmp_path, error):
 
 def test_a_full_disk_while_writing_is_an_output_error_and_leaves_nothing(tmp_path):
     expected = re.escape(f"{tmp_path / 'out'}: cannot be written (No space left on device)")
-    with pytest.raises(OutputError, match=expected), io.whole_folder(tmp_path / "out") as folder:
+    with pytest.raises(OutputError, match=expected), whole_folder(tmp_path / "out") as folder:
         fill(folder)
         raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []
@@ -430,8 +434,8 @@ def test_an_fsync_that_fails_is_an_output_error_and_leaves_nothing(tmp_path, mon
         if path.name.startswith(fails_on):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(io, "sync", fsync)
-    with pytest.raises(OutputError, match="No space left on device"), io.whole_folder(parent / "out") as folder:
+    monkeypatch.setattr("regsurgery.checkpoints.whole.sync", fsync)
+    with pytest.raises(OutputError, match="No space left on device"), whole_folder(parent / "out") as folder:
         fill(folder)
     assert list(parent.iterdir()) == []
 
@@ -441,8 +445,8 @@ def test_an_unconfirmed_rename_says_that_the_folder_is_whole(tmp_path, monkeypat
         if path == tmp_path:
             raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(io, "sync", fsync)
-    with pytest.raises(OutputError, match="written whole"), io.whole_folder(tmp_path / "out") as folder:
+    monkeypatch.setattr("regsurgery.checkpoints.whole.sync", fsync)
+    with pytest.raises(OutputError, match="written whole"), whole_folder(tmp_path / "out") as folder:
         fill(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -450,52 +454,52 @@ def test_an_unconfirmed_rename_says_that_the_folder_is_whole(tmp_path, monkeypat
 @pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere")])
 def test_a_target_that_exists_is_refused(tmp_path, make):
     make(tmp_path / "out")
-    with pytest.raises(OutputError, match=r"out: exists already"), io.whole_folder(tmp_path / "out"):
+    with pytest.raises(OutputError, match=r"out: exists already"), whole_folder(tmp_path / "out"):
         pytest.fail("the block ran")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_target_without_a_parent_is_refused(tmp_path):
     with pytest.raises(OutputError, match=re.escape(f"{tmp_path / 'no'}: no such folder")):
-        io.check_output(tmp_path / "no" / "out")
+        check_output(tmp_path / "no" / "out")
 
 
 @pytest.fixture
 def summed(tmp_path) -> Path:
     fill(tmp_path)
-    io.write_sums(tmp_path, {})
+    write_sums(tmp_path, {})
     return tmp_path
 
 
 def test_sha256sum_accepts_the_sums(summed):
     done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=summed, capture_output=True, text=True)
     assert (done.returncode, done.stdout.splitlines()) == (0, ["a b: OK", "sub/b: OK"])
-    io.check_sums(summed)
+    check_sums(summed)
 
 
 @pytest.mark.parametrize("name", ["a b", "sub/b"])
 def test_a_changed_file_is_named(summed, name):
     (summed / name).write_bytes(b"xx")
     with pytest.raises(CheckpointError, match=re.escape(f"{summed / name}: differs from SHA256SUMS")):
-        io.check_sums(summed)
+        check_sums(summed)
 
 
 def test_a_missing_file_is_named(summed):
     (summed / "a b").unlink()
     with pytest.raises(CheckpointError, match=re.escape(f"{summed / 'a b'}: listed in SHA256SUMS but missing")):
-        io.check_sums(summed)
+        check_sums(summed)
 
 
 def test_missing_sums_are_an_error(tmp_path):
     with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path}: no SHA256SUMS")):
-        io.check_sums(tmp_path)
+        check_sums(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../a", "/a", "sub/../../a"])
 def test_sums_of_files_outside_the_folder_are_refused(summed, name):
     (summed / "SHA256SUMS").write_text(f"{'0' * 64}  {name}\n", "utf-8")
     with pytest.raises(CheckpointError, match="not inside the folder"):
-        io.check_sums(summed)
+        check_sums(summed)
 
 
 @pytest.mark.parametrize("name", ["link/secret", "file", "\0", "a" * 5000])
@@ -504,23 +508,23 @@ def test_sums_of_files_behind_a_link_or_of_none_are_refused(summed, tmp_path_fac
     (outside / "secret").write_text("secret")
     (summed / "link").symlink_to(outside)
     (summed / "file").symlink_to(outside / "secret")
-    (summed / "SHA256SUMS").write_text(f"{io.sha256(outside / 'secret')}  {name}\n", "utf-8")
+    (summed / "SHA256SUMS").write_text(f"{sha256(outside / 'secret')}  {name}\n", "utf-8")
     with pytest.raises(CheckpointError, match=r"not inside the folder|listed in SHA256SUMS but missing"):
-        io.check_sums(summed)
+        check_sums(summed)
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"no sums\n"], ids=["no text", "no digest"])
 def test_sums_that_are_none_are_refused(summed, content):
     (summed / "SHA256SUMS").write_bytes(content)
     with pytest.raises(CheckpointError, match="SHA256SUMS"):
-        io.check_sums(summed)
+        check_sums(summed)
 
 
 def test_copies_that_cannot_begin_are_made_when_they_are_placed(tmp_path):
     source, taken = tmp_path / "source", tmp_path / "copies"
     source.write_bytes(b"bytes")
     taken.write_bytes(b"no folder")
-    copies = copying.CopiesAhead(taken)
+    copies = CopiesAhead(taken)
     copies.start([source])
     copies.place(source, tmp_path / "target")
     copies.close()

@@ -16,13 +16,14 @@ import typer.cli
 import typer.main
 from typer.testing import CliRunner
 
-from regsurgery import cli, cli_errors, pipeline, render, written
-from regsurgery.backends import FORMATS
+from regsurgery.cli.app import app, main
+from regsurgery.cli.screen import Screen
+from regsurgery.formats import FORMATS
 from regsurgery.recipe import MODES, bundled_recipes, find_recipe, parse_recipe
 from tests.commands import PROGRAM, Done
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "cli.md"
-REGENERATE = "typer regsurgery.cli utils docs --name regsurgery --title 'The command line' --output docs/cli.md"
+REGENERATE = "typer regsurgery.cli.app utils docs --name regsurgery --title 'The command line' --output docs/cli.md"
 VALID = "schema: 1\nregister_neurons: {7: [417]}\n"
 TYPO = VALID + "num_register: 1\n"
 
@@ -34,14 +35,14 @@ def program(*args: object, **env: str) -> Done:
 
 def commands(command=None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], typer.core.TyperCommand]]:
     """Every command and group, with the words that call it."""
-    command = command or typer.main.get_command(cli.app)
+    command = command or typer.main.get_command(app)
     yield path, command
     for name, inner in getattr(command, "commands", {}).items():
         yield from commands(inner, (*path, name))
 
 
 COMMANDS = {" ".join(path): command for path, command in commands()}
-LEAVES = {name: command for name, command in COMMANDS.items() if name}
+LEAVES = {name: command for name, command in COMMANDS.items() if name and not getattr(command, "no_args_is_help", False)}
 
 
 # --- every command --------------------------------------------------------------------------------------------------
@@ -76,7 +77,7 @@ def test_no_help_imports_a_model_library():
     calls = [[*name.split(), "--help"] for name in COMMANDS]
     code = f"""
 import contextlib, io, sys
-from regsurgery import cli
+from regsurgery.cli import app as cli
 for args in {calls}:
     sys.argv = ["regsurgery", *args]
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
@@ -91,7 +92,7 @@ print(sorted(heavy & set(sys.modules)))
 
 def test_the_reference_is_what_typer_generates(tmp_path, monkeypatch):
     monkeypatch.setattr(typer.cli, "state", typer.cli.State())
-    arguments = ["regsurgery.cli", *shlex.split(REGENERATE)[2:-1], str(tmp_path / "cli.md")]
+    arguments = ["regsurgery.cli.app", *shlex.split(REGENERATE)[2:-1], str(tmp_path / "cli.md")]
     assert CliRunner().invoke(typer.cli.app, arguments).exit_code == 0
     same = (tmp_path / "cli.md").read_text("utf-8") == REFERENCE.read_text("utf-8")
     assert same, f"docs/cli.md is not what the commands say; regenerate it: {REGENERATE}"
@@ -139,7 +140,7 @@ def test_no_command_at_all_shows_the_help_as_an_error(run):
     ],
 )
 def test_a_wrong_value_is_refused_before_the_model_is_read(run, tmp_path, monkeypatch, option, said):
-    monkeypatch.setattr(pipeline, "load_original", lambda *args, **how: pytest.fail("the model was read"))
+    monkeypatch.setattr("regsurgery.models.load", lambda *args, **how: pytest.fail("the model was read"))
     done = run("patch", "demo", "-o", tmp_path / "out", *option)
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith(f"error: {said}") and done.err.count("\n") == 1
@@ -171,17 +172,17 @@ def ends_with(error: BaseException):
 
 
 def test_an_interrupt_is_one_line_and_130(run, monkeypatch):
-    monkeypatch.setattr(pipeline, "doctor", ends_with(KeyboardInterrupt()))
+    monkeypatch.setattr("regsurgery.commands.doctor.doctor", ends_with(KeyboardInterrupt()))
     done = run("doctor", "demo")
     assert (done.code, done.out) == (130, "")
     assert done.err.startswith("error: interrupted; ") and done.err.count("\n") == 1
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(pipeline, "doctor", ends_with(ZeroDivisionError()))
+    monkeypatch.setattr("regsurgery.commands.doctor.doctor", ends_with(ZeroDivisionError()))
     monkeypatch.setattr(sys, "argv", ["regsurgery", "doctor", "demo"])
     with pytest.raises(ZeroDivisionError):
-        cli.main()
+        main()
 
 
 @pytest.fixture
@@ -198,7 +199,7 @@ def test_ctrl_c_while_a_folder_is_verified_leaves_nothing(run, tmp_path, monkeyp
         assert list(tmp_path.iterdir()) != []  # it is written there before it gets its name
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(written, "verify_folder", press)
+    monkeypatch.setattr("regsurgery.verification.folder.verify_folder", press)
     done = run("patch", "demo", "-q", "-o", tmp_path / "out", "--num-images", "4")
     assert (done.code, done.out) == (130, "")
     assert done.err.startswith("error: interrupted; ") and done.err.count("\n") == 1
@@ -214,18 +215,20 @@ def test_no_room_for_output_and_temporary_files(tmp_path):
 
 @pytest.mark.parametrize("number, end", [(2, "No usable temporary directory found in ['/tmp']"), (28, "No space left")])
 def test_a_library_without_room_for_its_files(run, monkeypatch, number, end):
-    monkeypatch.setattr(pipeline, "doctor", ends_with(OSError(number, end)))
-    monkeypatch.setattr(cli_errors, "_forget", lambda stream: None)  # pytest has its own streams
+    monkeypatch.setattr("regsurgery.commands.doctor.doctor", ends_with(OSError(number, end)))
+    monkeypatch.setattr("regsurgery.cli.ending._forget", lambda stream: None)  # pytest has its own streams
     done = run("doctor", "demo")
     assert (done.code, done.out) == (2, "")
     assert end in done.err and "set TMPDIR" in done.err and done.err.count("\n") == 1
 
 
 def test_another_error_of_the_system_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(pipeline, "doctor", ends_with(FileNotFoundError(2, "No such file or directory", "x")))
+    monkeypatch.setattr(
+        "regsurgery.commands.doctor.doctor", ends_with(FileNotFoundError(2, "No such file or directory", "x"))
+    )
     monkeypatch.setattr(sys, "argv", ["regsurgery", "doctor", "demo"])
     with pytest.raises(FileNotFoundError):
-        cli.main()
+        main()
 
 
 def test_no_folder_for_temporary_files(run, tmp_path, monkeypatch):
@@ -319,7 +322,7 @@ def test_quiet_is_silent_and_json_one_object(run, args):
 
 
 def work(**how: bool) -> None:
-    with render.Screen(**{"as_json": False, "quiet": False, **how}) as screen:
+    with Screen(**{"as_json": False, "quiet": False, **how}) as screen:
         screen.stage("load")
         screen.stage("norms", 30)
         screen.advance(10)
@@ -329,7 +332,7 @@ def work(**how: bool) -> None:
 def test_progress_is_plain_lines_where_nothing_can_be_drawn(capsys, monkeypatch):
     work()
     assert capsys.readouterr() == ("", "load\nnorms: 0 of 30\na [fact]\n")
-    monkeypatch.setattr(render, "PLAIN_EVERY", 0.0)
+    monkeypatch.setattr("regsurgery.cli.screen.PLAIN_EVERY", 0.0)
     work()
     assert capsys.readouterr() == ("", "load\nnorms: 0 of 30\nnorms: 10 of 30 after 0 s, about 0 s left\na [fact]\n")
 
@@ -365,7 +368,7 @@ def completed(monkeypatch, capsys, *words: str) -> list[str]:
     monkeypatch.setenv("COMP_WORDS", "\n".join(["regsurgery", *words]))
     monkeypatch.setenv("COMP_CWORD", str(len(words)))
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     assert ended.value.code == 0
     return capsys.readouterr().out.split()
 
@@ -411,5 +414,5 @@ echo "${{COMPREPLY[*]}}"
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1] == "vit-tiny"
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "regsurgery.completion" in imported
+    assert "regsurgery.cli.completion" in imported
     assert not {"torch", "transformers", "timm", "rich"} & imported

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from regsurgery.deciding import second_size
-from regsurgery.detect import PATIENCE, select
-from regsurgery.scores import Candidate, Sums
-from regsurgery.trials import Glance
+from regsurgery.search.decide import second_size
+from regsurgery.search.scores import Candidate, Sums
+from regsurgery.search.selection import PATIENCE, select
+from regsurgery.search.trials import Glance
 
 HIDDEN = 64
 NORM = 40.0

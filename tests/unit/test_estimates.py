@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from regsurgery.calibration import image_set
 from regsurgery.errors import UserError
 from regsurgery.evaluation.attention import morans_i
-from regsurgery.evaluation.interval import Figures, Row, Values, share
 from regsurgery.evaluation.labels import labels_of
 from regsurgery.evaluation.latency import _LiveBytes
-from regsurgery.evaluation.table import number
+from regsurgery.evaluation.result import number
+from regsurgery.images.image_set import image_set
+from regsurgery.interval import Figures, Row, Values, share
 
 
 def estimated(
@@ -190,6 +190,6 @@ def test_a_share_of_one_image_has_no_interval() -> None:
 
 def test_intervals_need_no_scipy() -> None:
     block = "import sys; sys.modules['scipy'] = None"
-    code = f"{block}; from regsurgery.evaluation.interval import share; print(share(3, 4).n)"
+    code = f"{block}; from regsurgery.interval import share; print(share(3, 4).n)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "4\n"

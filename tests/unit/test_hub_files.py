@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 import regsurgery
-from regsurgery import checkpoint_io, weights_check
-from regsurgery.checkpoint_io import sha256
+from regsurgery.checkpoints.download import published_sha256
+from regsurgery.checkpoints.safetensors_file import read_header
+from regsurgery.checkpoints.sums import check_sums, sha256
+from regsurgery.checkpoints.weights_check import finite_digest
 from regsurgery.errors import CheckpointError
-from regsurgery.hub_files import published_sha256
 
 NAME = "model.safetensors"
 
@@ -78,19 +79,21 @@ def test_without_verification_such_a_file_is_not_read(
 ) -> None:
     record(own_demo / NAME, sha256(own_demo / NAME), seconds=60)
     read = []
-    looked = weights_check.finite_digest
-    monkeypatch.setattr(weights_check, "finite_digest", lambda file: read.append(file.path) or looked(file))
+    looked = finite_digest
+    monkeypatch.setattr(
+        "regsurgery.checkpoints.weights_check.finite_digest", lambda file: read.append(file.path) or looked(file)
+    )
     for out, verification in (("unread", False), ("read", True)):
         regsurgery.patch(str(own_demo), tmp_path / out, recipe="demo", num_images=8, verification=verification)
         assert len(read) == verification
-        checkpoint_io.check_sums(tmp_path / out)
+        check_sums(tmp_path / out)
     configs = [(tmp_path / out / "config.json").read_bytes() for out in ("unread", "read")]
     assert configs[0] == configs[1]
 
 
 def test_without_verification_others_are_read(own_demo: Path, tmp_path: Path) -> None:
     path = own_demo / NAME
-    last = checkpoint_io.read_header(path).tensors[-1]
+    last = read_header(path).tensors[-1]
     assert last.dtype == "F32"
     with path.open("r+b") as file:
         file.seek(-4, os.SEEK_END)

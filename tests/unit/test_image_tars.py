@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from regsurgery.image_tars import Tars
+from regsurgery.images.tars import Tars
 
 COUNT = 5000
 

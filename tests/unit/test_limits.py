@@ -11,9 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from regsurgery import checkpoint_io, limits, weights_check
+from regsurgery.checkpoints.limits import read_json, refuse_links_out
+from regsurgery.checkpoints.pickled import read_pickle
+from regsurgery.checkpoints.safetensors_file import SafetensorsFile, read_header
+from regsurgery.checkpoints.sums import sha256
+from regsurgery.checkpoints.weights_check import check_shards, finite_digest
 from regsurgery.errors import CheckpointError
-from regsurgery.pickled import read_pickle
+from regsurgery.frontends.bounds import bounded_model, check_numbers
 
 CONFIG = Path("config.json")
 
@@ -24,10 +28,10 @@ CONFIG = Path("config.json")
 def test_a_json_file_is_read_up_to_its_limit(tmp_path, monkeypatch):
     path = tmp_path / "config.json"
     path.write_text('{"a": 1}')
-    assert limits.read_json(path) == {"a": 1}
-    monkeypatch.setattr(limits, "MAX_JSON_BYTES", 7)
+    assert read_json(path) == {"a": 1}
+    monkeypatch.setattr("regsurgery.checkpoints.limits.MAX_JSON_BYTES", 7)
     with pytest.raises(CheckpointError, match=re.escape(f"{path}: 8 bytes, more than the 7 that are read; download")):
-        limits.read_json(path)
+        read_json(path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, '{"a": ' + "9" * 5000 + "}", "\udc80"])
@@ -35,7 +39,7 @@ def test_a_file_that_is_no_json_object_is_refused(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(CheckpointError, match=re.escape(f"{path}: not ")):
-        limits.read_json(path)
+        read_json(path)
 
 
 # --- links ----------------------------------------------------------------------------------------------------------
@@ -55,17 +59,17 @@ def test_a_link_out_of_the_folder_or_to_nothing_is_refused(folder, target):
     link = folder / "loop"
     link.symlink_to(target.format(tmp=folder.parent))
     with pytest.raises(CheckpointError, match=re.escape(f"{link}: a symbolic link to")):
-        limits.refuse_links_out(folder)
+        refuse_links_out(folder)
 
 
 def test_a_link_inside_the_folder_is_fine(folder):
     (folder / "same").symlink_to("file")
-    limits.refuse_links_out(folder)
+    refuse_links_out(folder)
 
 
 def test_a_folder_that_is_a_link_itself_is_fine(folder):
     (folder.parent / "alias").symlink_to(folder)
-    limits.refuse_links_out(folder.parent / "alias")
+    refuse_links_out(folder.parent / "alias")
 
 
 def test_links_of_the_hubs_cache_are_fine_and_others_there_are_not(tmp_path):
@@ -74,11 +78,11 @@ def test_links_of_the_hubs_cache_are_fine_and_others_there_are_not(tmp_path):
     blobs.mkdir()
     (blobs / "abcd").write_text("{}")
     (snapshot / "config.json").symlink_to("../../blobs/abcd")
-    limits.refuse_links_out(snapshot)
+    refuse_links_out(snapshot)
     (tmp_path / "secret").write_text("secret")
     (snapshot / "vocab.txt").symlink_to(tmp_path / "secret")
     with pytest.raises(CheckpointError, match=r"vocab.txt: a symbolic link to"):
-        limits.refuse_links_out(snapshot)
+        refuse_links_out(snapshot)
 
 
 # --- numbers and models ---------------------------------------------------------------------------------------------
@@ -91,18 +95,18 @@ def test_links_of_the_hubs_cache_are_fine_and_others_there_are_not(tmp_path):
 )  # fmt: skip
 def test_absurd_numbers_are_refused_by_their_key(config):
     with pytest.raises(CheckpointError, match=r"config.json: '\w+' is .*beyond"):
-        limits.check_numbers(CONFIG, config)
+        check_numbers(CONFIG, config)
 
 
 def test_usual_numbers_are_fine():
-    limits.check_numbers(CONFIG, {"image_size": 1536, "num_labels": 21843, "depth": 64, "vocab_size": 10**6,
+    check_numbers(CONFIG, {"image_size": 1536, "num_labels": 21843, "depth": 64, "vocab_size": 10**6,
                                   "rope_theta": 10**8, "seed": 2**40, "layers": [3, 4, 23, 3]})  # fmt: skip
 
 
 @pytest.fixture
-def files(tmp_path) -> list[checkpoint_io.SafetensorsFile]:
+def files(tmp_path) -> list[SafetensorsFile]:
     save_file({"weight": torch.ones(100, 100), "bias": torch.ones(100)}, tmp_path / "model.safetensors")
-    return [checkpoint_io.read_header(tmp_path / "model.safetensors")]
+    return [read_header(tmp_path / "model.safetensors")]
 
 
 @pytest.mark.parametrize(
@@ -121,12 +125,12 @@ def files(tmp_path) -> list[checkpoint_io.SafetensorsFile]:
 )
 def test_a_model_far_larger_than_its_checkpoint_is_not_built(files, build):
     with pytest.raises(CheckpointError, match=r"config.json: describes a model of .* model.safetensors holds 10100"):  # noqa: SIM117
-        with limits.bounded_model(CONFIG, files):
+        with bounded_model(CONFIG, files):
             build()
 
 
 def test_a_model_of_its_checkpoints_size_is_built_and_the_bound_ends_with_the_block(files):
-    with limits.bounded_model(CONFIG, files):
+    with bounded_model(CONFIG, files):
         model = nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 100))
         model.load_state_dict(model.state_dict())
         torch.arange(500)[:, None] - torch.arange(500)
@@ -141,46 +145,46 @@ def test_a_model_of_its_checkpoints_size_is_built_and_the_bound_ends_with_the_bl
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("at", [0, 499, 999])
 def test_nan_and_infinities_are_refused_by_tensor(tmp_path, monkeypatch, dtype, value, at):
-    monkeypatch.setattr(weights_check, "CHUNK_BYTES", 256)
+    monkeypatch.setattr("regsurgery.checkpoints.weights_check.CHUNK_BYTES", 256)
     path = tmp_path / "model.safetensors"
     tensors = {"a": torch.ones(7, dtype=dtype), "b": torch.ones(1000, dtype=dtype), "c": torch.ones(3, dtype=dtype)}
     tensors["b"][at] = value
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match=re.escape(f"{path}: tensor 'b' holds NaN or infinite")):
-        weights_check.finite_digest(checkpoint_io.read_header(path))
+        finite_digest(read_header(path))
 
 
 def test_finite_weights_have_the_digest_of_their_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights_check, "CHUNK_BYTES", 256)
+    monkeypatch.setattr("regsurgery.checkpoints.weights_check.CHUNK_BYTES", 256)
     path = tmp_path / "model.safetensors"
     largest = torch.finfo(torch.bfloat16).max
     large = torch.full((300,), largest, dtype=torch.bfloat16)
     save_file({"a": torch.randn(999), "large": large, "b": torch.ones(3).bool(),
                "empty": torch.ones(0), "huge": torch.full((500,), 3e38), "scalar": torch.tensor(1.0),
                "text.attn_mask": torch.full((9, 9), -float("inf")).triu(1)}, path)  # fmt: skip
-    assert weights_check.finite_digest(checkpoint_io.read_header(path)) == checkpoint_io.sha256(path)
+    assert finite_digest(read_header(path)) == sha256(path)
 
 
 def test_nan_in_a_mask_is_refused_all_the_same(tmp_path):
     save_file({"mask": torch.tensor([float("nan")])}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="tensor 'mask'"):
-        weights_check.finite_digest(checkpoint_io.read_header(tmp_path / "model.safetensors"))
+        finite_digest(read_header(tmp_path / "model.safetensors"))
 
 
 INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture
-def shards(tmp_path) -> list[checkpoint_io.SafetensorsFile]:
+def shards(tmp_path) -> list[SafetensorsFile]:
     for name in ("one", "two"):
         save_file({name: torch.ones(2)}, tmp_path / f"{name}.safetensors")
-    return [checkpoint_io.read_header(tmp_path / f"{name}.safetensors") for name in ("one", "two")]
+    return [read_header(tmp_path / f"{name}.safetensors") for name in ("one", "two")]
 
 
 def check_index(shards, weight_map: dict[str, str]) -> None:
     folder = shards[0].path.parent
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    weights_check.check_shards(folder, "model.safetensors", shards)
+    check_shards(folder, "model.safetensors", shards)
 
 
 def test_shards_as_the_index_says_are_fine(shards):
@@ -194,7 +198,7 @@ def test_a_tensor_in_another_shard_than_the_index_says_is_named(shards):
 
 def test_a_tensor_in_two_shards_is_named(shards):
     save_file({"one": torch.ones(2), "two": torch.ones(2)}, shards[1].path)
-    again = [checkpoint_io.read_header(shard.path) for shard in shards]
+    again = [read_header(shard.path) for shard in shards]
     with pytest.raises(CheckpointError, match=r"two.safetensors: tensor 'one' is in one.safetensors too"):
         check_index(again, {})
 

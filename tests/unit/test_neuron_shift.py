@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regsurgery.recipe import FILLS
-from regsurgery.runtime import insert_registers, neuron_shift, pad_registers, strip_registers
+from regsurgery.runtime.surgery import insert_registers, neuron_shift, pad_registers, strip_registers
 
 NEURONS = [2, 5, 6]
 SCALES = {1: [1.5], 4: [1.0, -0.5, 2.0, 0.0]}

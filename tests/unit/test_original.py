@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from regsurgery import checkpoint_io
-from regsurgery.checkpoint_io import sha256
+from regsurgery.checkpoints.reading import weight_files
+from regsurgery.checkpoints.sums import sha256
+from regsurgery.checkpoints.writing import write_json, write_weights
 from regsurgery.errors import CheckpointError
-from regsurgery.original import RECORD_NAME, read_record, restore_original, write_record
+from regsurgery.verification.original import RECORD_NAME, read_record, restore_original, write_record
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -72,9 +73,9 @@ def write_source(folder: Path, layout: str) -> Path:
 def patch(source: Path, folder: Path) -> Path:
     """What emitting does, without a model."""
     folder.mkdir()
-    weights = tuple(checkpoint_io.weight_files(source, WHOLE))
-    checkpoint_io.write_weights(weights, folder, REGISTERS)
-    checkpoint_io.write_json(folder / "config.json", {"model_type": "vit", "regsurgery": {"mode": "shift"}})
+    weights = tuple(weight_files(source, WHOLE))
+    write_weights(weights, folder, REGISTERS)
+    write_json(folder / "config.json", {"model_type": "vit", "regsurgery": {"mode": "shift"}})
     (folder / "README.md").write_text("ours")
     shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
     loaded: Any = SimpleNamespace(folder=source, weights=weights, digests=tuple(map(sha256, weights)), pickled=None)
@@ -111,7 +112,7 @@ def test_restoring_needs_no_file_of_the_sources_layout(single, tmp_path):
     from safetensors.torch import load_file, save_file
 
     patched = patch(single, tmp_path / "patched")
-    files = checkpoint_io.weight_files(patched, WHOLE)
+    files = weight_files(patched, WHOLE)
     tensors = {name: value for path in files for name, value in load_file(path).items()}
     save_file({"z" + REGISTER: tensors.pop(REGISTER), **tensors}, files[-1])
     assert restore(patched, tmp_path / "restored") == content(single)
@@ -119,7 +120,7 @@ def test_restoring_needs_no_file_of_the_sources_layout(single, tmp_path):
 
 def test_trained_registers_do_not_matter_and_trained_weights_do(single, tmp_path):
     patched = patch(single, tmp_path / "patched")
-    last = checkpoint_io.weight_files(patched, WHOLE)[-1]
+    last = weight_files(patched, WHOLE)[-1]
     data = bytearray(last.read_bytes())
     data[-16:] = b"\x01" * 16  # the registers come last
     last.write_bytes(data)
@@ -136,7 +137,7 @@ def test_trained_registers_do_not_matter_and_trained_weights_do(single, tmp_path
 def test_shards_are_copied_and_the_registers_have_one_of_their_own(tmp_path):
     source = write_source(tmp_path / "source", "sharded")
     patched = patch(source, tmp_path / "patched")
-    assert [path.name for path in checkpoint_io.weight_files(patched, WHOLE)] == [
+    assert [path.name for path in weight_files(patched, WHOLE)] == [
         *SHARDS,
         "model-registers.safetensors",
     ]
@@ -159,7 +160,7 @@ def test_a_tensor_that_is_gone_or_has_another_type_is_named(single, tmp_path):
     from safetensors.torch import load_file, save_file
 
     patched = patch(single, tmp_path / "patched")
-    last = checkpoint_io.weight_files(patched, WHOLE)[-1]
+    last = weight_files(patched, WHOLE)[-1]
     tensors = load_file(last)
     name = next(name for name in tensors if name != REGISTER)
     save_file({**tensors, name: tensors[name].half()}, last)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from regsurgery.picture import GAP, LABEL_WIDTH, MAP_SIDE, PICTURE_NAME, before_after
-from regsurgery.verification import NormMaps
+from regsurgery.emit.picture import GAP, LABEL_WIDTH, MAP_SIDE, PICTURE_NAME, before_after
+from regsurgery.verification.verdict import NormMaps
 
 
 def verdict(original: torch.Tensor, patched: torch.Tensor) -> Any:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from regsurgery.prefetch import one_ahead, prefetched
+from regsurgery.search.prefetch import one_ahead, prefetched
 
 
 def test_without_a_gpu_batches_are_handed_through_one_by_one() -> None:

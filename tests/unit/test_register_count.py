@@ -10,7 +10,7 @@ import torch
 
 from regsurgery.errors import RecipeError
 from regsurgery.recipe import Recipe, parse_recipe
-from regsurgery.runtime import RegisterCount, neuron_shift, registers_for, repeated_registers
+from regsurgery.runtime.surgery import RegisterCount, neuron_shift, registers_for, repeated_registers
 
 MINIMAL = "schema: 1\nregister_neurons: {7: [417]}\n"
 

@@ -13,23 +13,22 @@ import torch
 from PIL import Image
 
 import regsurgery
-from regsurgery.calibration import image_set
-from regsurgery.errors import CheckpointError
-from regsurgery.recipe import Recipe
-from regsurgery.run_record import (
+from regsurgery.emit.run_record import (
     RUN_RECORD_NAME,
     count_fitted,
     fitted_digests,
     fitted_of,
-    image_digest,
-    image_digests,
     images_of,
     read_run_record,
     rounded,
     versions,
     write_run_record,
 )
-from regsurgery.verdict import Pair, Verdict
+from regsurgery.errors import CheckpointError
+from regsurgery.images.digests import image_digest, image_digests
+from regsurgery.images.image_set import image_set
+from regsurgery.recipe import Recipe
+from regsurgery.verification.verdict import Pair, Verdict
 
 RUN: dict[str, Any] = {
     "model": "demo", "revision": None, "sha256": "0" * 64, "mode": "shift", "format": "transformers",

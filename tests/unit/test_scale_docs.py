@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 import regsurgery
-from regsurgery.checkpoint_io import read_header
+from regsurgery.checkpoints.safetensors_file import read_header
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = (ROOT / "docs" / "scale.md").read_text("utf-8")

@@ -7,9 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from regsurgery.calibration import image_set
-from regsurgery.scores import Scorer, column_norms
-from regsurgery.statistics import robust_outliers, tap, token_norms
+from regsurgery.compiler.located import Located
+from regsurgery.compiler.outliers import robust_outliers, token_norms
+from regsurgery.compiler.taps import tap
+from regsurgery.images.image_set import image_set
+from regsurgery.search.scores import Scorer, column_norms
 from tests.conftest import Planted
 from tests.picos import CORE, Pico
 
@@ -19,7 +21,7 @@ LAST = 2
 @pytest.mark.parametrize("pico", CORE, ids=lambda pico: pico.id)
 def test_nothing_is_computed_behind_the_early_exit(pico: Pico, planted_picos: Callable[[Pico], Planted]) -> None:
     planted = planted_picos(pico)
-    scorer = Scorer(planted.loaded, planted.traced, planted.sites, LAST)
+    scorer = Scorer(planted.located, LAST)
     tapped = tap(planted.traced.graph_module, {"stream": planted.sites.blocks[LAST].output}, early_exit=True)
     for graph_module in (scorer.graph_module, tapped):
         names = {node.name for node in graph_module.graph.nodes}
@@ -30,7 +32,7 @@ def test_nothing_is_computed_behind_the_early_exit(pico: Pico, planted_picos: Ca
 def test_the_sums_are_those_of_a_person_with_hooks(index: int, planted_picos: Callable[[Pico], Planted]) -> None:
     planted = planted_picos(CORE[index])
     sites, loaded = planted.sites, planted.loaded
-    scorer = Scorer(loaded, planted.traced, sites, LAST)
+    scorer = Scorer(Located(loaded, planted.traced, sites), LAST)
     sums = scorer.new_sums()
     seen: dict[int, list[torch.Tensor]] = {block: [] for block in range(LAST + 1)}
     handles = [
@@ -61,7 +63,7 @@ def test_the_sums_are_those_of_a_person_with_hooks(index: int, planted_picos: Ca
 
 
 def _inputs(planted: Planted, batch: torch.Tensor) -> list[torch.Tensor]:
-    from regsurgery.trace import tensor_inputs
+    from regsurgery.compiler.trace import tensor_inputs
 
     return tensor_inputs(planted.loaded, batch)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from regsurgery.source_card import MAX_CARD_BYTES, read_source_card
+from regsurgery.emit.source_card import MAX_CARD_BYTES, read_source_card
 
 
 def card(folder: Path, text: str) -> Path:

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 import regsurgery
-from regsurgery import checkpoint_io, cli
-from regsurgery.copying import CHUNK_BYTES
+from regsurgery.checkpoints import safetensors_file
+from regsurgery.checkpoints.copying import CHUNK_BYTES
+from regsurgery.cli.app import main
+from regsurgery.commands.diff import Changed, Retyped, TensorInfo
 from regsurgery.errors import CheckpointError, UserError
-from regsurgery.tensor_diff import Changed, Retyped, TensorInfo
 
 WHOLE = "model.safetensors"
 TENSORS = {
@@ -166,14 +167,14 @@ def test_a_broken_file_and_a_name_given_twice_are_errors(tmp_path):
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path, monkeypatch):
     a, b = folder_of(tmp_path / "a", TENSORS), folder_of(tmp_path / "b", TENSORS)
-    read_header = checkpoint_io.read_header
+    read_header = safetensors_file.read_header
 
     def and_cut(path: Path) -> object:
         header = read_header(path)
         path.write_bytes(path.read_bytes()[:-1])
         return header
 
-    monkeypatch.setattr(checkpoint_io, "read_header", and_cut)
+    monkeypatch.setattr("regsurgery.checkpoints.safetensors_file.read_header", and_cut)
     with pytest.raises(CheckpointError, match="was cut off while tensor"):
         regsurgery.diff(a, b)
 
@@ -184,7 +185,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path, monkeypatch)
 def run(monkeypatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["regsurgery", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        main()
     assert isinstance(stopped.value.code, int)
     return stopped.value.code
 
@@ -218,7 +219,7 @@ def test_exit_codes_and_lines(tmp_path, monkeypatch, capsys):
 # ru_maxrss would begin with the peak of the process that starts it.
 MEASURE = """
 import re, sys, torch
-import regsurgery, regsurgery.tensor_diff, regsurgery.pipeline
+import regsurgery, regsurgery.commands.diff, regsurgery.commands.patch
 torch.ones(8).view(torch.int32).double().max()
 peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]) / 1024
 before = peak()

@@ -8,9 +8,17 @@ from typing import Any
 
 import pytest
 
-from regsurgery.evaluation.interval import share
-from regsurgery.verdict import MAX_TIMES, MIN_DRIFT, MIN_IMAGES_TO_JUDGE, Pair, UnusedRegister, Verdict, warnings_of
-from regsurgery.verdict_text import FigureRow, remarks, rows, sentence, share_text, title
+from regsurgery.interval import share
+from regsurgery.verification.verdict import (
+    MAX_TIMES,
+    MIN_DRIFT,
+    MIN_IMAGES_TO_JUDGE,
+    Pair,
+    UnusedRegister,
+    Verdict,
+    warnings_of,
+)
+from regsurgery.verification.verdict_text import FigureRow, remarks, rows, sentence, share_text, title
 
 PAIR = Pair(20.0, 18.0)
 UNUSED = UnusedRegister(32, 0.0025, 32, 0.999, 2.0, (1.0, 4.0))

@@ -1,0 +1,268 @@
+"""`.onnx`: the patched graph as an ONNX model for onnxruntime; float32, dynamic batch, fixed image size.
+
+Exported unoptimised, so that parameters keep their names and values as initializers (`regsurgery verify` reads the
+edited ones of native mode there, users find `register_tokens`); runtimes fold constants when they load the file.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from regsurgery.backends.pt2 import CONFIG_NAME, input_names, lower, write_config
+from regsurgery.errors import CheckpointError, UnsupportedModelError
+from regsurgery.formats import require
+
+if TYPE_CHECKING:
+    from regsurgery.compiler.surgery import Surgery
+    from regsurgery.formats import Snippets
+    from regsurgery.frontends.loaded import Loaded
+
+__all__ = ["CONFIG_NAME"]
+
+PROGRAM_NAME = "model.onnx"
+WEIGHTS_NAME = "model.onnx.data"
+MAX_ONE_FILE_BYTES = 3 << 29  # protobuf ends at 2 GiB; beyond this, weights lie in a file of their own
+BATCH = "batch"
+
+# Times rounding (`measure.PARITY`), so 1e-4 of the largest output in float32. onnxruntime has its own kernels and
+# fuses: over all models of the tests at most 2e-6 of the largest output, and 1e-6 on the real ViT-Ti (1.7e-5 of a logit
+# of 17.5). That leaves a factor of 50 for deeper and wider models and for other CPUs; what a wrong graph differs by
+# is larger by orders of magnitude (the tests hold planted models to that).
+INEXACT = 10.0
+
+SNIPPET = """\
+import numpy as np
+import onnxruntime
+
+model = onnxruntime.InferenceSession("{folder}/model.onnx")
+{examples}
+outputs = model.run(None, {{{feed}}})  # a list: {outputs}
+"""
+PROVIDERS = """\
+import onnxruntime
+
+providers = onnxruntime.get_available_providers()  # a GPU's first, where onnxruntime was built for it
+model = onnxruntime.InferenceSession("{folder}/model.onnx", providers=providers)
+"""
+
+
+def check(loaded: Loaded) -> None:
+    """Raise where onnxruntime cannot run a model of this dtype.
+
+    bfloat16 and float64: its CPU provider has no Conv, and no matrix product, for them. float16: onnxruntime 1.31
+    crashes (a segmentation fault) in the optimisations that it does by default when it loads such a file.
+
+    Raises:
+        UnsupportedModelError: the model is not in float32.
+    """
+    dtype = next(loaded.model.parameters()).dtype
+    if dtype == torch.float32:
+        return
+    name = str(dtype).removeprefix("torch.")
+    reason = "crashes when it loads float16" if dtype == torch.float16 else f"has no Conv for {name} on the CPU"
+    raise UnsupportedModelError(
+        f"format onnx: {loaded.source.id} is in {name}, and onnxruntime {reason}; save it in float32 first, or "
+        "choose another --format"
+    )
+
+
+def emit(surgery: Surgery, folder: Path, target: Path) -> None:
+    """Write `model.onnx`, beyond 1.5 GB of weights `model.onnx.data` beside it, and `regsurgery.json`.
+
+    Raises:
+        UnsupportedModelError: the exporter knows no ONNX for a node of the graph.
+    """
+    from onnxscript import ir
+
+    model = _export(surgery)
+    _strip(model)
+    num_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    ir.save(model, folder / PROGRAM_NAME, external_data=WEIGHTS_NAME if num_bytes > MAX_ONE_FILE_BYTES else None)
+    write_config(surgery, folder, "onnx")
+
+
+def snippets(surgery: Surgery, folder: str) -> Snippets:
+    inputs = input_names(surgery)
+    examples = [
+        f"{name} = np.zeros((2, {', '.join(map(str, value.shape[1:]))}), np.{str(value.dtype).removeprefix('torch.')})"
+        for name, value in zip(inputs, surgery.traced.example, strict=True)
+    ]
+    examples[0] += "  # preprocessed photos, as many as you like"
+    feed = ", ".join(f'"{name}": {name}' for name in inputs)
+    outputs = ", ".join(surgery.traced.output_names)
+    filled = SNIPPET.format(folder=folder, examples="\n".join(examples), feed=feed, outputs=outputs)
+    return ("onnxruntime alone", filled), ("On whatever device there is", PROVIDERS.format(folder=folder))
+
+
+def state(folder: Path) -> dict[str, Tensor]:
+    """The program's tensors by their names in the graph."""
+    require("onnx")
+    from onnxscript import ir
+
+    initializers = ir.load(folder / PROGRAM_NAME).graph.initializers
+    arrays = {name: value.const_value.numpy() for name, value in initializers.items() if value.const_value is not None}
+    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+
+
+def reload(folder: Path, config: dict[str, Any]) -> nn.Module:
+    """The program in onnxruntime on the CPU, as a module: positional tensors in, a dict of tensors out."""
+    require("onnx")
+    return _Session(folder / PROGRAM_NAME).eval()
+
+
+class _Session(nn.Module):
+    """An onnxruntime session that takes and gives tensors."""
+
+    def __init__(self, path: Path) -> None:
+        import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as errors  # type: ignore[attr-defined]
+
+        super().__init__()
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors; it warns of every initializer that it folds away
+        options.intra_op_num_threads = torch.get_num_threads()
+        try:
+            self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except (errors.NotImplemented, errors.InvalidGraph) as error:
+            raise UnsupportedModelError(f"format onnx: onnxruntime cannot run the graph: {_reason(error)}") from error
+        except (errors.Fail, errors.InvalidProtobuf, errors.NoSuchFile, errors.RuntimeException) as error:
+            raise CheckpointError(f"{path}: onnxruntime cannot load it: {_reason(error)}") from error
+
+    def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+        names = (node.name for node in self.session.get_inputs())
+        feed = {name: value.numpy(force=True) for name, value in zip(names, inputs, strict=True)}
+        outputs = zip(self.session.get_outputs(), self.session.run(None, feed), strict=True)
+        return {node.name: torch.from_numpy(value) for node, value in outputs}
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].removeprefix("[ONNXRuntimeError] : ")
+
+
+def _export(surgery: Surgery) -> Any:
+    """The patched graph as an `onnxscript.ir.Model`."""
+    names = list(surgery.traced.output_names)
+    try:
+        # The exporter takes attention apart, and what comes out has other strides than the fused kernel's: a view of it
+        # that was traced on those fails (BEiT's relative biases). So it is traced with the strides of the parts.
+        with _quiet(), sdpa_kernel(SDPBackend.MATH):
+            exported = torch.onnx.export(
+                lower(_with_reshapes(surgery)),
+                dynamo=True,
+                optimize=False,
+                input_names=input_names(surgery),
+                output_names=names,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise UnsupportedModelError(
+            f"format onnx: {surgery.loaded.source.id}: torch cannot export it to ONNX: {_cause(error)}"
+        ) from error
+    assert exported is not None
+    _name_outputs(exported.model.graph, names)
+    return exported.model
+
+
+def _with_reshapes(surgery: Surgery) -> Surgery:
+    """The surgery with a reshape for every view, which the model's own trace made for the fused kernel's strides."""
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(surgery.graph_module.graph, {}))
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
+    return replace(surgery, graph_module=torch.fx.GraphModule(surgery.graph_module, graph))
+
+
+def _name_outputs(graph: Any, names: list[str]) -> None:
+    """Give every output a name of its own: one value may be returned under two (LLaVA), a parameter be called like an
+    output (open_clip's `logit_scale`, which is the exponential of one).
+    """
+    from onnxscript import ir
+
+    for index, name in enumerate(names):
+        value = graph.outputs[index]
+        namesake = graph.initializers.get(name)
+        if namesake is not None and namesake is not value:
+            del graph.initializers[name]
+            namesake.name = f"{name}.parameter"
+            graph.initializers[namesake.name] = namesake
+        if value.name != name:
+            node = ir.node("Identity", [value])
+            (copy,) = node.outputs
+            copy.name, copy.shape, copy.type = name, value.shape, value.type
+            graph.append(node)
+            graph.outputs[index] = copy
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints its steps, and warns and logs about things that no user can change."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason in one line, and the node or operator, which an outer message may have."""
+    chain: list[BaseException] = [error]
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(inner)
+    texts = [str(link) for link in chain]
+    reason = next((text.strip() for text in reversed(texts) if text.strip()), type(error).__name__).splitlines()[0]
+    node = re.search(r"%(\w+) [^\n]*?target=([\w.]+)", "\n".join(texts))
+    return reason if node is None else f"{reason} (node '{node[1]}', {node[2].removeprefix('torch.ops.')})"
+
+
+def _strip(model: Any) -> None:
+    """Take out what differs from one machine or run to the next, and name the batch.
+
+    The exporter notes stack traces with paths at every node, and calls dynamic sizes `s77`.
+    """
+    from onnxscript import ir
+
+    graph = model.graph
+    model.metadata_props.clear()
+    graph.metadata_props.clear()
+    nodes = list(ir.traversal.RecursiveGraphIterator(graph))
+    for node in nodes:
+        node.metadata_props.clear()
+        node.doc_string = None
+    sizes: dict[str, str] = {}
+    for value in graph.inputs:
+        for size in value.shape:
+            if isinstance(size, ir.SymbolicDim) and size.value is not None:
+                sizes.setdefault(str(size.value), BATCH if not sizes else f"{BATCH}_{value.name}")
+    own = {id(value) for value in (*graph.inputs, *graph.outputs)}
+    for value in (*graph.inputs, *graph.initializers.values(), *(out for node in nodes for out in node.outputs)):
+        value.metadata_props.clear()
+        value.doc_string = None
+        if value.shape is None:
+            continue
+        if id(value) in own:
+            value.shape = ir.Shape([_renamed(size, sizes) for size in value.shape])
+        elif any(isinstance(size, ir.SymbolicDim) for size in value.shape):
+            value.shape = None  # runtimes infer it; the exporter's holds its own names of sizes
+
+
+def _renamed(size: Any, names: dict[str, str]) -> Any:
+    if isinstance(size, int):
+        return size
+    return re.sub(r"\bs\d+\b", lambda found: names.get(found[0], found[0]), str(size))

@@ -1,0 +1,66 @@
+"""timm: `config.json` + `model.safetensors`; a patched folder has a loader file beside timm's own config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from regsurgery.backends.modeling import import_modeling, is_source, modeling_source, write_folder
+from regsurgery.checkpoints.reading import weight_files
+from regsurgery.checkpoints.stored import stored_state, without_memory
+from regsurgery.formats import WEIGHTS_NAMES, Snippets
+from regsurgery.runtime import timm as host_timm
+
+if TYPE_CHECKING:
+    from regsurgery.compiler.surgery import Surgery
+
+WEIGHTS_NAME = WEIGHTS_NAMES["timm"]
+CONFIG_NAME = "config.json"
+SNIPPET = """\
+import sys; sys.path.insert(0, "{folder}")
+from modeling_regsurgery import load
+
+model = load("{folder}")
+"""
+FEATURES = """\
+import sys; sys.path.insert(0, "{folder}")
+import torch
+from modeling_regsurgery import load
+
+model = load("{folder}")
+images = torch.zeros(1, 3, {height}, {width}, dtype=next(model.parameters()).dtype)  # preprocessed photos
+with torch.no_grad():
+    tokens = model.forward_features(images)
+"""
+
+
+def emit(surgery: Surgery, folder: Path, target: Path) -> None:
+    """Write config, weights and `modeling_regsurgery.py`."""
+    write_folder(surgery, folder, CONFIG_NAME, modeling_source(host_timm))
+
+
+def is_own_source(text: str) -> bool:
+    """Whether `text` is the `modeling_regsurgery.py` that this version writes, for one model or another."""
+    return is_source(text, host_timm)
+
+
+def snippets(surgery: Surgery, folder: str) -> Snippets:
+    height, width = surgery.traced.image_size
+    return (
+        ("timm, through the folder's own loader file", SNIPPET.format(folder=folder)),
+        ("Tokens as features", FEATURES.format(folder=folder, height=height, width=width)),
+    )
+
+
+def reload(
+    folder: Path, config: dict[str, Any], *, stored: bool = False, image_size: tuple[int, int] | None = None
+) -> nn.Module:
+    """The patched model of `folder`, built by the folder's own file; `stored`: its weights stay on disk."""
+    options: dict[str, Any] = {} if image_size is None else {"dynamic_img_size": True}
+    if not stored:
+        return import_modeling(folder).load(folder, **options)
+    with without_memory():
+        state = stored_state(weight_files(folder, WEIGHTS_NAME))
+        return import_modeling(folder).load(folder, state=state, **options)

@@ -1,0 +1,58 @@
+"""What a checkpoint folder may hold: files are refused before they are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from regsurgery.errors import CheckpointError
+
+# What libraries raise on broken configs and weights, beside their own exceptions.
+BROKEN = (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError,
+          AssertionError, MemoryError, StopIteration, EOFError)  # fmt: skip
+
+MAX_JSON_BYTES = 16 << 20  # the labels of ImageNet-21k with their descriptions are 3 MB
+
+
+def read_json(path: Path, remedy: str = "download it again") -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: the file is no JSON object, nested too deeply, or beyond `MAX_JSON_BYTES`.
+    """
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: {size} bytes, more than the {MAX_JSON_BYTES} that are read; {remedy}")
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); {remedy}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: not a JSON object; {remedy}")
+    return data
+
+
+def places_of(folder: Path) -> tuple[Path, ...]:
+    """Where files of `folder` may be: below it, or, of a snapshot in the Hub's cache, in `blobs` of its repository."""
+    home = folder.resolve()
+    return (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
+
+
+def refuse_links_out(folder: Path) -> None:
+    """Raise `CheckpointError` for a symbolic link to a place outside of `folder`, whose content would be copied along.
+
+    The Hub's cache is the exception, see `places_of`.
+    """
+    allowed = places_of(folder)
+    for path in sorted(folder.iterdir()):
+        if not path.is_symlink():
+            continue
+        try:
+            real = path.resolve(strict=True)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: a symbolic link to nothing; download the file again") from error
+        if not any(real.is_relative_to(parent) for parent in allowed):
+            raise CheckpointError(
+                f"{path}: a symbolic link to {real}, outside of the folder; replace it by a copy if it belongs here"
+            )

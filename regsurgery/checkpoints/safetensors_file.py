@@ -1,0 +1,162 @@
+"""Headers of safetensors files, checked before anything is read, without loading a tensor."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regsurgery.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_HEADER_BYTES = 16 << 20  # 100,000 tensors; parsed, it takes many times as much memory
+MAX_RANK, MAX_DIMENSION = 16, 1 << 48
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+               "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
+
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+               "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "U16": "uint16", "U32": "uint32",
+               "U64": "uint64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a safetensors file; `start` and `stop` are byte offsets from the beginning of the data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """A checked header."""
+
+    path: Path
+    tensors: tuple[TensorEntry, ...]
+    metadata: Mapping[str, str]
+    data_start: int
+
+
+def read_header(path: Path) -> SafetensorsFile:
+    """Read and check the header of a safetensors file against the file's size.
+
+    Raises:
+        CheckpointError: the file is cut, lies about its size, or its tensors overlap, leave holes or have a size
+            that is not shape x dtype; the message names the file, the tensor and the remedy.
+    """
+
+    def fail(problem: str) -> CheckpointError:
+        return CheckpointError(f"{path}: {problem}; download or copy the file again")
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size < 8:
+            raise fail(f"cut off: {size} bytes, too short for a safetensors header")
+        (header_size,) = struct.unpack("<Q", file.read(8))
+        if header_size > min(size - 8, MAX_HEADER_BYTES):
+            raise fail(f"cut off or not a safetensors file: the header claims {header_size} bytes, the file has {size}")
+        raw = file.read(header_size)
+    try:
+        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise fail(f"the header is not valid JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise fail("the header is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise fail("__metadata__ must map text to text")
+    tensors = sorted((_entry(name, value, fail) for name, value in header.items()), key=lambda t: (t.start, t.stop))
+    expected = 0
+    for tensor in tensors:
+        if tensor.start != expected:
+            raise fail(f"tensor {tensor.name!r} starts at byte {tensor.start}, expected {expected}")
+        expected = tensor.stop
+    if 8 + header_size + expected != size:
+        raise fail(f"the header describes {8 + header_size + expected} bytes, the file has {size}")
+    return SafetensorsFile(path, tuple(tensors), metadata, 8 + header_size)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"the name {name!r} is given twice")
+        result[name] = value
+    return result
+
+
+def _entry(name: str, value: Any, fail: Callable[[str], CheckpointError]) -> TensorEntry:
+    try:
+        dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise fail(f"tensor {name!r} has no dtype, shape and data_offsets") from error
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise fail(f"tensor {name!r} has the unknown dtype {repr(dtype)[:60]}")
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+        raise fail(f"tensor {name!r} has a shape or offsets that are not whole numbers")
+    if len(shape) > MAX_RANK or max(*shape, start, stop) > MAX_DIMENSION:
+        raise fail(f"tensor {name!r} has a shape or offsets beyond any file")
+    num_bytes = DTYPE_BYTES[dtype]
+    for n in shape:
+        num_bytes *= n
+    if stop - start != num_bytes:
+        raise fail(f"tensor {name!r} has {stop - start} bytes, its shape and dtype need {num_bytes}")
+    return TensorEntry(name, dtype, tuple(shape), start, stop)
+
+
+@dataclass(frozen=True)
+class LocatedTensor:
+    """A tensor and where its data begins: `start` bytes into `path`."""
+
+    path: Path
+    entry: TensorEntry
+    start: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.entry.stop - self.entry.start
+
+    @property
+    def type(self) -> tuple[str, tuple[int, ...]]:
+        """The dtype as safetensors writes it, and the shape."""
+        return self.entry.dtype, self.entry.shape
+
+
+def locate(weights: Sequence[Path]) -> dict[str, LocatedTensor]:
+    """Every tensor of some safetensors files, by name.
+
+    Raises:
+        CheckpointError: a file is broken, or a name is in two of them.
+    """
+    found: dict[str, LocatedTensor] = {}
+    for path in weights:
+        header = read_header(path)
+        for entry in header.tensors:
+            if entry.name in found:
+                other = found[entry.name].path.name
+                raise CheckpointError(f"{path}: tensor '{entry.name}' is in {other} too; keep one of the two files")
+            found[entry.name] = LocatedTensor(path, entry, header.data_start + entry.start)
+    return found
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that safetensors calls `name`, one of `TORCH_NAMES`."""
+    import torch
+
+    return getattr(torch, TORCH_NAMES[name])
+
+
+def weights_dtype(weights: Sequence[Path]) -> torch.dtype:
+    """The dtype of the first floating-point tensor of the first file, by name; float32 where there is none."""
+    tensors = sorted(read_header(weights[0]).tensors, key=lambda tensor: tensor.name)
+    return torch_dtype(
+        next((tensor.dtype for tensor in tensors if tensor.dtype in ("F64", "F32", "F16", "BF16")), "F32")
+    )

@@ -1,0 +1,80 @@
+"""SHA256SUMS: written, read, checked."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from regsurgery.checkpoints.limits import MAX_JSON_BYTES, places_of
+from regsurgery.errors import CheckpointError
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_each(paths: Sequence[Path]) -> tuple[str, ...]:
+    """The sha256 of each file, as many at a time as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return tuple(pool.map(sha256, paths))
+
+
+SUMS_NAME = "SHA256SUMS"
+
+
+def write_sums(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """Write SHA256SUMS over every other file of `folder`, in the form that `sha256sum -c` reads.
+
+    Args:
+        known: name -> sha256 of files that were copied whole, which need not be read once more.
+    """
+    known = known or {}
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != SUMS_NAME)
+    new = [name for name in names if name not in known]
+    digests = {**known, **dict(zip(new, sha256_each([folder / name for name in new]), strict=True))}
+    (folder / SUMS_NAME).write_text("".join(f"{digests[name]}  {name}\n" for name in names), "utf-8")
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """Name -> sha256, of every file that SHA256SUMS lists.
+
+    Raises:
+        CheckpointError: there is none, or it names files outside the folder.
+    """
+    sums = folder / SUMS_NAME
+    if not sums.is_file():
+        raise CheckpointError(
+            f"{folder}: no {SUMS_NAME}, it is not a folder that regsurgery wrote, or it is incomplete; give one that "
+            "regsurgery patch wrote"
+        )
+    try:
+        with sums.open("rb") as file:
+            lines = file.read(MAX_JSON_BYTES).decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{sums}: not a text file; patch the model again") from error
+    digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for name in digests:
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            raise CheckpointError(f"{sums}: names {name[:300]!r}, which is not inside the folder")
+    return digests
+
+
+def check_sums(folder: Path, remedy: str = "patch the model again") -> None:
+    """Raise `CheckpointError` for the first file that SHA256SUMS lists and that is missing or changed."""
+    allowed = places_of(folder)
+    for name, digest in read_sums(folder).items():
+        path = folder / name
+        try:
+            real = path.resolve(strict=True)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{folder / name[:300]}: listed in {SUMS_NAME} but missing; {remedy}") from error
+        if not any(real.is_relative_to(place) for place in allowed):
+            raise CheckpointError(f"{folder / SUMS_NAME}: names {name[:300]!r}, which is not inside the folder")
+        if not real.is_file():
+            raise CheckpointError(f"{path}: listed in {SUMS_NAME} but missing; {remedy}")
+        if sha256(path) != digest:
+            raise CheckpointError(f"{path}: differs from {SUMS_NAME}; {remedy}")

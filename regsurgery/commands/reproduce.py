@@ -1,0 +1,205 @@
+"""`reproduce`: a patched folder or Hub repository -> the surgery again, from its source, and what comes out other."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regsurgery.checkpoints.download import snapshot
+from regsurgery.checkpoints.limits import read_json, refuse_links_out
+from regsurgery.checkpoints.sums import SUMS_NAME, read_sums, sha256
+from regsurgery.emit import run_record
+from regsurgery.emit.published import published
+from regsurgery.emit.run_record import AS_GIVEN, read_run_record
+from regsurgery.errors import ModelNotFoundError, UserError
+from regsurgery.frontends.model_id import DEMO
+from regsurgery.images.digests import image_digest
+from regsurgery.options import PatchOptions, ReproduceOptions, takes
+from regsurgery.recipe import RECIPE_NAME, find_recipe
+from regsurgery.version import __version__
+
+if TYPE_CHECKING:
+    from regsurgery.images.image_set import ImageSet
+    from regsurgery.progress import Progress
+
+RECORDS = ("*.json", "*.yaml", SUMS_NAME)  # what is needed of a repository; no weights
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What `reproduce` found.
+
+    Attributes:
+        identical: every file came out with the sha256 that SHA256SUMS has for it.
+        output: the new folder, where one was asked for.
+        source: the model that was patched, as it was given.
+        num_files: that SHA256SUMS lists.
+        differences: file -> what is other about it.
+        versions: package -> (then, now), where they differ.
+        figures: figure of the verdict -> (then, now), where they differ.
+        note: what is not counted as a difference; "" where there is nothing of that kind.
+    """
+
+    identical: bool
+    output: str | None
+    source: str
+    num_files: int
+    differences: Mapping[str, str]
+    versions: Mapping[str, tuple[str, str]]
+    figures: Mapping[str, tuple[Any, Any]]
+    note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for `--json`: the attributes."""
+        return asdict(self)
+
+
+@takes(ReproduceOptions)
+def reproduce(where: str | Path, output: str | Path | None = None, *, options: ReproduceOptions) -> Reproduction:
+    """Patch the source of a patched checkpoint again, with the recipe and flags of its records, and compare SHA256SUMS.
+
+    Nothing of the checkpoint is run. Its neurons are those of its recipe; they are not looked for again.
+
+    Args:
+        where: folder that `patch` wrote, or the Hub id of one; of a repository no weights are downloaded.
+        output: new folder for what comes out; by default it is thrown away.
+        options: see `options.ReproduceOptions`; its fields are the keyword arguments.
+
+    Raises:
+        ModelNotFoundError: the source, or the repository, is not there.
+        CheckpointError: the records are missing or broken, or the source's weights are not those that were patched.
+        UserError: the images are missing, or not those of the run.
+        VerificationError: what comes out does not pass verification.
+    """
+    from regsurgery.commands.patch import patch
+
+    progress, root = options.progress, Path(where)
+    is_folder = root.is_dir()
+    if is_folder:
+        refuse_links_out(root)
+    else:
+        progress.stage("download")
+        root, _ = snapshot(str(where), str(where), None, RECORDS)
+    record = read_run_record(root)
+    run, wanted = record["run"], read_sums(root)
+    again = _options_of(root, run, where, options)
+    versions = _other_versions(record)
+    for package, (then, now) in versions.items():
+        progress.say(f"note: {package} was {then}, here it is {now}; figures and fitted weights may differ by that")
+    with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
+        target = Path(scratch) / "reproduced" if output is None else Path(output)
+        patch(options.source or run["model"], target, again)
+        progress.stage("checksums")
+        found = read_sums(target) if is_folder else published(target, str(where)).digests
+        differences = _differences(root, wanted, found, is_folder=is_folder)
+        note = ""
+        if OPEN_CLIP_CONFIG in differences and _differ_by_their_place(root, target):
+            del differences[OPEN_CLIP_CONFIG]
+            note = f"{OPEN_CLIP_CONFIG} names the folder that it is in, and is the same but for that"
+        figures = _other_figures(record["verify"], read_run_record(target)["verify"])
+    kept = None if output is None else str(output)
+    return Reproduction(not differences, kept, run["model"], len(wanted), differences, versions, figures, note)
+
+
+def _options_of(root: Path, run: Mapping[str, Any], where: str | Path, options: ReproduceOptions) -> PatchOptions:
+    """The options of the run, and what is allowed now."""
+    recipe = find_recipe(str(root / RECIPE_NAME))
+    if options.source is None:
+        _check_source(run)
+    as_given: dict[str, Any] = {name: run.get(name) for name in AS_GIVEN}
+    return PatchOptions(
+        recipe=recipe,
+        calibrate=run["calibrate"],
+        stop_after=run.get("stopped_after"),
+        format=run["format"],
+        images=_pictures(run, options.images, where, options.progress),
+        **as_given,
+        allow_pickle=options.allow_pickle,
+        trust_remote_code=options.trust_remote_code,
+        max_memory=options.max_memory,
+        revision=run["revision"],
+        sha256=run["sha256"],
+        called=run["model"],
+        progress=options.progress,
+    )
+
+
+def _check_source(run: Mapping[str, Any]) -> None:
+    """A source without a revision was a folder, or the demo."""
+    model = run["model"]
+    if model != DEMO and run["revision"] is None and not Path(model).is_dir():
+        where = "" if Path(model).is_absolute() else f", seen from {Path.cwd()}"
+        raise ModelNotFoundError(
+            f"{model}: the folder that was patched is not there{where}; bring it back to that path (weights sha256 "
+            f"{run['sha256']}), or say with --source where it is"
+        )
+
+
+def _pictures(
+    run: Mapping[str, Any], images: str | Path | None, where: str | Path, progress: Progress
+) -> ImageSet | None:
+    """The images of the run, or None where it used generated ones or none."""
+    from regsurgery.images.image_set import image_set
+
+    recorded = run["images"]
+    if recorded is None:
+        if images is not None:
+            raise UserError(f"{images}: the run that wrote {where} used no photos; leave out --images")
+        return None
+    described = f"{recorded['note']} (sha256 {recorded['sha256'][:16]}...)"
+    if images is None:
+        raise UserError(f"{where}: the run that wrote it used {described}; give them with --images")
+    pictures = image_set(images, run["num_images"], seed=run["seed"], say=progress.say)
+    digest = image_digest(pictures)
+    if digest != recorded["sha256"]:
+        raise UserError(
+            f"{images}: not the images of the run: it used {described}, here are {pictures.num_images} with sha256 "
+            f"{digest[:16]}...; give the same files, and no others beside them"
+        )
+    return replace(pictures, note=recorded["note"])  # the folder may be called something else now
+
+
+def _other_versions(record: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    now = {"regsurgery": __version__, **run_record.versions()}
+    then = {"regsurgery": record["regsurgery"], **record["run"]["versions"]}
+    return {name: (str(then.get(name)), now[name]) for name in now if then.get(name) != now[name]}
+
+
+def _differences(root: Path, wanted: Mapping[str, str], found: Mapping[str, str], *, is_folder: bool) -> dict[str, str]:
+    """File -> what is other in the sums `found` than in `wanted`, which are `root`'s, or in `root` itself."""
+    differences = {}
+    for name in sorted(wanted.keys() | found.keys()):
+        path = root / name
+        if name not in found:
+            differences[name] = "does not come out again"
+        elif name not in wanted:
+            differences[name] = "comes out, and was not there"
+        elif found[name] != wanted[name]:
+            differences[name] = "comes out with other content"
+        elif (is_folder or path.is_file()) and not (path.is_file() and sha256(path) == wanted[name]):
+            differences[name] = f"comes out as {SUMS_NAME} says; the file there was changed or lost since"
+    return differences
+
+
+def _differ_by_their_place(root: Path, target: Path) -> bool:
+    """Whether two configs of native mode in open_clip, which names its tower by the folder's path, are else alike."""
+    configs = []
+    for path in (root / OPEN_CLIP_CONFIG, target / OPEN_CLIP_CONFIG):
+        config = read_json(path) if path.is_file() else {}
+        model = config.get("model_cfg")
+        tower = model.get("vision_cfg") if isinstance(model, dict) else None
+        if not isinstance(tower, dict) or not str(tower.get("timm_model_name", "")).startswith("local-dir:"):
+            return False
+        tower["timm_model_name"] = "local-dir:"
+        configs.append(config)
+    return configs[0] == configs[1]
+
+
+def _other_figures(then: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> dict[str, tuple[Any, Any]]:
+    then, now = then or {}, now or {}
+    names = sorted(then.keys() | now.keys())
+    return {name: (then.get(name), now.get(name)) for name in names if then.get(name) != now.get(name)}

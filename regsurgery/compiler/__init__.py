@@ -1,0 +1,1 @@
+"""The compiler: trace, match, passes, modes."""

@@ -1,0 +1,27 @@
+"""A model whose sites are known: what every stage after the matcher works on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from regsurgery.compiler.sites import Sites
+from regsurgery.compiler.trace import Traced
+from regsurgery.frontends.loaded import Loaded
+
+
+@dataclass(frozen=True)
+class Located:
+    """A loaded model, its traced graph, and the sites in it."""
+
+    loaded: Loaded
+    traced: Traced
+    sites: Sites
+
+    @property
+    def own(self) -> Loaded:
+        """The checkpoint at the size that it was made for, whatever image size was traced."""
+        return self.loaded.own or self.loaded
+
+    def as_written(self) -> Located:
+        """The same graph and sites with the checkpoint as it is on disk, which is what gets written."""
+        return replace(self, loaded=self.own)

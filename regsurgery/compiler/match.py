@@ -1,0 +1,375 @@
+"""`Traced` -> `Sites`: where the registers go in, where the MLP activations are, where the registers come out.
+
+Structural only; no family name decides anything. A match that fails says why and at which node.
+
+1. A **residual add** adds two tensors of equal shape, exactly one of which is an ancestor of the other (position
+   embeddings and rotary embeddings fail that).
+2. A **stream** is a chain of residual adds; its first tensor, found by walking back through norm, cast and dropout, is
+   the **tokens** node. The vision stream is the one whose tokens come from the image and from no token-id embedding.
+3. An add is an **MLP** add if its branch leads back through dropout, layer scale and norm to a linear (the down
+   projection) whose input cone is pointwise, split or norm only, holds a nonlinearity, and ends in linears.
+4. **Prefix tokens** are the rows of the tokens node that stay finite when the image is all NaN.
+5. **Placement** of the registers: see `placement.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import fx
+
+from regsurgery.compiler.graph import (
+    ancestor_sets,
+    common_path,
+    evaluate,
+    hint,
+    is_ancestor,
+    module_path,
+    symbolic_shape,
+)
+from regsurgery.compiler.placement import place
+from regsurgery.compiler.sites import Block, Sites
+from regsurgery.compiler.trace import Traced
+from regsurgery.errors import UnsupportedModelError
+
+aten = torch.ops.aten
+
+ADDS = {aten.add.Tensor, aten.add_.Tensor}
+LINEARS = {aten.linear.default}
+NORMS = {aten.layer_norm.default, aten.native_layer_norm.default, aten.rms_norm.default}
+# Same values, same shape, in eval mode.
+IDENTITIES = {aten.dropout.default, aten.dropout_.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout,
+              aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.alias.default,
+              aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default}  # fmt: skip
+ALIASES = IDENTITIES - {aten._to_copy.default, aten.clone.default, aten.lift_fresh_copy.default}
+NONLINEAR = {aten.gelu.default, aten.gelu_.default, aten.silu.default, aten.silu_.default, aten.relu.default,
+             aten.relu_.default, aten.sigmoid.default, aten.tanh.default, aten.hardswish.default, aten.elu.default,
+             aten.leaky_relu.default, aten.erf.default, aten.softplus.default, aten.mish.default, aten.exp.default,
+             aten.relu6.default, aten.hardtanh.default, aten.hardsigmoid.default}  # fmt: skip
+POINTWISE = (
+    NONLINEAR
+    | {
+        aten.mul.Tensor,
+        aten.mul.Scalar,
+        aten.mul_.Tensor,
+        aten.div.Tensor,
+        aten.pow.Tensor_Scalar,
+        aten.add.Scalar,
+        aten.neg.default,
+        aten.rsqrt.default,
+    }
+    | ADDS
+)
+SPLITS = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
+EMBEDDINGS = {aten.embedding.default}
+CONVOLUTIONS = {aten.conv2d.default, aten.conv2d.padding, aten.convolution.default, aten.conv3d.default}
+ATTENTIONS = {aten.scaled_dot_product_attention.default, aten.softmax.int, aten._softmax.default}
+
+
+def match(traced: Traced) -> Sites:
+    """Find the sites of `traced`.
+
+    Raises:
+        UnsupportedModelError: the model has no such sites; the message has the reason and the node.
+    """
+    graph = traced.graph_module.graph
+    nodes = {node.name: node for node in graph.nodes}
+    ancestors = ancestor_sets(graph)
+    stream, tokens = _vision_stream(graph, nodes[traced.image], ancestors)
+    shape = symbolic_shape(tokens)
+    if len(shape) != 3:
+        _no_match(f"the token stream has {len(shape)} dimensions, expected [batch, tokens, width]", tokens)
+    if isinstance(shape[0], int):
+        _no_match("all images of a batch go into one sequence of tokens", tokens)
+    num_tokens, width = int(shape[1]), int(shape[2])
+    for add in stream:
+        if [hint(n) for n in symbolic_shape(add)][1:] != [num_tokens, width]:
+            _no_match(
+                f"the stream changes its shape from {shape} to {symbolic_shape(add)}: windowed and hierarchical "
+                "models are not supported",
+                add,
+            )
+    blocks = _blocks(stream, tokens, ancestors)
+    num_prefix = _count_prefix(traced, tokens)
+    convolution = _patch_embedding(nodes[traced.image], tokens, ancestors)
+    tower = common_path([module_path(convolution), *(block.path for block in blocks)])
+    sites = Sites(
+        tokens=tokens.name,
+        last=stream[-1].name,
+        blocks=tuple(blocks),
+        num_prefix=num_prefix,
+        num_tokens=num_tokens,
+        width=width,
+        tower_path=tower,
+        insert_path=_insert_path(tokens, blocks[0]),
+    )
+    return place(traced, sites)
+
+
+def _no_match(reason: str, node: fx.Node) -> NoReturn:
+    path = module_path(node)
+    raise UnsupportedModelError(f"no match: {reason} (node '{node.name}'{f' in {path}' if path else ''})")
+
+
+def _residual_operands(node: fx.Node, masks: dict[fx.Node, int]) -> tuple[fx.Node, fx.Node] | None:
+    """(stream, branch) of a residual add, or None where `node` is none."""
+    if node.target not in ADDS or len(node.args) < 2:
+        return None
+    left, right = node.args[0], node.args[1]
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+        return None
+    if not symbolic_shape(left) or symbolic_shape(left) != symbolic_shape(right):
+        return None
+    left_first, right_first = is_ancestor(masks, left, right), is_ancestor(masks, right, left)
+    if left_first == right_first:
+        return None
+    return (left, right) if left_first else (right, left)
+
+
+def _back(node: fx.Node, through: set) -> fx.Node:
+    while node.target in through:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _vision_stream(graph: fx.Graph, image: fx.Node, masks: dict[fx.Node, int]) -> tuple[list[fx.Node], fx.Node]:
+    root_of: dict[fx.Node, fx.Node] = {}
+    streams: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        operands = _residual_operands(node, masks)
+        if operands is None:
+            continue
+        before = _back(operands[0], NORMS | IDENTITIES)
+        root = root_of.get(before, before)
+        root_of[node] = root
+        streams.setdefault(root, []).append(node)
+    if not streams:
+        raise UnsupportedModelError("no match: the graph has no residual add; this is no transformer")
+    vision = [
+        (adds, root)
+        for root, adds in streams.items()
+        if is_ancestor(masks, image, root)
+        and len(symbolic_shape(root)) >= 3
+        and not _reads_token_ids(graph, root, masks)
+        and any(_mlp(add, masks) is not None for add in adds)
+    ]
+    if not vision:
+        raise UnsupportedModelError(
+            f"no match: none of the {len(streams)} residual stream(s) is a vision transformer's: fed by the image, "
+            "with an MLP on the stream"
+        )
+    adds, root = max(vision, key=lambda found: len(found[0]))
+    for other, _ in vision:
+        if other is not adds and is_ancestor(masks, other[-1], root):
+            _no_match(
+                "the image passes through another residual stream with an MLP first; hierarchical models are not "
+                "supported",
+                root,
+            )
+        # A decoder has as many tokens or more, a head that pools has one.
+        if is_ancestor(masks, adds[-1], other[0]) and 1 < _num_tokens(other[0]) < _num_tokens(root):
+            _no_match(
+                "another residual stream with fewer tokens follows; hierarchical models are not supported", other[0]
+            )
+    return adds, root
+
+
+def _num_tokens(node: fx.Node) -> int:
+    return math.prod(map(hint, symbolic_shape(node)[1:-1]))
+
+
+def _reads_token_ids(graph: fx.Graph, root: fx.Node, masks: dict[fx.Node, int]) -> bool:
+    inputs = [node for node in graph.find_nodes(op="placeholder") if not node.meta["val"].is_floating_point()]
+    return any(
+        node.target in EMBEDDINGS
+        and is_ancestor(masks, node, root)
+        and any(is_ancestor(masks, source, node.args[1]) for source in inputs)  # type: ignore[arg-type]
+        for node in graph.nodes
+    )
+
+
+@dataclass(frozen=True)
+class _Mlp:
+    down: fx.Node
+    hidden: fx.Node
+    ups: tuple[fx.Node, ...]
+
+
+def _mlp(add: fx.Node, masks: dict[fx.Node, int]) -> _Mlp | None:
+    """The MLP whose output `add` adds to the stream, or None where its branch is something else (attention)."""
+    operands = _residual_operands(add, masks)
+    assert operands is not None
+    stream, node = operands
+    while node.target not in LINEARS:
+        sources = [source for source in node.all_input_nodes if is_ancestor(masks, stream, source)]
+        scaled = node.target in (aten.mul.Tensor, aten.mul_.Tensor)  # layer scale
+        if len(sources) != 1 or not (node.target in NORMS | IDENTITIES or scaled):
+            return None
+        node = sources[0]
+    hidden = node.args[0]
+    assert isinstance(hidden, fx.Node)
+    ups = _cone(hidden, stream, masks)
+    return None if ups is None else _Mlp(node, hidden, ups)
+
+
+def _cone(hidden: fx.Node, stream: fx.Node, masks: dict[fx.Node, int]) -> tuple[fx.Node, ...] | None:
+    """The linears at which the pointwise cone above `hidden` ends; None where it is no MLP's."""
+    ends: dict[fx.Node, None] = {}
+    nonlinear = False
+    seen: set[fx.Node] = set()
+    work = [hidden]
+    while work:
+        node = work.pop()
+        if node in seen or not is_ancestor(masks, stream, node):
+            continue  # a constant, a parameter
+        seen.add(node)
+        if node.target in LINEARS:
+            ends[node] = None
+            continue
+        halved = node.target is aten.slice.Tensor and node.args[1] in (-1, len(symbolic_shape(node)) - 1)
+        getitem = node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
+        if not (node.target in POINTWISE | SPLITS | NORMS | IDENTITIES or halved or getitem):
+            return None
+        nonlinear = nonlinear or node.target in NONLINEAR
+        work.extend(node.all_input_nodes)
+    return tuple(sorted(ends, key=lambda node: masks[node].bit_length())) if nonlinear and ends else None
+
+
+def _blocks(stream: list[fx.Node], tokens: fx.Node, masks: dict[fx.Node, int]) -> list[Block]:
+    mlps = [(position, mlp) for position, add in enumerate(stream) if (mlp := _mlp(add, masks)) is not None]
+    blocks = []
+    start = 0
+    for index, (position, mlp) in enumerate(mlps):
+        end = position
+        if index == len(mlps) - 1:
+            end = len(stream) - 1
+        output = stream[end]
+        shape = symbolic_shape(mlp.hidden)
+        if len(shape) != 3 or hint(shape[1]) != hint(symbolic_shape(tokens)[1]):
+            _no_match(
+                f"block {index}: the MLP activation is {list(shape)}, expected [batch, tokens, hidden]", mlp.hidden
+            )
+        found = _attention(stream[start:position], masks)
+        if found is None:
+            _no_match(
+                f"block {index}: no attention adds to the token stream before the MLP; windowed and hierarchical "
+                "models are not supported",
+                output,
+            )
+        attention, branch = found
+        blocks.append(
+            Block(
+                index=index,
+                hidden=mlp.hidden.name,
+                down=mlp.down.name,
+                ups=tuple(up.name for up in mlp.ups),
+                output=output.name,
+                hidden_size=int(shape[2]),
+                in_place=_writable(mlp.hidden),
+                path=module_path(output),
+                down_path=module_path(mlp.down),
+                attention_path=module_path(attention),
+                attention_weights=_projections(attention, tokens, masks),
+                attention_input=_attention_input(attention, tokens, masks),
+                attention_output=branch.name,
+            )
+        )
+        start = position + 1
+    return blocks
+
+
+def _writable(hidden: fx.Node) -> bool:
+    """Whether `hidden` is a fresh tensor that only the down projection reads."""
+    node = hidden
+    while len(node.users) == 1 and node.target in ALIASES:
+        node = node.all_input_nodes[0]
+    return len(node.users) == 1 and node.target in POINTWISE
+
+
+def _attention(adds: Iterable[fx.Node], masks: dict[fx.Node, int]) -> tuple[fx.Node, fx.Node] | None:
+    """The node that computes attention on the branch of one of `adds`, and that branch, or None."""
+    for add in adds:
+        operands = _residual_operands(add, masks)
+        assert operands is not None
+        found = next((node for node in _between(*operands, masks) if node.target in ATTENTIONS), None)
+        if found is not None:
+            return found, operands[1]
+    return None
+
+
+def _attention_input(attention: fx.Node, tokens: fx.Node, masks: dict[fx.Node, int]) -> str:
+    """What all projections nearest above `attention` read, or "" where they read different tensors."""
+    sources = {
+        _back(node.all_input_nodes[0], IDENTITIES | {aten.transpose.int, aten.permute.default}).name
+        for node in _between(tokens, attention, masks, stop=LINEARS)
+        if node.target in LINEARS
+    }
+    return sources.pop() if len(sources) == 1 else ""
+
+
+def _projections(attention: fx.Node, tokens: fx.Node, masks: dict[fx.Node, int]) -> tuple[str, ...]:
+    """Weights of the linears nearest above `attention`: its query, key and value projections."""
+    linears = [node for node in _between(tokens, attention, masks, stop=LINEARS) if node.target in LINEARS]
+    weights = [node.args[1] for node in linears]
+    return tuple(sorted(str(weight.target) for weight in weights if isinstance(weight, fx.Node)))
+
+
+def _between(start: fx.Node, end: fx.Node, masks: dict[fx.Node, int], stop: Collection = ()) -> Iterator[fx.Node]:
+    """Nodes from `end` back to `start`, breadth first, not going on above nodes whose target is in `stop`."""
+    work, seen = [end], {end}
+    for node in work:
+        yield node
+        if node.target in stop:
+            continue
+        for source in node.all_input_nodes:
+            if source not in seen and is_ancestor(masks, start, source):
+                seen.add(source)
+                work.append(source)
+
+
+def _insert_path(tokens: fx.Node, first: Block) -> str:
+    node = tokens
+    while len(node.users) == 1 and next(iter(node.users)).target in IDENTITIES:
+        node = next(iter(node.users))
+    users = list(node.users)
+    if len(users) == 1 and users[0].target in NORMS and not _inside(module_path(users[0]), first.path):
+        return module_path(users[0])
+    return first.path
+
+
+def _inside(path: str, module: str) -> bool:
+    return path == module or path.startswith(module + ".")
+
+
+def _patch_embedding(image: fx.Node, tokens: fx.Node, masks: dict[fx.Node, int]) -> fx.Node:
+    """The convolution (or linear) that turns the image into patches."""
+    for node in masks:
+        if (
+            node.target in CONVOLUTIONS | LINEARS
+            and is_ancestor(masks, image, node)
+            and is_ancestor(masks, node, tokens)
+        ):
+            return node
+    _no_match("no patch embedding between the image and the tokens", tokens)
+
+
+def _count_prefix(traced: Traced, tokens: fx.Node) -> int:
+    """Feed an all-NaN image: the rows of `tokens` that stay finite do not depend on the image."""
+    graph_module = traced.graph_module
+    nan_image = [
+        torch.full_like(value, float("nan")) if node.name == traced.image else value
+        for node, value in zip(graph_module.graph.find_nodes(op="placeholder"), traced.example, strict=True)
+    ]
+    value = evaluate(graph_module, tokens, nan_image)
+    finite_T = value[0].isfinite().all(dim=-1)
+    num_prefix = int(finite_T.sum())
+    if not bool(finite_T[:num_prefix].all()):
+        rows = finite_T.nonzero().flatten().tolist()
+        _no_match(f"tokens that do not depend on the image stand behind patches (rows {rows})", tokens)
+    if num_prefix == len(finite_T):
+        _no_match("the tokens do not depend on the image", tokens)
+    return num_prefix

@@ -1,0 +1,1 @@
+"""Graph, sites -> graph: one file a pass."""

@@ -1,0 +1,91 @@
+"""Register neurons planted into a model: the demo, and test models."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from regsurgery.compiler.mlp import mlp_of
+from regsurgery.compiler.outliers import token_norms
+from regsurgery.compiler.sites import Sites
+from regsurgery.compiler.taps import tap
+from regsurgery.compiler.trace import Traced
+
+FIRING = 2.0  # patches per image on which one planted neuron fires, on average
+PEAK = 20.0  # activation of a planted neuron on the patch that suits it best
+GAIN = 40.0  # norm that this activation writes, in median token norms
+
+
+@torch.no_grad()
+def plant(
+    traced: Traced,
+    sites: Sites,
+    inputs: list[Tensor],
+    counts: Mapping[int, int],
+    *,
+    seed: int = 0,
+    firing: float = FIRING,
+    avoid: Collection[tuple[int, int]] = (),
+) -> dict[int, list[int]]:
+    """Turn `counts[block]` random neurons of each block into content-driven register neurons, in place.
+
+    A neuron's input row becomes a threshold on a principal direction of the patches' up-projection inputs on which no
+    prefix token comes near; its output column a random direction of `GAIN` median token norms. The gate of a gated
+    MLP becomes the threshold, what it multiplies a constant 1 (both in one projection: the gate comes first).
+
+    Args:
+        inputs: the graph's inputs for the images that decide directions and thresholds.
+        firing: patches per image on which each neuron fires, on average.
+        avoid: `(block, neuron)` not to be taken.
+
+    Returns:
+        block -> ascending indices of its planted neurons.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    module = traced.graph_module
+    planted: dict[int, list[int]] = {}
+    for block, count in sorted(counts.items(), reverse=True):  # so that no neuron answers to another one's outliers
+        site = sites.blocks[block]
+        mlp = mlp_of(traced, site)
+        _, taps = tap(module, {"mlp": mlp.source, "stream": site.output})(*inputs)
+        tokens_BTD = taps["mlp"].float()
+        median = float(token_norms(taps["stream"])[:, sites.patches].median())
+        directions = _directions(tokens_BTD, sites.num_prefix, count, firing)
+        drawn = torch.randperm(site.hidden_size, generator=generator).tolist()
+        neurons = sorted([neuron for neuron in drawn if (block, neuron) not in avoid][:count])
+        for neuron, (direction_D, threshold, top) in zip(neurons, directions, strict=True):
+            slope = PEAK / (top - threshold)
+            for projection, row_D, constant in (
+                (mlp.gate, slope * direction_D, -slope * threshold),
+                (mlp.value, torch.zeros(sites.width), 1.0),
+            ):
+                if projection is not None:
+                    assert projection.bias is not None, "planting needs a linear with a bias"
+                    module.get_parameter(projection.weight)[projection.offset + neuron] = row_D
+                    module.get_parameter(projection.bias)[projection.offset + neuron] = constant
+            out_D = torch.randn(sites.width, generator=generator)
+            module.get_parameter(mlp.down)[:, neuron] = out_D / out_D.norm() * (GAIN * median / PEAK)
+        planted[block] = neurons
+    return dict(sorted(planted.items()))
+
+
+def _directions(tokens_BTD: Tensor, num_prefix: int, count: int, firing: float) -> list[tuple[Tensor, float, float]]:
+    """Unit directions with the threshold that `firing` patches an image exceed, and the largest value of all."""
+    patches_ND = tokens_BTD[:, num_prefix:].flatten(0, 1)
+    _, _, principal = torch.linalg.svd(patches_ND - patches_ND.mean(dim=0), full_matrices=False)
+    share = 1 - firing / (tokens_BTD.shape[1] - num_prefix)
+    found = []
+    for axis_D in principal:
+        for direction_D in (axis_D, -axis_D):
+            values_N = (patches_ND @ direction_D).sort().values
+            threshold, top = float(values_N[int(share * len(values_N))]), float(values_N[-1])
+            prefix = tokens_BTD[:, :num_prefix] @ direction_D
+            spread = top - threshold
+            if len(found) < count and (prefix.numel() == 0 or float(prefix.max()) < threshold - spread):
+                found.append((direction_D, threshold, top))
+                break
+    if len(found) < count:
+        raise ValueError(f"only {len(found)} of {count} directions keep clear of the prefix tokens")
+    return found

@@ -1,0 +1,34 @@
+"""Reading activations off a graph: taps instead of hooks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+
+from torch import fx
+
+from regsurgery.compiler.graph import drop_unused
+
+
+def tap(
+    graph_module: fx.GraphModule,
+    nodes: Mapping[str, str],
+    *,
+    early_exit: bool = False,
+    outputs: Collection[str] | None = None,
+) -> fx.GraphModule:
+    """A graph module that returns `(outputs, taps)`, where `taps[key]` is the value of the node `nodes[key]`.
+
+    With `outputs` there are only those; with `early_exit` none, and nothing is computed that no tap needs. Parameters
+    are shared; the original graph is not touched.
+    """
+    graph = copy.deepcopy(graph_module.graph)
+    by_name = {node.name: node for node in graph.nodes}
+    (output,) = graph.find_nodes(op="output")
+    kept = {
+        name: node for name, node in output.args[0].items() if not early_exit and (outputs is None or name in outputs)
+    }
+    output.args = ((kept, {key: by_name[name] for key, name in nodes.items()}),)
+    if early_exit:
+        drop_unused(graph)
+    return fx.GraphModule(graph_module, graph)

@@ -1,0 +1,154 @@
+"""`Loaded` -> `Traced`: non-strict `torch.export`, brought to one plain form for every library.
+
+The plain form: positional tensor placeholders, an output node that is a dict of named tensors, parameters by their
+names in the model. Everything after this step works on it and knows no library. Weights are not looked at: the model is
+traced with parameters of shape alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.exc import UserError
+from torch.fx import config as fx_config
+from torch.utils import _pytree as pytree
+
+from regsurgery.checkpoints.stored import as_shapes, fill_shapes
+from regsurgery.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from regsurgery.frontends.loaded import Loaded
+
+# What torch.export, and a model that asserts something about its inputs, raise.
+UNTRACEABLE = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, NotImplementedError, UserError)
+EXAMPLE_BATCH = 11  # above 1, which export would specialise; a prime, so that no token count is taken for a batch
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A model as an fx graph of ATen operators.
+
+    Attributes:
+        graph_module: plain form (see above); shares its parameters with the model.
+        image: name of the placeholder that takes the images `[B, 3, H, W]`; B is dynamic, H and W are fixed.
+        image_size: (H, W).
+        example: example inputs, one tensor a placeholder.
+        output_names: names of the outputs, in order.
+    """
+
+    graph_module: fx.GraphModule
+    image: str
+    image_size: tuple[int, int]
+    example: tuple[Tensor, ...]
+    output_names: tuple[str, ...]
+
+
+def tensor_inputs(loaded: Loaded, images: Tensor) -> list[Tensor]:
+    """The positional inputs of a graph traced from `loaded` for `images` `[B, 3, H, W]`, on the model's device."""
+    images = images.to(next(loaded.model.parameters()).device)
+    return [leaf for leaf in pytree.tree_leaves(loaded.inputs(images)) if isinstance(leaf, Tensor)]
+
+
+def trace(loaded: Loaded, image_size: tuple[int, int] | None = None) -> Traced:
+    """Trace `loaded.model` at `image_size` (height, width), by default the size it was made for.
+
+    Raises:
+        UnsupportedModelError: torch.export cannot trace the model; the message has its reason.
+    """
+    height, width = image_size or loaded.image_size
+    parameter = next(loaded.model.parameters())
+    images = torch.zeros(EXAMPLE_BATCH, 3, height, width, dtype=parameter.dtype, device=parameter.device)
+    args, kwargs = loaded.inputs(images)
+    dynamic = pytree.tree_map(
+        lambda leaf: {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) else None, (args, kwargs)
+    )
+    try:
+        with torch.no_grad(), _export_settings(), _entered(loaded), as_shapes(loaded.model) as mode:
+            empty_args, empty_kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+            program = torch.export.export(
+                loaded.model, empty_args, empty_kwargs, dynamic_shapes=_by_signature(*dynamic), strict=False
+            )
+    except UNTRACEABLE as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedModelError(
+            f"{loaded.source.id}: torch.export cannot trace {loaded.architecture}: {reason}"
+        ) from error
+
+    names = _output_names(loaded, program)
+    graph_module = _plain(program, names)
+    fill_shapes(graph_module, loaded.model)
+    leaves = pytree.tree_leaves((args, kwargs))
+    example = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    assert len(placeholders) == len(example), "one placeholder for every tensor input"
+    image = next(node.name for node, leaf in zip(placeholders, example, strict=True) if leaf is images)
+    return Traced(graph_module, image, (height, width), example, names)
+
+
+@contextlib.contextmanager
+def _entered(loaded: Loaded) -> Iterator[None]:
+    """Let the model's forward be that of its entry; parameters and modules keep their names in the whole model."""
+    if not loaded.entry:
+        yield
+        return
+    entry = loaded.model.get_submodule(loaded.entry)
+
+    @functools.wraps(entry.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return entry(*args, **kwargs)
+
+    with mock.patch.object(loaded.model, "forward", forward):
+        yield
+
+
+def _by_signature(args: tuple, kwargs: dict) -> dict | tuple | list:
+    return kwargs if not args else args if not kwargs else (*args, *kwargs.values())
+
+
+@contextlib.contextmanager
+def _export_settings() -> Iterator[None]:
+    """Keep transformers from building an all-true `[B, 1, T, T]` mask while exporting; BEiT adds it to its biases.
+
+    And no stack trace is recorded for each node: nobody reads them, and they take a tenth of the time.
+    """
+    import sys
+
+    masking = sys.modules.get("transformers.masking_utils")
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.simplefilter("ignore")
+        stack.enter_context(mock.patch.object(fx_config, "do_not_emit_stack_traces", True, create=True))
+        if masking is not None and hasattr(masking, "is_torchdynamo_exporting"):
+            stack.enter_context(mock.patch.object(masking, "is_torchdynamo_exporting", lambda: False))
+        yield
+
+
+def _output_names(loaded: Loaded, program: torch.export.ExportedProgram) -> tuple[str, ...]:
+    """The outputs' spec, filled with the numbers of its leaves, named as the library names its outputs."""
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    numbered = pytree.tree_unflatten([torch.tensor(i) for i in range(spec.num_leaves)], spec)
+    by_number = {int(leaf): name for name, leaf in loaded.name_outputs(numbered).items()}
+    return tuple(by_number[i] for i in range(spec.num_leaves))
+
+
+def _plain(program: torch.export.ExportedProgram, output_names: tuple[str, ...]) -> fx.GraphModule:
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    graph = fx.Graph()
+    output = graph.graph_copy(module.graph, val_map := {})
+    del val_map
+    values = pytree.tree_leaves(output)
+    graph.output(dict(zip(output_names, values, strict=True)))
+    for node in graph.find_nodes(op="placeholder"):
+        if not isinstance(node.meta.get("val"), Tensor):
+            assert not node.users, f"the input {node.name} is no tensor and is used"
+            graph.erase_node(node)
+    return fx.GraphModule(module, graph)

@@ -1,0 +1,235 @@
+"""The model card of a patched folder: metadata that the Hub reads, and what people must know before they use it.
+
+Everything in it comes from the surgery, the verdict and the source's own card; the same input gives the same text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from regsurgery.backends.formats import backend
+from regsurgery.compiler.surgery import Surgery
+from regsurgery.emit.source_card import SourceCard, read_source_card
+from regsurgery.families import LOGIT_OUTPUTS
+from regsurgery.formats import LIBRARIES
+from regsurgery.verification.size_drift import SizeDrifts
+from regsurgery.verification.verdict import MIN_IMAGES_FOR_PERCENT, Verdict
+from regsurgery.verification.verdict_text import counted, ends, remarks, rows, sentence, share_text, title
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCardData
+
+THIS_FOLDER = "."  # its bytes do not depend on the folder's name
+LIBRARY_NAMES = {"pt2": "pytorch"}  # as the Hub calls them, where we do not
+TAGS = ("regsurgery", "test-time-registers", "register-tokens", "vision-transformer")
+# Of the relations that the Hub knows (adapter, merge, quantized, finetune) the one that a card can truly claim: the
+# folder holds a whole model, so it is no adapter, of one source, so no merge, in the source's dtype, so not quantised.
+# In native mode weights were fitted; in the others new parameters stand beside the old ones, which can be fine-tuned.
+RELATION = "finetune"
+LOADER = """\
+import regsurgery
+
+model = regsurgery.load("{folder}")
+"""
+
+
+@dataclass(frozen=True)
+class Neuron:
+    """A row of the neuron table: what the recipe's provenance knows about it, as text; "" where it does not."""
+
+    block: int
+    index: int
+    contribution: str
+    activation: str
+
+
+def model_card(
+    surgery: Surgery,
+    fmt: str,
+    verdict: Verdict | None,
+    run: dict[str, Any],
+    picture: str | None = None,
+    sizes: SizeDrifts | None = None,
+) -> str:
+    """The text of `README.md`: what was done, to what, with which measured figures, and how to load and repeat it.
+
+    Args:
+        run: the run record's `run`.
+        picture: name of the picture beside the card, if there is one.
+        sizes: the drift at several image sizes, where it was measured.
+    """
+    import jinja2
+    from huggingface_hub import ModelCard
+
+    loaded, plan = surgery.loaded, surgery.plan
+    source_card = read_source_card(loaded.folder)
+    data = _metadata(surgery, fmt, verdict, run, source_card)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("regsurgery"),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    snippets = (
+        *backend(fmt, surgery.recipe.kind).snippets(surgery, THIS_FOLDER),
+        ("regsurgery, whatever the format", LOADER.format(folder=THIS_FOLDER)),
+    )
+    num_tokens = surgery.sites.num_tokens
+    body = environment.get_template("card.md.j2").render(
+        name=loaded.source.name,
+        source=loaded.source,
+        source_card=source_card,
+        mode=surgery.recipe.mode,
+        format=fmt,
+        num_neurons=surgery.recipe.num_neurons,
+        num_registers=plan.num_registers,
+        num_constants=len(plan.constant_blocks),
+        num_tokens=num_tokens,
+        token_share=plan.num_registers / num_tokens,
+        num_added=_num_added(surgery),
+        num_parameters=sum(value.numel() for value in loaded.model.parameters()),
+        image_size=surgery.traced.image_size,
+        fit=surgery.config_block.get("fit"),
+        snippets=snippets,
+        neurons=_neurons(surgery),
+        found_by=_text(surgery.recipe.provenance.get("found_by")),
+        positional=_positional(surgery, verdict),
+        verdict=verdict,
+        figures=None if verdict is None else _figures(verdict),
+        changes=surgery.recipe.changes_since_found(),
+        settings=_settings(surgery),
+        judged_on=_text(surgery.recipe.provenance.get("judged_on")),
+        sizes=sizes,
+        grows=surgery.config_block.get("num_patches") is not None and fmt in LIBRARIES,
+        generated=run["images"] is None,
+        picture=picture,
+        version=surgery.config_block["version"],
+    )
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}", ignore_metadata_errors=False))
+
+
+def _figures(verdict: Verdict) -> dict[str, Any]:
+    """The verdict as text."""
+    kl_ends = ends(verdict, "kl", 3) if verdict.kl is not None else ""
+    return {
+        "title": title(verdict),
+        "rows": rows(verdict),
+        "sentence": sentence(verdict),
+        "remarks": remarks(verdict),
+        "counted": counted(verdict),
+        "cosine_output": ends(verdict, "cosine_output", 4),
+        "cosine_patches": ends(verdict, "cosine_patches", 4),
+        "kl": kl_ends,
+        "same": None if verdict.num_same is None else share_text(verdict.num_same, verdict.num_images),
+    }
+
+
+def _metadata(
+    surgery: Surgery, fmt: str, verdict: Verdict | None, run: dict[str, Any], source_card: SourceCard
+) -> ModelCardData:
+    from huggingface_hub import ModelCardData
+
+    repo = surgery.loaded.source.repo
+    tags = dict.fromkeys([*TAGS, *source_card.lists.get("tags", [])])
+    classifies = any(name in LOGIT_OUTPUTS for name in surgery.traced.output_names)
+    texts: dict[str, Any] = {**({"pipeline_tag": "image-classification"} if classifies else {}), **source_card.texts}
+    derived: dict[str, Any] = {} if repo is None else {"base_model": repo, "base_model_relation": RELATION}
+    return ModelCardData(
+        library_name=LIBRARY_NAMES.get(fmt, fmt),
+        language=source_card.lists.get("language"),
+        datasets=source_card.lists.get("datasets"),
+        tags=list(tags),
+        model_name=f"{surgery.loaded.source.name}, {surgery.recipe.kind.title}",
+        eval_results=None if verdict is None or not verdict.is_judged else _results(verdict),
+        **derived,
+        **texts,
+    )
+
+
+def _results(verdict: Verdict) -> list[EvalResult]:
+    """The verdict as the Hub's `model-index`: what became of the outliers, and how near the original's output is.
+
+    A share of fewer than `MIN_IMAGES_FOR_PERCENT` images is left out: the Hub would show it without the count.
+    """
+    from huggingface_hub import EvalResult
+
+    seen = f", {counted(verdict)}"
+    many = verdict.num_images >= MIN_IMAGES_FOR_PERCENT
+    metrics = {
+        "outlier_tokens_per_image": ("outlier tokens per image, patched", verdict.outliers_per_image.patched),
+        "outlier_tokens_per_image_original": (
+            "outlier tokens per image, original",
+            verdict.outliers_per_image.original,
+        ),
+        "cosine_to_original": (f"cosine of {verdict.output} to the original's", verdict.cosine_output),
+        "kl_to_original": ("KL divergence to the original, nats", verdict.kl),
+        "same_first_class": (
+            "share of images with the original's first class",
+            verdict.same_argmax if many else None,
+        ),
+    }
+    return [
+        EvalResult(
+            task_type="image-feature-extraction" if verdict.kl is None else "image-classification",
+            dataset_type="generated" if verdict.evidence == "generated" else "imagefolder",
+            dataset_name=verdict.images,
+            metric_type=kind,
+            metric_name=name + seen,
+            metric_value=float(f"{value:.6g}"),
+        )
+        for kind, (name, value) in metrics.items()
+        if value is not None
+    ]
+
+
+def _num_added(surgery: Surgery) -> int:
+    """Parameters that the patched model has beyond the original's."""
+    if surgery.plan.num_added == 0:
+        return 0
+    return surgery.graph_module.get_parameter(surgery.added_name).numel()
+
+
+def _positional(surgery: Surgery, verdict: Verdict | None) -> bool | None:
+    """Whether the outliers sit at the same places in every image: measured here, or while the neurons were found."""
+    if verdict is not None and verdict.positional is not None:
+        return verdict.positional
+    found = surgery.recipe.provenance.get("positional")
+    return found if isinstance(found, bool) else None
+
+
+def _neurons(surgery: Surgery) -> list[Neuron]:
+    """The neuron table; a recipe's provenance may hold anything, so what is no candidate is passed over."""
+    candidates = surgery.recipe.provenance.get("candidates")
+    known: dict[tuple[Any, Any], dict[str, Any]] = {
+        (entry.get("block"), entry.get("index")): entry
+        for entry in (candidates if isinstance(candidates, list) else [])
+        if isinstance(entry, dict) and isinstance(entry.get("block"), int) and isinstance(entry.get("index"), int)
+    }
+    rows = []
+    for block, indices in surgery.recipe.register_neurons.items():
+        for index in indices:
+            entry = known.get((block, index), {})
+            rows.append(Neuron(block, index, _number(entry.get("contribution")), _number(entry.get("mean_activation"))))
+    return rows
+
+
+def _settings(surgery: Surgery) -> list[dict[str, Any]]:
+    """Of the table that `find` chose from, the paper's setting and the chosen one."""
+    rows = []
+    for row in surgery.recipe.table():
+        if row["paper"] or row["chosen"]:
+            whose = "the paper's (smallest set, one register)" if row["paper"] else "chosen"
+            both = row["paper"] and row["chosen"]
+            words = "the paper's, which was chosen" if both else whose
+            rows.append({**row, "words": words, "kl": row.get("kl")})
+    return sorted(rows, key=lambda row: row["chosen"])
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else ""
+
+
+def _text(value: Any) -> str:
+    return " ".join(value.split())[:300] if isinstance(value, str) else ""

@@ -1,0 +1,126 @@
+"""A patched folder as the Hub gets it: the files that name a place on this machine name the repository instead.
+
+Everything else goes there byte for byte, and SHA256SUMS holds for what is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regsurgery.backends.formats import backend
+from regsurgery.checkpoints.sums import SUMS_NAME, read_sums
+from regsurgery.emit.card import THIS_FOLDER
+from regsurgery.emit.run_record import RUN_RECORD_NAME, read_run_record
+from regsurgery.emit.source_card import CARD_NAME
+from regsurgery.frontends.config import CONFIG_NAMES
+from regsurgery.frontends.model_id import DEMO
+from regsurgery.recipe import RECIPE_NAME
+
+PYTHON_BLOCK = re.compile(r"(?<=^```python\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
+HERE = re.escape(THIS_FOLDER)
+ABOUT_THE_DOT = re.compile(rf"^`{HERE}` stands for the path of this folder .*\n\n", re.MULTILINE)
+COMMAND = re.compile(rf"(?<=regsurgery )(reproduce|verify) {HERE}(?=[\s`])")
+DOWNLOAD = "from huggingface_hub import snapshot_download\n\nfolder = snapshot_download({arguments})\n"
+
+
+@dataclass(frozen=True)
+class Published:
+    """What goes to the Hub.
+
+    Attributes:
+        files: name -> the file of the folder, or the bytes that take its place.
+        digests: name -> sha256 of all files but SHA256SUMS.
+        paths: absolute paths of this machine -> what is published instead.
+    """
+
+    files: dict[str, Path | bytes]
+    digests: dict[str, str]
+    paths: dict[str, str]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Name -> bytes."""
+        return {
+            name: len(content) if isinstance(content, bytes) else content.stat().st_size
+            for name, content in self.files.items()
+        }
+
+
+def published(folder: Path, repo: str, revision: str | None = None) -> Published:
+    """The files of `folder`, whose SHA256SUMS have been checked, as the branch `revision` of `repo` is to have them.
+
+    Files that SHA256SUMS does not list stay at home. Of a path on this machine (the source, the images) its last part
+    is published. The result depends on its arguments and the folder's content alone.
+    """
+    digests = read_sums(folder)
+    files: dict[str, Path | bytes] = {name: folder / name for name in digests}
+    paths = {path: _last_part(path) for path in sorted(_local_paths(folder), key=len, reverse=True)}
+    rewritten = {*CONFIG_NAMES, backend("pt2").CONFIG_NAME, RECIPE_NAME, RUN_RECORD_NAME, CARD_NAME}
+    for name in sorted(rewritten & digests.keys()):
+        text = before = (folder / name).read_text("utf-8")
+        if name == "open_clip_config.json":
+            text = _named_after(text, repo, revision)
+        if name == CARD_NAME:
+            text = _card(text, repo, revision)
+        for path, shown in paths.items():
+            text = re.sub(re.escape(path) + r"/?(?![\w/-]|\.\w)", lambda _, shown=shown: shown, text)
+        if text != before:
+            files[name] = text.encode()
+            digests[name] = hashlib.sha256(text.encode()).hexdigest()
+    files[SUMS_NAME] = "".join(f"{digest}  {name}\n" for name, digest in digests.items()).encode()
+    return Published(files, digests, paths)
+
+
+def _local_paths(folder: Path) -> Iterator[str]:
+    """Absolute paths in what regsurgery recorded: the source, and what the run was asked for."""
+    from regsurgery.verification.patched import folder_format, read_patched_config
+
+    source = read_patched_config(folder, folder_format(folder))["regsurgery"]["source"]["id"]
+    for text in _texts([source, read_run_record(folder)["run"]]):
+        if Path(text).is_absolute() and Path(text).name:
+            yield text.rstrip("/")
+
+
+def _last_part(path: str) -> str:
+    """What is published of an absolute path; never the name of the demo, which is another model."""
+    name = Path(path).name
+    return f"./{name}" if name == DEMO else name
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
+
+
+def _named_after(text: str, repo: str, revision: str | None) -> str:
+    """An open_clip config whose timm tower, if it is in the folder (native mode), is found in the repository."""
+    vision = json.loads(text).get("model_cfg", {}).get("vision_cfg", {})
+    name = vision.get("timm_model_name") if isinstance(vision, dict) else None
+    if not isinstance(name, str) or not name.startswith("local-dir:"):
+        return text
+    there = f"hf-hub:{repo}" + (f"@{revision}" if revision else "")
+    return text.replace(json.dumps(name, ensure_ascii=False), json.dumps(there))
+
+
+def _card(text: str, repo: str, revision: str | None) -> str:
+    """A model card whose snippets and commands take the model from the Hub."""
+    text = PYTHON_BLOCK.sub(lambda block: _snippet(block.group(), repo, revision), text)
+    return ABOUT_THE_DOT.sub("", COMMAND.sub(rf"\1 {repo}", text))
+
+
+def _snippet(code: str, repo: str, revision: str | None) -> str:
+    """Python that loads `repo` where `code` loads the folder."""
+    quoted = f'"{repo}"' + (f', revision="{revision}"' if revision else "")
+    code = re.sub(rf'(from_pretrained|regsurgery\.load)\("{HERE}"', lambda call: f"{call[1]}({quoted}", code)
+    code = re.sub(rf'"local-dir:{HERE}"', f'"hf-hub:{repo}{"@" + revision if revision else ""}"', code)
+    local = re.sub(rf'"{HERE}/([^"]+)"', r'f"{folder}/\1"', re.sub(rf'"{HERE}"', "folder", code))
+    return code if local == code else DOWNLOAD.format(arguments=quoted) + local

@@ -1,0 +1,85 @@
+"""The tasks of `eval`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from regsurgery.errors import UserError, did_you_mean
+from regsurgery.options import (
+    BlockOptions,
+    ClassifyOptions,
+    ControlsOptions,
+    EvaluateOptions,
+    KnnOptions,
+    LatencyOptions,
+    LostOptions,
+    ProbeOptions,
+    SegmentOptions,
+    ShiftMapOptions,
+)
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of `eval`: the module of that name, with _ for -.
+
+    Attributes:
+        shows: what it shows.
+        options: its options, those of every task included.
+        draws: whether it can write a picture.
+    """
+
+    name: str
+    shows: str
+    options: type[EvaluateOptions]
+    draws: bool = False
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("norms", "patch norms and outlier tokens after every block", BlockOptions, draws=True),
+        Task(
+            "attention",
+            "entropy, maximum and spatial coherence of attention maps; attention to the register",
+            BlockOptions,
+            draws=True,
+        ),
+        Task("fidelity", "how far outputs and tokens moved: KL divergence, first class, cosines", EvaluateOptions),
+        Task("classify", "top-1 and top-5 on labelled images, by the model's own head or zero-shot", ClassifyOptions),
+        Task(
+            "controls",
+            "the shift against the paper's setting, random neurons, and neurons zeroed without a register",
+            ControlsOptions,
+        ),
+        Task("latency", "time and memory, patched over original", LatencyOptions),
+        Task("probe", "a linear probe on frozen features, on held-out labelled images", ProbeOptions),
+        Task("knn", "nearest neighbours of frozen features, on labelled images", KnnOptions),
+        Task("lost", "unsupervised object discovery (LOST) on data in VOC layout: CorLoc", LostOptions),
+        Task("segment", "patches' classes by a linear or k-means probe, on images with masks: mIoU", SegmentOptions),
+        Task("shift-map", "outliers moved to chosen places instead of the register", ShiftMapOptions, draws=True),
+    )
+}
+NEEDS = ("scipy", "sklearn", "matplotlib")  # packages of the extra `eval`
+
+
+def task_module(task: str) -> ModuleType:
+    """The module of a task.
+
+    Raises:
+        UserError: there is no such task, or a package of the extra `eval` is not installed.
+    """
+    if task not in TASKS:
+        raise UserError(f"no task '{task}'; there are {', '.join(TASKS)}{did_you_mean(task, list(TASKS))}")
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"eval needs {' and '.join(missing)}, not installed; install with: pip install 'regsurgery[eval]'"
+        )
+    return importlib.import_module(f"regsurgery.evaluation.{task.replace('-', '_')}")

@@ -1,0 +1,35 @@
+"""The formats that patched checkpoints are written in: data."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+from regsurgery.errors import UserError
+from regsurgery.modes import Mode
+
+Snippets = tuple[tuple[str, str], tuple[str, str]]  # title, Python code
+LIBRARIES = ("transformers", "timm", "open_clip")
+PROGRAMS = ("pt2", "onnx")
+FORMATS = (*LIBRARIES, *PROGRAMS)
+WEIGHTS_NAMES = {"transformers": "model.safetensors", "timm": "model.safetensors",
+                 "open_clip": "open_clip_model.safetensors"}  # fmt: skip
+EXTRAS = {"onnx": ("onnx", "onnxscript", "onnxruntime")}  # packages that come with `regsurgery[NAME]`
+
+
+def any_size(format: str, mode: Mode) -> bool:
+    """Whether what is written can take images of other sizes, where the model itself does.
+
+    A program is for one size; in native mode open_clip builds timm's tower for the size in its config.
+    """
+    return format in LIBRARIES and not (format == "open_clip" and mode.stock)
+
+
+def require(format: str) -> None:
+    """Raise `UserError` where a package is not installed that the format needs."""
+    missing = [name for name in EXTRAS.get(format, ()) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"format {format}: needs {' and '.join(missing)}, not installed; install with: "
+            f"pip install 'regsurgery[{format}]'"
+        )

@@ -1,0 +1,1 @@
+"""How checkpoints are read; one file a library."""

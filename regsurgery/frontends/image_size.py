@@ -1,0 +1,98 @@
+"""Images of another size than the one that a model was made for: which it takes, and the model at one of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from regsurgery.errors import UnsupportedModelError, UserError
+from regsurgery.frontends.bounds import MAX_SIDE
+from regsurgery.frontends.libraries import frontend
+from regsurgery.frontends.loaded import Loaded
+
+LARGER = (1.5, 2.0)  # times the model's own size
+# What a model raises that is given images of a size that it does not take.
+REFUSES = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, NotImplementedError, IndexError)
+
+
+def at_image_size(loaded: Loaded, side: int | None) -> Loaded:
+    """`loaded` for square images of `side` pixels, preprocessed as its own are; None: as it is.
+
+    Its tensors are those of the checkpoint, and its position embedding is interpolated as its library does that.
+
+    Raises:
+        UserError: the model takes no such images; the message says which sizes work.
+    """
+    if side is None or (side, side) == loaded.image_size:
+        return loaded
+    own = text(loaded.image_size)
+    patch = patch_size(loaded)
+    if not 0 < side <= MAX_SIDE:
+        raise UserError(f"--image-size {side}: must be from 1 to {MAX_SIDE}; {loaded.source.id} was made for {own}")
+    if patch is not None and (side % patch[0] or side % patch[1]):
+        step = max(patch) if max(patch) % min(patch) == 0 else patch[0] * patch[1]
+        below = max(step, side // step * step)
+        raise UserError(
+            f"--image-size {side}: {loaded.source.id} cuts images into patches of {text(patch)}; give a multiple of "
+            f"{step}, such as {below} or {below + step}"
+        )
+    try:
+        resized = frontend(loaded.library).at_size(loaded, (side, side))
+        _run(resized)
+    except (UnsupportedModelError, *REFUSES) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--image-size {side}: {loaded.architecture} takes images of {own} only ({reason}); leave --image-size out"
+        ) from error
+    return resized
+
+
+def larger_sizes(loaded: Loaded, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """Two larger image sizes (height, width) of whole patches, 1.5 times and twice `size`; none where it is not known
+    how large a patch is.
+    """
+    patch = patch_size(loaded)
+    if patch is None:
+        return ()
+    height, width = size
+    return tuple((_whole(by * height, patch[0]), _whole(by * width, patch[1])) for by in LARGER)
+
+
+def takes(loaded: Loaded, size: tuple[int, int]) -> Loaded | None:
+    """`loaded` for images of `size` (height, width), or None where the model takes none of that size."""
+    try:
+        resized = frontend(loaded.library).at_size(loaded, size)
+        _run(resized)
+    except (UnsupportedModelError, *REFUSES):
+        return None
+    return resized
+
+
+def patch_size(loaded: Loaded) -> tuple[int, int] | None:
+    """(height, width) of a patch in pixels, or None: the patch embedding is no convolution without overlap."""
+    for module in loaded.model.get_submodule(loaded.entry).modules():
+        if isinstance(module, nn.Conv2d):
+            kernel = (module.kernel_size[0], module.kernel_size[1])
+            return kernel if module.stride == kernel else None
+    return None
+
+
+def text(size: tuple[int, int]) -> str:
+    """A size in words."""
+    return f"{size[0]}x{size[1]} pixels"
+
+
+def _whole(pixels: float, patch: int) -> int:
+    return max(1, round(pixels / patch)) * patch
+
+
+def _run(loaded: Loaded) -> None:
+    """One blank image through the preprocessing and the model, which raises what it will."""
+    import PIL.Image
+
+    height, width = loaded.image_size
+    images = loaded.preprocess([PIL.Image.new("RGB", (width, height))])
+    if tuple(images.shape[-2:]) != (height, width):
+        raise UnsupportedModelError(f"its preprocessing makes images of {text((images.shape[-2], images.shape[-1]))}")
+    with torch.no_grad():
+        loaded.call(loaded.model, images.to(next(loaded.model.parameters()).device))

@@ -1,0 +1,183 @@
+"""MODEL -> `Loaded`: find the checkpoint, tell its library by its config file, load it, keep what later steps need."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from regsurgery.checkpoints.download import published_sha256
+from regsurgery.checkpoints.limits import refuse_links_out
+from regsurgery.checkpoints.reading import weight_files
+from regsurgery.checkpoints.safetensors_file import SafetensorsFile, read_header
+from regsurgery.checkpoints.weights_check import check_shards, finite_digests
+from regsurgery.checkpoints.whole import scratch_folder
+from regsurgery.errors import CheckpointError, UnsupportedModelError
+from regsurgery.frontends.bounds import bounded_model, check_numbers, tried
+from regsurgery.frontends.config import read_config
+from regsurgery.frontends.device import check_device
+from regsurgery.frontends.loaded import Checkpoint, Loaded, Source
+from regsurgery.frontends.model_id import downloaded, repository_of
+from regsurgery.options import LoadOptions
+
+QUANTISED = ("I8", "U8", "F8_E4M3", "F8_E5M2")  # dtypes of quantised matrices
+
+
+def load(
+    model_id: str,
+    options: LoadOptions | None = None,
+    *,
+    scratch: tempfile.TemporaryDirectory[str] | None = None,
+    native: bool = False,
+    look_through: bool = True,
+    use_meanwhile: Callable[[Sequence[Path]], None] | None = None,
+) -> Loaded:
+    """Load MODEL: a folder, a Hub id, `timm:NAME` or `open_clip:ARCH/TAG`.
+
+    Args:
+        scratch: the temporary folder that MODEL is in, which lives as long as what is returned.
+        native: MODEL is a folder of native mode, a stock checkpoint; others that are patched are refused.
+        look_through: read every weight, for the sha256 and to refuse NaN; without, files whose sha256 the Hub gave are
+            taken to be what it published.
+        use_meanwhile: is called with the weight files as soon as their headers are known to be fine.
+
+    Raises:
+        ModelNotFoundError: nothing answers to the id, or it cannot be reached.
+        CheckpointError: the folder has no config, no (allowed) weights, or broken weights.
+        UnsupportedModelError: the library does not know the architecture, or its weights are quantised.
+    """
+    options = options or LoadOptions()
+    check_device(options.device_map)
+    repo = None
+    if model_id and Path(model_id).is_dir():
+        folder, revision = Path(model_id), options.revision
+    else:
+        repo = repository_of(model_id)
+        folder, revision = downloaded(repo, model_id, options)
+
+    from regsurgery.formats import WEIGHTS_NAMES
+    from regsurgery.frontends.libraries import frontend
+
+    library, config_name, config = read_config(folder)
+    if not native:  # there the folder is a patched one, checked already, or our own link to it
+        refuse_links_out(folder)
+    if "regsurgery" in config and not native:
+        raise CheckpointError(f"{folder}: is patched already; patch its source {_source_id(config)} instead")
+    check_numbers(folder / config_name, config)
+    weights, folder, scratch, pickled = _weights(folder, library, options, scratch)
+    headers = [read_header(path) for path in weights]
+    check_shards(folder, WEIGHTS_NAMES[library], headers)
+    _refuse_quantised(folder, config, headers)
+    if use_meanwhile is not None:
+        use_meanwhile(weights)
+    digests = None if look_through else _published(weights)
+    if digests is None:
+        digests = finite_digests(headers)
+    if options.called is not None:
+        repo = None if revision is None else repository_of(options.called)
+    source = Source(options.called or model_id, revision, _combined(digests), repo)
+    if options.sha256 not in (None, source.sha256):
+        raise CheckpointError(
+            f"{model_id}: its weights have sha256 {source.sha256}, expected {options.sha256}: they were "
+            "changed, or are another model's; get those back that are expected"
+        )
+    stored = sum(path.stat().st_size for path in weights) > _memory(options)
+    checkpoint = Checkpoint(source, library, folder, weights, digests, pickled, config, config_name, stored, scratch)
+    with bounded_model(folder / config_name, headers):
+        loaded = frontend(library).load(checkpoint, options)
+    tried(loaded.preprocess, folder)
+    return loaded
+
+
+def _published(weights: Sequence[Path]) -> tuple[str, ...] | None:
+    """The sha256 of each file as the Hub gave it, or None where it did not give all of them."""
+    digests = [published_sha256(path) for path in weights]
+    return None if None in digests else tuple(filter(None, digests))
+
+
+def _source_id(config: Mapping[str, Any]) -> str:
+    block = config["regsurgery"]
+    source = block.get("source") if isinstance(block, dict) else None
+    return str(source.get("id", ""))[:200] if isinstance(source, dict) else ""
+
+
+def _memory(options: LoadOptions) -> int:
+    """How many bytes of weights may be in memory."""
+    if options.max_bytes is not None:
+        return options.max_bytes
+    import psutil
+
+    return psutil.virtual_memory().available // 2
+
+
+def _refuse_quantised(folder: Path, config: Mapping[str, Any], headers: Sequence[SafetensorsFile]) -> None:
+    """Rows of a quantised matrix share scales, so no neuron's column can be rewritten alone."""
+    settings = config.get("quantization_config")
+    matrices = (
+        f"tensor {tensor.name!r} is {tensor.dtype}"
+        for header in headers
+        for tensor in header.tensors
+        if tensor.dtype in QUANTISED and len(tensor.shape) == 2
+    )
+    method = settings.get("quant_method", "quantization_config") if isinstance(settings, dict) else None
+    reason = method or next(matrices, None)
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"{folder}: its weights are quantised ({reason}); patch the checkpoint it was made from, in float32, "
+            "bfloat16 or float16, and quantise the patched folder"
+        )
+
+
+def _weights(
+    folder: Path, library: str, options: LoadOptions, scratch: tempfile.TemporaryDirectory[str] | None
+) -> tuple[tuple[Path, ...], Path, tempfile.TemporaryDirectory[str] | None, Path | None]:
+    """The safetensors files of a checkpoint, the folder they are in, its `scratch`, and the pickle behind them."""
+    from regsurgery.formats import WEIGHTS_NAMES
+
+    single = WEIGHTS_NAMES[library]
+    weights = weight_files(folder, single)
+    if weights:
+        return tuple(weights), folder, scratch, None
+    pickled = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in (".bin", ".pt", ".pth"))
+    if not pickled:
+        raise CheckpointError(f"{folder}: has a config but no weights; {single} is missing, download it again")
+    if not options.allow_pickle:
+        raise CheckpointError(
+            f"{pickled[0]}: pickled weights can run code when loaded and are refused; convert them to safetensors, or "
+            "pass --allow-pickle if you trust their author"
+        )
+    if len(pickled) > 1:
+        raise CheckpointError(
+            f"{folder}: has {len(pickled)} pickled weight files; merge them into one safetensors file"
+        )
+    with scratch_folder() as scratch:
+        converted = Path(scratch.name) / "converted"
+        _convert_pickle(pickled[0], folder, converted, single)
+    return (converted / single,), converted, scratch, pickled[0]
+
+
+def _convert_pickle(pickled: Path, folder: Path, converted: Path, single: str) -> None:
+    """Copy `folder` to `converted` with the pickled weights as safetensors; pickle is read with weights_only."""
+    import shutil
+
+    import safetensors.torch
+
+    from regsurgery.checkpoints.pickled import read_pickle
+
+    state = read_pickle(pickled)
+    converted.mkdir()
+    for path in folder.iterdir():
+        if path.is_file() and path != pickled:
+            shutil.copyfile(path, converted / path.name)
+    safetensors.torch.save_file(
+        {name: value.contiguous().clone() for name, value in state.items()},
+        converted / single,
+        metadata={"format": "pt"},
+    )
+
+
+def _combined(digests: Sequence[str]) -> str:
+    import hashlib
+
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()

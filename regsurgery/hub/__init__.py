@@ -1,0 +1,1 @@
+"""Patched folders to the Hugging Face Hub."""

@@ -1,0 +1,239 @@
+"""Patched folders to the Hugging Face Hub.
+
+The Hub's client commits last: large files go to the repository's storage first, and one commit names them all. So a
+repository holds the whole folder or nothing of it, and after a broken upload the next one sends what is missing.
+(`upload_folder` makes several commits of a large folder, which is why it is not used.)
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regsurgery.checkpoints.reading import WEIGHT_SUFFIXES
+from regsurgery.checkpoints.sums import SUMS_NAME, check_sums, read_sums
+from regsurgery.emit.run_record import RUN_RECORD_NAME, read_run_record
+from regsurgery.errors import CheckpointError, HubError
+from regsurgery.hub.client import check_name, client, told
+from regsurgery.options import PushOptions, takes
+from regsurgery.version import __version__
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+    from regsurgery.progress import Progress
+
+KEPT = {".gitattributes"}  # the Hub's own; a repository with nothing else is empty
+
+
+@dataclass(frozen=True)
+class Destination:
+    """A repository that may be written to, as it was when it was looked at.
+
+    Attributes:
+        head: its commit; None where there is no repository yet.
+        new_branch: the revision is a branch that does not exist yet.
+        files: the names in it.
+    """
+
+    repo: str
+    head: str | None
+    new_branch: bool
+    files: frozenset[str]
+
+    @property
+    def is_ours(self) -> bool:
+        return {RUN_RECORD_NAME, SUMS_NAME} <= self.files
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What `push` did; for a dry run what it would do, with `url` and `commit` None.
+
+    Attributes:
+        files: name -> bytes, of all files of the repository that regsurgery answers for.
+        removed: files of an earlier push that are no longer part of the model.
+        paths: absolute paths of this machine -> what was published in their place.
+    """
+
+    repo: str
+    revision: str | None
+    url: str | None
+    commit: str | None
+    pull_request: str | None
+    files: dict[str, int]
+    removed: tuple[str, ...]
+    paths: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "removed": list(self.removed)}
+
+
+@takes(PushOptions)
+def push(folder: str | Path, repo: str, options: PushOptions) -> Pushed:
+    """Put a patched folder on the Hub, as one commit. A token is found as huggingface_hub finds it.
+
+    Args:
+        folder: what `patch` wrote; its verification must have passed and SHA256SUMS must hold.
+        repo: USER/NAME. It is created if need be; one that regsurgery wrote is updated, and keeps its history.
+        options: see `options.PushOptions`; its fields are the keyword arguments.
+
+    Raises:
+        CheckpointError: the folder is incomplete or changed, or was not verified.
+        HubError: no token, no permission, a repository of something else, a broken connection, ...
+    """
+    from regsurgery.emit.published import published
+    from regsurgery.verification.patched import existing_folder
+
+    progress, revision = options.progress, options.revision
+    check_name(repo)
+    root = existing_folder(folder)
+    progress.stage("checksums")
+    check_sums(root)
+    _check_verified(root)
+    ready = published(root, repo, revision)
+    for path, shown in ready.paths.items():
+        progress.say(f"published without the place on this machine: {path} as {shown}")
+    if options.dry_run:
+        return Pushed(repo, revision, None, None, None, ready.sizes, (), ready.paths)
+
+    with client() as api:
+        place = destination(repo, options)
+        with told(repo, f"`regsurgery push {folder} {repo}` finishes it, what has arrived is not sent twice"):
+            if place.head is None:
+                url = str(api.create_repo(repo, private=options.private, exist_ok=True))
+            else:
+                url = f"{api.endpoint}/{repo}"
+            if place.new_branch:
+                api.create_branch(repo, branch=revision or "main", exist_ok=True)
+            removed = sorted(_outdated(api, place) - ready.files.keys())
+            commit = _commit(
+                api,
+                place,
+                ready.files,
+                removed,
+                progress,
+                commit_message=options.message or f"Patched by regsurgery {__version__}",
+                revision=revision,
+                create_pr=options.create_pr,
+            )
+    return Pushed(repo, revision, url, commit.oid, commit.pr_url, ready.sizes, tuple(removed), ready.paths)
+
+
+def check_before_patching(repo: str, *, private: bool | None, verification: bool) -> None:
+    """Raise where a folder that is still to be patched could not be pushed; nothing is written."""
+    if not verification:
+        raise HubError(f"{repo}: only what was verified is pushed; leave out --no-verify or --push")
+    destination(repo, PushOptions(private=private))
+
+
+def _check_verified(folder: Path) -> None:
+    if RUN_RECORD_NAME not in read_sums(folder):
+        raise CheckpointError(f"{folder / RUN_RECORD_NAME}: not in {SUMS_NAME}; patch the model again")
+    verdict = read_run_record(folder)["verify"]
+    if verdict is None:
+        raise CheckpointError(
+            f"{folder}: was written without verification, so nobody knows what it does; patch the model again, "
+            "without --no-verify"
+        )
+    if not verdict["passed"]:
+        raise CheckpointError(f"{folder}: its verification failed; patch the model again")
+
+
+def destination(repo: str, options: PushOptions) -> Destination:
+    """Find out whether `push` may write to `repo`; nothing is written.
+
+    Raises:
+        HubError: it may not, and why.
+    """
+    from huggingface_hub import errors
+
+    revision, create_pr = options.revision, options.create_pr
+    check_name(repo)
+    if create_pr and revision is not None:
+        raise HubError(f"{repo}: a pull request is made to the main branch; give either --create-pr or --revision")
+    with client() as api, told(repo):
+        user = api.whoami()
+        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise HubError(
+                f"{repo}: the token of {user['name']} may only read; log in (hf auth login) with one that may write"
+            )
+        new_branch = False
+        try:
+            try:
+                info = api.model_info(repo, revision=revision)
+            except errors.RevisionNotFoundError:
+                info, new_branch = api.model_info(repo), True
+        except errors.RepositoryNotFoundError:
+            _check_may_create(repo, user)
+            if create_pr:
+                raise HubError(
+                    f"{repo}: does not exist, and a pull request needs a repository; push without --create-pr"
+                ) from None
+            return Destination(repo, None, revision not in (None, "main"), frozenset())
+        if not create_pr:
+            api.auth_check(repo, write=True)
+    place = Destination(repo, info.sha, new_branch, frozenset(file.rfilename for file in info.siblings or ()))
+    if options.private and not info.private:
+        raise HubError(f"{repo}: exists and is public; make it private in its settings, or push without --private")
+    if place.files - KEPT and not place.is_ours and not options.force:
+        raise HubError(
+            f"{repo}: exists, and regsurgery did not write what is in it ({len(place.files - KEPT)} files); choose "
+            "another name, or replace its content with --force"
+        )
+    return place
+
+
+def _check_may_create(repo: str, user: dict[str, Any]) -> None:
+    namespace = repo.partition("/")[0]
+    roles = {user["name"]: "admin", **{org["name"]: org.get("roleInOrg") for org in user.get("orgs", ())}}
+    if namespace not in roles:
+        raise HubError(
+            f"{repo}: does not exist, or {user['name']} may not see it, and {user['name']} is no member of {namespace} "
+            "to create it there; check the spelling, or log in (hf auth login) as somebody else"
+        )
+    if roles[namespace] == "read":
+        raise HubError(f"{repo}: {user['name']} may only read in {namespace}; ask its administrators for more")
+
+
+def _outdated(api: HfApi, place: Destination) -> set[str]:
+    """Files that belong to what was pushed before, or to whatever else is replaced by force."""
+    if not place.is_ours:
+        return set(place.files - KEPT)
+    with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
+        api.hf_hub_download(place.repo, SUMS_NAME, revision=place.head, local_dir=scratch)
+        return (read_sums(Path(scratch)).keys() | {SUMS_NAME}) & place.files
+
+
+def _commit(
+    api: HfApi,
+    place: Destination,
+    files: dict[str, Path | bytes],
+    removed: list[str],
+    progress: Progress,
+    *,
+    revision: str | None,
+    create_pr: bool,
+    commit_message: str,
+) -> Any:
+    """Send the weights one by one, then everything in one commit on top of what `place` was."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    additions = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+    weights = [addition for addition in additions if Path(addition.path_in_repo).suffix in WEIGHT_SUFFIXES]
+    progress.stage("upload", sum(addition.upload_info.size for addition in weights), in_bytes=True)
+    for addition in weights:
+        api.preupload_lfs_files(place.repo, [addition], revision=revision, create_pr=create_pr, free_memory=False)
+        progress.advance(addition.upload_info.size)
+    progress.stage("commit")
+    deletions = [CommitOperationDelete(name, is_folder=False) for name in removed]
+    return api.create_commit(
+        place.repo,
+        [*deletions, *additions],
+        commit_message=commit_message,
+        revision=revision,
+        create_pr=create_pr,
+        parent_commit=None if create_pr else place.head,
+    )

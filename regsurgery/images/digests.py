@@ -1,0 +1,51 @@
+"""Digests by which images are told apart."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from regsurgery.images.image_set import ImageSet
+    from regsurgery.images.sources import Content
+
+READ_AT_ONCE = 256  # images
+SHORT = 12  # hexadecimal digits of an image's sha256 that tell it from the others
+
+
+def image_digest(pictures: ImageSet) -> str:
+    """The sha256 over the sha256 of every image file or record, in their order; folders may be called anything."""
+    digest = hashlib.sha256()
+    for _, part in _named_digests(pictures):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def image_digests(pictures: ImageSet) -> list[str]:
+    """The first `SHORT` digits of the sha256 of every image file or record, in their order; none of generated ones.
+
+    Images that have turned out to be unreadable are left out.
+    """
+    if pictures.evidence == "generated":
+        return []
+    return [digest.hex()[:SHORT] for name, digest in _named_digests(pictures) if name not in pictures.broken]
+
+
+def _named_digests(pictures: ImageSet) -> Iterator[tuple[str, bytes]]:
+    """Name and sha256 of every image file or record, in their order."""
+    items = iter(pictures.source.items(pictures.chosen))
+    with ThreadPoolExecutor() as pool:
+        while some := list(itertools.islice(items, READ_AT_ONCE)):
+            yield from zip((name for name, _ in some), pool.map(_digest, (content for _, content in some)), strict=True)
+
+
+def _digest(content: Content) -> bytes:
+    if isinstance(content, Path):
+        with content.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    data = content.encode() if isinstance(content, str) else content if isinstance(content, bytes) else content.read()
+    return hashlib.sha256(data).digest()

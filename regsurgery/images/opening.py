@@ -1,0 +1,56 @@
+"""A path -> the source of the images in it: pictures, tars, or records of a dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from regsurgery.errors import UserError
+from regsurgery.images.sources import SUFFIXES, Pictures, Source
+
+KINDS = dict.fromkeys(SUFFIXES, "pictures") | {".parquet": "parquet", ".arrow": "arrow", ".tar": "tar"}
+
+
+def dataset_files(where: Path) -> tuple[str, tuple[Path, ...]]:
+    """The kind of the files in a file or in a folder (recursively, without hidden files), and the files, by name.
+
+    Of several kinds of files the one with the most bytes counts: pictures have their table of labels beside them, and
+    datasets have a thumbnail.
+
+    Raises:
+        UserError: nothing there that holds images, and what was looked for.
+    """
+    if not where.exists():
+        raise UserError(
+            f"{where}: no such folder of images; check the spelling, or leave --images out for generated ones"
+        )
+    kinds: dict[str, list[Path]] = {}
+    for path in sorted(filter(_is_shown_file, where.rglob("*"))) if where.is_dir() else [where]:
+        if kind := KINDS.get(path.suffix.lower()):
+            kinds.setdefault(kind, []).append(path)
+    if not kinds:
+        raise UserError(f"{where}: no images in it (looked for {', '.join(KINDS)})")
+    kind = max(kinds, key=lambda kind: sum(path.stat().st_size for path in kinds[kind]))
+    return kind, tuple(kinds[kind])
+
+
+def open_source(where: Path) -> Source:
+    """The source in the `dataset_files` of `where`.
+
+    Raises:
+        UserError: nothing there that holds images, and what was looked for; or a broken dataset file.
+    """
+    kind, paths = dataset_files(where)
+    if kind == "pictures":
+        return Pictures(paths)
+    if kind == "tar":
+        from regsurgery.images.tars import Tars
+
+        return Tars.open(paths)
+    from regsurgery.images.records import Records
+
+    return Records.open(paths, kind)
+
+
+def _is_shown_file(path: Path) -> bool:
+    cached = path.suffix == ".arrow" and path.name.startswith("cache-")  # what the library datasets leaves beside data
+    return path.is_file() and not path.name.startswith(".") and not cached

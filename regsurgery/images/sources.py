@@ -1,0 +1,104 @@
+"""Where images come from: undecoded items of a folder of pictures, of dataset files, or of a random generator.
+
+An **item** is small, picklable and not yet decoded, so that it can be handed to a worker process: `(name, content)`,
+where the content is a path, a stretch of a tar, the bytes of an image file, or the seed of a generated picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from regsurgery.errors import UserError
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+UNREADABLE = (OSError, SyntaxError, ValueError)  # what `decode` raises on broken files
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """`size` bytes of a file, from `offset` on."""
+
+    path: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+Content = Path | Stretch | bytes | str
+Item = tuple[str, Content]
+
+
+class Source(Protocol):
+    """Images by number, in an order that stays the same.
+
+    Attributes:
+        random_access: whether any image is as cheap as the first.
+    """
+
+    random_access: bool
+
+    def __len__(self) -> int: ...
+
+    def items(self, chosen: range | tuple[int, ...]) -> Iterator[Item]:
+        """The items of those numbers, which ascend.
+
+        Raises:
+            UserError: a dataset file turns out to be broken.
+        """
+        ...
+
+    def fingerprint(self) -> str:
+        """What the images are, as far as names, sizes and dates tell."""
+        ...
+
+    def identity(self) -> str:
+        """As `fingerprint`, without dates: the same on every machine that has a copy."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Image files."""
+
+    paths: tuple[Path, ...]
+    random_access = True
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def items(self, chosen: range | tuple[int, ...]) -> Iterator[Item]:
+        for index in chosen:
+            yield str(self.paths[index]), self.paths[index]
+
+    def fingerprint(self) -> str:
+        return fingerprint_of(self.paths)
+
+    def identity(self) -> str:
+        return fingerprint_of(self.paths, dated=False)
+
+
+@contextmanager
+def blamed(path: Path, kind: str, *errors: type[Exception]) -> Iterator[None]:
+    """`errors`, and those of reading at large, become a `UserError` that names the file."""
+    try:
+        yield
+    except (OSError, ValueError, *errors) as error:
+        raise UserError(f"{path}: cannot be read as {kind}: {' '.join(str(error).split())[:200]}") from error
+
+
+def fingerprint_of(paths: tuple[Path, ...], *, dated: bool = True) -> str:
+    stats = [path.stat() for path in paths]
+    facts = [
+        (path.name, stat.st_size, stat.st_mtime_ns) if dated else (path.name, stat.st_size)
+        for path, stat in zip(paths, stats, strict=True)
+    ]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()

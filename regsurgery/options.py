@@ -1,0 +1,481 @@
+"""The options of commands: one definition for the keyword arguments of the API, the command line and the run record.
+
+A command is a function of its positional arguments and one frozen dataclass of this file. `takes` makes it callable
+with the dataclass's fields as keywords; `cli.options` makes an option of every field that has a `Flag`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from regsurgery.errors import UserError, did_you_mean
+from regsurgery.formats import FORMATS, require
+from regsurgery.modes import MODES
+from regsurgery.progress import Progress
+from regsurgery.recipe import MAX_REGISTERS, Recipe
+
+if TYPE_CHECKING:
+    from regsurgery.images.image_set import ImageSet
+
+Result = TypeVar("Result")
+PRECISIONS = ("checkpoint", "bf16")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How the command line shows a field.
+
+    Attributes:
+        help: its help text.
+        names: its flags; by default `--` and the field's name.
+        type: what the command line makes of it, where that is not the field's own type; as an annotation.
+        complete: name of the function in `cli.completion` that offers values.
+        shown: show the default in the help text.
+    """
+
+    help: str
+    names: tuple[str, ...] = ()
+    type: str | None = None
+    min: int | None = None
+    complete: str | None = None
+    shown: bool = True
+
+
+def option(default: Any, help: str, *names: str, **how: Any) -> Any:
+    """A field that is an option of the command line, too; `how` is of `Flag`."""
+    return field(default=default, metadata={"flag": Flag(help, names, **how)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """What the user allows while loading.
+
+    Attributes:
+        device_map: where the model goes, as accelerate has it: `auto`, or a device such as `cuda`; the CPU by default.
+        max_memory: bytes, or a text such as 8GB; the weights of a larger checkpoint stay on disk and are read operator
+            by operator. By default half of what the machine has free.
+        sha256: what `Source.sha256` must be; anything by default.
+        called: what the model is called in what is written; by default as it was given.
+        progress: is told how far the command is.
+    """
+
+    allow_pickle: bool = option(False, "Read pickled weights (weights_only).")
+    trust_remote_code: bool = option(False, "Run code that comes with the checkpoint.")
+    revision: str | None = option(None, "Hub revision of MODEL.")
+    device_map: str | None = option(
+        None, "Where the model runs: auto (accelerate), cuda, ... (default: CPU).", complete="devices"
+    )
+    max_memory: int | str | None = option(
+        None,
+        "Leave the weights of larger checkpoints on disk, e.g. 8GB (default: half of the free memory).",
+        type="str | None",
+    )
+    sha256: str | None = None
+    called: str | None = None
+    progress: Progress = field(default_factory=Progress, compare=False)
+
+    HIDDEN: ClassVar[tuple[str, ...]] = ()  # fields that the command line of this command does not have
+
+    @property
+    def max_bytes(self) -> int | None:
+        """`max_memory` in bytes.
+
+        Raises:
+            UserError: it is a text that names no size.
+        """
+        return parse_size(self.max_memory) if isinstance(self.max_memory, str) else self.max_memory
+
+    def checked(self) -> None:
+        """Raise `UserError` for values that cannot work, before anything heavy is imported."""
+        _ = self.max_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions(LoadOptions):
+    """The images that a command runs on.
+
+    Attributes:
+        images: where they are, see `images.image_set.image_set`, or themselves.
+        num_images: at most that many; by default all, or 32 generated ones.
+        image_size: side in pixels, by default the model's own.
+        seed: of generated pictures.
+    """
+
+    images: str | Path | ImageSet | None = option(
+        None,
+        "Folder of images, parquet or arrow files, or WebDataset tars (default: generated dead-leaves pictures).",
+        type="Path | None",
+    )
+    num_images: int | None = option(None, "Maximum number of images.", min=1)
+    image_size: int | None = option(None, "Side of the square images in pixels (default: the model's own).", min=1)
+    seed: int = option(0, "Seed for generated pictures and random controls.")
+
+    def image_set(self) -> ImageSet:
+        """The images, opened.
+
+        Raises:
+            UserError: see `images.image_set.image_set`.
+        """
+        from regsurgery.images.image_set import ImageSet, image_set
+
+        if isinstance(self.images, ImageSet):
+            return self.images
+        return image_set(self.images, self.num_images, seed=self.seed, say=self.progress.say)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions(ImageOptions):
+    """Options of `doctor`."""
+
+    HIDDEN = ("seed",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(ImageOptions):
+    """What the user may choose in a search for register neurons.
+
+    Attributes:
+        force: search a model that was trained with registers, too.
+        precision: of the pass over all images: `checkpoint`, as the checkpoint is, or `bf16`, under autocast, with sums
+            in float32 and float64. What is decided on the pilot's images always is as the checkpoint is.
+        smallest: the smallest set of neurons that suppresses the outlier tokens, with one register, whatever it drifts.
+        num_registers: that many registers; by default as many as drift least.
+    """
+
+    num_registers: int | None = option(
+        None, "Number of register tokens (default: the number that changes the outputs least).", min=1
+    )
+    smallest: bool = option(False, "Use the smallest set of neurons and one register (the paper's setting).")
+    force: bool = option(False, "Search even if the model was trained with registers.")
+    precision: str = option(PRECISIONS[0], "Precision of the pass over all images: checkpoint, or bf16 (autocast).")
+
+    @property
+    def registers_are_free(self) -> bool:
+        """Whether the number of registers is for the search to choose."""
+        return not self.smallest and self.num_registers is None
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """What the outcome of a search depends on, beside model and images."""
+        names = ("seed", "force", "precision", "smallest", "num_registers")
+        return {name: getattr(self, name) for name in names}
+
+    def checked(self) -> None:
+        super().checked()
+        _one_of("precision", self.precision, PRECISIONS)
+        if self.num_registers is not None and not 1 <= self.num_registers <= MAX_REGISTERS:
+            raise UserError(f"--num-registers {self.num_registers}: must be from 1 to {MAX_REGISTERS}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindOptions(SearchOptions):
+    """Options of `find`.
+
+    Attributes:
+        merge: statistics files of all parts, in any order, that `find_part` wrote for the same model, images and
+            options: decide by them, without a pass over the images. The recipe is that of a search in one process.
+    """
+
+    merge: Sequence[str | Path] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchOptions(SearchOptions):
+    """Options of `patch`.
+
+    Attributes:
+        recipe: a `Recipe`, a recipe file or the name of a bundled recipe. By default the bundled one for the model, if
+            there is one and its verification passes; else the neurons are found.
+        mode: one of `recipe.MODES`; by default the recipe's.
+        calibrate: native mode: train the register neurons' output columns on the images; by default where photos are
+            given. On generated pictures it is kept only where it gains on those of another kind, too.
+        stop_after: native mode: end calibration after that many steps, as a run did that was interrupted there.
+        format: one of `formats.FORMATS`; by default that of the model's library, or in native mode the one of a stock
+            host.
+        link: make hard links of shards that stay what they are, where the file system can.
+        verification: compare original and patched model on images; without, the folder says that nobody did, and files
+            whose sha256 the Hub gave are not looked through for NaN.
+        strict: warnings of the verification, and too few images to judge, are failures.
+        dry_run: do everything, but write nothing.
+    """
+
+    recipe: str | Path | Recipe | None = option(
+        None, "Recipe file, or the name of a bundled recipe.", type="str | None", complete="recipes"
+    )
+    mode: str | None = option(None, "shift, native or bias (default: the recipe's).", complete="modes")
+    calibrate: bool | None = option(
+        None,
+        "Native mode: train what the registers hold (default: if --images gives photos).",
+        "--calibrate/--no-calibrate",
+        shown=False,
+    )
+    stop_after: int | None = None
+    format: str | None = option(None, "transformers, timm, open_clip, pt2 or onnx.", complete="formats")
+    link: bool = option(False, "Hard-link unchanged shards instead of copying.")
+    verification: bool = option(True, "Compare the original and the patched model on images.", "--verify/--no-verify")
+    strict: bool = option(False, "Fail if the verdict has warnings or rests on too few images.")
+    dry_run: bool = option(False, "Do everything, but write nothing.")
+
+    HIDDEN = ("precision",)
+
+    def checked(self) -> None:
+        super().checked()
+        if self.format is not None:
+            _one_of("format", self.format, FORMATS)
+        if self.mode is not None:
+            _one_of("mode", self.mode, tuple(MODES))
+        if self.format is not None:
+            require(self.format)
+
+    @property
+    def links(self) -> bool:
+        """Whether unchanged shards are hard links."""
+        return self.link or self.dry_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(ImageOptions):
+    """Options of `verify`.
+
+    Attributes:
+        original: MODEL to compare with; by default what was patched.
+        strict: warnings, and too few images to judge, are failures.
+    """
+
+    original: str | None = option(None, "MODEL to compare with.")
+    strict: bool = option(False, "Fail if the verdict has warnings or rests on too few images.")
+    revision: str | None = option(None, "Hub revision.")
+
+    HIDDEN = ("allow_pickle", "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(ImageOptions):
+    """Options of every task of `eval`.
+
+    Attributes:
+        original: MODEL to compare with, where the folder cannot restore it.
+        png: picture to write, of the tasks that draw one; see `evaluation.pictures.DRAWN`.
+    """
+
+    original: str | None = option(None, "MODEL to compare with.")
+    png: str | Path | None = option(None, "Write a picture.", type="Path | None")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the user set of the task's own options, by name."""
+        common = {one.name for one in fields(EvaluateOptions)}
+        own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in common}
+        return {name: value for name, value in own.items() if value is not None and value != []}
+
+    HIDDEN = ("allow_pickle", "trust_remote_code", "revision", "image_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockOptions(EvaluateOptions):
+    """Options of `eval norms`, `attention`."""
+
+    block: int | None = option(None, "Only this block (from 0).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyOptions(EvaluateOptions):
+    """Options of `eval classify`."""
+
+    prompts: str | Path | None = option(
+        None, "Zero-shot: a file with one class a line, prompts split by tabs.", type="Path | None"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlsOptions(EvaluateOptions):
+    """Options of `eval controls`."""
+
+    draws: int | None = option(None, "Number of random neuron sets.", min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyOptions(EvaluateOptions):
+    """Options of `eval latency`."""
+
+    runs: int | None = option(None, "Number of paired runs.", min=4)
+    batch: int | None = option(None, "Images per batch.", min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions(EvaluateOptions):
+    """Options of `eval probe`."""
+
+    features: str | None = option(None, "cls (the class token) or mean (of the patches).")
+    block: int | None = option(None, "Features of this block (from 0).")
+    train: str | Path | None = option(
+        None, "Labelled images to learn from, instead of a part of --images.", type="Path | None"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnOptions(ProbeOptions):
+    """Options of `eval knn`."""
+
+    neighbours: int | None = option(None, "Number of neighbours that vote.", min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LostOptions(EvaluateOptions):
+    """Options of `eval lost`."""
+
+    block: int | None = option(None, "Features of this block (from 0).")
+    kind: Sequence[str] | None = option(None, "keys, queries or values (default: all).", type="list[str] | None")
+    bias: Sequence[float] | None = option(
+        None, "Added to similarities (default: 0, -0.2 and -0.4).", type="list[float] | None"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentOptions(EvaluateOptions):
+    """Options of `eval segment`."""
+
+    masks: str | Path | None = option(None, "Folder of PNG files of class indices.", type="Path | None")
+    method: str | None = option(None, "linear or kmeans.")
+    block: int | None = option(None, "Features of this block (from 0).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiftMapOptions(EvaluateOptions):
+    """Options of `eval shift-map`."""
+
+    where: str | None = option(None, "x,y,w,h, as fractions or in pixels.")
+    mask: str | Path | None = option(None, "Image that is white where outliers go.", type="Path | None")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(ImageOptions):
+    """Options of `report`.
+
+    Attributes:
+        num_images: at most that many.
+        original: MODEL to compare with, where the folder cannot restore it.
+        boxes: draw LOST's boxes.
+        block: of LOST's features, by default the fourth from the end.
+        kind: of LOST's features: keys, queries or values.
+        bias: added to LOST's similarities.
+    """
+
+    num_images: int | None = option(16, "Maximum number of images.", min=1)
+    original: str | None = option(None, "MODEL to compare with.")
+    boxes: bool = option(True, "Draw LOST's boxes.", "--boxes/--no-boxes")
+    block: int | None = option(None, "Block of LOST's features (default: the fourth from the end).")
+    kind: str = option("keys", "LOST's features: keys, queries or values.")
+    bias: float = option(-0.2, "Added to LOST's similarities.")
+
+    HIDDEN = ("allow_pickle", "trust_remote_code", "revision", "image_size", "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceOptions(LoadOptions):
+    """Options of `reproduce`; the revision is that of the record.
+
+    Attributes:
+        images: the images of the run, where it used photos.
+        source: where the model is that was patched; by default where it was then.
+    """
+
+    images: str | Path | None = option(None, "The images of that run, if it used photos.", type="Path | None")
+    source: str | None = option(None, "Where the original MODEL is now, if it has moved.")
+
+    HIDDEN = ("revision", "device_map")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushOptions:
+    """Options of `push`.
+
+    Attributes:
+        private: visibility of a repository that is created; by default the account's setting.
+        revision: branch to push to.
+        message: of the commit.
+        create_pr: open a pull request instead.
+        force: replace the contents of a repository that regsurgery did not write.
+        dry_run: list files and sizes, push nothing.
+    """
+
+    private: bool | None = option(
+        None, "Visibility of a new repository (default: account setting).", "--private/--public"
+    )
+    revision: str | None = option(None, "Branch to push to.")
+    message: str | None = option(None, "Commit message.", "--message", "--commit-message")
+    create_pr: bool = option(False, "Open a pull request instead.")
+    force: bool = option(False, "Replace the contents of a repository that regsurgery did not write.")
+    dry_run: bool = option(False, "List files and sizes without pushing.")
+    progress: Progress = field(default_factory=Progress, compare=False)
+
+    HIDDEN: ClassVar[tuple[str, ...]] = ()
+
+    def checked(self) -> None:
+        """Nothing to check without the Hub."""
+
+
+def takes(options: type[Any]) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Make a function of `(..., options)` callable with the fields of the dataclass `options` as keywords.
+
+    The options may be given as one object, by keywords, or both, where keywords win. `progress=None` is silence.
+    """
+
+    def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
+        own = inspect.signature(function)
+        positional = [name for name in own.parameters if name != "options"]
+        known = {one.name: one for one in fields(options)}
+        keywords = [
+            inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=_default(one), annotation=one.type)
+            for one in known.values()
+        ]
+
+        @functools.wraps(function)
+        def call(*args: Any, options: Any = None, **given: Any) -> Result:
+            if len(args) > len(positional) and options is None:
+                *args, options = args  # type: ignore[assignment]
+            named = {name: given.pop(name) for name in positional if name in given}
+            for name in given:
+                if name not in known:
+                    hint = did_you_mean(name, [*positional, *known])
+                    raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}{hint}")
+            if given.get("progress", True) is None:
+                del given["progress"]
+            chosen = made(**given) if options is None else replace(options, **given)
+            chosen.checked()
+            return function(*args, **named, options=chosen)
+
+        made = options
+        parameters = [one for name, one in own.parameters.items() if name != "options"]
+        call.__signature__ = own.replace(parameters=[*parameters, *keywords])  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def _default(one: Any) -> Any:
+    return None if one.name == "progress" else one.default
+
+
+def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(f"{name} {value}: not one of {', '.join(known)}{did_you_mean(value, list(known))}")
+
+
+def parse_size(text: str) -> int:
+    """A number of bytes as people write it: 8GB, 500MB, 1.5GiB, 0.
+
+    Raises:
+        UserError: it is none.
+    """
+    from accelerate.utils.modeling import convert_file_size_to_int
+
+    try:
+        return int(text) if text.isdecimal() else convert_file_size_to_int(text)
+    except ValueError as error:
+        raise UserError(f"--max-memory {text}: not a size such as 8GB, 500MB or 1.5GiB") from error

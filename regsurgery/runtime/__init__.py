@@ -1,0 +1,1 @@
+"""What is copied into patched folders. Imports nothing of the project."""

@@ -1,0 +1,583 @@
+"""What a patched checkpoint needs to run: the neuron shift and the module form of the surgery.
+
+This file is copied into every patched folder (as the first part of `modeling_regsurgery.py`), so it imports torch and
+nothing of regsurgery. It replaces submodules and registers no hook; state-dict names stay what they were, plus one
+parameter `register_tokens`.
+
+Shape suffixes: B batch, T tokens (prefix + patches + registers), P prefix tokens, N patches, R registers,
+K register neurons of one block, H hidden units of the MLP, D width of the residual stream.
+Blocks and neurons are counted from 0.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def registers_for(num_patches: int, num_registers: int, chosen_for: int | None) -> int:
+    """The number of registers of a model that sees `num_patches` patches, given `num_registers` of `chosen_for`.
+
+    It grows in proportion, a half rounded up, and is at least one; where `chosen_for` is None it is always
+    `num_registers`. Whole numbers only, symbolic ones (`torch.SymInt`) too.
+    """
+    if chosen_for is None or num_registers == 0:
+        return num_registers
+    number: Any = torch.sym_max(1, (2 * num_registers * num_patches + chosen_for) // (2 * chosen_for))
+    return number
+
+
+class RegisterCount:
+    """How many registers there are, read off the number of tokens; nothing is shared between modules.
+
+    Args:
+        num_registers, chosen_for: see `registers_for`.
+        num_prefix: prefix tokens, which are no patches.
+    """
+
+    def __init__(self, num_registers: int, chosen_for: int | None = None, num_prefix: int = 0) -> None:
+        self.num_registers, self.chosen_for, self.num_prefix = num_registers, chosen_for, num_prefix
+
+    def beside(self, num_tokens: int) -> int:
+        """Registers that belong to `num_tokens` tokens, which are prefix tokens and patches."""
+        if self.chosen_for is None:
+            return self.num_registers
+        return registers_for(_number(num_tokens) - self.num_prefix, self.num_registers, self.chosen_for)
+
+    def among(self, num_tokens: int) -> int:
+        """Registers among `num_tokens` tokens, which are prefix tokens, patches and registers.
+
+        With N patches there are N + R(N) of the two, which grows strictly with N. The smallest N with N + r(N) of at
+        least that many, r being R without its minimum of one, is the number of patches, or where r is 0 one more.
+        """
+        if self.chosen_for is None:
+            return self.num_registers
+        both, per, more = _number(num_tokens) - self.num_prefix, self.chosen_for, self.num_registers
+        num_patches = (2 * per * both - per + 2 * (per + more) - 1) // (2 * (per + more))
+        number: Any = torch.sym_max(1, both - num_patches)
+        return number
+
+
+def _number(size: int) -> int:
+    # While torch.jit.trace runs, sizes are tensors; a traced model holds for one image size all the same.
+    return int(size) if torch.jit.is_tracing() else size  # type: ignore[attr-defined]
+
+
+def repeated_registers(register_tokens_1RD: Tensor, num_registers: int) -> Tensor:
+    """`num_registers` register tokens: row i is row `i % R` of `[1, R, D]`."""
+    times = (num_registers + register_tokens_1RD.shape[1] - 1) // register_tokens_1RD.shape[1]
+    return register_tokens_1RD.repeat(1, times, 1).narrow(1, 0, num_registers)
+
+
+def insert_registers(tokens_BTD: Tensor, register_tokens_1RD: Tensor, start: int | None) -> Tensor:
+    """`[B, T, D]` and `[1, R, D]` to `[B, T + R, D]`, in the tokens' dtype.
+
+    Args:
+        start: index of the first register; None: behind the patches.
+    """
+    registers_BRD = register_tokens_1RD.to(tokens_BTD.dtype).expand(tokens_BTD.shape[0], -1, -1)
+    if start is None:
+        return torch.cat((tokens_BTD, registers_BRD), dim=1)
+    return torch.cat((tokens_BTD[:, :start], registers_BRD, tokens_BTD[:, start:]), dim=1)
+
+
+def insert_constant(tokens_BTD: Tensor, constants_LD: Tensor, index: int, start: int | None) -> Tensor:
+    """`[B, T, D]` and row `index` of `[L, D]` to `[B, T + 1, D]`: one more row, the same for every image."""
+    return insert_registers(tokens_BTD, constants_LD[index].reshape(1, 1, -1), start)
+
+
+def strip_registers(x: Tensor, dims: Sequence[int], num_registers: int, start: int | None) -> Tensor:
+    """`x` without `num_registers` entries from `start` on (None: the last ones, a view) along each of `dims`."""
+    for dim in dims:
+        kept = x.shape[dim] - num_registers
+        if start is None:
+            x = x.narrow(dim, 0, kept)
+        else:
+            x = torch.cat((x.narrow(dim, 0, start), x.narrow(dim, start + num_registers, kept - start)), dim=dim)
+    return x
+
+
+def pad_registers(x: Tensor, dims: Sequence[int], num_registers: int, start: int | None) -> Tensor:
+    """`x`, a bias or mask over tokens, with entries for the registers along each of `dims`: no bias, not masked."""
+    for dim in dims:
+        first = x.shape[dim] if start is None else start
+        shape = [num_registers if axis == dim % x.ndim else size for axis, size in enumerate(x.shape)]
+        free = x.new_ones(shape) if x.dtype == torch.bool else x.new_zeros(shape)
+        x = torch.cat((x.narrow(dim, 0, first), free, x.narrow(dim, first, x.shape[dim] - first)), dim=dim)
+    return x
+
+
+def signed_peak(values_BTK: Tensor) -> Tensor:
+    """The signed value of the largest magnitude over the tokens, `[B, 1, K]`; the positive one where two tie."""
+    high_B1K = values_BTK.amax(dim=1, keepdim=True)
+    low_B1K = values_BTK.amin(dim=1, keepdim=True)
+    return torch.where(high_B1K >= -low_B1K, high_B1K, low_B1K)
+
+
+def shared_peak(peak_B1K: Tensor) -> Tensor:
+    """One extreme for all neurons of the block, as the reference code has it, `[B, 1, K]`."""
+    return signed_peak(peak_B1K.transpose(1, 2)).transpose(1, 2).expand_as(peak_B1K)
+
+
+def filled(values_BnK: Tensor, patches_BNK: Tensor, fill: str) -> Tensor:
+    """What stays of `values_BnK` (patches, or the prefix) once its extremes are moved away; see `neuron_shift`."""
+    if fill == "keep":
+        return values_BnK
+    if fill == "zero":
+        return torch.zeros_like(values_BnK)
+    mean_B1K = patches_BNK.mean(dim=1, keepdim=True)
+    if fill == "mean":
+        return mean_B1K.expand_as(values_BnK)
+    limit_B1K = mean_B1K + patches_BNK.std(dim=1, keepdim=True)
+    return torch.where(values_BnK > limit_B1K, mean_B1K, values_BnK)
+
+
+def neuron_shift(
+    hidden_BTH: Tensor,
+    index_K: Tensor,
+    *,
+    num_prefix: int,
+    inside_prefix: bool,
+    scale: Sequence[float],
+    fill: str,
+    fill_prefix: bool,
+    one_peak: bool,
+    in_place: bool,
+    num_registers: int | None = None,
+) -> Tensor:
+    """Move each register neuron's extreme value onto the register tokens and clear it on the patches.
+
+    The neuron shift of Jiang et al., arXiv 2506.08010, Algorithm 2, separately for every item of the batch and for
+    every neuron. The registers are behind the patches or behind the prefix.
+
+    Args:
+        hidden_BTH: MLP activations of one block, the input of the down projection, `[B, T, H]`.
+        index_K: register neurons of that block, int64 `[K]`, on the device of `hidden_BTH`.
+        num_prefix: number of prefix tokens (CLS and the like) before the patches, registers not counted.
+        inside_prefix: the registers stand between prefix tokens and patches, not at the end.
+        scale: one factor a register; register r gets `scale[r] * peak`.
+        fill: what the patches keep: `zero` 0; `mean` the mean over the patches; `outliers` only values above mean + 1
+            standard deviation become the mean; `keep` unchanged.
+        fill_prefix: fill the prefix tokens as well (the paper's Algorithm 2); otherwise they keep their values (the
+            authors' code).
+        one_peak: one signed extreme for all listed neurons of the block, as in the authors' code (`compat: reference`).
+        in_place: write into `hidden_BTH`; only for a tensor that nothing else reads. Ignored while autograd records.
+        num_registers: how many tokens are registers where `scale` is one factor for all of them; by default there are
+            as many as factors.
+
+    Returns:
+        `[B, T, H]`: `hidden_BTH` itself where written in place, else a copy.
+    """
+    common = num_registers is not None
+    num_registers = num_registers if num_registers is not None else len(scale)
+    values_BTK = hidden_BTH.index_select(-1, index_K)
+    num_tokens = values_BTK.shape[1] - num_registers
+    prefix_BPK = values_BTK.narrow(1, 0, num_prefix)
+    first_patch = num_prefix + (num_registers if inside_prefix else 0)
+    patches_BNK = values_BTK.narrow(1, first_patch, num_tokens - num_prefix)
+    peak_B1K = signed_peak(values_BTK)
+    if one_peak:
+        peak_B1K = shared_peak(peak_B1K)
+    new_prefix_BPK = filled(prefix_BPK, patches_BNK, fill) if fill_prefix else prefix_BPK
+    new_patches_BNK = filled(patches_BNK, patches_BNK, fill)
+    registers = [peak_B1K * factor for factor in scale]
+    if common:
+        registers = [registers[0].expand(-1, num_registers, -1)]
+    order = (*registers, new_patches_BNK) if inside_prefix else (new_patches_BNK, *registers)
+    shifted_BTK = torch.cat((new_prefix_BPK, *order), dim=1)
+    if in_place and not (torch.is_grad_enabled() and hidden_BTH.requires_grad):
+        return hidden_BTH.index_copy_(-1, index_K, shifted_BTK)
+    return hidden_BTH.index_copy(-1, index_K, shifted_BTK)
+
+
+class ShiftedLinear(nn.Linear):
+    """A down projection with the neuron shift on its input. Made from the stock linear; same parameters, same names."""
+
+    neurons: list[int]
+    shift: dict[str, Any]
+    count: RegisterCount
+    _index_K: Tensor | None
+
+    @staticmethod
+    def operate(linear: nn.Linear, neurons: list[int], shift: dict[str, Any], count: RegisterCount) -> None:
+        if type(linear) is not nn.Linear:
+            raise TypeError(f"expected a plain torch.nn.Linear as down projection, found {type(linear).__name__}")
+        linear.__class__ = ShiftedLinear
+        assert isinstance(linear, ShiftedLinear)
+        linear.neurons, linear.shift, linear.count, linear._index_K = neurons, shift, count, None
+
+    def _index(self, device: torch.device) -> Tensor:
+        # Neither a parameter nor a buffer: a non-persistent buffer comes back uninitialised from a load on `meta`.
+        if torch.compiler.is_compiling():
+            return torch.tensor(self.neurons, device=device)
+        if self._index_K is None or self._index_K.device != device:
+            with torch.inference_mode(False):  # an inference tensor could not be used in a later training step
+                self._index_K = torch.tensor(self.neurons, device=device)
+        return self._index_K
+
+    def forward(self, input: Tensor) -> Tensor:
+        num_registers = None if self.count.chosen_for is None else self.count.among(input.shape[1])
+        index_K = self._index(input.device)
+        return super().forward(neuron_shift(input, index_K, **self.shift, num_registers=num_registers))
+
+
+class _Grafted:
+    """Base of the classes below, each mixed in front of a stock module's own class by `_graft`."""
+
+    def __reduce__(self) -> Any:
+        mixins, stock = [], type(self)
+        while issubclass(stock, _Grafted):
+            mixin, stock = stock.__bases__
+            mixins.append(mixin)
+        return _revive, (mixins[::-1], stock), self.__dict__
+
+
+def _grafted_class(mixin: type, stock: type) -> type:
+    # The names stay those of the stock class: transformers keys output capturing, and accelerate and FSDP key
+    # placement, on them.
+    names: dict[str, Any] = {
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+    }
+    if "forward" in vars(mixin):  # with the signature of the stock forward, by which transformers' Trainer picks inputs
+
+        @functools.wraps(stock.forward)  # type: ignore[attr-defined]
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return mixin.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+        names["forward"] = forward
+    return type(stock.__name__, (mixin, stock), names)
+
+
+def _revive(mixins: Sequence[type], stock: type) -> nn.Module:
+    cls: Any = stock
+    for mixin in mixins:
+        cls = _grafted_class(mixin, cls)
+    return cls.__new__(cls)
+
+
+def _graft(module: nn.Module, mixin: type, **attributes: Any) -> None:
+    module.__class__ = _grafted_class(mixin, type(module))
+    for name, value in attributes.items():
+        # Past nn.Module.__setattr__: what is shared with another module must not be registered here as a child.
+        object.__setattr__(module, name, value)
+
+
+class _Registers:
+    """Shares the parameter `register_tokens` of the tower with the module that inserts it, without a second name."""
+
+    def __init__(self, tower: nn.Module, count: RegisterCount, start: int | None) -> None:
+        self.tower, self.count, self.start = tower, count, start
+
+    def insert(self, hidden: Tensor) -> Tensor:
+        tokens_1RD: Any = self.tower.register_tokens
+        if self.count.chosen_for is not None:
+            tokens_1RD = repeated_registers(tokens_1RD, self.count.beside(hidden.shape[1]))
+        return insert_registers(hidden, tokens_1RD, self.start)
+
+
+class _InsertsRegisters(_Grafted):
+    _registers: _Registers
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            args = (self._registers.insert(args[0]), *args[1:])
+        else:
+            kwargs["hidden_states"] = self._registers.insert(kwargs["hidden_states"])
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+class _StripsRegisters(_Grafted):
+    _count: RegisterCount
+    _start: int | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if isinstance(output, tuple):
+            return (self._stripped(output[0]), *output[1:])
+        return self._stripped(output)
+
+    def _stripped(self, hidden: Tensor) -> Tensor:
+        return strip_registers(hidden, (1,), self._count.among(hidden.shape[1]), self._start)
+
+
+class _StripsAttention(_Grafted):
+    """Strips the attention maps that an attention module returns beside its output; rows then sum to less than 1."""
+
+    _count: RegisterCount
+    _start: int | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if not isinstance(output, tuple):
+            return output
+        return tuple(_without_map(part, self._count, self._start) for part in output)
+
+
+def _without_map(part: Any, count: RegisterCount, start: int | None) -> Any:
+    if not isinstance(part, Tensor) or part.ndim != 4:
+        return part
+    return strip_registers(part, (2, 3), count.among(part.shape[-1]), start)
+
+
+class _PadsArguments(_Grafted):
+    """Attention that is given a bias or mask over pairs of tokens, `[..., T or 1, T]`, that knows of no registers."""
+
+    _count: RegisterCount
+    _start: int | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        num_registers = self._count.among(hidden.shape[1])
+        num_tokens = hidden.shape[1] - num_registers
+
+        def padded(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.ndim < 3 or value.shape[-1] != num_tokens:
+                return value
+            if value.shape[-2] not in (1, num_tokens):  # tokens
+                return value
+            dims = (-1,) if value.shape[-2] == 1 else (-2, -1)
+            return pad_registers(value, dims, num_registers, self._start)
+
+        return super().forward(  # type: ignore[misc]
+            *map(padded, args), **{name: padded(value) for name, value in kwargs.items()}
+        )
+
+
+class _PadsBias(_Grafted):
+    """A module that makes a bias over pairs of tokens, `[..., T, T]`, with rows and columns for the registers."""
+
+    _count: RegisterCount
+    _start: int | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("dim_size") is not None:  # BEiT's and Data2Vec's: the number of tokens to interpolate to
+            rows, columns = args[0] if args else kwargs["window_size"]
+            num_tokens = rows * columns + self._count.num_prefix
+            # Where all blocks share one bias, it is made before there are registers.
+            if kwargs["dim_size"] == num_tokens + self._count.beside(num_tokens):
+                kwargs["dim_size"] = num_tokens
+        bias = super().forward(*args, **kwargs)  # type: ignore[misc]
+        return pad_registers(bias, (-2, -1), self._count.beside(bias.shape[-1]), self._start)
+
+
+class _PadsOwnBias(_Grafted):
+    """The same for modules of timm that are not called for their bias."""
+
+    _count: RegisterCount
+    _start: int | None
+
+    def _get_rel_pos_bias(self) -> Tensor:
+        return self._padded(super()._get_rel_pos_bias())  # type: ignore[misc]
+
+    def get_bias(self) -> Tensor:
+        return self._padded(super().get_bias())  # type: ignore[misc]
+
+    def _padded(self, bias: Tensor) -> Tensor:
+        return pad_registers(bias, (-2, -1), self._count.beside(bias.shape[-1]), self._start)
+
+
+class _Constants:
+    """Shares the parameter `attention_constants` of the tower with an attention module, without a second name."""
+
+    def __init__(self, tower: nn.Module, index: int, start: int | None) -> None:
+        self.tower, self.index, self.start = tower, index, start
+        self.width = tower.attention_constants.shape[-1]  # type: ignore[index,union-attr]
+
+    def insert(self, hidden: Tensor) -> Tensor:
+        return insert_constant(hidden, self.tower.attention_constants, self.index, self.start)  # type: ignore[arg-type]
+
+
+class _AttendsToConstant(_Grafted):
+    """Attention with one more row of input, whose key and value are the constants; it is stripped from what comes out.
+
+    Query, key and value may be the same tensor or three; maps are stripped too, their rows then sum to less than 1.
+    """
+
+    _constants: _Constants
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        longer: dict[int, Tensor] = {}
+
+        def inserted(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[-1] != self._constants.width:
+                return value
+            if id(value) not in longer:  # a query that is the key stays the key
+                longer[id(value)] = self._constants.insert(value)
+            return longer[id(value)]
+
+        output = super().forward(  # type: ignore[misc]
+            *(inserted(value) for value in args), **{name: inserted(value) for name, value in kwargs.items()}
+        )
+        start = self._constants.start
+        if not isinstance(output, tuple):
+            return strip_registers(output, (1,), 1, start)
+        rest = (_without_map(part, RegisterCount(1), start) for part in output[1:])
+        return (strip_registers(output[0], (1,), 1, start), *rest)
+
+
+class _StripsHiddenStates(_Grafted):
+    """Strips the hidden states that a transformers encoder collects; those not asked for are None.
+
+    How many tokens a hidden state should have is read off what left the last block, stripped, so that stripping twice
+    (in the encoder and in the model around it) changes nothing.
+    """
+
+    _start: int | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        as_tuple = kwargs.get("return_dict") is False
+        if as_tuple:
+            kwargs["return_dict"] = True
+        output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        states = getattr(output, "hidden_states", None)
+        if states is not None:
+            left = (getattr(output, "last_hidden_state", None), *states)
+            num_tokens = min(state.shape[1] for state in left if state is not None)
+            output["hidden_states"] = tuple(
+                state if state is None else strip_registers(state, (1,), state.shape[1] - num_tokens, self._start)
+                for state in states
+            )
+        return output.to_tuple() if as_tuple else output
+
+
+def resolve_layout(model: nn.Module, layouts: Sequence[Mapping[str, Any]]) -> tuple[nn.Module, Mapping[str, Any]]:
+    """The tower of `model` and the first of `layouts` all of whose module paths exist in it.
+
+    A checkpoint lists more than one layout where library versions name the same modules differently: first by the names
+    on disk, which are the older and the more nested ones.
+
+    Raises:
+        ValueError: no layout fits; the message names the first missing module of each.
+    """
+    missing = []
+    for layout in layouts:
+        parts = layout["tower"].split(".")
+        for tower_path in (".".join(parts[depth:]) for depth in range(len(parts) + 1)):
+            try:
+                tower = model.get_submodule(tower_path)
+                for path in (layout["insert"], layout["strip"], *layout["attentions"], *layout["down"].values()):
+                    tower.get_submodule(path)
+            except AttributeError as error:
+                missing.append(f"{tower_path or type(model).__name__}: {error}")
+                continue
+            return tower, layout
+    raise ValueError(
+        "regsurgery: this library version lays the model out in a way the checkpoint does not know: "
+        + "; ".join(missing)
+    )
+
+
+def register_start(surgery: Mapping[str, Any]) -> int | None:
+    """The index of the first register among the tokens; None where registers are at the end."""
+    return int(surgery["num_prefix"]) if surgery["placement"] == "prefix" else None
+
+
+def operate(model: nn.Module, surgery: Mapping[str, Any], *, keep_registers: bool = False) -> nn.Module:
+    """Turn a stock model into its patched module form, in place.
+
+    Args:
+        model: stock model, freshly built or loaded; its weights are not read.
+        surgery: the `regsurgery` block of the checkpoint's config.
+        keep_registers: leave the registers at the end of the token outputs; only for a model that is nothing but the
+            tower, since a head over all tokens would take them for patches.
+
+    Returns:
+        `model`, whose tower has a new parameter, zero until loaded: `register_tokens` `[1, R, D]`, or in mode `bias`
+        `attention_constants` `[L, D]`. Where the block has `num_patches`, the number of registers follows the image
+        size, see `registers_for`; R is that of `num_patches` patches.
+    """
+    num_registers, num_prefix = int(surgery["num_registers"]), int(surgery["num_prefix"])
+    count = RegisterCount(num_registers, surgery.get("num_patches"), num_prefix)  # older folders have no such key
+    tower, layout = resolve_layout(model, surgery["layouts"])
+    if keep_registers and tower is not model:
+        raise ValueError(
+            "keep_registers=True needs the vision tower alone, without the head around it; load it with AutoModel"
+        )
+    shift = {
+        "num_prefix": num_prefix,
+        "inside_prefix": surgery["placement"] == "prefix",
+        "scale": [float(factor) for factor in surgery["scale"]][: None if count.chosen_for is None else 1],
+        "fill": surgery["fill"],
+        "fill_prefix": surgery["prefix"] == "fill",
+        "one_peak": surgery["compat"] == "reference",
+    }
+    for block, neurons in surgery["register_neurons"].items():
+        linear = tower.get_submodule(layout["down"][block])
+        in_place = block in surgery["in_place_blocks"]
+        ShiftedLinear.operate(linear, list(neurons), {**shift, "in_place": in_place}, count)  # type: ignore[arg-type]
+    like = next(tower.get_submodule(layout["strip"]).parameters())
+    start = register_start(surgery)
+    if surgery["mode"] == "bias":
+        blocks = surgery["constant_blocks"]
+        zeros_LD = torch.zeros(len(blocks), int(surgery["width"]), dtype=like.dtype, device=like.device)
+        tower.register_parameter("attention_constants", nn.Parameter(zeros_LD))
+        one = RegisterCount(1, num_prefix=num_prefix)
+        _make_room(tower, [layout["attentions"][block] for block in blocks], layout, one, start)
+        for index, block in enumerate(blocks):
+            attention = tower.get_submodule(layout["attentions"][block])
+            _graft(attention, _AttendsToConstant, _constants=_Constants(tower, index, start))
+        return model
+    if num_registers == 0:
+        return model
+    zeros_1RD = torch.zeros(1, num_registers, int(surgery["width"]), dtype=like.dtype, device=like.device)
+    tower.register_parameter("register_tokens", nn.Parameter(zeros_1RD))
+    _graft(tower.get_submodule(layout["insert"]), _InsertsRegisters, _registers=_Registers(tower, count, start))
+    where: dict[str, Any] = {"_count": count, "_start": start}
+    if not keep_registers:
+        _graft(tower.get_submodule(layout["strip"]), _StripsRegisters, **where)
+        for collector in _collectors(model, tower, layout):
+            _graft(collector, _StripsHiddenStates, _start=start)
+    for path in layout["attentions"]:
+        _graft(tower.get_submodule(path), _StripsAttention, **where)
+    _make_room(tower, layout["attentions"], layout, count, start)
+    return model
+
+
+def _collectors(model: nn.Module, tower: nn.Module, layout: Mapping[str, Any]) -> list[nn.Module]:
+    """The modules that may return the tower's hidden states: in it, and around it where a model takes only images."""
+    if not layout["collectors"]:
+        return []
+    around = [
+        module
+        for module in model.modules()
+        if module is not tower
+        and any(inner is tower for inner in module.modules())
+        and "pixel_values" in (parameters := inspect.signature(module.forward).parameters)
+        and "input_ids" not in parameters
+    ]
+    return [*(tower.get_submodule(path) for path in layout["collectors"]), *around]
+
+
+def _make_room(
+    tower: nn.Module, attentions: Sequence[str], layout: Mapping[str, Any], count: RegisterCount, start: int | None
+) -> None:
+    """Let attention that knows positions, or has biases over pairs of tokens, take more tokens.
+
+    A bias is made inside the attention, or given to it.
+    """
+    where: dict[str, Any] = {"_count": count, "_start": start}
+    everywhere = layout["attentions"]
+    given = [path for path in layout["biases"] if not any(_inside(path, each) for each in everywhere)]
+    for attention in attentions:
+        module = tower.get_submodule(attention)
+        if start is not None and hasattr(module, "num_prefix_tokens"):  # timm's attention with rotary positions
+            module.num_prefix_tokens += count.num_registers  # type: ignore[operator]  # it is fixed inside the prefix
+        for path in layout["biases"]:
+            if _inside(path, attention):
+                maker = tower.get_submodule(path)
+                maker = getattr(maker, "rel_pos", maker)
+                own = hasattr(maker, "_get_rel_pos_bias") or hasattr(maker, "get_bias")
+                _graft(maker, _PadsOwnBias if own else _PadsBias, **where)
+        if given:
+            _graft(module, _PadsArguments, **where)
+
+
+def _inside(path: str, module: str) -> bool:
+    return path == module or path.startswith(f"{module}.")

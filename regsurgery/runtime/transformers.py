@@ -1,0 +1,61 @@
+"""The transformers part of `modeling_regsurgery.py`. Copied into patched folders after `surgery.py`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import transformers  # noqa: F401
+
+from regsurgery.runtime.surgery import operate
+
+FOREIGN = "regsurgery_"  # before the stock model type, on disk
+
+
+class PatchedConfig:
+    """Mixed in front of a stock config class: the stock config, under a model type of its own on disk.
+
+    Of a model type that it knows, transformers loads the stock model where code is not trusted: the unpatched one, with
+    a warning at best. Of one that it does not know, it refuses to, and says that it needs `trust_remote_code=True`.
+    """
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        config, kwargs = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
+        if isinstance(config.get("model_type"), str):
+            config["model_type"] = config["model_type"].removeprefix(FOREIGN)
+        return config, kwargs
+
+    def to_json_string(self, *args: Any, **kwargs: Any) -> str:
+        config = json.loads(super().to_json_string(*args, **kwargs))  # type: ignore[misc]
+        if "model_type" in config:
+            config["model_type"] = FOREIGN + config["model_type"].removeprefix(FOREIGN)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+class PatchedModel:
+    """Mixed in front of a stock transformers class: builds the stock model, then operates on it.
+
+    In memory the `model_type` is the stock one, and the config class has the stock name and attributes, so that every
+    other part of transformers treats the model as what it is.
+    """
+
+    def __init__(self, config: Any, *args: Any, keep_registers: bool = False, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        operate(self, config.regsurgery, keep_registers=keep_registers)  # type: ignore[arg-type]
+        self.post_init()  # type: ignore[attr-defined]
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        # transformers 4 saves auto_map but not the file that it points to.
+        target = Path(save_directory) / "modeling_regsurgery.py"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.resolve() != Path(__file__).resolve():
+            shutil.copyfile(__file__, target)
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # transformers 5 does not convert the keys of custom code and would leave its weights random.
+        return False

@@ -1,0 +1,246 @@
+"""Settings of the cure, tried without writing anything: are the outliers gone, and how far do the outputs drift?
+
+A trial runs from the first block on that any setting changes. What enters that block depends on the number of registers
+alone, so it is computed once for each number.
+
+Shape suffixes: B images of a batch, I images, T tokens, D width, N patches.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from regsurgery.compiler.comparison import has_classes, kl_divergence, main_output, output_cosine, probe_nodes
+from regsurgery.compiler.graph import starting_at
+from regsurgery.compiler.located import Located
+from regsurgery.compiler.outliers import robust_outliers, token_norms
+from regsurgery.compiler.passes.pipeline import apply_passes
+from regsurgery.compiler.passes.plan import plan_surgery
+from regsurgery.compiler.taps import tap
+from regsurgery.compiler.trace import tensor_inputs
+from regsurgery.recipe import Recipe, by_blocks
+from regsurgery.runtime.surgery import insert_registers, neuron_shift
+
+Neurons = tuple[tuple[int, int], ...]  # (block, neuron), ascending
+KEPT = 2  # numbers of registers whose streams stay in memory
+Graphs = dict[int, fx.GraphModule]  # number of registers -> the model with them, and a shift in every block
+FIGURES = ("drift", "outliers", "register_norm", "cosine_output", "cosine_patches", "kl", "same_argmax")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What `find` chooses between: register neurons, how many registers, and what the patches keep."""
+
+    neurons: Neurons
+    num_registers: int = 1
+    fill: str = "zero"
+
+    def recipe(self) -> Recipe:
+        """The recipe of this setting, in mode shift."""
+        return Recipe(
+            by_blocks(self.neurons),
+            num_registers=self.num_registers,
+            scale=(1.0,) * self.num_registers,
+            fill=self.fill,
+        )
+
+    def key(self) -> str:
+        """The setting as text, to remember trials by."""
+        neurons = " ".join(f"{block}:{neuron}" for block, neuron in self.neurons)
+        return f"{self.num_registers} {self.fill} {neurons}"
+
+
+@dataclass(frozen=True, eq=False)
+class Tried:
+    """What a setting does, one number an image, `[I]`, float64 on the CPU.
+
+    Attributes:
+        drift: KL divergence from the original's classes in nats where the model has logits, else what is missing to 1
+            of the cosines of the main output and of the patches that were no outliers, added.
+        outliers: outlier patches after the last but one block.
+        register_norm: mean norm of the register tokens there.
+        cosine_output, cosine_patches: original to patched; the patches' after the last block, without the original's
+            outliers.
+        kl, same_argmax: None for models without logits.
+    """
+
+    drift: Tensor
+    outliers: Tensor
+    register_norm: Tensor
+    cosine_output: Tensor
+    cosine_patches: Tensor
+    kl: Tensor | None = None
+    same_argmax: Tensor | None = None
+
+    def means(self) -> dict[str, float | None]:
+        """The mean over the images of every figure, by name."""
+        values = {name: getattr(self, name) for name in FIGURES}
+        return {name: None if value is None else float(value.mean()) for name, value in values.items()}
+
+    def worse_than(self, other: Tried) -> tuple[float, float]:
+        """By how much more this one drifts, mean over the same images, and the standard error of that mean."""
+        difference_I = self.drift - other.drift
+        return float(difference_I.mean()), float(difference_I.std() / len(difference_I) ** 0.5)
+
+    def as_lists(self) -> dict[str, list[float]]:
+        """Plain data, from which `from_lists` makes the same."""
+        values = {name: getattr(self, name) for name in FIGURES}
+        return {name: value.tolist() for name, value in values.items() if value is not None}
+
+    @classmethod
+    def from_lists(cls, lists: dict[str, list[float]]) -> Tried:
+        """What `as_lists` was made of."""
+        return cls(**{name: torch.tensor(values, dtype=torch.float64) for name, values in lists.items()})
+
+
+class DriftTrials:
+    """Tries settings on `images`, batches `[B, 3, H, W]`.
+
+    Args:
+        first_block: no setting has a neuron in a block before it.
+        memo: remembers trials, by text; plain data, so that it can be kept in a file.
+        graphs: keeps the graphs, which other trials of `traced` may have made and may use.
+        done: called after every trial that was run.
+
+    Attributes:
+        num_images: I.
+    """
+
+    def __init__(
+        self,
+        located: Located,
+        images: Sequence[Tensor],
+        first_block: int,
+        *,
+        memo: MutableMapping[str, Any] | None = None,
+        graphs: Graphs | None = None,
+        done: Callable[[], None] = lambda: None,
+    ) -> None:
+        traced, sites = located.traced, located.sites
+        self.traced, self.sites, self.first_block, self.done = traced, sites, first_block, done
+        self.inputs = [tensor_inputs(located.loaded, batch) for batch in images]
+        self.num_images = sum(map(len, images))
+        self.main = main_output(traced.output_names)
+        self.memo: MutableMapping[str, Any] = {} if memo is None else memo
+        self.graphs: Graphs = {} if graphs is None else graphs
+        self._streams: OrderedDict[int, tuple[list[Tensor], fx.GraphModule]] = OrderedDict()
+
+    def __call__(self, setting: Setting) -> Tried:
+        """Try `setting`, or remember what it did."""
+        key = setting.key()
+        if key not in self.memo:
+            self.memo[key] = self._run(setting).as_lists()
+            self.done()
+        return Tried.from_lists(self.memo[key])
+
+    @cached_property
+    def originals(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Of every batch the original's main output, its patches after the last block, and which were outliers."""
+        whole = tap(self.traced.graph_module, probe_nodes(self.sites), outputs=(self.main,))
+        kept = []
+        for inputs in self.inputs:
+            with torch.no_grad():
+                outputs, taps = whole(*inputs)
+            patches = self.sites.patches
+            norms_BN = token_norms(taps["probe"])[:, patches]
+            kept.append((outputs[self.main], taps["last"][:, patches].clone(), robust_outliers(norms_BN)))
+        return kept
+
+    @property
+    def original_outliers(self) -> float:
+        """Outlier patches per image of the original."""
+        return sum(float(outlier_BN.sum()) for _, _, outlier_BN in self.originals) / self.num_images
+
+    @torch.no_grad()
+    def _run(self, setting: Setting) -> Tried:
+        streams, graph_module = self._from_first_block(setting.num_registers)
+        graph_module = _with_fill(graph_module, setting.fill)
+        _shift(graph_module, by_blocks(setting.neurons))
+        figures: dict[str, list[Tensor]] = {}
+        for stream_BTD, inputs, original in zip(streams, self.inputs, self.originals, strict=True):
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "std", UserWarning)  # of the fill `outliers` over no neurons
+                outputs, taps = graph_module(*inputs, stream_BTD.clone())  # a graph may write into what it is given
+            for name, values_B in self._figures(original, outputs[self.main], taps).items():
+                figures.setdefault(name, []).append(values_B.double().cpu())
+        return Tried(**{name: torch.cat(values) for name, values in figures.items()})
+
+    def _figures(
+        self, original: tuple[Tensor, Tensor, Tensor], output: Tensor, taps: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        was, last_BND, outlier_BN = original
+        patches, registers = self.sites.patched(taps["probe"].shape[1] - self.sites.num_tokens)
+        norms_BT = token_norms(taps["probe"])
+        cosine_BN = F.cosine_similarity(last_BND.float(), taps["last"][:, patches].float(), dim=-1)
+        inlier_BN = ~outlier_BN
+        figures = {
+            "outliers": robust_outliers(norms_BT[:, patches]).sum(dim=1),
+            "register_norm": norms_BT[:, registers].mean(dim=1),
+            "cosine_output": output_cosine(was, output),
+            "cosine_patches": (cosine_BN * inlier_BN).sum(dim=1) / inlier_BN.sum(dim=1),
+        }
+        if has_classes(self.main, output):
+            figures["drift"] = figures["kl"] = kl_divergence(was, output)
+            figures["same_argmax"] = was.argmax(-1) == output.argmax(-1)
+        else:
+            figures["drift"] = 2 - figures["cosine_output"] - figures["cosine_patches"]
+        return figures
+
+    @torch.no_grad()
+    def _from_first_block(self, num_registers: int) -> tuple[list[Tensor], fx.GraphModule]:
+        """What enters the first block with so many registers, and the model from there on."""
+        if num_registers in self._streams:
+            self._streams.move_to_end(num_registers)
+            return self._streams[num_registers]
+        patched = self._with_registers(num_registers)
+        if self.first_block:
+            start = self.sites.blocks[self.first_block - 1].output
+        else:
+            (joined,) = patched.graph.find_nodes(op="call_function", target=insert_registers)
+            start = joined.name
+        before = tap(patched, {"stream": start}, early_exit=True)
+        _shift(before, {})
+        streams = [before(*inputs)[1]["stream"] for inputs in self.inputs]
+        rest = starting_at(tap(patched, probe_nodes(self.sites), outputs=(self.main,)), start)
+        while len(self._streams) >= KEPT:
+            self._streams.popitem(last=False)
+        self._streams[num_registers] = streams, rest
+        return self._streams[num_registers]
+
+    def _with_registers(self, num_registers: int) -> fx.GraphModule:
+        if num_registers not in self.graphs:
+            everywhere = {block: (0,) for block in range(self.sites.probe_block + 1)}
+            recipe = replace(Setting((), num_registers).recipe(), register_neurons=everywhere)
+            self.graphs[num_registers], _ = apply_passes(self.traced, plan_surgery(self.sites, recipe))
+        return self.graphs[num_registers]
+
+
+def _shift(graph_module: fx.GraphModule, neurons: Mapping[int, Sequence[int]]) -> None:
+    """Let the shifts of `graph_module` take these neurons, by block, and no others."""
+    for name, listed in graph_module.named_buffers():
+        prefix, _, block = name.rpartition("_")
+        if prefix == "register_neurons":
+            chosen = torch.tensor(neurons.get(int(block), ()), dtype=torch.int64, device=listed.device)
+            setattr(graph_module, name, chosen)
+
+
+def _with_fill(graph_module: fx.GraphModule, fill: str) -> fx.GraphModule:
+    """`graph_module`, or a copy of it whose shifts fill the patches in another way."""
+    shifts = graph_module.graph.find_nodes(op="call_function", target=neuron_shift)
+    if all(shift.kwargs["fill"] == fill for shift in shifts):
+        return graph_module
+    other = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    for shift in other.graph.find_nodes(op="call_function", target=neuron_shift):
+        shift.kwargs = {**shift.kwargs, "fill": fill}
+    other.recompile()
+    return other

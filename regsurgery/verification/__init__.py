@@ -1,0 +1,1 @@
+"""A patched folder against its original."""

@@ -1,0 +1,286 @@
+"""Original against patched -> `Verdict`: figures over images, and whether the surgery did what it must.
+
+Norms are read off the two graphs; the artefact that was written (the module form, a program) is run on the same
+images, and its outputs must equal the patched graph's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from regsurgery.compiler.comparison import Drift, Means, compare, kl_divergence, main_output, output_cosine, probe_nodes
+from regsurgery.compiler.modes.closed_form import separation
+from regsurgery.compiler.outliers import POSITIONAL_SHARE, outliers, share_at_common_places, token_norms
+from regsurgery.compiler.taps import tap
+from regsurgery.compiler.trace import tensor_inputs
+from regsurgery.images.image_set import ImageSet
+from regsurgery.interval import Estimate, Figures, Values
+from regsurgery.verification.side import Side
+from regsurgery.verification.verdict import NormMaps, Pair, UnusedRegister, Verdict, warnings_of
+
+# What a verdict needs. Outliers: below one in twenty images, or a tenth of what there were. Fidelity: an output that
+# keeps its direction; the real ViT-Ti keeps 0.94 (image features) to 0.96 (logits). Parity: rounding only.
+MAX_OUTLIERS = 0.05
+MAX_OUTLIERS_SHARE = 0.1
+MIN_COSINE_OUTPUT = 0.8
+MIN_IMAGES_POSITIONAL = 4  # of fewer, places that are the same say little
+NUM_EXAMPLES = 4  # images whose norms are kept for a picture
+UNUSED_IMAGES = 32  # at most that many, evenly spread, go through the original with unused registers
+PARITY = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # other dtypes: 0
+
+
+def rounding(output: Tensor) -> float:
+    """The largest difference from `output` that rounding explains."""
+    return PARITY.get(output.dtype, 0.0) * max(1.0, float(output.abs().max()))
+
+
+class _Places:
+    """Where the original's outliers sit, and the first images' norms of both models, by patch."""
+
+    def __init__(self) -> None:
+        self.hits_N: Tensor | None = None
+        self.num_images, self.kept = 0, 0
+        self.examples: list[tuple[Tensor, Tensor]] = []
+        self.image_size = (0, 0)
+
+    def add(self, original_BN: Tensor, patched_BN: Tensor, image_size: tuple[int, int]) -> None:
+        hits_N = outliers(original_BN).sum(dim=0).cpu()
+        self.hits_N = hits_N if self.hits_N is None else self.hits_N + hits_N
+        self.num_images += len(original_BN)
+        wanted = NUM_EXAMPLES - self.kept
+        if wanted > 0:
+            self.examples.append((original_BN[:wanted].cpu(), patched_BN[:wanted].cpu()))
+            self.kept += len(original_BN[:wanted])
+            self.image_size = image_size
+
+    def positional(self) -> bool | None:
+        if self.hits_N is None or self.num_images < MIN_IMAGES_POSITIONAL or not self.hits_N.any():
+            return None
+        usual = float(self.hits_N.sum()) / self.num_images
+        return share_at_common_places(self.hits_N, usual) >= POSITIONAL_SHARE
+
+    def norm_maps(self) -> NormMaps | None:
+        if not self.examples:
+            return None
+        height, width = self.image_size
+        original_EN, patched_EN = (torch.cat(group) for group in zip(*self.examples, strict=True))
+        num_patches = original_EN.shape[1]
+        rows = round((num_patches * height / width) ** 0.5)
+        if rows < 1 or num_patches % rows or patched_EN.shape[1] != num_patches:
+            return None
+        return NormMaps(original_EN.reshape(-1, rows, num_patches // rows),
+                        patched_EN.reshape(-1, rows, num_patches // rows))  # fmt: skip
+
+
+class _Margins:
+    """Extremes and sums of the detectors' values on registers and on all other tokens."""
+
+    def __init__(self, side: Side) -> None:
+        self.side = side
+        self.values: list[list[tuple[Tensor, Tensor]]] = [[] for _ in side.detectors]
+
+    def nodes(self) -> dict[str, str]:
+        return {f"detector {index}": node for index, (node, _) in enumerate(self.side.detectors)}
+
+    def add(self, taps: Mapping[str, Tensor]) -> None:
+        for index, (_, unit) in enumerate(self.side.detectors):
+            values_BT = taps[f"detector {index}"][..., unit].double()
+            is_register_T = torch.zeros(values_BT.shape[1], dtype=torch.bool, device=values_BT.device)
+            is_register_T[self.side.registers] = True
+            self.values[index].append((values_BT[:, is_register_T].flatten(), values_BT[:, ~is_register_T].flatten()))
+
+    def smallest(self) -> float | None:
+        margins = []
+        for kept in self.values:
+            registers_N, others_N = (torch.cat(group) for group in zip(*kept, strict=True))
+            margins.append(separation(registers_N, others_N)[0])
+        return min(margins, default=None)
+
+
+class _Unused:
+    """What registers that nothing uses do, on a part of the images."""
+
+    def __init__(self, graph_module: fx.GraphModule, num_batches: int, batch_size: int) -> None:
+        self.graph_module = graph_module
+        self.every = max(1, num_batches // max(1, UNUSED_IMAGES // batch_size))
+        self.num_images = 0
+        self.means, self.figures = Means(), Figures()
+
+    def add(self, number: int, inputs: list[Tensor], output: Tensor, main: str, patched: Drift) -> None:
+        """Take the batch of that number, or leave it out."""
+        if number % self.every or self.num_images + len(output) > max(UNUSED_IMAGES, len(output)):
+            return
+        self.num_images += len(output)
+        new_output = self.graph_module(*inputs)[main]
+        cosine_B = output_cosine(output, new_output)
+        self.means.add("cosine output", cosine_B)
+        drift_B, patched_B = 1 - cosine_B, 1 - patched.cosine_output
+        if patched.kl is not None:
+            drift_B, patched_B = kl_divergence(output, new_output), patched.kl
+            self.means.add("kl", drift_B)
+            self.means.add("argmax", output.argmax(-1) == new_output.argmax(-1))
+        ratio = Values(None, _known(patched_B), out_of=drift_B.clamp_min(0.0))
+        self.figures.add(len(output), {"times": ratio})
+
+    def result(self) -> UnusedRegister | None:
+        if not self.num_images:
+            return None
+        same, times = self.means.get("argmax"), self.figures.rows()[0].patched
+        return UnusedRegister(
+            num_images=self.num_images,
+            kl=self.means.get("kl"),
+            num_same=None if same is None else round(same * self.num_images),
+            cosine_output=self.means["cosine output"],
+            times=None if times is None else times.value,
+            times_interval=None if times is None else _ends(times),
+        )
+
+
+def _known(values_B: Tensor) -> Tensor:
+    """NaN, which `Figures` leaves out, for what is not finite."""
+    return values_B.double().masked_fill(~values_B.isfinite(), float("nan"))
+
+
+def _ends(estimate: Estimate | None) -> tuple[float, float] | None:
+    if estimate is None or estimate.low is None or estimate.high is None:
+        return None
+    return estimate.low, estimate.high
+
+
+def _values(drift: Drift) -> dict[str, Values]:
+    """The figures of a batch that have intervals, by the names that `Verdict` has for them."""
+    found = {
+        "cosine_output": Values(None, _known(drift.cosine_output)),
+        "cosine_patches": Values(None, _known(drift.cosine_patches), out_of=drift.num_patches),
+    }
+    if drift.kl is not None and drift.same is not None:
+        found["kl"] = Values(None, _known(drift.kl))
+        found["same_argmax"] = Values(None, drift.same, is_share=True)
+    return found
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What a written model gave.
+
+    Attributes:
+        outputs: by the names of the original's outputs; not all of them where the host of native mode has not all.
+        as_graph: what must be equal to the patched graph's outputs of those names.
+    """
+
+    outputs: Mapping[str, Tensor]
+    as_graph: Mapping[str, Tensor]
+
+
+def measure(
+    original_side: Side,
+    patched_side: Side,
+    run_artefact: Callable[[Tensor], Artefact],
+    images: ImageSet,
+    *,
+    unused: fx.GraphModule | None = None,
+    parity: tuple[float, float] = (0.0, 0.0),
+    parity_factor: float = 1.0,
+    batch_size: int = 8,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Verdict:
+    """Compare the original graph, the patched graph and the artefact over `images`.
+
+    Args:
+        run_artefact: images `[B, 3, H, W]` -> what the artefact gives.
+        unused: the original with as many registers as the patched model and no neuron shifted.
+        parity: a difference between artefact and graph that was measured before, and its limit.
+        parity_factor: by how much more than rounding the artefact may differ from the patched graph.
+        progress: called with the number of images just done.
+    """
+    sites = original_side.sites
+    margins, places = _Margins(patched_side), _Places()
+    original = tap(original_side.graph_module, probe_nodes(sites))
+    patched = tap(patched_side.graph_module, {**probe_nodes(patched_side.sites), **margins.nodes()})
+    main = ""
+    means, worst = Means(), [0.0, 0.0]
+    difference, limit = parity
+    finite = True
+    shapes: set[str] = set()
+    num_images = 0
+    figures = Figures()
+    least = None if unused is None else _Unused(unused, -(-images.num_images // batch_size), batch_size)
+    for number, batch in images.numbered_batches(batch_size, original_side.loaded.preprocess):
+        num_images += len(batch)
+        with torch.no_grad():
+            inputs = tensor_inputs(original_side.loaded, batch)
+            outputs, taps = original(*inputs)
+            new_outputs, new_taps = patched(*tensor_inputs(patched_side.loaded, batch))
+            artefact = run_artefact(batch)
+        shared = {name: value for name, value in outputs.items() if name in artefact.outputs}
+        main = main_output(tuple(shared))
+        shapes |= {name for name, value in shared.items() if value.shape != artefact.outputs[name].shape}
+        compared = new_outputs if main in shapes else artefact.outputs
+        tokens = (patched_side.patches, patched_side.registers)
+        drift = compare(means, sites, main, (outputs, taps), (compared, new_taps), outliers, tokens)
+        figures.add(len(batch), _values(drift))
+        if least is not None:
+            with torch.no_grad():
+                least.add(number, inputs, outputs[main], main, drift)
+        margins.add(new_taps)
+        norms = token_norms(taps["probe"])[:, sites.patches], token_norms(new_taps["probe"])[:, patched_side.patches]
+        places.add(*norms, (batch.shape[-2], batch.shape[-1]))
+        worst = [max(before, float(norms_BN.max())) for before, norms_BN in zip(worst, norms, strict=True)]
+        for name, value in artefact.as_graph.items():
+            if name in shapes:
+                continue
+            difference = max(difference, float((value - new_outputs[name]).abs().max()))
+            limit = max(limit, parity_factor * rounding(new_outputs[name]))
+        finite = finite and all(bool(value.isfinite().all()) for value in artefact.outputs.values())
+        progress(len(batch))
+
+    pair = lambda name: Pair(means[f"original {name}"], means[f"patched {name}"])  # noqa: E731
+    failures = [f"the output '{name}' changed its shape" for name in sorted(shapes)]
+    if not finite:
+        failures.append("the patched model returns NaN or infinity")
+    if difference > limit:
+        failures.append(f"the written model differs from the patched graph by {difference:.2e} (allowed {limit:.0e})")
+    found = pair("outliers")
+    if found.patched > max(MAX_OUTLIERS, MAX_OUTLIERS_SHARE * found.original):
+        failures.append(
+            f"{found.patched:.2f} outlier tokens per image remain of {found.original:.2f}: these are not, or not all, "
+            "of the register neurons, which regsurgery find names"
+        )
+    if not means["cosine output"] >= MIN_COSINE_OUTPUT:
+        failures.append(
+            f"the output '{main}' moved too far: cosine {means['cosine output']:.3f} to the original, at least "
+            f"{MIN_COSINE_OUTPUT} is needed"
+        )
+    same = means.get("argmax")
+    verdict = Verdict(
+        passed=not failures,
+        num_images=num_images,
+        images=images.note,
+        evidence=images.evidence,
+        block=sites.probe_block,
+        output=main,
+        outliers_per_image=found,
+        max_patch_norm=pair("max"),
+        worst_patch_norm=Pair(*worst),
+        median_patch_norm=pair("median"),
+        register_norm=means.get("register"),
+        register_norm_std=means.deviation("register"),
+        positional=places.positional(),
+        margin=margins.smallest(),
+        cosine_patches=means["cosine patches"],
+        cosine_output=means["cosine output"],
+        kl=means.get("kl"),
+        same_argmax=same,
+        num_same=None if same is None else round(same * num_images),
+        intervals={row.name: _ends(row.patched) for row in figures.rows()},
+        unused_register=None if least is None else least.result(),
+        parity_max_abs=difference,
+        parity_allowed=limit,
+        failures=tuple(failures),
+        norm_maps=places.norm_maps(),
+    )
+    return replace(verdict, warnings=warnings_of(verdict))

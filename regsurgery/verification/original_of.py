@@ -1,0 +1,35 @@
+"""The original of a patched folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from regsurgery.errors import CheckpointError
+from regsurgery.formats import LIBRARIES
+from regsurgery.frontends.loaded import Loaded
+from regsurgery.models import load_model
+from regsurgery.options import LoadOptions
+from regsurgery.verification.original import restore_original
+from regsurgery.verification.patched import PatchedFolder
+
+
+def original_of(patched: PatchedFolder, original: str | None, options: LoadOptions, scratch: Path) -> Loaded:
+    """The model that was patched: restored into the new folder `scratch / "original"` where `patched` has all
+    its tensors and no `original` is named, else loaded from there or from where it came.
+
+    Raises:
+        CheckpointError: the folder is incomplete, or `original` is not what was patched.
+    """
+    block = patched.config["regsurgery"]
+    recorded = block["source"]
+    if original is None and patched.format in LIBRARIES and not patched.recipe.kind.stock:
+        restored = scratch / "original"
+        restore_original(patched.root, restored, patched.format)
+        return load_model(str(restored), options)
+    loaded = load_model(original or recorded["id"], options)
+    if loaded.source.sha256 != recorded["sha256"]:
+        raise CheckpointError(
+            f"{loaded.source.id}: its weights are not those that were patched into {patched.root} "
+            "(sha256 differs); give the original with --original"
+        )
+    return loaded
