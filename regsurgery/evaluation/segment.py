@@ -6,7 +6,7 @@ Shape suffixes: B images, N patches, D width.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch.nn.functional as F
@@ -52,12 +52,8 @@ def evaluate(
     Raises:
         UserError: there are no masks, or all of one class; or a setting is none.
     """
-    if method not in METHODS:
-        raise UserError(f"eval segment: '{method}' is no method; there are {', '.join(METHODS)}")
     block = check_block(pair.original, block)
-    images, paths = with_masks(images, None if masks is None else Path(masks))
-    if method == "linear" and len(paths) < 2:
-        raise UserError(f"{images.note}: one image has a mask; a linear probe needs two, to fit on and to test on")
+    images, paths = _checked(images, masks, method)
     observe = pair.observer(blocks=[block], what=["blocks"])
     folds = min(FOLDS, len(paths))
     rng = np.random.default_rng(seed)
@@ -89,6 +85,16 @@ def evaluate(
         sums.add(predicted, places, pair.original.grid, pair.original.patch_size)
         progress.advance(len(batch.numbers))
     details = {"iou": {str(name): values for name, values in zip(classes.tolist(), sums.ious(), strict=True)}}
-    note = f"{method} probe, {len(classes)} classes, fitted on {samples.count} patches"
-    note += f" in {folds} folds" if method == "linear" else ""
+    where = f" in {folds} folds" if method == "linear" else ""
+    note = f"{method} probe, {len(classes)} classes, fitted on {samples.count} patches{where}"
     return Result(sums.rows(), (f"{images.note}; {note}",), details, sums.num_images)
+
+
+def _checked(images: ImageSet, masks: str | Path | None, method: str) -> tuple[ImageSet, Any]:
+    """The images that have a mask, and the masks' paths."""
+    if method not in METHODS:
+        raise UserError(f"eval segment: there is no method '{method}', only {', '.join(METHODS)}")
+    images, paths = with_masks(images, None if masks is None else Path(masks))
+    if method == "linear" and len(paths) < 2:
+        raise UserError(f"{images.note}: one image has a mask; a linear probe needs two, to fit on and to test on")
+    return images, paths
