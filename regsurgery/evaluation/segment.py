@@ -12,8 +12,8 @@ import numpy as np
 import torch.nn.functional as F
 
 from regsurgery.errors import UserError
-from regsurgery.evaluation.masks import IGNORED, Batch, batches, with_masks
-from regsurgery.evaluation.patch_probe import Samples, Sums
+from regsurgery.evaluation.masks import IGNORED, MaskedBatch, batches, with_masks
+from regsurgery.evaluation.patch_probe import Confusion, Samples
 from regsurgery.evaluation.result import Result
 from regsurgery.verification.observing import check_block
 from regsurgery.verification.pair import Pair
@@ -55,11 +55,10 @@ def evaluate(
     block = check_block(pair.original, block)
     images, paths = _checked(images, masks, method)
     observe = pair.observer(blocks=[block], what=["blocks"])
-    folds = min(FOLDS, len(paths))
-    rng = np.random.default_rng(seed)
+    folds, rng = min(FOLDS, len(paths)), np.random.default_rng(seed)
     samples = Samples(max(1, MAX_SAMPLES // len(paths)), rng)
 
-    def features(batch: Batch) -> list[np.ndarray]:
+    def features(batch: MaskedBatch) -> list[np.ndarray]:
         """Of both models, `[B, N, D]`."""
         both = (seen.patches(block).float() for seen in observe(batch.pixels))
         return [F.layer_norm(patches_BND, patches_BND.shape[-1:]).cpu().numpy() for patches_BND in both]
@@ -74,7 +73,7 @@ def evaluate(
     progress.stage(f"fit {method}")
     probes = [samples.fit(side, method, folds, seed) for side in (0, 1)]
 
-    sums = Sums(len(classes), rng)
+    sums = Confusion(len(classes), rng)
     progress.stage("segment", len(paths))
     for batch in batches(pair, images, paths):
         places = samples.places(batch.masks)

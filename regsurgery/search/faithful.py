@@ -55,7 +55,7 @@ class Cure:
 
 
 @dataclass(frozen=True)
-class Row:
+class SettingRow:
     """One row of the table: a setting, tried on the images that decide.
 
     Attributes:
@@ -98,7 +98,7 @@ class Choice:
     """
 
     ranked: tuple[Setting, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[SettingRow, ...]
 
     @property
     def setting(self) -> Setting:
@@ -204,10 +204,10 @@ def choose(
         order = (Setting(sets[0], min(counts)),)
         tried(order[0])
     unused = Setting((), 1)
-    rows = [Row("unused register", unused, trials(unused), 100 / num_tokens)]
+    rows = [SettingRow("unused register", unused, trials(unused), 100 / num_tokens)]
     for setting, found in sorted(cells.items(), key=_order):
         cost = 100 * setting.num_registers / num_tokens
-        rows.append(Row(_name(setting, sets[0]), setting, found, cost, setting == order[0], setting == paper))
+        rows.append(SettingRow(_name(setting, sets[0]), setting, found, cost, setting == order[0], setting == paper))
     return Choice(order, tuple(rows))
 
 

@@ -20,7 +20,7 @@ from regsurgery.compiler.trace import tensor_inputs
 from regsurgery.images.image_set import ImageSet
 from regsurgery.interval import Estimate, Figures, Values
 from regsurgery.verification.side import Side
-from regsurgery.verification.verdict import NormMaps, Pair, UnusedRegister, Verdict, warnings_of
+from regsurgery.verification.verdict import BeforeAfter, NormMaps, UnusedRegister, Verdict, warnings_of
 
 # What a verdict needs. Outliers: below one in twenty images, or a tenth of what there were. Fidelity: an output that
 # keeps its direction; the real ViT-Ti keeps 0.94 (image features) to 0.96 (logits). Parity: rounding only.
@@ -270,7 +270,7 @@ class _Comparison:
             output=self.main,
             outliers_per_image=self._pair("outliers"),
             max_patch_norm=self._pair("max"),
-            worst_patch_norm=Pair(*self.worst),
+            worst_patch_norm=BeforeAfter(*self.worst),
             median_patch_norm=self._pair("median"),
             register_norm=means.get("register"),
             register_norm_std=means.deviation("register"),
@@ -312,5 +312,5 @@ class _Comparison:
             )
         return failures
 
-    def _pair(self, name: str) -> Pair:
-        return Pair(self.means[f"original {name}"], self.means[f"patched {name}"])
+    def _pair(self, name: str) -> BeforeAfter:
+        return BeforeAfter(self.means[f"original {name}"], self.means[f"patched {name}"])

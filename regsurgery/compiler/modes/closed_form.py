@@ -22,8 +22,8 @@ from torch.func import functional_call
 
 from regsurgery.compiler.graph import between, find_node
 from regsurgery.compiler.located import Located
-from regsurgery.compiler.match import NORMS
 from regsurgery.compiler.mlp import Mlp, mlp_of
+from regsurgery.compiler.ops import NORMS
 from regsurgery.compiler.outliers import token_norms
 from regsurgery.compiler.passes.pipeline import apply_passes
 from regsurgery.compiler.passes.plan import plan_surgery
