@@ -274,8 +274,14 @@ class Screen(Progress):
                 )
             self.out.print(f"patch norms after each block, {diagnosis.images}", soft_wrap=True, markup=False)
             self.out.print(table)
-        fix = {"register_neurons": "", "unsupported": "cannot be patched: "}.get(diagnosis.verdict, "nothing to fix: ")
-        self.out.print(f"{diagnosis.verdict}: {fix}{diagnosis.reason}", soft_wrap=True, markup=False)
+        if diagnosis.verdict == "none":
+            line = f"Healthy: no outlier tokens, nothing to patch ({diagnosis.reason})"
+        else:
+            fix = {"register_neurons": "", "unsupported": "cannot be patched: "}.get(
+                diagnosis.verdict, "nothing to fix: "
+            )
+            line = f"{diagnosis.verdict}: {fix}{diagnosis.reason}"
+        self.out.print(line, soft_wrap=True, markup=False)
 
     def unpatched(self, restored: Restored) -> None:
         if self.as_json:

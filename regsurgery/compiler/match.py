@@ -25,7 +25,6 @@ from torch import fx
 from regsurgery.compiler.graph import (
     ancestor_sets,
     common_path,
-    evaluate,
     hint,
     is_ancestor,
     module_path,
@@ -47,6 +46,7 @@ from regsurgery.compiler.ops import (
 )
 from regsurgery.compiler.placement import place
 from regsurgery.compiler.sites import Block, Sites
+from regsurgery.compiler.taps import tap
 from regsurgery.compiler.trace import Traced
 from regsurgery.errors import UnsupportedModelError
 
@@ -345,7 +345,8 @@ def _count_prefix(traced: Traced, tokens: fx.Node) -> int:
         torch.full_like(value, float("nan")) if node.name == traced.image else value
         for node, value in zip(graph_module.graph.find_nodes(op="placeholder"), traced.example, strict=True)
     ]
-    value = evaluate(graph_module, tokens, nan_image)
+    with torch.no_grad():
+        value = tap(graph_module, {"tokens": tokens.name}, early_exit=True)(*nan_image)[1]["tokens"]
     finite_T = value[0].isfinite().all(dim=-1)
     num_prefix = int(finite_T.sum())
     if not bool(finite_T[:num_prefix].all()):

@@ -165,8 +165,8 @@ def _conclude(sites: Sites, sums: dict[str, _NormSums], writes: Tensor, images: 
     if registers:
         return Diagnosis("already_registered", f"the model was trained with {registers} register tokens", **common)
     if found < MIN_OUTLIERS:
-        largest = max(block.max_over_median for block in blocks)
-        reason = f"{found:.2f} outlier tokens per image; the largest patch of a block is at most {largest:.1f} medians"
+        largest = max(norms.max_over_median for norms in (tokens, *blocks))
+        reason = f"{found:.2f} outlier tokens per image; on average no patch is above {largest:.1f} medians"
         return Diagnosis("none", reason, **common)
     emergence = probe
     while emergence > 0 and blocks[emergence - 1].outliers >= max(MIN_OUTLIERS, EMERGED_SHARE * found):

@@ -236,7 +236,7 @@ def _walk(tried: Callable[[Setting], Tried], neurons: Neurons, count: int, count
 
 def _ranked(cells: Mapping[Setting, Tried], place: Callable[[Neurons], list[int]]) -> tuple[Setting, ...]:
     """All of `cells`, the chosen one first: near the best ones those with fewer registers, then fewer neurons, then
-    those whose `place` is lowest.
+    those whose `place` is lowest. One register is near where several do not take away `MIN_GAIN` of its drift.
     """
     if not cells:
         return ()
@@ -245,6 +245,10 @@ def _ranked(cells: Mapping[Setting, Tried], place: Callable[[Neurons], list[int]
     def near(setting: Setting, found: Tried) -> bool:
         mean, error = found.worse_than(least)
         if mean <= error:
+            return True
+        # Where one register drifts nearly as little as several, the network does not use its outliers as sinks.
+        one = setting.num_registers == 1 and setting.neurons == best.neurons and setting.fill in ("zero", best.fill)
+        if one and not _gains(least, found):
             return True
         fewer = len(setting.neurons) < len(best.neurons) or (setting.fill == "zero" != best.fill)
         return fewer and setting.num_registers <= best.num_registers and not _gains(least, found)
