@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ def load(
     scratch: tempfile.TemporaryDirectory[str] | None = None,
     native: bool = False,
     look_through: bool = True,
+    known: Mapping[str, str] | None = None,
     use_meanwhile: Callable[[Sequence[Path]], None] | None = None,
 ) -> Loaded:
     """Load MODEL: a folder, a Hub id, `timm:NAME` or `open_clip:ARCH/TAG`.
@@ -42,6 +43,8 @@ def load(
         native: MODEL is a folder of native mode, a stock checkpoint; others that are patched are refused.
         look_through: read every weight, for the sha256 and to refuse NaN; without, files whose sha256 the Hub gave are
             taken to be what it published.
+        known: name -> sha256 of files that were just written from a checkpoint that was looked through: those weights
+            are not read again.
         use_meanwhile: is called with the weight files as soon as their headers are known to be fine.
 
     Raises:
@@ -68,7 +71,7 @@ def load(
     _refuse_quantised(folder, config, headers)
     if use_meanwhile is not None:
         use_meanwhile(weights)
-    digests = (None if look_through else _published(weights)) or finite_digests(headers)
+    digests = _known(weights, known) or (None if look_through else _published(weights)) or finite_digests(headers)
     if options.called is not None:
         repo = None if revision is None else repository_of(options.called)
     source = Source(options.called or model_id, revision, _combined(digests), repo)
@@ -85,10 +88,19 @@ def load(
     return loaded
 
 
+def _known(weights: Sequence[Path], known: Mapping[str, str] | None) -> tuple[str, ...] | None:
+    """The sha256 of each file by `known`, or None where not all of them are."""
+    return None if known is None else _all(known.get(path.name) for path in weights)
+
+
 def _published(weights: Sequence[Path]) -> tuple[str, ...] | None:
     """The sha256 of each file as the Hub gave it, or None where it did not give all of them."""
-    digests = [published_sha256(path) for path in weights]
-    return None if None in digests else tuple(filter(None, digests))
+    return _all(published_sha256(path) for path in weights)
+
+
+def _all(digests: Iterable[str | None]) -> tuple[str, ...] | None:
+    found = list(digests)
+    return None if None in found else tuple(filter(None, found))
 
 
 def _refuse_patched(folder: Path, config: Mapping[str, Any]) -> None:
