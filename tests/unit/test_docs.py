@@ -27,7 +27,7 @@ from tests.picos import PICOS, Pico
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATED = {"cli.md"}  # from the commands; test_cli.py compares
-PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in GENERATED)]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in GENERATED)]
 BLOCK = re.compile(r"((?:^<!-- not run: (?P<reason>[^\n]+) -->\n)?)^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 SHELL = ("sh", "console")
 LANGUAGES = (*SHELL, "python", "yaml", "mermaid")
