@@ -21,7 +21,7 @@ TITLES = ("photo", "patch norm\noriginal", "patch norm\npatched", "attention of 
 
 
 def draw(patched: str, photos: str, count: int) -> Figure:
-    """A row for each photo. Norms are those before the last block, attention is the mean over the last block's heads."""
+    """A row for each photo: norms before the last block, and the last block's attention, mean over its heads."""
     sides = [
         regsurgery.observe(patched, photos, blocks=[-2, -1], what=("blocks", "attention"), side=side, num_images=count)
         for side in ("original", "patched")

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import typer.main
+from PIL import Image
 
 import regsurgery
 from regsurgery.cli.app import app
@@ -26,9 +27,9 @@ from tests.conftest import Planted
 from tests.picos import PICOS, Pico
 
 ROOT = Path(__file__).resolve().parents[2]
-GENERATED = {"cli.md"}  # from the commands; test_cli.py compares
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in GENERATED)]
-BLOCK = re.compile(r"((?:^<!-- not run: (?P<reason>[^\n]+) -->\n)?)^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
+GENERATED = {ROOT / "docs" / "cli.md"}  # from the commands; test_cli.py compares
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted({*(ROOT / "docs").glob("*.md")} - GENERATED)]
+BLOCK = re.compile(r"(?:^<!-- not run: ([^\n]+) -->\n)?^```(\w*)\n(.*?)^```$", re.M | re.S)
 SHELL = ("sh", "console")
 LANGUAGES = (*SHELL, "python", "yaml", "mermaid")
 TIMM = next(pico for pico in PICOS if pico.id.startswith("timm-"))
@@ -51,8 +52,8 @@ class Block:
 def blocks_of(page: Path) -> Iterator[Block]:
     text = page.read_text("utf-8")
     for found in BLOCK.finditer(text):
-        line = text.count("\n", 0, found.start("language")) + 1
-        yield Block(page.name, line, found["language"], found["code"], found["reason"] or "")
+        reason, language, code = found.groups()
+        yield Block(page.name, text.count("\n", 0, found.start(2)) + 1, language, code, reason or "")
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
@@ -105,7 +106,7 @@ def test_no_block_is_overlooked() -> None:
 def test_every_reason_stands_right_before_its_block() -> None:
     for page in PAGES:
         reasons = [block for block in blocks_of(page) if block.reason]
-        assert page.read_text("utf-8").count("<!-- not run: ") == len(reasons), page.name
+        assert len(re.findall("^<!-- not run: ", page.read_text("utf-8"), re.M)) == len(reasons), page.name
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language in SHELL], ids=str)
@@ -122,10 +123,10 @@ def test_shell_blocks_name_commands_and_options_that_exist(block: Block) -> None
     assert block.reason or not others, f"{block}: say why these are not run: <!-- not run: REASON -->"
 
 
-@pytest.mark.parametrize("words", [["patch", "demo", "-o", "x", "--imges", "y"], ["ptch", "demo"], ["eval", "nrms", "x"]])
-def test_a_wrong_command_would_be_seen(words: list[str]) -> None:
+@pytest.mark.parametrize("line", ["patch demo -o x --imges y", "ptch demo", "eval nrms x"])
+def test_a_wrong_command_would_be_seen(line: str) -> None:
     with pytest.raises(Exception, match=r"(?i)no such (option|command)"):
-        parse(words)
+        parse(line.split())
 
 
 def test_yaml_blocks_are_recipes() -> None:
@@ -135,20 +136,27 @@ def test_yaml_blocks_are_recipes() -> None:
         parse_recipe(block.code, str(block))
 
 
+def write_noise(folder: Path, count: int) -> Path:
+    for number in range(count):
+        Image.effect_noise((96, 96), 90).convert("RGB").save(folder / f"{number}.png")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Patched folders by the names that the pages use, each made when a page first asks for it."""
     root, made = tmp_path_factory.mktemp("docs"), {}
+    noise = write_noise(tmp_path_factory.mktemp("noise"), 12)  # to fit native mode on: fewer than are generated
     how: dict[str, dict[str, Any]] = {
         "demo-patched": {},
         "demo-pt2": {"format": "pt2"},
-        "native": {"mode": "native", "format": "timm", "calibrate": False},
+        "native": {"mode": "native", "format": "timm", "calibrate": False, "images": noise},
     }
 
     def folder(name: str) -> Path:
         if name not in made:
             made[name] = root / name
-            regsurgery.patch("demo", made[name], recipe="demo", num_images=4, verification=False, **how[name])
+            regsurgery.patch("demo", made[name], recipe="demo", verification=False, **how[name])
         return made[name]
 
     return folder
@@ -179,15 +187,11 @@ def test_python_blocks_run(
 
 
 def test_the_picture_is_drawn(folders: Callable[[str], Path], tmp_path: Path) -> None:
-    from PIL import Image
-
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for number in range(4):
-        Image.effect_noise((96, 96), 90).convert("RGB").save(photos / f"{number}.png")
+    photos = write_noise(tmp_path, 4)
     draw = runpy.run_path(str(ROOT / "docs" / "picture.py"))["draw"]
     draw(str(folders("demo-patched")), str(photos), 2).savefig(tmp_path / "picture.png")
-    assert Image.open(tmp_path / "picture.png").width > 500
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.width > 500
 
 
 def test_every_page_is_in_the_navigation() -> None:
