@@ -93,7 +93,7 @@ def parse(words: list[str]) -> None:
     while hasattr(command, "commands") and words and not words[0].startswith("-"):
         assert words[0] in command.commands, f"no such command: {words[0]}"
         command = command.commands[words.pop(0)]
-    command.make_context("regsurgery", words, resilient_parsing=not words)
+    command.make_context("regsurgery", words, resilient_parsing=hasattr(command, "commands"))
 
 
 def test_no_block_is_overlooked() -> None:
