@@ -9,6 +9,7 @@ import torch
 
 from regsurgery.compiler.planting import plant
 from regsurgery.images.image_set import image_set
+from regsurgery.settings import quiet_transformers
 
 PLANTED = {1: 2, 2: 1}  # block -> how many neurons; recipes/demo.yaml has their indices
 IMAGE_SIZE, PATCH_SIZE, WIDTH, BLOCKS = 96, 8, 64, 4
@@ -16,14 +17,17 @@ IMAGE_SIZE, PATCH_SIZE, WIDTH, BLOCKS = 96, 8, 64, 4
 
 def write_demo(folder: Path) -> dict[int, list[int]]:
     """Write the demo checkpoint, a `ViTForImageClassification` of transformers; returns its planted neurons."""
+    with quiet_transformers():
+        return _write(folder)
+
+
+def _write(folder: Path) -> dict[int, list[int]]:
     from transformers import ViTConfig, ViTForImageClassification
-    from transformers.utils import logging
 
     from regsurgery.compiler.match import match
     from regsurgery.compiler.trace import tensor_inputs, trace
     from regsurgery.frontends.load import load
 
-    logging.disable_progress_bar()
     config = ViTConfig(
         hidden_size=WIDTH,
         num_hidden_layers=BLOCKS,

@@ -94,7 +94,7 @@ def from_resamples(value: float, resampled_R: np.ndarray, count: int) -> Estimat
     return Estimate(value, float(low), float(high), count)
 
 
-class _Sums:
+class _Moments:
     """One model's figure: sums over the images, and over every resample of them."""
 
     def __init__(self) -> None:
@@ -157,7 +157,7 @@ class Figures:
     def __init__(self, seed: int = 0) -> None:
         self.rng = np.random.default_rng(seed)
         self.num_images = 0
-        self._kept: dict[tuple[str, Any], tuple[Values, tuple[_Sums, _Sums]]] = {}
+        self._kept: dict[tuple[str, Any], tuple[Values, tuple[_Moments, _Moments]]] = {}
 
     def add(self, batch_size: int, values: Mapping[str, Values] | list[tuple[str, Values]]) -> None:
         """Add all figures of the next `batch_size` images, by name; call it once a batch.
@@ -168,7 +168,7 @@ class Figures:
         weights_RB = self.rng.poisson(1.0, (RESAMPLES, batch_size)).astype(np.float64)
         self.num_images += batch_size
         for name, given in values.items() if isinstance(values, Mapping) else values:
-            _, sums = self._kept.setdefault((name, given.where), (given, (_Sums(), _Sums())))
+            _, sums = self._kept.setdefault((name, given.where), (given, (_Moments(), _Moments())))
             for kept, values_B in zip(sums, (given.original, given.patched), strict=True):
                 if values_B is None:
                     continue
@@ -181,7 +181,7 @@ class Figures:
         """Every figure of both models with their paired difference, in the order in which they were first added."""
         return [self._row(name, given, sums) for (name, _), (given, sums) in self._kept.items()]
 
-    def _row(self, name: str, given: Values, sums: tuple[_Sums, _Sums]) -> Row:
+    def _row(self, name: str, given: Values, sums: tuple[_Moments, _Moments]) -> Row:
         original, patched = (kept.estimate(given.is_share) for kept in sums)
         difference = None
         if original is not None and patched is not None:

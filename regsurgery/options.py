@@ -17,10 +17,10 @@ from regsurgery.errors import UserError, did_you_mean
 from regsurgery.formats import FORMATS, require
 from regsurgery.modes import MODES
 from regsurgery.progress import Progress
-from regsurgery.recipe import MAX_REGISTERS, Recipe
 
 if TYPE_CHECKING:
     from regsurgery.images.image_set import ImageSet
+    from regsurgery.recipe import Recipe
 
 Result = TypeVar("Result")
 PRECISIONS = ("checkpoint", "bf16")
@@ -168,6 +168,8 @@ class SearchOptions(ImageOptions):
     def checked(self) -> None:
         super().checked()
         _one_of("precision", self.precision, PRECISIONS)
+        from regsurgery.recipe import MAX_REGISTERS
+
         if self.num_registers is not None and not 1 <= self.num_registers <= MAX_REGISTERS:
             raise UserError(f"--num-registers {self.num_registers}: must be from 1 to {MAX_REGISTERS}")
 

@@ -227,17 +227,7 @@ def parse_recipe(text: str, where: str) -> Recipe:
     Raises:
         RecipeError: malformed YAML, unknown key or value, a wrong type, a schema this version does not know.
     """
-    if len(text) > MAX_BYTES:
-        raise RecipeError(
-            f"{where}: {len(text)} characters, more than the {MAX_BYTES} that a recipe may have; shorten it"
-        )
-    try:
-        data = yaml.load(text, Loader=_StrictLoader)
-    except NOT_YAML as error:
-        what = str(error).replace('in "<unicode string>", ', "at ")  # PyYAML's name of a text
-        raise RecipeError(f"{where}: not valid YAML: {' '.join(what.split())[:400]}; correct it") from error
-    if not isinstance(data, dict):
-        raise RecipeError(f"{where}: expected a mapping with the keys {', '.join(KEYS)}")
+    data = _mapping(text, where)
 
     def fail(message: str) -> NoReturn:
         raise RecipeError(f"{where}: {message}")
@@ -286,6 +276,22 @@ def parse_recipe(text: str, where: str) -> Recipe:
         provenance=provenance,
     )
     return _checked(recipe, where)
+
+
+def _mapping(text: str, where: str) -> dict[Any, Any]:
+    """The mapping in a YAML text."""
+    if len(text) > MAX_BYTES:
+        raise RecipeError(
+            f"{where}: {len(text)} characters, more than the {MAX_BYTES} that a recipe may have; shorten it"
+        )
+    try:
+        data = yaml.load(text, Loader=_StrictLoader)
+    except NOT_YAML as error:
+        what = str(error).replace('in "<unicode string>", ', "at ")  # PyYAML's name of a text
+        raise RecipeError(f"{where}: not valid YAML: {' '.join(what.split())[:400]}; correct it") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where}: expected a mapping with the keys {', '.join(KEYS)}")
+    return data
 
 
 def _neurons(data: Any, fail: Any) -> dict[int, tuple[int, ...]]:

@@ -51,19 +51,40 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | 
     return Groups(config, log) if config.getvalue("dist") == "loadgroup" else None  # type: ignore[arg-type]
 
 
+# What runs by default has these: between them every library, a gated MLP, a text tower beside, no prefix, registers
+# inside the prefix, a prefix that modules count, a bias, a mask, a collector of hidden states, no pre-norm.
+CHOSEN = ("hf-vit-classes", "hf-dinov2-swiglu", "hf-clip", "timm-vit-mean", "timm-eva02", "open-clip-no-ln-pre",
+          "hf-beit-relative", "hf-idefics3", "hf-dinov2-backbone", "hf-dinov3-gated")  # fmt: skip
+
+
+def pico_of(nodeid: str) -> str | None:
+    """The id of the pico that a test is about, or None."""
+    _, _, parameters = nodeid.partition("::")[2].removesuffix("]").partition("[")
+    ids = [name for name in IDS if f"-{parameters}-".startswith(f"-{name}-") or parameters.endswith(f"-{name}")]
+    return max(ids, key=len) if ids else None
+
+
 def group(nodeid: str) -> str:
     """Tests that run in one process: a pico's, which plant it once; of all others those of a file.
 
     `test_reload.py` takes all picos to one fresh process.
     """
-    file, _, rest = nodeid.partition("::")
-    _, _, parameters = rest.removesuffix("]").partition("[")
-    ids = [name for name in IDS if f"-{parameters}-".startswith(f"-{name}-") or parameters.endswith(f"-{name}")]
-    return max(ids, key=len) if ids and not file.endswith("test_reload.py") else file
+    file, pico = nodeid.partition("::")[0], pico_of(nodeid)
+    return file if pico is None or file.endswith("test_reload.py") else pico
 
 
+def mark_tiers(items: list[pytest.Item]) -> None:
+    """Tests of a pico that is not chosen are of the tier `families`; pyproject.toml says what runs by default."""
+    for item in items:
+        pico = pico_of(item.nodeid)
+        if pico is not None and pico not in CHOSEN:
+            item.add_marker(pytest.mark.families)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest picks by mark
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long groups first, so that none is left at the end: files with real models, other files, picos, units."""
+    mark_tiers(items)
     real = {group(item.nodeid) for item in items if item.get_closest_marker("real")}
 
     def rank(item: pytest.Item) -> int:

@@ -159,7 +159,7 @@ LEFT_BEHIND = {
 
 
 @dataclass(frozen=True)
-class _Published:
+class _PublishedNames:
     """How a transformers architecture names its tensors, and what its outputs are in a host."""
 
     stem: Mapping[str, str]
@@ -168,15 +168,15 @@ class _Published:
 
 
 PUBLISHED = {
-    "ViTModel": _Published(VIT_STEM, VIT_BLOCK, {"last_hidden_state": "tokens"}),
-    "ViTForImageClassification": _Published(VIT_STEM, VIT_BLOCK, {"logits": "head"}),
-    "DeiTModel": _Published(VIT_STEM, VIT_BLOCK, {"last_hidden_state": "tokens"}),
-    "DeiTForImageClassification": _Published(VIT_STEM, VIT_BLOCK, {"logits": "head"}),
-    "Dinov2Model": _Published(VIT_STEM, DINOV2_BLOCK, {"last_hidden_state": "tokens", "pooler_output": "cls"}),
-    "Dinov2ForImageClassification": _Published(VIT_STEM, DINOV2_BLOCK, {"logits": "head"}),
-    "CLIPVisionModel": _Published(CLIP_STEM, CLIP_BLOCK, {"pooler_output": "cls"}),
-    "CLIPVisionModelWithProjection": _Published(CLIP_STEM, CLIP_BLOCK, {"image_embeds": "head"}),
-    "CLIPModel": _Published(CLIP_STEM, CLIP_BLOCK, {"image_embeds": "unit_head"}),
+    "ViTModel": _PublishedNames(VIT_STEM, VIT_BLOCK, {"last_hidden_state": "tokens"}),
+    "ViTForImageClassification": _PublishedNames(VIT_STEM, VIT_BLOCK, {"logits": "head"}),
+    "DeiTModel": _PublishedNames(VIT_STEM, VIT_BLOCK, {"last_hidden_state": "tokens"}),
+    "DeiTForImageClassification": _PublishedNames(VIT_STEM, VIT_BLOCK, {"logits": "head"}),
+    "Dinov2Model": _PublishedNames(VIT_STEM, DINOV2_BLOCK, {"last_hidden_state": "tokens", "pooler_output": "cls"}),
+    "Dinov2ForImageClassification": _PublishedNames(VIT_STEM, DINOV2_BLOCK, {"logits": "head"}),
+    "CLIPVisionModel": _PublishedNames(CLIP_STEM, CLIP_BLOCK, {"pooler_output": "cls"}),
+    "CLIPVisionModelWithProjection": _PublishedNames(CLIP_STEM, CLIP_BLOCK, {"image_embeds": "head"}),
+    "CLIPModel": _PublishedNames(CLIP_STEM, CLIP_BLOCK, {"image_embeds": "unit_head"}),
 }
 
 
@@ -239,7 +239,7 @@ def _activation(loaded: Loaded, name: str) -> str:
 
 
 def _timm_names(
-    loaded: Loaded, on_disk: Mapping[str, Tensor], published: _Published
+    loaded: Loaded, on_disk: Mapping[str, Tensor], published: _PublishedNames
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     stem = {theirs: ours for ours, theirs in published.stem.items()}
     block = {theirs: ours for ours, theirs in published.block.items()}

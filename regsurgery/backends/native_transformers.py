@@ -26,6 +26,7 @@ from regsurgery.checkpoints.writing import write_json, write_sharded
 from regsurgery.errors import CheckpointError, UnsupportedModelError
 from regsurgery.formats import WEIGHTS_NAMES, Snippets
 from regsurgery.frontends.transformers import UNLOADABLE, from_pretrained
+from regsurgery.settings import quiet_transformers
 
 if TYPE_CHECKING:
     from regsurgery.compiler.surgery import Surgery
@@ -236,13 +237,11 @@ def reload(
 ) -> nn.Module:
     """The model of `folder` as stock transformers loads it; `stored`: its weights stay on disk."""
     import transformers
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     cls = getattr(transformers, config["architectures"][0])
     try:
-        model, info = from_pretrained(cls, folder, weight_files(folder, WEIGHTS_NAME) if stored else None)
+        with quiet_transformers():
+            model, info = from_pretrained(cls, folder, weight_files(folder, WEIGHTS_NAME) if stored else None)
     except UNLOADABLE as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
     problems = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]

@@ -15,6 +15,7 @@ from regsurgery.frontends.loaded import Loaded
 from regsurgery.frontends.transformers import from_pretrained
 from regsurgery.runtime import transformers as host_transformers
 from regsurgery.runtime.transformers import FOREIGN
+from regsurgery.settings import quiet_transformers
 
 if TYPE_CHECKING:
     from regsurgery.compiler.surgery import Surgery
@@ -123,11 +124,9 @@ def reload(
     folder: Path, config: dict[str, Any], *, stored: bool = False, image_size: tuple[int, int] | None = None
 ) -> nn.Module:
     """The patched model of `folder`, built by the folder's own file; `stored`: its weights stay on disk."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     cls = getattr(import_modeling(folder), config["architectures"][0])
-    model, info = from_pretrained(cls, folder, weight_files(folder, WEIGHTS_NAME) if stored else None)
+    with quiet_transformers():
+        model, info = from_pretrained(cls, folder, weight_files(folder, WEIGHTS_NAME) if stored else None)
     if info["missing_keys"] or info["unexpected_keys"]:
         names = sorted([*info["missing_keys"], *info["unexpected_keys"]])
         raise CheckpointError(f"{folder}: tensor '{names[0]}' is missing or unknown; patch the model again")

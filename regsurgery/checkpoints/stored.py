@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from regsurgery.checkpoints.safetensors_file import TensorEntry, read_header, torch_dtype
 from regsurgery.errors import CheckpointError
+from regsurgery.settings import replaced
 
 aten = torch.ops.aten
 
@@ -183,8 +183,8 @@ def without_memory() -> Iterator[None]:
 
     # accelerate's init_empty_weights would move stored tensors too, and open_clip moves what it has made.
     with (
-        mock.patch.object(nn.Module, "register_parameter", register_shape),
-        mock.patch.object(nn.Module, "to", lambda self, *args, **kwargs: self),
+        replaced(nn.Module, "register_parameter", register_shape),
+        replaced(nn.Module, "to", lambda self, *args, **kwargs: self),
     ):
         yield
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from regsurgery.reporting.report import Report
     from regsurgery.search.decide import Found
     from regsurgery.search.diagnosis import Diagnosis
-    from regsurgery.search.faithful import Row
+    from regsurgery.search.faithful import SettingRow
     from regsurgery.search.shares import FoundPart
     from regsurgery.verification.size_drift import SizeDrifts
     from regsurgery.verification.verdict import Verdict
@@ -274,8 +274,14 @@ class Screen(Progress):
                 )
             self.out.print(f"patch norms after each block, {diagnosis.images}", soft_wrap=True, markup=False)
             self.out.print(table)
-        fix = {"register_neurons": "", "unsupported": "cannot be patched: "}.get(diagnosis.verdict, "nothing to fix: ")
-        self.out.print(f"{diagnosis.verdict}: {fix}{diagnosis.reason}", soft_wrap=True, markup=False)
+        if diagnosis.verdict == "none":
+            line = f"Healthy: no outlier tokens, nothing to patch ({diagnosis.reason})"
+        else:
+            fix = {"register_neurons": "", "unsupported": "cannot be patched: "}.get(
+                diagnosis.verdict, "nothing to fix: "
+            )
+            line = f"{diagnosis.verdict}: {fix}{diagnosis.reason}"
+        self.out.print(line, soft_wrap=True, markup=False)
 
     def unpatched(self, restored: Restored) -> None:
         if self.as_json:
@@ -373,7 +379,7 @@ class Screen(Progress):
             self.out.print(f"note: {note}", soft_wrap=True, markup=False)
 
 
-def _setting_cells(row: Row) -> list[str]:
+def _setting_cells(row: SettingRow) -> list[str]:
     """A row of the table of settings, as text."""
     figures, tried = row.tried.means(), row.tried
     fill = "" if row.setting.fill == "zero" else f", fill {row.setting.fill}"

@@ -56,6 +56,39 @@ class Drift:
     cosine_patches: Tensor
     num_patches: Tensor
 
+    @property
+    def mean_cosine_patches(self) -> Tensor:
+        """Mean cosine of the patches that were no outliers, `[B]`."""
+        return self.cosine_patches / self.num_patches
+
+    @property
+    def value(self) -> Tensor:
+        """The drift as one number an image, `[B]`: `kl` in nats, or for models without logits of classes what is
+        missing to 1 of the cosines of the output and of the patches, added.
+        """
+        return 2 - self.cosine_output - self.mean_cosine_patches if self.kl is None else self.kl
+
+
+def moved(main: str, output: Tensor, new_output: Tensor, patches: tuple[Tensor, Tensor], inlier_BN: Tensor) -> Drift:
+    """How far one batch moved.
+
+    Args:
+        output, new_output: the main output of the original and of the patched model.
+        patches: the patches of both after the last block, `[B, N, D]`.
+        inlier_BN: which patches of the original were no outliers.
+    """
+    kl_B, same_B = None, None
+    if has_classes(main, output):
+        kl_B, same_B = kl_divergence(output, new_output), output.argmax(-1) == new_output.argmax(-1)
+    cosine_BN = patch_cosines(*patches)
+    cosine_B = (cosine_BN * inlier_BN).sum(dim=1)
+    return Drift(kl_B, same_B, output_cosine(output, new_output), cosine_B, inlier_BN.sum(dim=1))
+
+
+def patch_cosines(patches_BND: Tensor, new_patches_BND: Tensor) -> Tensor:
+    """Cosine of each patch, `[B, N]`."""
+    return F.cosine_similarity(patches_BND.float(), new_patches_BND.float(), dim=-1)
+
 
 def probe_nodes(sites: Sites) -> dict[str, str]:
     """The nodes that `compare` wants tapped: the stream after the last but one block, and after the last."""
@@ -103,19 +136,14 @@ def compare(
     register_norms_BR = token_norms(new_taps["probe"])[:, registers]
     means.add("register", register_norms_BR)
     means.add("register squared", register_norms_BR.double() ** 2)
-    last_BND, new_last_BND = taps["last"][:, sites.patches], new_taps["last"][:, new_patches]
-    cosine_BN = F.cosine_similarity(last_BND.float(), new_last_BND.float(), dim=-1)
-    means.add("cosine patches", cosine_BN[~was_outlier_BN])
-    output, new_output = outputs[main], new_outputs[main]
-    output_cosine_B = output_cosine(output, new_output)
-    means.add("cosine output", output_cosine_B)
-    kl_B, same_B = None, None
-    if has_classes(main, output):
-        kl_B, same_B = kl_divergence(output, new_output), output.argmax(-1) == new_output.argmax(-1)
-        means.add("kl", kl_B)
-        means.add("argmax", same_B)
-    kept_BN = ~was_outlier_BN
-    return Drift(kl_B, same_B, output_cosine_B, (cosine_BN * kept_BN).sum(dim=1), kept_BN.sum(dim=1))
+    last = taps["last"][:, sites.patches], new_taps["last"][:, new_patches]
+    means.add("cosine patches", patch_cosines(*last)[~was_outlier_BN])
+    drift = moved(main, outputs[main], new_outputs[main], last, ~was_outlier_BN)
+    means.add("cosine output", drift.cosine_output)
+    if drift.kl is not None and drift.same is not None:
+        means.add("kl", drift.kl)
+        means.add("argmax", drift.same)
+    return drift
 
 
 def has_classes(main: str, output: Tensor) -> bool:

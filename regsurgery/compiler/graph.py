@@ -62,19 +62,6 @@ def common_path(paths: list[str]) -> str:
     return ".".join(common)
 
 
-def evaluate(graph_module: fx.GraphModule, node: fx.Node, inputs: list[Tensor]) -> Tensor:
-    """Run `graph_module` up to `node` only."""
-    masks = ancestor_sets(graph_module.graph)
-    graph = fx.Graph()
-    copied: dict[fx.Node, fx.Node] = {}
-    for other in graph_module.graph.nodes:
-        if other.op == "placeholder" or (other.op != "output" and is_ancestor(masks, other, node)):
-            copied[other] = graph.node_copy(other, lambda n: copied[n])
-    graph.output(copied[node])
-    with torch.no_grad():
-        return fx.GraphModule(graph_module, graph)(*inputs)
-
-
 def drop_unused(graph: fx.Graph) -> None:
     """Erase every node that the output does not need.
 

@@ -25,49 +25,30 @@ from torch import fx
 from regsurgery.compiler.graph import (
     ancestor_sets,
     common_path,
-    evaluate,
     hint,
     is_ancestor,
     module_path,
     symbolic_shape,
 )
+from regsurgery.compiler.ops import (
+    ADDS,
+    ALIASES,
+    ATTENTIONS,
+    CONVOLUTIONS,
+    EMBEDDINGS,
+    IDENTITIES,
+    LINEARS,
+    NONLINEAR,
+    NORMS,
+    POINTWISE,
+    SPLITS,
+    aten,
+)
 from regsurgery.compiler.placement import place
 from regsurgery.compiler.sites import Block, Sites
+from regsurgery.compiler.taps import tap
 from regsurgery.compiler.trace import Traced
 from regsurgery.errors import UnsupportedModelError
-
-aten = torch.ops.aten
-
-ADDS = {aten.add.Tensor, aten.add_.Tensor}
-LINEARS = {aten.linear.default}
-NORMS = {aten.layer_norm.default, aten.native_layer_norm.default, aten.rms_norm.default}
-# Same values, same shape, in eval mode.
-IDENTITIES = {aten.dropout.default, aten.dropout_.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout,
-              aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.alias.default,
-              aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default}  # fmt: skip
-ALIASES = IDENTITIES - {aten._to_copy.default, aten.clone.default, aten.lift_fresh_copy.default}
-NONLINEAR = {aten.gelu.default, aten.gelu_.default, aten.silu.default, aten.silu_.default, aten.relu.default,
-             aten.relu_.default, aten.sigmoid.default, aten.tanh.default, aten.hardswish.default, aten.elu.default,
-             aten.leaky_relu.default, aten.erf.default, aten.softplus.default, aten.mish.default, aten.exp.default,
-             aten.relu6.default, aten.hardtanh.default, aten.hardsigmoid.default}  # fmt: skip
-POINTWISE = (
-    NONLINEAR
-    | {
-        aten.mul.Tensor,
-        aten.mul.Scalar,
-        aten.mul_.Tensor,
-        aten.div.Tensor,
-        aten.pow.Tensor_Scalar,
-        aten.add.Scalar,
-        aten.neg.default,
-        aten.rsqrt.default,
-    }
-    | ADDS
-)
-SPLITS = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
-EMBEDDINGS = {aten.embedding.default}
-CONVOLUTIONS = {aten.conv2d.default, aten.conv2d.padding, aten.convolution.default, aten.conv3d.default}
-ATTENTIONS = {aten.scaled_dot_product_attention.default, aten.softmax.int, aten._softmax.default}
 
 
 def match(traced: Traced) -> Sites:
@@ -364,7 +345,8 @@ def _count_prefix(traced: Traced, tokens: fx.Node) -> int:
         torch.full_like(value, float("nan")) if node.name == traced.image else value
         for node, value in zip(graph_module.graph.find_nodes(op="placeholder"), traced.example, strict=True)
     ]
-    value = evaluate(graph_module, tokens, nan_image)
+    with torch.no_grad():
+        value = tap(graph_module, {"tokens": tokens.name}, early_exit=True)(*nan_image)[1]["tokens"]
     finite_T = value[0].isfinite().all(dim=-1)
     num_prefix = int(finite_T.sum())
     if not bool(finite_T[:num_prefix].all()):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from regsurgery.compiler.graph import find_node
-from regsurgery.compiler.match import NONLINEAR
+from regsurgery.compiler.ops import NONLINEAR
 from regsurgery.compiler.sites import Block
 from regsurgery.compiler.trace import Traced
 

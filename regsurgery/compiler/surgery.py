@@ -19,10 +19,8 @@ from regsurgery.compiler.trace import Traced
 from regsurgery.errors import RecipeError
 from regsurgery.frontends.loaded import Loaded
 from regsurgery.recipe import Recipe
-from regsurgery.runtime.surgery import repeated_registers
+from regsurgery.runtime.surgery import ATTENTION_CONSTANTS, REGISTER_TOKENS, repeated_registers
 from regsurgery.version import __version__
-
-REGISTER_TOKENS, ATTENTION_CONSTANTS = "register_tokens", "attention_constants"
 
 
 @dataclass(frozen=True)

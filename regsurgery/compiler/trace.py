@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx
@@ -23,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from regsurgery.checkpoints.stored import as_shapes, fill_shapes
 from regsurgery.errors import UnsupportedModelError
+from regsurgery.settings import replaced
 
 if TYPE_CHECKING:
     from regsurgery.frontends.loaded import Loaded
@@ -105,7 +105,7 @@ def _entered(loaded: Loaded) -> Iterator[None]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return entry(*args, **kwargs)
 
-    with mock.patch.object(loaded.model, "forward", forward):
+    with replaced(loaded.model, "forward", forward):
         yield
 
 
@@ -124,9 +124,9 @@ def _export_settings() -> Iterator[None]:
     masking = sys.modules.get("transformers.masking_utils")
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")
-        stack.enter_context(mock.patch.object(fx_config, "do_not_emit_stack_traces", True, create=True))
+        stack.enter_context(replaced(fx_config, "do_not_emit_stack_traces", True))
         if masking is not None and hasattr(masking, "is_torchdynamo_exporting"):
-            stack.enter_context(mock.patch.object(masking, "is_torchdynamo_exporting", lambda: False))
+            stack.enter_context(replaced(masking, "is_torchdynamo_exporting", lambda: False))
         yield
 
 

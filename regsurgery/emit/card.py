@@ -59,25 +59,17 @@ def model_card(
         picture: name of the picture beside the card, if there is one.
         sizes: the drift at several image sizes, where it was measured.
     """
-    import jinja2
     from huggingface_hub import ModelCard
 
     loaded, plan = surgery.loaded, surgery.plan
     source_card = read_source_card(loaded.folder)
     data = _metadata(surgery, fmt, verdict, run, source_card)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("regsurgery"),
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     snippets = (
         *backend(fmt, surgery.recipe.kind).snippets(surgery, THIS_FOLDER),
         ("regsurgery, whatever the format", LOADER.format(folder=THIS_FOLDER)),
     )
     num_tokens = surgery.sites.num_tokens
-    body = environment.get_template("card.md.j2").render(
+    body = _template().render(
         name=loaded.source.name,
         source=loaded.source,
         source_card=source_card,
@@ -108,6 +100,19 @@ def model_card(
         version=surgery.config_block["version"],
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}", ignore_metadata_errors=False))
+
+
+def _template() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("regsurgery"),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("card.md.j2")
 
 
 def _figures(verdict: Verdict) -> dict[str, Any]:

@@ -23,7 +23,7 @@ BATCH = 8
 
 
 @dataclass(frozen=True)
-class Batch:
+class MaskedBatch:
     """Images and masks.
 
     Attributes:
@@ -55,7 +55,7 @@ def with_masks(images: ImageSet, folder: Path | None) -> tuple[ImageSet, dict[st
     return replace(images, chosen=tuple(chosen), note=note), paths
 
 
-def batches(pair: Pair, images: ImageSet, paths: Mapping[str, Path]) -> Iterator[Batch]:
+def batches(pair: Pair, images: ImageSet, paths: Mapping[str, Path]) -> Iterator[MaskedBatch]:
     mean_311, scale_311 = normalisation(pair.loaded)
     height, width = pair.original.image_size
     items = list(images.source.items(images.chosen))
@@ -76,7 +76,7 @@ def batches(pair: Pair, images: ImageSet, paths: Mapping[str, Path]) -> Iterator
             pixels.append((pixels_of(squeezed) - mean_311) * scale_311)
             masks.append(np.asarray(mask.resize((width, height), Image.Resampling.NEAREST)))
         if numbers:
-            yield Batch(numbers, torch.stack(pixels).to(pair.traced.example[0].dtype), np.stack(masks))
+            yield MaskedBatch(numbers, torch.stack(pixels).to(pair.traced.example[0].dtype), np.stack(masks))
 
 
 def read_mask(path: Path) -> Image.Image:

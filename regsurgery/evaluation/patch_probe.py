@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from regsurgery.evaluation.masks import IGNORED, Batch
+from regsurgery.evaluation.masks import IGNORED, MaskedBatch
 from regsurgery.interval import RESAMPLES, Row, from_resamples
 
 MAX_STEPS = 300
@@ -33,7 +33,7 @@ class Samples:
     def count(self) -> int:
         return sum(map(len, self.labels))
 
-    def add(self, features: Sequence[np.ndarray], batch: Batch, patch: int) -> None:
+    def add(self, features: Sequence[np.ndarray], batch: MaskedBatch, patch: int) -> None:
         for place, (number, mask) in enumerate(zip(batch.numbers, batch.masks, strict=True)):
             self.seen[np.unique(mask)] = True
             labels_N = patch_labels(mask, patch)
@@ -98,7 +98,7 @@ def _clustered(features_PD: np.ndarray, places_P: np.ndarray, num_classes: int, 
     return lambda features_ND: class_of_cluster[fitted.predict(features_ND)]
 
 
-class Sums:
+class Confusion:
     """Shared, predicted and true pixels of each class, over the images and over every resample of them."""
 
     def __init__(self, num_classes: int, rng: np.random.Generator) -> None:

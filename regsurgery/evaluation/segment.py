@@ -6,14 +6,14 @@ Shape suffixes: B images, N patches, D width.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch.nn.functional as F
 
 from regsurgery.errors import UserError
-from regsurgery.evaluation.masks import IGNORED, Batch, batches, with_masks
-from regsurgery.evaluation.patch_probe import Samples, Sums
+from regsurgery.evaluation.masks import IGNORED, MaskedBatch, batches, with_masks
+from regsurgery.evaluation.patch_probe import Confusion, Samples
 from regsurgery.evaluation.result import Result
 from regsurgery.verification.observing import check_block
 from regsurgery.verification.pair import Pair
@@ -52,18 +52,13 @@ def evaluate(
     Raises:
         UserError: there are no masks, or all of one class; or a setting is none.
     """
-    if method not in METHODS:
-        raise UserError(f"eval segment: '{method}' is no method; there are {', '.join(METHODS)}")
     block = check_block(pair.original, block)
-    images, paths = with_masks(images, None if masks is None else Path(masks))
-    if method == "linear" and len(paths) < 2:
-        raise UserError(f"{images.note}: one image has a mask; a linear probe needs two, to fit on and to test on")
+    images, paths = _checked(images, masks, method)
     observe = pair.observer(blocks=[block], what=["blocks"])
-    folds = min(FOLDS, len(paths))
-    rng = np.random.default_rng(seed)
+    folds, rng = min(FOLDS, len(paths)), np.random.default_rng(seed)
     samples = Samples(max(1, MAX_SAMPLES // len(paths)), rng)
 
-    def features(batch: Batch) -> list[np.ndarray]:
+    def features(batch: MaskedBatch) -> list[np.ndarray]:
         """Of both models, `[B, N, D]`."""
         both = (seen.patches(block).float() for seen in observe(batch.pixels))
         return [F.layer_norm(patches_BND, patches_BND.shape[-1:]).cpu().numpy() for patches_BND in both]
@@ -78,7 +73,7 @@ def evaluate(
     progress.stage(f"fit {method}")
     probes = [samples.fit(side, method, folds, seed) for side in (0, 1)]
 
-    sums = Sums(len(classes), rng)
+    sums = Confusion(len(classes), rng)
     progress.stage("segment", len(paths))
     for batch in batches(pair, images, paths):
         places = samples.places(batch.masks)
@@ -89,6 +84,16 @@ def evaluate(
         sums.add(predicted, places, pair.original.grid, pair.original.patch_size)
         progress.advance(len(batch.numbers))
     details = {"iou": {str(name): values for name, values in zip(classes.tolist(), sums.ious(), strict=True)}}
-    note = f"{method} probe, {len(classes)} classes, fitted on {samples.count} patches"
-    note += f" in {folds} folds" if method == "linear" else ""
+    where = f" in {folds} folds" if method == "linear" else ""
+    note = f"{method} probe, {len(classes)} classes, fitted on {samples.count} patches{where}"
     return Result(sums.rows(), (f"{images.note}; {note}",), details, sums.num_images)
+
+
+def _checked(images: ImageSet, masks: str | Path | None, method: str) -> tuple[ImageSet, Any]:
+    """The images that have a mask, and the masks' paths."""
+    if method not in METHODS:
+        raise UserError(f"eval segment: there is no method '{method}', only {', '.join(METHODS)}")
+    images, paths = with_masks(images, None if masks is None else Path(masks))
+    if method == "linear" and len(paths) < 2:
+        raise UserError(f"{images.note}: one image has a mask; a linear probe needs two, to fit on and to test on")
+    return images, paths

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -55,14 +55,12 @@ def evaluate(
     Raises:
         UserError: there is no recipe, or not one of `where` and `mask`, or no patch in it.
     """
-    if pair.recipe is None or not pair.recipe.register_neurons:
-        raise UserError(f"{pair.folder}: has no register neurons to move the outliers with; give a folder of patch")
+    neurons = _neurons(pair)
     rows, columns = pair.original.grid
     chosen_N = chosen_patches(where, mask, pair.original.image_size, (rows, columns))
     first, last = pair.sites.patches.start, pair.sites.patches.stop
     places = tuple((first + torch.nonzero(chosen_N)[:, 0]).tolist())
     probe = pair.sites.blocks[pair.sites.probe_block].output
-    neurons = {block: tuple(listed) for block, listed in pair.recipe.register_neurons.items()}
     moved_graph = tap(moved(pair.traced.graph_module, pair, neurons, places), {"probe": probe})
     observe = pair.observer(blocks=[pair.sites.probe_block], what=["blocks"], outputs=True)
     main = main_output(pair.traced.output_names)
@@ -91,12 +89,23 @@ def evaluate(
         figures.add(len(batch.pixels), values)
         progress.advance(len(batch.pixels))
     maps = {name: (total / figures.num_images).reshape(rows, columns).numpy() for name, total in norm_sums.items()}
-    details = {
+    details = _details(chosen_N, maps)
+    return Result(figures.rows(), (f"{len(places)} of {rows * columns} patches chosen; output {main}",), details)
+
+
+def _neurons(pair: Pair) -> dict[int, tuple[int, ...]]:
+    if pair.recipe is None or not pair.recipe.register_neurons:
+        raise UserError(f"{pair.folder}: has no register neurons to move the outliers with; give a folder of patch")
+    return {block: tuple(listed) for block, listed in pair.recipe.register_neurons.items()}
+
+
+def _details(chosen_N: Tensor, maps: dict[str, Any]) -> dict[str, Any]:
+    rows, columns = maps[ORIGINAL].shape
+    return {
         "chosen": torch.nonzero(chosen_N)[:, 0].tolist(),
         "grid": [rows, columns],
         "norm_maps": {name: np.round(map_NN, 2).tolist() for name, map_NN in maps.items()},
     }
-    return Result(figures.rows(), (f"{len(places)} of {rows * columns} patches chosen; output {main}",), details)
 
 
 def _of_images(norms_BN: Tensor, chosen_N: Tensor) -> dict[str, Tensor]:

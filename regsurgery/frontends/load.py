@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from regsurgery.checkpoints.safetensors_file import SafetensorsFile, read_header
 from regsurgery.checkpoints.weights_check import check_shards, finite_digests
 from regsurgery.checkpoints.whole import scratch_folder
 from regsurgery.errors import CheckpointError, UnsupportedModelError
+from regsurgery.formats import WEIGHTS_NAMES
 from regsurgery.frontends.bounds import bounded_model, check_numbers, tried
 from regsurgery.frontends.config import read_config
 from regsurgery.frontends.device import check_device
+from regsurgery.frontends.libraries import frontend
 from regsurgery.frontends.loaded import Checkpoint, Loaded, Source
 from regsurgery.frontends.model_id import downloaded, repository_of
 from regsurgery.options import LoadOptions
@@ -31,6 +33,7 @@ def load(
     scratch: tempfile.TemporaryDirectory[str] | None = None,
     native: bool = False,
     look_through: bool = True,
+    known: Mapping[str, str] | None = None,
     use_meanwhile: Callable[[Sequence[Path]], None] | None = None,
 ) -> Loaded:
     """Load MODEL: a folder, a Hub id, `timm:NAME` or `open_clip:ARCH/TAG`.
@@ -40,6 +43,8 @@ def load(
         native: MODEL is a folder of native mode, a stock checkpoint; others that are patched are refused.
         look_through: read every weight, for the sha256 and to refuse NaN; without, files whose sha256 the Hub gave are
             taken to be what it published.
+        known: name -> sha256 of files that were just written from a checkpoint that was looked through: those weights
+            are not read again.
         use_meanwhile: is called with the weight files as soon as their headers are known to be fine.
 
     Raises:
@@ -55,31 +60,24 @@ def load(
     else:
         repo = repository_of(model_id)
         folder, revision = downloaded(repo, model_id, options)
-
-    from regsurgery.formats import WEIGHTS_NAMES
-    from regsurgery.frontends.libraries import frontend
-
     library, config_name, config = read_config(folder)
     if not native:  # there the folder is a patched one, checked already, or our own link to it
-        refuse_links_out(folder)
-    if "regsurgery" in config and not native:
-        raise CheckpointError(f"{folder}: is patched already; patch its source {_source_id(config)} instead")
+        _refuse_patched(folder, config)
     check_numbers(folder / config_name, config)
+    given = model_id if scratch is None else options.called
     weights, folder, scratch, pickled = _weights(folder, library, options, scratch)
     headers = [read_header(path) for path in weights]
     check_shards(folder, WEIGHTS_NAMES[library], headers)
     _refuse_quantised(folder, config, headers)
     if use_meanwhile is not None:
         use_meanwhile(weights)
-    digests = None if look_through else _published(weights)
-    if digests is None:
-        digests = finite_digests(headers)
+    digests = _known(weights, known) or (None if look_through else _published(weights)) or finite_digests(headers)
     if options.called is not None:
         repo = None if revision is None else repository_of(options.called)
     source = Source(options.called or model_id, revision, _combined(digests), repo)
     if options.sha256 not in (None, source.sha256):
         raise CheckpointError(
-            f"{model_id}: its weights have sha256 {source.sha256}, expected {options.sha256}: they were "
+            f"{given}: its weights have sha256 {source.sha256}, expected {options.sha256}: they were "
             "changed, or are another model's; get those back that are expected"
         )
     stored = sum(path.stat().st_size for path in weights) > _memory(options)
@@ -90,10 +88,25 @@ def load(
     return loaded
 
 
+def _known(weights: Sequence[Path], known: Mapping[str, str] | None) -> tuple[str, ...] | None:
+    """The sha256 of each file by `known`, or None where not all of them are."""
+    return None if known is None else _all(known.get(path.name) for path in weights)
+
+
 def _published(weights: Sequence[Path]) -> tuple[str, ...] | None:
     """The sha256 of each file as the Hub gave it, or None where it did not give all of them."""
-    digests = [published_sha256(path) for path in weights]
-    return None if None in digests else tuple(filter(None, digests))
+    return _all(published_sha256(path) for path in weights)
+
+
+def _all(digests: Iterable[str | None]) -> tuple[str, ...] | None:
+    found = list(digests)
+    return None if None in found else tuple(filter(None, found))
+
+
+def _refuse_patched(folder: Path, config: Mapping[str, Any]) -> None:
+    refuse_links_out(folder)
+    if "regsurgery" in config:
+        raise CheckpointError(f"{folder}: is patched already; patch its source {_source_id(config)} instead")
 
 
 def _source_id(config: Mapping[str, Any]) -> str:

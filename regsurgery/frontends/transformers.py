@@ -21,6 +21,7 @@ from regsurgery.families import ENTRIES, NOISE_INPUTS, PACKED_INPUTS, TEXT_CONFI
 from regsurgery.frontends.bounds import check_numbers
 from regsurgery.frontends.loaded import Checkpoint, Loaded
 from regsurgery.options import LoadOptions
+from regsurgery.settings import quiet_transformers
 
 UNLOADABLE = (*BROKEN, SafetensorError, StrictDataclassError)  # what transformers raises on broken configs and weights
 
@@ -28,60 +29,23 @@ UNLOADABLE = (*BROKEN, SafetensorError, StrictDataclassError)  # what transforme
 def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     """Load a transformers folder with the class that its config names."""
     folder, config = checkpoint.folder, checkpoint.config
-    import transformers
-    from transformers.utils import logging
-
-    architecture = _architecture(folder / checkpoint.config_name, config)
-    cls = getattr(transformers, architecture, None)
-    if cls is None and "auto_map" in config and not options.trust_remote_code:
-        raise CheckpointError(
-            f"{folder}: {architecture} is code that the checkpoint brings along; pass "
-            "--trust-remote-code if you trust its author"
-        )
-    if cls is None and "auto_map" in config:
-        cls = transformers.AutoModel
-    if cls is None:
-        raise UnsupportedModelError(
-            f"{folder / checkpoint.config_name}: this version of transformers has no {architecture}"
-        )
-    if not hasattr(cls, "from_pretrained") or not hasattr(cls, "from_config" if "Auto" in architecture else "forward"):
-        raise CheckpointError(f"{folder / checkpoint.config_name}: {architecture!r} is no model class of transformers")
-    if not options.trust_remote_code:
-        _refuse_kernels(folder / checkpoint.config_name, config)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    architecture, cls = _class_of(checkpoint, options)
     try:
-        model, info = from_pretrained(
-            cls,
-            folder,
-            checkpoint.weights if checkpoint.stored else None,
-            trust_remote_code=options.trust_remote_code,
-            device_map=options.device_map,
-            ignore_mismatched_sizes=True,
-        )
+        with quiet_transformers():
+            model, info = from_pretrained(
+                cls,
+                folder,
+                checkpoint.weights if checkpoint.stored else None,
+                trust_remote_code=options.trust_remote_code,
+                device_map=options.device_map,
+                ignore_mismatched_sizes=True,
+            )
     except UNLOADABLE as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
-    for kind, problem in (
-        ("missing_keys", "is missing"),
-        ("mismatched_keys", "has another shape than the config says"),
-    ):
-        if info.get(kind):
-            found = info[kind][0] if isinstance(info[kind], list) else min(info[kind])
-            name = found if isinstance(found, str) else found[0]
-            name = _disk_names(model)(name) or name
-            raise CheckpointError(
-                f"{checkpoint.weights[0]}: tensor '{name}' {problem} ({len(info[kind])} in all); "
-                "config and weights do not belong together"
-            )
+    _check_complete(checkpoint, model, info)
     entry, feature_layer = ENTRIES.get(architecture, ("", None))
     parameters = inspect.signature(model.get_submodule(entry).forward).parameters
-    if "pixel_values" not in parameters:
-        raise UnsupportedModelError(
-            f"{folder}: {architecture} takes no pixel_values, it is no vision model; give one that takes images"
-        )
-    for name, reason in PACKED_INPUTS.items():
-        if name in parameters:
-            raise UnsupportedModelError(f"{folder}: {architecture} is not supported: {reason} (its input '{name}')")
+    _check_inputs(folder, architecture, parameters)
     own_size = _own_size(config, model)
     preprocess_at, note, image_size = _preprocessing(folder, own_size, model.dtype, options)
     return Loaded(
@@ -97,6 +61,61 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         disk_name=_disk_names(model),
         entry=entry,
     )
+
+
+def _class_of(checkpoint: Checkpoint, options: LoadOptions) -> tuple[str, Any]:
+    """The architecture that the config names, and its class.
+
+    Raises:
+        CheckpointError: it is code that comes with the checkpoint, or no class of a model.
+        UnsupportedModelError: this transformers does not know it.
+    """
+    import transformers
+
+    path, config = checkpoint.folder / checkpoint.config_name, checkpoint.config
+    architecture = _architecture(path, config)
+    cls = getattr(transformers, architecture, None)
+    if cls is None and "auto_map" in config and not options.trust_remote_code:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {architecture} is code that the checkpoint brings along; pass "
+            "--trust-remote-code if you trust its author"
+        )
+    if cls is None and "auto_map" in config:
+        cls = transformers.AutoModel
+    if cls is None:
+        raise UnsupportedModelError(f"{path}: this version of transformers has no {architecture}")
+    if not hasattr(cls, "from_pretrained") or not hasattr(cls, "from_config" if "Auto" in architecture else "forward"):
+        raise CheckpointError(f"{path}: {architecture!r} is not a model class of transformers")
+    if not options.trust_remote_code:
+        _refuse_kernels(path, config)
+    return architecture, cls
+
+
+def _check_complete(checkpoint: Checkpoint, model: Any, info: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for tensors that the weights do not have, or have in another shape."""
+    for kind, problem in (
+        ("missing_keys", "is missing"),
+        ("mismatched_keys", "has another shape than the config says"),
+    ):
+        if info.get(kind):
+            found = info[kind][0] if isinstance(info[kind], list) else min(info[kind])
+            name = found if isinstance(found, str) else found[0]
+            name = _disk_names(model)(name) or name
+            raise CheckpointError(
+                f"{checkpoint.weights[0]}: tensor '{name}' {problem} ({len(info[kind])} in all); "
+                "config and weights do not belong together"
+            )
+
+
+def _check_inputs(folder: Path, architecture: str, parameters: Mapping[str, Any]) -> None:
+    """Raise `UnsupportedModelError` for a model that takes no images, or takes them packed."""
+    if "pixel_values" not in parameters:
+        raise UnsupportedModelError(
+            f"{folder}: {architecture} takes no pixel_values, so it is not a vision model; give one that takes images"
+        )
+    for name, reason in PACKED_INPUTS.items():
+        if name in parameters:
+            raise UnsupportedModelError(f"{folder}: {architecture} is not supported: {reason} (its input '{name}')")
 
 
 def from_pretrained(

@@ -17,7 +17,7 @@ from regsurgery.errors import UserError
 from regsurgery.images.decoding import decode
 from regsurgery.images.generated import Generated
 from regsurgery.images.opening import open_source
-from regsurgery.images.sources import UNREADABLE, Item, Source, Stretch
+from regsurgery.images.sources import UNREADABLE, ImageSource, Item, Stretch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,7 +41,7 @@ class ImageSet:
     """
 
     note: str
-    source: Source
+    source: ImageSource
     chosen: range | tuple[int, ...]
     say: Callable[[str], None] = lambda line: None
     broken: dict[str, str] = field(default_factory=dict)

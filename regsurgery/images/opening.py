@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from regsurgery.errors import UserError
-from regsurgery.images.sources import SUFFIXES, Pictures, Source
+from regsurgery.images.sources import SUFFIXES, ImageSource, Pictures
 
 KINDS = dict.fromkeys(SUFFIXES, "pictures") | {".parquet": "parquet", ".arrow": "arrow", ".tar": "tar"}
 
@@ -33,7 +33,7 @@ def dataset_files(where: Path) -> tuple[str, tuple[Path, ...]]:
     return kind, tuple(kinds[kind])
 
 
-def open_source(where: Path) -> Source:
+def open_source(where: Path) -> ImageSource:
     """The source in the `dataset_files` of `where`.
 
     Raises:

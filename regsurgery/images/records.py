@@ -14,6 +14,7 @@ from typing import Any
 from regsurgery.errors import UserError
 from regsurgery.images.decoding import decode
 from regsurgery.images.sources import UNREADABLE, Item, blamed, fingerprint_of
+from regsurgery.settings import quiet_datasets
 
 BINARY = ("binary", "large_binary", "binary_view")
 
@@ -39,13 +40,11 @@ class Records:
     @classmethod
     def open(cls, paths: tuple[Path, ...], kind: str) -> Records:
         try:
-            import datasets.config
+            import datasets
         except ImportError as error:
             raise UserError(
                 f"{paths[0]}: reading {kind} files needs the library datasets: pip install 'regsurgery[data]'"
             ) from error
-        datasets.disable_progress_bars()
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it tells a server of every load, even of local files
         columns, counts = [], []
         for path in paths:
             with blamed(path, kind, *_library_errors()):
@@ -60,7 +59,7 @@ class Records:
             raise UserError(f"{paths[0]}: no images in it")
         only: dict[str, Any] = {"columns": columns} if kind == "parquet" else {}
         # The names are taken for patterns, and even a stream locks a file in the library's cache.
-        with blamed(paths[0], kind, *_library_errors()), tempfile.TemporaryDirectory() as cache:
+        with blamed(paths[0], kind, *_library_errors()), tempfile.TemporaryDirectory() as cache, quiet_datasets():
             stream = datasets.load_dataset(
                 kind,
                 data_files=[glob.escape(str(path.absolute())) for path in paths],

@@ -37,7 +37,7 @@ Content = Path | Stretch | bytes | str
 Item = tuple[str, Content]
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """Images by number, in an order that stays the same.
 
     Attributes:

@@ -36,7 +36,7 @@ SETTINGS = {  # key of a row of the search's table -> its column
 
 
 @dataclass(frozen=True)
-class Subject:
+class ReportSubject:
     """What the report is about.
 
     Attributes:
@@ -49,7 +49,7 @@ class Subject:
     source: Mapping[str, Any]
 
 
-def page(subject: Subject, verdict: Verdict, collected: Collected, lost: Lost | None) -> str:
+def page(subject: ReportSubject, verdict: Verdict, collected: Collected, lost: Lost | None) -> str:
     """The report as HTML."""
     import jinja2
     import vl_convert

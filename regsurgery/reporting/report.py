@@ -62,7 +62,7 @@ def report(folder: str | Path, output: str | Path | None = None, *, options: Rep
         )
     from regsurgery.emit.run_record import fitted_of, judged
     from regsurgery.reporting.collect import Lost, collect
-    from regsurgery.reporting.page import Subject, page
+    from regsurgery.reporting.page import ReportSubject, page
     from regsurgery.verification.folder import verify_pair
     from regsurgery.verification.observing import check_block
     from regsurgery.verification.pair import reopened
@@ -80,7 +80,7 @@ def report(folder: str | Path, output: str | Path | None = None, *, options: Rep
         lost = Lost(check_block(pair.original, block), options.kind, options.bias) if options.boxes else None
         collected = collect(pair, images, progress, lost)
         source = opened.config["regsurgery"]["source"]
-        html = page(Subject(root.absolute().name, pair.mode, opened.recipe, source), verdict, collected, lost)
+        html = page(ReportSubject(root.absolute().name, pair.mode, opened.recipe, source), verdict, collected, lost)
     content = html.encode()
     if len(content) > MAX_BYTES:
         raise UserError(

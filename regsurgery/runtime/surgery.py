@@ -19,6 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# The parameters that a tower gets, by mode.
+REGISTER_TOKENS, ATTENTION_CONSTANTS = "register_tokens", "attention_constants"
+
 
 def registers_for(num_patches: int, num_registers: int, chosen_for: int | None) -> int:
     """The number of registers of a model that sees `num_patches` patches, given `num_registers` of `chosen_for`.
@@ -193,6 +196,20 @@ def neuron_shift(
     if in_place and not (torch.is_grad_enabled() and hidden_BTH.requires_grad):
         return hidden_BTH.index_copy_(-1, index_K, shifted_BTK)
     return hidden_BTH.index_copy(-1, index_K, shifted_BTK)
+
+
+def shift_arguments(
+    num_prefix: int, scale: Sequence[float], placement: str, fill: str, prefix: str, compat: str
+) -> dict[str, Any]:
+    """The keywords of `neuron_shift` that a recipe and the sites decide, all but `in_place`."""
+    return {
+        "num_prefix": num_prefix,
+        "inside_prefix": placement == "prefix",
+        "scale": list(scale),
+        "fill": fill,
+        "fill_prefix": prefix == "fill",
+        "one_peak": compat == "reference",
+    }
 
 
 class ShiftedLinear(nn.Linear):
@@ -500,14 +517,9 @@ def operate(model: nn.Module, surgery: Mapping[str, Any], *, keep_registers: boo
         raise ValueError(
             "keep_registers=True needs the vision tower alone, without the head around it; load it with AutoModel"
         )
-    shift = {
-        "num_prefix": num_prefix,
-        "inside_prefix": surgery["placement"] == "prefix",
-        "scale": [float(factor) for factor in surgery["scale"]][: None if count.chosen_for is None else 1],
-        "fill": surgery["fill"],
-        "fill_prefix": surgery["prefix"] == "fill",
-        "one_peak": surgery["compat"] == "reference",
-    }
+    scale = [float(factor) for factor in surgery["scale"]][: None if count.chosen_for is None else 1]
+    names = ("placement", "fill", "prefix", "compat")
+    shift = shift_arguments(num_prefix, scale, **{name: surgery[name] for name in names})
     for block, neurons in surgery["register_neurons"].items():
         linear = tower.get_submodule(layout["down"][block])
         in_place = block in surgery["in_place_blocks"]
@@ -517,7 +529,7 @@ def operate(model: nn.Module, surgery: Mapping[str, Any], *, keep_registers: boo
     if surgery["mode"] == "bias":
         blocks = surgery["constant_blocks"]
         zeros_LD = torch.zeros(len(blocks), int(surgery["width"]), dtype=like.dtype, device=like.device)
-        tower.register_parameter("attention_constants", nn.Parameter(zeros_LD))
+        tower.register_parameter(ATTENTION_CONSTANTS, nn.Parameter(zeros_LD))
         one = RegisterCount(1, num_prefix=num_prefix)
         _make_room(tower, [layout["attentions"][block] for block in blocks], layout, one, start)
         for index, block in enumerate(blocks):
@@ -527,7 +539,7 @@ def operate(model: nn.Module, surgery: Mapping[str, Any], *, keep_registers: boo
     if num_registers == 0:
         return model
     zeros_1RD = torch.zeros(1, num_registers, int(surgery["width"]), dtype=like.dtype, device=like.device)
-    tower.register_parameter("register_tokens", nn.Parameter(zeros_1RD))
+    tower.register_parameter(REGISTER_TOKENS, nn.Parameter(zeros_1RD))
     _graft(tower.get_submodule(layout["insert"]), _InsertsRegisters, _registers=_Registers(tower, count, start))
     where: dict[str, Any] = {"_count": count, "_start": start}
     if not keep_registers:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from regsurgery.runtime.surgery import _graft, _Grafted, operate, register_start
+from regsurgery.runtime.surgery import ATTENTION_CONSTANTS, REGISTER_TOKENS, _graft, _Grafted, operate, register_start
 
 
 class _StripsIntermediates(_Grafted):
@@ -58,7 +58,7 @@ def load(folder: str | Path = Path(__file__).parent, *, state: Any = None, **kwa
     model = timm.create_model(f"local-dir:{folder}", pretrained=False, **kwargs)
     model.to(next(value.dtype for value in state.values() if value.is_floating_point()))
     resize = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    added = ("register_tokens", "attention_constants")
+    added = (REGISTER_TOKENS, ATTENTION_CONSTANTS)
     tokens = {name: state.pop(name) for name in list(state) if name.endswith(added)}
     state = state if resize is None else resize(state, model)
     operate(model, surgery)

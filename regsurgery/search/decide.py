@@ -203,34 +203,39 @@ def decide(search: Search, diagnosis: Diagnosis, sums: Sums, ranked: Sequence[Ca
     choice = _choose(search, cure, smallest, [(c.block, c.neuron) for c in ranked], batches, judging)
     progress.stage("second resolution")
     choice, second = _second_resolution(search, cure, choice)
-    setting = choice.setting
-    recipe = replace(setting.recipe(), model=loaded.source.name, num_patches=second.num_patches)
+    recipe = replace(choice.setting.recipe(), model=loaded.source.name, num_patches=second.num_patches)
+    found = Found(
+        recipe, diagnosis, smallest, choice, sums.threshold, sums.num_images, tuple(ranked), second, judged_on
+    )
+    return replace(found, recipe=replace(recipe, provenance=_rounded(_facts(search, found))))
+
+
+def _facts(search: Search, found: Found) -> dict[str, Any]:
+    """What a recipe says of how it was found."""
+    recipe, diagnosis, loaded = found.recipe, found.diagnosis, search.loaded
     chosen = {
         "register_neurons": {block: list(neurons) for block, neurons in recipe.register_neurons.items()},
         "num_registers": recipe.num_registers,
         "fill": recipe.fill,
         "num_patches": recipe.num_patches,
     }
-    found = Found(
-        recipe, diagnosis, smallest, choice, sums.threshold, sums.num_images, tuple(ranked), second, judged_on
-    )
-    facts = {
+    return {
         "found_by": f"regsurgery {__version__} find",
         "chosen": chosen,
         "source": {"sha256": loaded.source.sha256, "revision": loaded.source.revision},
         "images": search.note,
-        "num_images": sums.num_images,
+        "num_images": found.num_images,
         "evidence": search.share.pilot.evidence,
-        "judged_on": judged_on,
+        "judged_on": found.judged_on,
         "preprocessing": loaded.preprocess_note,
         "seed": search.options.seed,
         **({} if search.scorer.precision == PRECISIONS[0] else {"scores_in": search.scorer.precision}),
         "positional": diagnosis.positional,
         "emergence_block": diagnosis.emergence_block,
         "settled_block": diagnosis.settled_block,
-        "threshold": sums.threshold,
-        "outliers_per_image": {"original": diagnosis.outliers_per_image, "patched": smallest.glance.outliers},
-        "suppressed": smallest.suppressed,
+        "threshold": found.threshold,
+        "outliers_per_image": {"original": diagnosis.outliers_per_image, "patched": found.smallest.glance.outliers},
+        "suppressed": found.smallest.suppressed,
         "candidates": [
             {
                 "block": c.block,
@@ -239,13 +244,12 @@ def decide(search: Search, diagnosis: Diagnosis, sums: Sums, ranked: Sequence[Ca
                 "mean_activation": c.activation,
                 "outliers_alone": c.alone,
             }
-            for c in ranked[:SHOWN_CANDIDATES]
+            for c in found.candidates[:SHOWN_CANDIDATES]
         ],
-        "sweep": [row.as_dict() for row in choice.rows],
-        "second_resolution": second.as_dict(),
+        "sweep": [row.as_dict() for row in found.choice.rows],
+        "second_resolution": found.second_resolution.as_dict(),
         "images_seen": _images_seen(search.share),
     }
-    return replace(found, recipe=replace(recipe, provenance=_rounded(facts)))
 
 
 def _images_seen(share: Share) -> list[str]:

@@ -90,7 +90,7 @@ class Diagnosis:
         }
 
 
-class _Sums:
+class _NormSums:
     """Running sums of one place in the network; constant in the number of images."""
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ def diagnose(
     loaded, traced, sites = located.loaded, located.traced, located.sites
     nodes = {"tokens": sites.tokens, **{str(block.index): block.output for block in sites.blocks}}
     tapped = tap(traced.graph_module, nodes, early_exit=True)
-    sums = {name: _Sums() for name in nodes}
+    sums = {name: _NormSums() for name in nodes}
     writes = torch.zeros(sites.probe_block + 1)
     for batch in images.batches(batch_size, loaded.preprocess):
         with torch.no_grad():
@@ -156,7 +156,7 @@ def _large_writes(taps: Mapping[str, Tensor], sites: Sites) -> Tensor:
     return torch.stack(counts).cpu()
 
 
-def _conclude(sites: Sites, sums: dict[str, _Sums], writes: Tensor, images: ImageSet, registers: int) -> Diagnosis:
+def _conclude(sites: Sites, sums: dict[str, _NormSums], writes: Tensor, images: ImageSet, registers: int) -> Diagnosis:
     tokens, blocks = sums["tokens"].norms(), tuple(sums[str(block.index)].norms() for block in sites.blocks)
     probe, last = sites.probe_block, sums[str(sites.probe_block)]
     found = blocks[probe].outliers
@@ -165,8 +165,8 @@ def _conclude(sites: Sites, sums: dict[str, _Sums], writes: Tensor, images: Imag
     if registers:
         return Diagnosis("already_registered", f"the model was trained with {registers} register tokens", **common)
     if found < MIN_OUTLIERS:
-        largest = max(block.max_over_median for block in blocks)
-        reason = f"{found:.2f} outlier tokens per image; the largest patch of a block is at most {largest:.1f} medians"
+        largest = max(norms.max_over_median for norms in (tokens, *blocks))
+        reason = f"{found:.2f} outlier tokens per image; on average no patch is above {largest:.1f} medians"
         return Diagnosis("none", reason, **common)
     emergence = probe
     while emergence > 0 and blocks[emergence - 1].outliers >= max(MIN_OUTLIERS, EMERGED_SHARE * found):
@@ -186,7 +186,7 @@ def _conclude(sites: Sites, sums: dict[str, _Sums], writes: Tensor, images: Imag
     return Diagnosis("register_neurons", reason, **facts)
 
 
-def _shared_places(early: _Sums, late: _Sums) -> float:
+def _shared_places(early: _NormSums, late: _NormSums) -> float:
     """Share of the late outliers that sit where early ones do in the same number of images."""
     assert isinstance(early.hits_N, Tensor) and isinstance(late.hits_N, Tensor)
     return float(torch.minimum(early.hits_N, late.hits_N).sum() / late.hits_N.sum())

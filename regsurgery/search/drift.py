@@ -17,10 +17,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
-from regsurgery.compiler.comparison import has_classes, kl_divergence, main_output, output_cosine, probe_nodes
+from regsurgery.compiler.comparison import main_output, moved, probe_nodes
 from regsurgery.compiler.graph import starting_at
 from regsurgery.compiler.located import Located
 from regsurgery.compiler.outliers import robust_outliers, token_norms
@@ -181,19 +180,16 @@ class DriftTrials:
         was, last_BND, outlier_BN = original
         patches, registers = self.sites.patched(taps["probe"].shape[1] - self.sites.num_tokens)
         norms_BT = token_norms(taps["probe"])
-        cosine_BN = F.cosine_similarity(last_BND.float(), taps["last"][:, patches].float(), dim=-1)
-        inlier_BN = ~outlier_BN
+        drift = moved(self.main, was, output, (last_BND, taps["last"][:, patches]), ~outlier_BN)
         figures = {
             "outliers": robust_outliers(norms_BT[:, patches]).sum(dim=1),
             "register_norm": norms_BT[:, registers].mean(dim=1),
-            "cosine_output": output_cosine(was, output),
-            "cosine_patches": (cosine_BN * inlier_BN).sum(dim=1) / inlier_BN.sum(dim=1),
+            "cosine_output": drift.cosine_output,
+            "cosine_patches": drift.mean_cosine_patches,
+            "drift": drift.value,
         }
-        if has_classes(self.main, output):
-            figures["drift"] = figures["kl"] = kl_divergence(was, output)
-            figures["same_argmax"] = was.argmax(-1) == output.argmax(-1)
-        else:
-            figures["drift"] = 2 - figures["cosine_output"] - figures["cosine_patches"]
+        if drift.kl is not None and drift.same is not None:
+            figures |= {"kl": drift.kl, "same_argmax": drift.same}
         return figures
 
     @torch.no_grad()

@@ -55,7 +55,7 @@ class Cure:
 
 
 @dataclass(frozen=True)
-class Row:
+class SettingRow:
     """One row of the table: a setting, tried on the images that decide.
 
     Attributes:
@@ -98,7 +98,7 @@ class Choice:
     """
 
     ranked: tuple[Setting, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[SettingRow, ...]
 
     @property
     def setting(self) -> Setting:
@@ -204,10 +204,10 @@ def choose(
         order = (Setting(sets[0], min(counts)),)
         tried(order[0])
     unused = Setting((), 1)
-    rows = [Row("unused register", unused, trials(unused), 100 / num_tokens)]
+    rows = [SettingRow("unused register", unused, trials(unused), 100 / num_tokens)]
     for setting, found in sorted(cells.items(), key=_order):
         cost = 100 * setting.num_registers / num_tokens
-        rows.append(Row(_name(setting, sets[0]), setting, found, cost, setting == order[0], setting == paper))
+        rows.append(SettingRow(_name(setting, sets[0]), setting, found, cost, setting == order[0], setting == paper))
     return Choice(order, tuple(rows))
 
 
@@ -236,7 +236,7 @@ def _walk(tried: Callable[[Setting], Tried], neurons: Neurons, count: int, count
 
 def _ranked(cells: Mapping[Setting, Tried], place: Callable[[Neurons], list[int]]) -> tuple[Setting, ...]:
     """All of `cells`, the chosen one first: near the best ones those with fewer registers, then fewer neurons, then
-    those whose `place` is lowest.
+    those whose `place` is lowest. One register is near where several do not take away `MIN_GAIN` of its drift.
     """
     if not cells:
         return ()
@@ -245,6 +245,10 @@ def _ranked(cells: Mapping[Setting, Tried], place: Callable[[Neurons], list[int]
     def near(setting: Setting, found: Tried) -> bool:
         mean, error = found.worse_than(least)
         if mean <= error:
+            return True
+        # Where one register drifts nearly as little as several, the network does not use its outliers as sinks.
+        one = setting.num_registers == 1 and setting.neurons == best.neurons and setting.fill in ("zero", best.fill)
+        if one and not _gains(least, found):
             return True
         fewer = len(setting.neurons) < len(best.neurons) or (setting.fill == "zero" != best.fill)
         return fewer and setting.num_registers <= best.num_registers and not _gains(least, found)

@@ -18,7 +18,7 @@ from regsurgery.compiler.trace import tensor_inputs
 from regsurgery.formats import LIBRARIES
 from regsurgery.images.image_set import ImageSet
 from regsurgery.modes import NATIVE
-from regsurgery.verification.measure import Artefact, measure, rounding
+from regsurgery.verification.measure import Artefact, Parity, measure, rounding
 from regsurgery.verification.pair import Pair
 from regsurgery.verification.patched import PatchedFolder, read_patched_config, rebuilt, reloaded
 from regsurgery.verification.side import sides, with_unused_registers
@@ -58,9 +58,9 @@ def verify_folder(
             outputs = module(*tensor_inputs(surgery.loaded, images))
         return Artefact(outputs, outputs)
 
-    factor = onnx.INEXACT if fmt == "onnx" else 1.0
     least = with_unused_registers(surgery.located, surgery.plan.num_registers)
-    return measure(*sides(surgery), run, pictures, unused=least, parity_factor=factor, progress=progress.advance)
+    parity = Parity(factor=onnx.INEXACT if fmt == "onnx" else 1.0)
+    return measure(sides(surgery), run, pictures, unused=least, parity=parity, progress=progress.advance)
 
 
 def _verify_host(
@@ -73,22 +73,22 @@ def _verify_host(
     host = backend(fmt, NATIVE)
     factor = 1.0 if block["exact"] else INEXACT
     own_size = (block["image_size"][0], block["image_size"][1])
-    parity = (0.0, 0.0)
+    parity = Parity(factor=factor)
     same_size = own_size == surgery.traced.image_size
     if not same_size:
-        parity = _parity_at(surgery, lambda images: host_outputs(host, module, images, block), own_size, pictures)
+        found, limit = _parity_at(surgery, lambda images: host_outputs(host, module, images, block), own_size, pictures)
+        parity = Parity(found, factor * limit, factor)
 
     def run(images: Tensor) -> Artefact:
         outputs = host_outputs(host, module, images, block)
         return Artefact(outputs, outputs if same_size else {})
 
     return measure(
-        *sides(surgery),
+        sides(surgery),
         run,
         pictures,
         unused=with_unused_registers(surgery.located, surgery.plan.num_registers),
-        parity=(parity[0], factor * parity[1]),
-        parity_factor=factor,
+        parity=parity,
         progress=progress.advance,
     )
 
@@ -130,4 +130,4 @@ def verify_pair(opened: PatchedFolder, pair: Pair, images: ImageSet, progress: P
 
     progress.stage("verify", images.num_images)
     least = with_unused_registers(located, block["num_registers"])
-    return measure(pair.original.side, pair.patched.side, run, images, unused=least, progress=progress.advance)
+    return measure((pair.original.side, pair.patched.side), run, images, unused=least, progress=progress.advance)

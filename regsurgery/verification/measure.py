@@ -20,7 +20,7 @@ from regsurgery.compiler.trace import tensor_inputs
 from regsurgery.images.image_set import ImageSet
 from regsurgery.interval import Estimate, Figures, Values
 from regsurgery.verification.side import Side
-from regsurgery.verification.verdict import NormMaps, Pair, UnusedRegister, Verdict, warnings_of
+from regsurgery.verification.verdict import BeforeAfter, NormMaps, UnusedRegister, Verdict, warnings_of
 
 # What a verdict needs. Outliers: below one in twenty images, or a tenth of what there were. Fidelity: an output that
 # keeps its direction; the real ViT-Ti keeps 0.94 (image features) to 0.96 (logits). Parity: rounding only.
@@ -176,111 +176,141 @@ class Artefact:
     as_graph: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Parity:
+    """How far the artefact may be from the patched graph.
+
+    Attributes:
+        found: a difference that was measured before; `limit` is its limit.
+        factor: by how much more than rounding outputs may differ.
+    """
+
+    found: float = 0.0
+    limit: float = 0.0
+    factor: float = 1.0
+
+
 def measure(
-    original_side: Side,
-    patched_side: Side,
+    sides: tuple[Side, Side],
     run_artefact: Callable[[Tensor], Artefact],
     images: ImageSet,
     *,
     unused: fx.GraphModule | None = None,
-    parity: tuple[float, float] = (0.0, 0.0),
-    parity_factor: float = 1.0,
+    parity: Parity = Parity(),
     batch_size: int = 8,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Verdict:
     """Compare the original graph, the patched graph and the artefact over `images`.
 
     Args:
+        sides: the original's and the patched model's.
         run_artefact: images `[B, 3, H, W]` -> what the artefact gives.
         unused: the original with as many registers as the patched model and no neuron shifted.
-        parity: a difference between artefact and graph that was measured before, and its limit.
-        parity_factor: by how much more than rounding the artefact may differ from the patched graph.
         progress: called with the number of images just done.
     """
-    sites = original_side.sites
-    margins, places = _Margins(patched_side), _Places()
-    original = tap(original_side.graph_module, probe_nodes(sites))
-    patched = tap(patched_side.graph_module, {**probe_nodes(patched_side.sites), **margins.nodes()})
-    main = ""
-    means, worst = Means(), [0.0, 0.0]
-    difference, limit = parity
-    finite = True
-    shapes: set[str] = set()
-    num_images = 0
-    figures = Figures()
     least = None if unused is None else _Unused(unused, -(-images.num_images // batch_size), batch_size)
-    for number, batch in images.numbered_batches(batch_size, original_side.loaded.preprocess):
-        num_images += len(batch)
-        with torch.no_grad():
-            inputs = tensor_inputs(original_side.loaded, batch)
-            outputs, taps = original(*inputs)
-            new_outputs, new_taps = patched(*tensor_inputs(patched_side.loaded, batch))
-            artefact = run_artefact(batch)
-        shared = {name: value for name, value in outputs.items() if name in artefact.outputs}
-        main = main_output(tuple(shared))
-        shapes |= {name for name, value in shared.items() if value.shape != artefact.outputs[name].shape}
-        compared = new_outputs if main in shapes else artefact.outputs
-        tokens = (patched_side.patches, patched_side.registers)
-        drift = compare(means, sites, main, (outputs, taps), (compared, new_taps), outliers, tokens)
-        figures.add(len(batch), _values(drift))
-        if least is not None:
-            with torch.no_grad():
-                least.add(number, inputs, outputs[main], main, drift)
-        margins.add(new_taps)
-        norms = token_norms(taps["probe"])[:, sites.patches], token_norms(new_taps["probe"])[:, patched_side.patches]
-        places.add(*norms, (batch.shape[-2], batch.shape[-1]))
-        worst = [max(before, float(norms_BN.max())) for before, norms_BN in zip(worst, norms, strict=True)]
-        for name, value in artefact.as_graph.items():
-            if name in shapes:
-                continue
-            difference = max(difference, float((value - new_outputs[name]).abs().max()))
-            limit = max(limit, parity_factor * rounding(new_outputs[name]))
-        finite = finite and all(bool(value.isfinite().all()) for value in artefact.outputs.values())
+    comparison = _Comparison(*sides, least, parity)
+    for number, batch in images.numbered_batches(batch_size, sides[0].loaded.preprocess):
+        comparison.add(number, batch, run_artefact)
         progress(len(batch))
-
-    pair = lambda name: Pair(means[f"original {name}"], means[f"patched {name}"])  # noqa: E731
-    failures = [f"the output '{name}' changed its shape" for name in sorted(shapes)]
-    if not finite:
-        failures.append("the patched model returns NaN or infinity")
-    if difference > limit:
-        failures.append(f"the written model differs from the patched graph by {difference:.2e} (allowed {limit:.0e})")
-    found = pair("outliers")
-    if found.patched > max(MAX_OUTLIERS, MAX_OUTLIERS_SHARE * found.original):
-        failures.append(
-            f"{found.patched:.2f} outlier tokens per image remain of {found.original:.2f}: these are not, or not all, "
-            "of the register neurons, which regsurgery find names"
-        )
-    if not means["cosine output"] >= MIN_COSINE_OUTPUT:
-        failures.append(
-            f"the output '{main}' moved too far: cosine {means['cosine output']:.3f} to the original, at least "
-            f"{MIN_COSINE_OUTPUT} is needed"
-        )
-    same = means.get("argmax")
-    verdict = Verdict(
-        passed=not failures,
-        num_images=num_images,
-        images=images.note,
-        evidence=images.evidence,
-        block=sites.probe_block,
-        output=main,
-        outliers_per_image=found,
-        max_patch_norm=pair("max"),
-        worst_patch_norm=Pair(*worst),
-        median_patch_norm=pair("median"),
-        register_norm=means.get("register"),
-        register_norm_std=means.deviation("register"),
-        positional=places.positional(),
-        margin=margins.smallest(),
-        cosine_patches=means["cosine patches"],
-        cosine_output=means["cosine output"],
-        kl=means.get("kl"),
-        same_argmax=same,
-        num_same=None if same is None else round(same * num_images),
-        intervals={row.name: _ends(row.patched) for row in figures.rows()},
-        unused_register=None if least is None else least.result(),
-        parity_max_abs=difference,
-        parity_allowed=limit,
-        failures=tuple(failures),
-        norm_maps=places.norm_maps(),
-    )
+    verdict = comparison.verdict(images)
     return replace(verdict, warnings=warnings_of(verdict))
+
+
+class _Comparison:
+    """The sums over all batches, and the verdict on them."""
+
+    def __init__(self, original: Side, patched: Side, unused: _Unused | None, parity: Parity) -> None:
+        self.original_side, self.patched_side, self.unused, self.parity = original, patched, unused, parity
+        self.margins, self.places, self.means, self.figures = _Margins(patched), _Places(), Means(), Figures()
+        self.original = tap(original.graph_module, probe_nodes(original.sites))
+        self.patched = tap(patched.graph_module, {**probe_nodes(patched.sites), **self.margins.nodes()})
+        self.main, self.num_images, self.finite = "", 0, True
+        self.worst = [0.0, 0.0]
+        self.difference, self.limit = parity.found, parity.limit
+        self.shapes: set[str] = set()  # outputs that changed their shape
+
+    @torch.no_grad()
+    def add(self, number: int, batch: Tensor, run_artefact: Callable[[Tensor], Artefact]) -> None:
+        sites, patched_side = self.original_side.sites, self.patched_side
+        self.num_images += len(batch)
+        inputs = tensor_inputs(self.original_side.loaded, batch)
+        outputs, taps = self.original(*inputs)
+        new_outputs, new_taps = self.patched(*tensor_inputs(patched_side.loaded, batch))
+        artefact = run_artefact(batch)
+        shared = {name: value for name, value in outputs.items() if name in artefact.outputs}
+        self.main = main = main_output(tuple(shared))
+        self.shapes |= {name for name, value in shared.items() if value.shape != artefact.outputs[name].shape}
+        compared = new_outputs if main in self.shapes else artefact.outputs
+        tokens = (patched_side.patches, patched_side.registers)
+        drift = compare(self.means, sites, main, (outputs, taps), (compared, new_taps), outliers, tokens)
+        self.figures.add(len(batch), _values(drift))
+        if self.unused is not None:
+            self.unused.add(number, inputs, outputs[main], main, drift)
+        self.margins.add(new_taps)
+        norms = token_norms(taps["probe"])[:, sites.patches], token_norms(new_taps["probe"])[:, patched_side.patches]
+        self.places.add(*norms, (batch.shape[-2], batch.shape[-1]))
+        self.worst = [max(before, float(norms_BN.max())) for before, norms_BN in zip(self.worst, norms, strict=True)]
+        for name, value in artefact.as_graph.items():
+            if name not in self.shapes:
+                self.difference = max(self.difference, float((value - new_outputs[name]).abs().max()))
+                self.limit = max(self.limit, self.parity.factor * rounding(new_outputs[name]))
+        self.finite = self.finite and all(bool(value.isfinite().all()) for value in artefact.outputs.values())
+
+    def verdict(self, images: ImageSet) -> Verdict:
+        """The verdict, without warnings."""
+        means, failures = self.means, self.failures()
+        same = means.get("argmax")
+        return Verdict(
+            passed=not failures,
+            num_images=self.num_images,
+            images=images.note,
+            evidence=images.evidence,
+            block=self.original_side.sites.probe_block,
+            output=self.main,
+            outliers_per_image=self._pair("outliers"),
+            max_patch_norm=self._pair("max"),
+            worst_patch_norm=BeforeAfter(*self.worst),
+            median_patch_norm=self._pair("median"),
+            register_norm=means.get("register"),
+            register_norm_std=means.deviation("register"),
+            positional=self.places.positional(),
+            margin=self.margins.smallest(),
+            cosine_patches=means["cosine patches"],
+            cosine_output=means["cosine output"],
+            kl=means.get("kl"),
+            same_argmax=same,
+            num_same=None if same is None else round(same * self.num_images),
+            intervals={row.name: _ends(row.patched) for row in self.figures.rows()},
+            unused_register=None if self.unused is None else self.unused.result(),
+            parity_max_abs=self.difference,
+            parity_allowed=self.limit,
+            failures=tuple(failures),
+            norm_maps=self.places.norm_maps(),
+        )
+
+    def failures(self) -> list[str]:
+        """What the patched model must do and does not."""
+        failures = [f"the output '{name}' changed its shape" for name in sorted(self.shapes)]
+        if not self.finite:
+            failures.append("the patched model returns NaN or infinity")
+        if self.difference > self.limit:
+            failures.append(
+                f"the written model differs from the patched graph by {self.difference:.2e} (allowed {self.limit:.0e})"
+            )
+        found = self._pair("outliers")
+        if found.patched > max(MAX_OUTLIERS, MAX_OUTLIERS_SHARE * found.original):
+            failures.append(
+                f"{found.patched:.2f} outlier tokens per image remain of {found.original:.2f}: these are not, or not "
+                "all, of the register neurons, which regsurgery find names"
+            )
+        cosine = self.means["cosine output"]
+        if not cosine >= MIN_COSINE_OUTPUT:
+            failures.append(
+                f"the output '{self.main}' moved too far: cosine {cosine:.3f} to the original, at least "
+                f"{MIN_COSINE_OUTPUT} is needed"
+            )
+        return failures
+
+    def _pair(self, name: str) -> BeforeAfter:
+        return BeforeAfter(self.means[f"original {name}"], self.means[f"patched {name}"])

@@ -24,8 +24,8 @@ def original_of(patched: PatchedFolder, original: str | None, options: LoadOptio
     recorded = block["source"]
     if original is None and patched.format in LIBRARIES and not patched.recipe.kind.stock:
         restored = scratch / "original"
-        restore_original(patched.root, restored, patched.format)
-        return load_model(str(restored), options)
+        record = restore_original(patched.root, restored, patched.format)
+        return load_model(str(restored), options, known={file.name: file.sha256 for file in record.files})
     loaded = load_model(original or recorded["id"], options)
     if loaded.source.sha256 != recorded["sha256"]:
         raise CheckpointError(

@@ -13,7 +13,7 @@ from regsurgery.checkpoints.reading import weight_files
 from regsurgery.checkpoints.safetensors_file import read_header
 from regsurgery.checkpoints.sums import check_sums
 from regsurgery.errors import CheckpointError, UserError
-from regsurgery.formats import LIBRARIES, WEIGHTS_NAMES
+from regsurgery.formats import LIBRARIES, PROGRAMS, WEIGHTS_NAMES
 from regsurgery.frontends.bounds import bounded_model
 from regsurgery.modes import MODES, Mode
 from regsurgery.recipe import RECIPE_NAME, Recipe, find_recipe
@@ -127,7 +127,10 @@ def folder_format(folder: Path) -> str:
 
     program = folder / backend_of("pt2").CONFIG_NAME
     if program.is_file():
-        return read_json(program, "patch the model again").get("format", "pt2")  # pt2 folders had no such key once
+        fmt = read_json(program, "patch the model again").get("format")
+        if fmt not in PROGRAMS:
+            raise CheckpointError(f"{program}: its 'format' is not one of {', '.join(PROGRAMS)}; patch the model again")
+        return fmt
     library, name, config = read_config(folder)
     if "regsurgery" not in config:
         raise UserError(f"{folder / name}: has no 'regsurgery' entry; it is no patched checkpoint: patch it first")
@@ -184,7 +187,7 @@ def patched_mode(folder: Path, fmt: str) -> Mode:
 
 
 def _is_ours(name: str) -> bool:
-    from regsurgery.compiler.surgery import ATTENTION_CONSTANTS, REGISTER_TOKENS
+    from regsurgery.runtime.surgery import ATTENTION_CONSTANTS, REGISTER_TOKENS
 
     return name.split(".")[-1] in (REGISTER_TOKENS, ATTENTION_CONSTANTS)
 

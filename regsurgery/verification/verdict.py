@@ -23,7 +23,7 @@ MIN_DRIFT = 1e-3  # nats, or 1 - cosine; where an unused register does less than
 
 
 @dataclass(frozen=True)
-class Pair:
+class BeforeAfter:
     """One figure of the original and of the patched model."""
 
     original: float
@@ -98,10 +98,10 @@ class Verdict:
     evidence: Literal["photos", "generated"]
     block: int
     output: str
-    outliers_per_image: Pair
-    max_patch_norm: Pair
-    worst_patch_norm: Pair
-    median_patch_norm: Pair
+    outliers_per_image: BeforeAfter
+    max_patch_norm: BeforeAfter
+    worst_patch_norm: BeforeAfter
+    median_patch_norm: BeforeAfter
     register_norm: float | None
     register_norm_std: float | None
     positional: bool | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from regsurgery.verification.verdict import MIN_IMAGES_FOR_PERCENT, Pair, Verdict
+from regsurgery.verification.verdict import MIN_IMAGES_FOR_PERCENT, BeforeAfter, Verdict
 
 NO_INTERVAL = "no interval"
 
@@ -84,7 +84,7 @@ def rows(verdict: Verdict) -> list[FigureRow]:
     """The table of before and after. Of one image there are no estimates."""
     images = f"{verdict.num_images} generated" if verdict.evidence == "generated" else str(verdict.num_images)
 
-    def both(name: str, pair: Pair, digits: int) -> FigureRow:
+    def both(name: str, pair: BeforeAfter, digits: int) -> FigureRow:
         return FigureRow(name, f"{pair.original:.{digits}f}", f"{pair.patched:.{digits}f}", "", images)
 
     def estimate(name: str, best: str, value: str, figure: str, digits: int) -> FigureRow:
@@ -134,7 +134,7 @@ def parity_row(verdict: Verdict) -> FigureRow:
     return FigureRow(name, "", f"{verdict.parity_max_abs:.1e}", "", "")
 
 
-def _outliers(found: Pair) -> str:
+def _outliers(found: BeforeAfter) -> str:
     if found.original == 0:
         return f"no outlier tokens to remove ({_number(found.patched)} per image now)"
     moved = f"({_number(found.original)} to {_number(found.patched)} per image)"

@@ -42,7 +42,7 @@ def commands(command=None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
 
 
 COMMANDS = {" ".join(path): command for path, command in commands()}
-LEAVES = {name: command for name, command in COMMANDS.items() if name and not getattr(command, "no_args_is_help", False)}
+LEAVES = {name: one for name, one in COMMANDS.items() if name and not getattr(one, "no_args_is_help", False)}
 
 
 # --- every command --------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_sums_equal_ious_counted_over_all_pixels() -> None:
     """Also that resampled figures bracket the figure, and equal models differ by nothing."""
     truth = RNG.integers(-1, 3, (12, 8, 8))
     patches = RNG.integers(0, 4, (12, 4))  # 2 x 2 patches of 4 pixels; class 3 is never true
-    sums = patch_probe.Sums(4, np.random.default_rng(1))
+    sums = patch_probe.Confusion(4, np.random.default_rng(1))
     for start in (0, 5):
         chosen = slice(start, 5 if start == 0 else None)
         sums.add([patches[chosen], patches[chosen]], truth[chosen], (2, 2), 4)

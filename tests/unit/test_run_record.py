@@ -28,14 +28,14 @@ from regsurgery.errors import CheckpointError
 from regsurgery.images.digests import image_digest, image_digests
 from regsurgery.images.image_set import image_set
 from regsurgery.recipe import Recipe
-from regsurgery.verification.verdict import Pair, Verdict
+from regsurgery.verification.verdict import BeforeAfter, Verdict
 
 RUN: dict[str, Any] = {
     "model": "demo", "revision": None, "sha256": "0" * 64, "mode": "shift", "format": "transformers",
     "num_registers": 1, "calibrate": None, "seed": 0, "num_images": None, "force": False, "verification": True,
     "images": None, "versions": {"torch": "2.15.0"},
 }  # fmt: skip
-PAIR = Pair(1 / 3, 2e-7 / 3)
+PAIR = BeforeAfter(1 / 3, 2e-7 / 3)
 VERDICT = Verdict(
     passed=True, num_images=4, images="4 images", evidence="photos", block=2, output="logits", outliers_per_image=PAIR,
     max_patch_norm=PAIR, worst_patch_norm=PAIR, median_patch_norm=PAIR, register_norm=1.5,

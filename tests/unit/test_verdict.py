@@ -13,14 +13,14 @@ from regsurgery.verification.verdict import (
     MAX_TIMES,
     MIN_DRIFT,
     MIN_IMAGES_TO_JUDGE,
-    Pair,
+    BeforeAfter,
     UnusedRegister,
     Verdict,
     warnings_of,
 )
 from regsurgery.verification.verdict_text import FigureRow, remarks, rows, sentence, share_text, title
 
-PAIR = Pair(20.0, 18.0)
+PAIR = BeforeAfter(20.0, 18.0)
 UNUSED = UnusedRegister(32, 0.0025, 32, 0.999, 2.0, (1.0, 4.0))
 
 
@@ -37,7 +37,7 @@ def verdict(num_images: int = 100, num_same: int | None = None, **changes: Any) 
         "evidence": "photos",
         "block": 10,
         "output": "logits",
-        "outliers_per_image": Pair(3.91, 0.0),
+        "outliers_per_image": BeforeAfter(3.91, 0.0),
         "max_patch_norm": PAIR,
         "worst_patch_norm": PAIR,
         "median_patch_norm": PAIR,
@@ -137,14 +137,14 @@ def test_strict_makes_failures_of_warnings_and_of_too_few_images() -> None:
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        (Pair(3.91, 0.0), "outliers removed (3.91 to 0.00 per image)"),
-        (Pair(3.91, 0.04), "all but a few outliers removed (3.91 to 0.04 per image)"),
-        (Pair(3.91, 0.0004), "all but a few outliers removed (3.91 to 4e-04 per image)"),
-        (Pair(0.03, 0.03), "no fewer outliers than before (0.03 to 0.03 per image)"),
-        (Pair(0.0, 0.0), "no outlier tokens to remove (0.00 per image now)"),
+        (BeforeAfter(3.91, 0.0), "outliers removed (3.91 to 0.00 per image)"),
+        (BeforeAfter(3.91, 0.04), "all but a few outliers removed (3.91 to 0.04 per image)"),
+        (BeforeAfter(3.91, 0.0004), "all but a few outliers removed (3.91 to 4e-04 per image)"),
+        (BeforeAfter(0.03, 0.03), "no fewer outliers than before (0.03 to 0.03 per image)"),
+        (BeforeAfter(0.0, 0.0), "no outlier tokens to remove (0.00 per image now)"),
     ],
 )
-def test_what_became_of_the_outliers_is_named(found: Pair, words: str) -> None:
+def test_what_became_of_the_outliers_is_named(found: BeforeAfter, words: str) -> None:
     assert sentence(verdict(outliers_per_image=found)).startswith(f"{words}; ")
 
 

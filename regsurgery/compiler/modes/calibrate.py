@@ -18,7 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from regsurgery.compiler.comparison import Run, has_classes, kl_divergence, main_output, output_cosine, probe_nodes
+from regsurgery.compiler.comparison import (
+    Run,
+    has_classes,
+    kl_divergence,
+    main_output,
+    moved,
+    probe_nodes,
+)
 from regsurgery.compiler.graph import starting_at
 from regsurgery.compiler.modes.closed_form import Native, NativeModel
 from regsurgery.compiler.outliers import outliers, token_norms
@@ -234,9 +241,7 @@ class Loss:
             return kl_divergence(original[0], new_output)
         output, patches_BND, inliers_BN = original
         patches, _ = self.model.sites.patched(self.model.recipe.num_registers)
-        cosine_BN = F.cosine_similarity(patches_BND.float(), run[1]["last"][:, patches].float(), dim=-1)
-        cosine_B = (cosine_BN * inliers_BN).sum(dim=1) / inliers_BN.sum(dim=1)
-        return 2 - cosine_B - output_cosine(output, new_output)
+        return moved(self.main, output, new_output, (patches_BND, run[1]["last"][:, patches]), inliers_BN).value
 
     @torch.no_grad()
     def mean(self, chosen: Tensor, parameters: Mapping[str, Tensor]) -> float:

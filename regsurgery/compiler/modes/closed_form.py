@@ -22,8 +22,8 @@ from torch.func import functional_call
 
 from regsurgery.compiler.graph import between, find_node
 from regsurgery.compiler.located import Located
-from regsurgery.compiler.match import NORMS
 from regsurgery.compiler.mlp import Mlp, mlp_of
+from regsurgery.compiler.ops import NORMS
 from regsurgery.compiler.outliers import token_norms
 from regsurgery.compiler.passes.pipeline import apply_passes
 from regsurgery.compiler.passes.plan import plan_surgery
@@ -231,7 +231,7 @@ def _edited(
 ) -> Native:
     parameters = {model.register_name: register_tokens_1RD.contiguous()}
     margins, activations = [], {}
-    for block, mlp in model.mlps.items():
+    for block in model.mlps:
         registers_ND, others_ND = model.mlp_inputs(block, parameters, batches)
         normal_D = _discriminant(registers_ND, others_ND)
         registers_N, others_N = _projected(registers_ND, normal_D), _projected(others_ND, normal_D)
@@ -239,9 +239,8 @@ def _edited(
         unseen = [_projected(tokens_ND, normal_D) for tokens_ND in model.mlp_inputs(block, parameters, held_out)]
         margins += [margin, separation(*unseen)[0]]
         threshold, mean = (lowest + highest) / 2, float(registers_N.mean())
-        edit, activations[block] = _detectors(
-            model, block, mlp, parameters, constants[block], normal_D, threshold, mean, highest
-        )
+        line = _Line(normal_D, threshold, mean, highest)
+        edit, activations[block] = _detectors(model, block, parameters, constants[block], line)
         parameters |= edit
     return Native(parameters, min(margins), float(token_norms(register_tokens_1RD).mean()), activations)
 
@@ -261,18 +260,30 @@ def separation(registers_N: Tensor, others_N: Tensor) -> tuple[float, float, flo
     return (lowest - highest) / float(registers_N.mean() - others_N.mean()), lowest, highest
 
 
+@dataclass(frozen=True)
+class _Line:
+    """Where registers and other tokens lie along a discriminant.
+
+    Attributes:
+        normal_D: its direction.
+        threshold: between the two; `mean` of the registers; `highest` of the other tokens.
+    """
+
+    normal_D: Tensor
+    threshold: float
+    mean: float
+    highest: float
+
+
 def _detectors(
     model: NativeModel,
     block: int,
-    mlp: Mlp,
     parameters: Mapping[str, Tensor],
     constants_K: Tensor,
-    normal_D: Tensor,
-    threshold: float,
-    mean: float,
-    highest: float,
+    line: _Line,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """New values of the parameters behind the register neurons of `block`, and what those then give, `[K]`."""
+    """New values of the parameters of the register neurons of `block`, and what those neurons then give, `[K]`."""
+    mlp, threshold, mean = model.mlps[block], line.threshold, line.mean
     neurons = torch.tensor(model.recipe.register_neurons[block], device=constants_K.device)
     projections = [projection for projection in (mlp.gate, mlp.value) if projection is not None]
     names = {name for p in projections for name in (p.weight, p.bias) if name is not None} | {mlp.down}
@@ -285,10 +296,10 @@ def _detectors(
         new[value.bias][value.offset + neurons] = 1
     reach_K = _inverse(model, block, mlp, new, constants_K.abs())
     slope_K = torch.maximum(
-        reach_K / (mean - threshold), torch.full_like(reach_K, FLAT / max(threshold - highest, 1e-6 * abs(mean)))
+        reach_K / (mean - threshold), torch.full_like(reach_K, FLAT / max(threshold - line.highest, 1e-6 * abs(mean)))
     )
     weight, bias = new[gate.weight], new[gate.bias]
-    weight[gate.offset + neurons] = (slope_K[:, None] * normal_D).to(weight)
+    weight[gate.offset + neurons] = (slope_K[:, None] * line.normal_D).to(weight)
     bias[gate.offset + neurons] = (-slope_K * threshold).to(bias)
     reached_K = _activation(model, block, mlp, new, slope_K * (mean - threshold))
     new[mlp.down][:, neurons] *= (constants_K / reached_K).to(new[mlp.down])

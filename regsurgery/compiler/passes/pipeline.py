@@ -11,10 +11,11 @@ import copy
 from torch import fx
 
 from regsurgery.compiler.graph import module_path
+from regsurgery.compiler.ops import ADDS
 from regsurgery.compiler.passes.insert_constants import insert_constants
 from regsurgery.compiler.passes.insert_registers import insert_registers
 from regsurgery.compiler.passes.plan import PassResult, Plan
-from regsurgery.compiler.passes.resize_tokens import ADDS, resize_tokens
+from regsurgery.compiler.passes.resize_tokens import resize_tokens
 from regsurgery.compiler.passes.shift_neurons import shift_neurons
 from regsurgery.compiler.passes.spec import check_spec
 from regsurgery.compiler.passes.strip_registers import strip_registers

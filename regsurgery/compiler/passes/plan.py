@@ -11,7 +11,7 @@ from torch import fx
 from regsurgery.compiler.graph import ancestor_sets, find_node, is_ancestor
 from regsurgery.compiler.sites import Sites
 from regsurgery.recipe import Recipe
-from regsurgery.runtime.surgery import registers_for
+from regsurgery.runtime.surgery import ATTENTION_CONSTANTS, REGISTER_TOKENS, registers_for, shift_arguments
 
 INSERTED = "regsurgery"  # key in node.meta of every node that a pass made; its value is the pass
 REGION_END = "regsurgery_end"  # key in node.meta of a concatenation: the last node before which it is stripped again
@@ -40,11 +40,11 @@ class Plan:
 
     @property
     def register_name(self) -> str:
-        return f"{self.sites.tower_path}.register_tokens".lstrip(".")
+        return f"{self.sites.tower_path}.{REGISTER_TOKENS}".lstrip(".")
 
     @property
     def constants_name(self) -> str:
-        return f"{self.sites.tower_path}.attention_constants".lstrip(".")
+        return f"{self.sites.tower_path}.{ATTENTION_CONSTANTS}".lstrip(".")
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,9 @@ def plan_surgery(sites: Sites, recipe: Recipe) -> Plan:
     num_patches = follows_size(sites, recipe)
     num_registers = registers_for(sites.num_tokens - sites.num_prefix, recipe.num_registers, num_patches)
     scale = list(recipe.scale) if num_patches is None else [recipe.scale[0]] * num_registers
-    shift = {
-        "num_prefix": sites.num_prefix,
-        "inside_prefix": sites.placement == "prefix",
-        "scale": [] if bias else scale,
-        "fill": recipe.fill,
-        "fill_prefix": recipe.prefix == "fill",
-        "one_peak": recipe.compat == "reference",
-    }
+    shift = shift_arguments(
+        sites.num_prefix, [] if bias else scale, sites.placement, recipe.fill, recipe.prefix, recipe.compat
+    )
     if bias:
         blocks = tuple(range(constant_start(recipe), len(sites.blocks)))
         return Plan(sites, 0, dict(recipe.register_neurons), shift, blocks)

@@ -10,7 +10,7 @@ that they follow, so that is refused (`PositionError`).
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -18,29 +18,11 @@ import torch
 from torch import Tensor, fx
 
 from regsurgery.compiler.graph import hint, module_path, shape_of
+from regsurgery.compiler.ops import ADDS, DIM_ARGUMENT, EXPANDS, POSITIONAL, RESHAPES, SLICES, aten
 from regsurgery.compiler.passes.plan import INSERTED, ORIGINAL_SHAPE, PassResult, Plan, concatenations, register_region
 from regsurgery.compiler.passes.reshape_rule import reshaped
 from regsurgery.errors import UnsupportedModelError
 from regsurgery.runtime.surgery import pad_registers
-
-aten = torch.ops.aten
-
-RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
-EXPANDS = {aten.expand.default}
-SLICES = {aten.slice.Tensor}
-# Operators that tell tokens apart by their position.
-POSITIONAL = {aten.select.int, aten.index.Tensor, aten.index_select.default, aten.split.Tensor, aten.chunk.default,
-              aten.unbind.int, aten.flip.default, aten.roll.default, aten.gather.default,
-              aten.narrow.default, aten.cumsum.default, aten.conv1d.default, aten.conv2d.default,
-              aten.convolution.default, aten.unfold.default, aten.avg_pool2d.default, aten.unflatten.int,
-              aten.pixel_shuffle.default, aten.constant_pad_nd.default, aten.pad.default}  # fmt: skip
-# Which argument of them is the axis.
-DIM_ARGUMENT: dict[object, int] = {
-    aten.select.int: 1, aten.unflatten.int: 1, aten.unbind.int: 1, aten.narrow.default: 1, aten.index_select.default: 1,
-    aten.cumsum.default: 1, aten.gather.default: 1,
-    aten.split.Tensor: 2, aten.chunk.default: 2,
-}  # fmt: skip
-ADDS = {aten.add.Tensor, aten.add_.Tensor}
 
 
 class PositionError(UnsupportedModelError):
@@ -94,34 +76,22 @@ def resize_tokens(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
         plan.sites.num_tokens,
     )
     fake = starts[0].meta["val"].fake_mode
-    changed = []
+    changed: list[str] = []
     for node in nodes:
         if node in starts:
             region.before[node] = node.all_input_nodes[0].meta["val"]
             continue
         _inherit_part(node, region)
-        if node.target in RESHAPES:
-            changed += _patch_reshape(node, region)
-        elif node.target in EXPANDS:
-            changed += _patch_expand(node, region)
-        elif node.target in SLICES:
-            changed += _patch_slice(node, region)
-        elif node.target is aten.split_with_sizes.default:
-            changed += _patch_split(node, region)
-        elif node.target is aten.cat.default:
-            _join_parts(node, region)
-        elif node.target is aten.scaled_dot_product_attention.default:
-            changed += _pad_mask(node, region)
-        elif node.target in ADDS:
-            changed += _pad_bias(node, region)
-        elif node.target in POSITIONAL:
-            _refuse_positional(node, region)
+        if node.target in RULES:
+            RULES[node.target](node, region)
         _propagate(node, fake)
+        if _token_axes(node, region):
+            changed.append(node.name)
     for node in nodes:
         original = region.before[node]
         if isinstance(original, Tensor):
             node.meta[ORIGINAL_SHAPE] = original.shape  # where it differs are the axes that a strip cuts
-    return PassResult(tuple(changed) or tuple(node.name for node in nodes), "a new token count")
+    return PassResult(tuple(changed), "a new token count")
 
 
 def _refuse(node: fx.Node, reason: str, error: type[UnsupportedModelError] = UnsupportedModelError) -> NoReturn:
@@ -154,10 +124,10 @@ def _source(node: fx.Node) -> fx.Node:
     return source
 
 
-def _patch_reshape(node: fx.Node, region: _Region) -> list[str]:
+def _patch_reshape(node: fx.Node, region: _Region) -> None:
     source = _source(node)
     if not _token_axes(source, region):
-        return []
+        return
     sizes = node.args[1]
     assert isinstance(sizes, Sequence)
     old_in, new_in = shape_of(region.before[source]), shape_of(source.meta["val"])
@@ -174,12 +144,11 @@ def _patch_reshape(node: fx.Node, region: _Region) -> list[str]:
     if sum(size == -1 for size in patched if isinstance(size, int)) > 1:
         _refuse(node, "two sizes of a view would have to be inferred")
     if patched == list(sizes):
-        return []
+        return
     node.update_arg(1, patched)
-    return [node.name]
 
 
-def _patch_expand(node: fx.Node, region: _Region) -> list[str]:
+def _patch_expand(node: fx.Node, region: _Region) -> None:
     source = _source(node)
     sizes = node.args[1]
     assert isinstance(sizes, Sequence)
@@ -189,26 +158,25 @@ def _patch_expand(node: fx.Node, region: _Region) -> list[str]:
         if isinstance(sizes[lead + axis], int) and sizes[lead + axis] != -1:
             patched[lead + axis] = shape_of(source.meta["val"])[axis]
     if patched == list(sizes):
-        return []
+        return
     node.update_arg(1, patched)
-    return [node.name]
 
 
-def _patch_slice(node: fx.Node, region: _Region) -> list[str]:
+def _patch_slice(node: fx.Node, region: _Region) -> None:
     source = _source(node)
     axes = _token_axes(source, region)
     old = shape_of(region.before[source]) if source in region.before else shape_of(source.meta["val"])
     axis = _argument(node, 1, 0) % len(old)
     if axis not in axes:
-        return []
+        return
     first, end = _argument(node, 2, None) or 0, _argument(node, 3, None)
     if not isinstance(end, int) or end > hint(source.meta["val"].shape[axis]):
         end = None
     if shape_of(region.before[node])[axis] == old[axis]:
         if end is None:
-            return []
+            return
         node.update_arg(3, torch.iinfo(torch.int64).max)
-        return [node.name]
+        return
     _check_positions(node, region, "a slice of the tokens inside a block")
     if _argument(node, 4, 1) != 1 or not isinstance(first, int):
         _refuse(node, "a slice of the tokens with a step")
@@ -219,14 +187,13 @@ def _patch_slice(node: fx.Node, region: _Region) -> list[str]:
     node.update_arg(2, (region.moved(part[0]) if part[0] else 0) - offset)
     if end is not None:
         node.update_arg(3, region.moved(part[1]) - offset)
-    return [node.name]
 
 
-def _patch_split(node: fx.Node, region: _Region) -> list[str]:
+def _patch_split(node: fx.Node, region: _Region) -> None:
     source = _source(node)
     old = shape_of(region.before[source]) if source in region.before else ()
     if not old or _argument(node, 2, 0) % len(old) not in _token_axes(source, region):
-        return []
+        return
     _check_positions(node, region, "a split of the tokens inside a block")
     sizes: Any = node.args[1]
     begin = region.part(source)[0]
@@ -237,9 +204,8 @@ def _patch_split(node: fx.Node, region: _Region) -> list[str]:
     region.parts[node] = parts
     patched = [region.moved(stop) - (region.moved(start) if start else 0) for start, stop in parts]
     if patched == list(sizes):
-        return []
+        return
     node.update_arg(1, patched)
-    return [node.name]
 
 
 def _inherit_part(node: fx.Node, region: _Region) -> None:
@@ -280,40 +246,40 @@ def _join_parts(node: fx.Node, region: _Region) -> None:
     region.parts[node] = (begin, stop)
 
 
-def _pad_mask(node: fx.Node, region: _Region) -> list[str]:
+def _pad_mask(node: fx.Node, region: _Region) -> None:
     """A mask or bias of attention that does not know of the registers."""
     mask = _argument(node, 3, node.kwargs.get("attn_mask"))
     query, key = node.args[0], node.args[1]
     if not isinstance(mask, fx.Node) or mask in region.before:
-        return []
+        return
     rank = len(shape_of(mask.meta["val"]))
     grown = [
         axis
         for axis, source in ((-2, query), (-1, key))
         if len(shape_of(source.meta["val"])) - 2 in _token_axes(source, region)  # type: ignore[arg-type,union-attr]
     ]
-    return _pad(node, mask, [axis + rank for axis in grown], region)
+    _pad(node, mask, [axis + rank for axis in grown], region)
 
 
-def _pad_bias(node: fx.Node, region: _Region) -> list[str]:
+def _pad_bias(node: fx.Node, region: _Region) -> None:
     """A bias from outside that is added to scores of attention."""
     left, right = node.args[0], node.args[1]
     for tokens, bias in ((left, right), (right, left)):
         if isinstance(tokens, fx.Node) and isinstance(bias, fx.Node) and bias not in region.before:
             shift = len(shape_of(tokens.meta["val"])) - len(shape_of(bias.meta["val"]))
             axes = [axis - shift for axis in _token_axes(tokens, region) if axis >= shift]
-            return _pad(node, bias, axes, region)
-    return []
+            _pad(node, bias, axes, region)
+            return
 
 
-def _pad(node: fx.Node, bias: fx.Node, axes: list[int], region: _Region) -> list[str]:
+def _pad(node: fx.Node, bias: fx.Node, axes: list[int], region: _Region) -> None:
     """Pad `bias` along those of `axes` along which it is no constant."""
     value = bias.meta["val"]
     if region.parts.get(node) not in (None, (0, region.num_tokens)):
-        return []
+        return
     axes = [axis for axis in axes if shape_of(value)[axis] == region.num_tokens]
     if not axes:
-        return []
+        return
     with node.graph.inserting_before(node):
         padded = node.graph.call_function(pad_registers, (bias, axes, region.num_added, region.start))
     node.replace_input_with(bias, padded)
@@ -321,7 +287,6 @@ def _pad(node: fx.Node, bias: fx.Node, axes: list[int], region: _Region) -> list
     padded.meta[INSERTED] = "resize_tokens"
     with value.fake_mode:
         padded.meta["val"] = pad_registers(value, axes, region.num_added, region.start)
-    return [node.name]
 
 
 def _check_positions(node: fx.Node, region: _Region, what: str) -> None:
@@ -349,3 +314,17 @@ def _refuse_positional(node: fx.Node, region: _Region) -> None:
 
 def _argument(node: fx.Node, position: int, default: Any) -> Any:
     return node.args[position] if len(node.args) > position else default
+
+
+Rule = Callable[[fx.Node, _Region], None]
+# What is done to a node of the region, by its operator; all others take the longer tensors as they are.
+RULES: dict[Any, Rule] = {
+    **dict.fromkeys(RESHAPES, _patch_reshape),
+    **dict.fromkeys(EXPANDS, _patch_expand),
+    **dict.fromkeys(SLICES, _patch_slice),
+    aten.split_with_sizes.default: _patch_split,
+    aten.cat.default: _join_parts,
+    aten.scaled_dot_product_attention.default: _pad_mask,
+    **dict.fromkeys(ADDS, _pad_bias),
+    **dict.fromkeys(POSITIONAL, _refuse_positional),
+}
