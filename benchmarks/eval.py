@@ -1,4 +1,4 @@
-"""Every figure of `regsurgery eval`, for one model and its patched folders: the table of the README and of REFERENCE.
+"""Every figure of `regsurgery eval`, for one model and its patched folders: the table of docs/evaluation.md.
 
     python benchmarks/eval.py shift=DIR native=DIR --images labelled --voc voc2007-subset --json benchmarks/eval.json
 

@@ -66,7 +66,7 @@ def family_table() -> None:
 
 
 def family_markdown() -> str:
-    """The same as Markdown; the README has it."""
+    """The same as Markdown; docs/formats.md has it."""
     lines = []
     for columns, rows in zip((FAMILY_COLUMNS, REFUSED_COLUMNS), family_rows(), strict=True):
         lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]

@@ -103,13 +103,13 @@ def test_every_row_and_every_member_has_a_model(tmp_path: Path) -> None:
             assert any(family_of(row.library, name) is row for name in mine) or (row.library, member) in ELSEWHERE
 
 
-def test_the_readme_has_the_matrix(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documentation_has_the_matrix(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["regsurgery", "families", "--markdown"])
     with pytest.raises(SystemExit):
         main()
     printed = capsys.readouterr().out
-    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
-    assert f"<!-- regsurgery families --markdown -->\n{printed}<!-- end -->" in readme
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text("utf-8")
+    assert f"<!-- regsurgery families --markdown -->\n{printed}<!-- end -->" in page
     assert printed.count("\n") > len(FAMILIES) + len(REFUSED)
     monkeypatch.setattr(sys, "argv", ["regsurgery", "families"])
     with pytest.raises(SystemExit):
