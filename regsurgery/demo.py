@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -17,11 +19,23 @@ IMAGE_SIZE, PATCH_SIZE, WIDTH, BLOCKS = 96, 8, 64, 4
 
 def write_demo(folder: Path) -> dict[int, list[int]]:
     """Write the demo checkpoint, a `ViTForImageClassification` of transformers; returns its planted neurons."""
-    with quiet_transformers():
-        return _write(folder)
+    planted, files = _made()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return planted
 
 
-def _write(folder: Path) -> dict[int, list[int]]:
+@functools.cache
+def _made() -> tuple[dict[int, list[int]], dict[str, bytes]]:
+    """The planted neurons, and the checkpoint's files by name; made once in a process, where it takes 2 s."""
+    with quiet_transformers(), tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
+        folder = Path(scratch) / "demo"
+        planted = _make(folder)
+        return planted, {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _make(folder: Path) -> dict[int, list[int]]:
     from transformers import ViTConfig, ViTForImageClassification
 
     from regsurgery.compiler.match import match

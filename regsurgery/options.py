@@ -197,6 +197,8 @@ class PatchOptions(SearchOptions):
         calibrate: native mode: train the register neurons' output columns on the images; by default where photos are
             given. On generated pictures it is kept only where it gains on those of another kind, too.
         stop_after: native mode: end calibration after that many steps, as a run did that was interrupted there.
+        searched: hold the images out from verification that a search would have seen, although `recipe` is given: as in
+            the run that found it on these images.
         format: one of `formats.FORMATS`; by default that of the model's library, or in native mode the one of a stock
             host.
         link: make hard links of shards that stay what they are, where the file system can.
@@ -217,6 +219,7 @@ class PatchOptions(SearchOptions):
         shown=False,
     )
     stop_after: int | None = None
+    searched: bool = False
     format: str | None = option(None, "transformers, timm, open_clip, pt2 or onnx.", complete="formats")
     link: bool = option(False, "Hard-link unchanged shards instead of copying.")
     verification: bool = option(True, "Compare the original and the patched model on images.", "--verify/--no-verify")

@@ -140,7 +140,8 @@ def _attempts(
     whole = Division.without_search(images)
     if given is not None:
         name = "" if isinstance(options.recipe, Recipe) else str(options.recipe)
-        yield Attempt(_adapted(given, options), whole, name)
+        division = Division.for_search(images, options.seed) if options.searched else whole
+        yield Attempt(_adapted(given, options), division, name)
         return
     source = located.loaded.source
     bundled = recipe_for_model(source.repo or source.id)
@@ -196,6 +197,8 @@ def _apply(
     if recipe.kind.stock and options.calibrate is None and not photos:
         progress.say(NOT_CALIBRATED)
     run = run_of(surgery, fmt, images.every, None if fit is None else operation.fit_images, options, calibrate)
+    if images.searched is not None:
+        run["searched"] = True
     verdict = sizes = None
     with _target(output, options) as target, emit(surgery.as_written(), target, fmt) as folder:
         if options.verification:

@@ -115,6 +115,7 @@ def _options_of(root: Path, run: Mapping[str, Any], where: str | Path, options: 
         recipe=recipe,
         calibrate=run["calibrate"],
         stop_after=run.get("stopped_after"),
+        searched=run.get("searched", False),
         format=run["format"],
         images=_pictures(run, options.images, where, options.progress),
         **as_given,

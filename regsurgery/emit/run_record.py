@@ -4,6 +4,7 @@
      "regsurgery": the version that wrote the folder,
      "run": {"model": MODEL as given, "revision": the Hub commit it stood for or null, "sha256": of its weights,
              "mode", "format", "num_registers": as written; "calibrate": native mode only, else null,
+             "searched": only, and true, where the neurons were found on the images of the run,
              "stopped_after": only where calibration was interrupted: the number of steps that were run,
              "seed", "num_images", "force", "verification", "image_size": as given,
              "images": null where pictures were generated or no image was used, else {"note": what they are called,
@@ -52,7 +53,7 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     "images": (dict, type(None)), "versions": dict,
 }  # fmt: skip
 AS_GIVEN = ("seed", "num_images", "force", "verification", "image_size")  # fields of `PatchOptions`
-OPTIONAL: dict[str, type | tuple[type, ...]] = {"stopped_after": int}
+OPTIONAL: dict[str, type | tuple[type, ...]] = {"stopped_after": int, "searched": bool}
 
 
 def write_run_record(

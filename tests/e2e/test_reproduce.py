@@ -30,12 +30,15 @@ def source(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("photos") / "photos", 8)
+
+
+def write_pictures(folder: Path, count: int) -> Path:
     from regsurgery.images.decoding import decode
     from regsurgery.images.image_set import image_set
 
-    folder = tmp_path_factory.mktemp("photos") / "photos"
     folder.mkdir()
-    pictures = image_set(None, 8, seed=3)
+    pictures = image_set(None, count, seed=3)
     for number, (_, content) in enumerate(pictures.source.items(pictures.chosen)):
         decode(content).save(folder / f"{number}.png")
     return folder
@@ -72,6 +75,15 @@ def test_the_demo_with_what_find_found_comes_out_the_same(
     assert (answer["identical"], answer["differences"], answer["num_files"]) == (True, {}, 9)
     assert (tmp_path / "again" / "SHA256SUMS").read_bytes() == (tmp_path / "out" / "SHA256SUMS").read_bytes()
     check_sums(tmp_path / "again")
+
+
+def test_what_was_found_on_some_photos_is_verified_on_the_others_again(source: Path, tmp_path: Path) -> None:
+    """The recipe is given the second time, and still the images that it was found on take no part."""
+    photos = write_pictures(tmp_path / "photos", 24)
+    made = regsurgery.patch(str(source), tmp_path / "out", images=photos)
+    assert made.verdict is not None and made.verdict.num_images == 8 and made.verdict.fitted_images == 0
+    result = regsurgery.reproduce(tmp_path / "out", images=photos)
+    assert result.identical, (result.differences, result.figures)
 
 
 def test_photos_may_lie_elsewhere_by_then(patched: Path, photos: Path, tmp_path: Path) -> None:
