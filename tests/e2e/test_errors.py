@@ -198,7 +198,10 @@ BROKEN = {
     "image too large": (lambda model: edit_config(model, image_size=10**6), "'image_size' is 1000000"),
     "image of nothing": (lambda model: edit_config(model, image_size=0), "model"),
     "config too long": (write("config.json", b" " * (17 << 20)), "config.json: 17825792 bytes"),
-    "architecture no model": (lambda model: edit_config(model, architectures=["pipeline"]), "'pipeline' is no model"),
+    "architecture no model": (
+        lambda model: edit_config(model, architectures=["pipeline"]),
+        "'pipeline' is not a model",
+    ),
     "architecture code": (
         lambda model: edit_config(model, architectures=[CODE]),
         "is no class name",
@@ -245,7 +248,7 @@ def test_a_text_model(tmp_path):
     BertModel(BertConfig(vocab_size=9, **sizes)).save_pretrained(tmp_path / "bert")
     before = everything(tmp_path)
     done = program("patch", tmp_path / "bert", "--recipe", "demo", "-q", "-o", tmp_path / "out")
-    assert_refused(done, tmp_path / "bert", "BertModel", "no vision model")
+    assert_refused(done, tmp_path / "bert", "BertModel", "not a vision model")
     assert everything(tmp_path) == before
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +16,14 @@ from safetensors.torch import load_file
 import regsurgery
 from regsurgery.checkpoints import stored
 from regsurgery.checkpoints.stored import StoredTensor, is_stored, stored_state
+from regsurgery.compiler.modes import native
+from regsurgery.compiler.modes.operation import Operation
 from regsurgery.errors import CheckpointError, UserError
 from regsurgery.frontends.load import load
+from regsurgery.images.image_set import image_set
+from regsurgery.models import locate
 from regsurgery.options import LoadOptions, parse_size
+from regsurgery.progress import Progress
 from regsurgery.recipe import Recipe
 from tests.conftest import Planted
 from tests.e2e.test_parity import recipe_for
@@ -227,3 +233,21 @@ def test_a_model_of_many_blocks_needs_the_memory_of_few(mode: str, tmp_path: Pat
     assert more > 450
     few, many, loaded = grown(2, 0), grown(12, 0), grown(12, 10**12)
     assert many - few < 0.25 * more < more < loaded - few, (few, many, loaded)
+
+
+def test_native_mode_reads_weights_on_disk_a_few_times(
+    planted_picos: Callable[[Pico], Planted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One reading serves all batches, and all markers that memory has room for: 343 readings were taken once."""
+    planted = planted_picos(by_id("hf-vit"))
+    loaded = load(str(planted.folder), LoadOptions(max_memory=0))
+    located, recipe = locate(loaded, Progress()), Recipe({1: (3,), 2: (5,)}, mode="native")
+    read: Counter[str] = Counter()
+    plain = stored.StoredTensor.read
+    monkeypatch.setattr(stored.StoredTensor, "read", lambda self: (read.update([self.entry.name]), plain(self))[1])
+    monkeypatch.setattr("regsurgery.compiler.modes.closed_form.MIN_MARGIN", -10.0)
+    on_disk = native.operate(Operation(located, recipe, image_set(None, 64)))
+    assert 0 < max(read[name] for name in read if "mlp.fc1" in name or "intermediate.dense" in name) <= 10, read
+    in_memory = native.operate(Operation(planted.located, recipe, image_set(None, 64)))
+    assert on_disk.edit.keys() == in_memory.edit.keys()
+    assert all(torch.equal(value, in_memory.edit[name]) for name, value in on_disk.edit.items())

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,7 +30,6 @@ from regsurgery.compiler.graph import starting_at
 from regsurgery.compiler.modes.closed_form import Native, NativeModel
 from regsurgery.compiler.outliers import outliers, token_norms
 from regsurgery.compiler.taps import tap
-from regsurgery.compiler.trace import tensor_inputs
 from regsurgery.progress import Progress
 
 RATE = 0.03  # of Adam, in the root mean square of what a block's neurons write; falls to 0 on a cosine
@@ -204,10 +203,9 @@ class Loss:
         self.edited = _frozen(tap(model.graph_module, probe_nodes(model.sites)))
         self.entering: Tensor | None = None
         original = tap(model.traced.graph_module, probe_nodes(model.sites))
-        parts = []
         with torch.no_grad():
-            for batch in images.split(PASS_IMAGES):
-                parts.append(self._kept(*original(*tensor_inputs(model.loaded, batch))))
+            (runs,) = model.run_all(original, [{}], [(batch,) for batch in images.split(PASS_IMAGES)])
+            parts = [self._kept(*run) for run in runs]
         self.original = [torch.cat(part) for part in zip(*parts, strict=True)]
 
     @torch.no_grad()
@@ -219,7 +217,7 @@ class Loss:
         head = tap(self.model.graph_module, {"entering": entrance}, early_exit=True)
         cached = copy.copy(self)
         cached.edited = starting_at(self.edited, entrance)
-        runs = (self.model.run(head, parameters, batch) for batch in self.images.split(PASS_IMAGES))
+        (runs,) = self.model.run_all(head, [parameters], [(batch,) for batch in self.images.split(PASS_IMAGES)])
         cached.entering = torch.cat([taps["entering"] for _, taps in runs])
         return cached
 
@@ -233,8 +231,14 @@ class Loss:
 
     def __call__(self, chosen: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """Of each image numbered `chosen`, `[B]`."""
+        images, *states = self._inputs(chosen)
+        return self._distance(chosen, self.model.run(self.edited, parameters, images, *states))
+
+    def _inputs(self, chosen: Tensor) -> tuple[Tensor, ...]:
         states = () if self.entering is None else (self.entering[chosen.to(self.entering.device)],)
-        run: Run = self.model.run(self.edited, parameters, self.images[chosen], *states)
+        return (self.images[chosen], *states)
+
+    def _distance(self, chosen: Tensor, run: Run) -> Tensor:
         new_output = run[0][self.main]
         original = [part[chosen.to(part.device)] for part in self.original]
         if has_classes(self.main, new_output):
@@ -244,9 +248,20 @@ class Loss:
         return moved(self.main, output, new_output, (patches_BND, run[1]["last"][:, patches]), inliers_BN).value
 
     @torch.no_grad()
+    def means(self, chosen: Tensor, changes: Sequence[Mapping[str, Tensor]]) -> list[float]:
+        """The mean over the images numbered `chosen`, for each set of changed parameters."""
+        chunks = chosen.split(PASS_IMAGES)
+        if not changes:
+            return []
+        runs = self.model.run_all(self.edited, changes, [self._inputs(chunk) for chunk in chunks])
+        return [
+            float(torch.cat([self._distance(chunk, run) for chunk, run in zip(chunks, each, strict=True)]).mean())
+            for each in runs
+        ]
+
     def mean(self, chosen: Tensor, parameters: Mapping[str, Tensor]) -> float:
         """The mean over the images numbered `chosen`."""
-        return float(torch.cat([self(chunk, parameters) for chunk in chosen.split(PASS_IMAGES)]).mean())
+        return self.means(chosen, [parameters])[0]
 
 
 def _frozen(graph_module: fx.GraphModule) -> fx.GraphModule:

@@ -12,7 +12,7 @@ Shape suffixes: B batch, T tokens, R registers, D width, H hidden units, K regis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from regsurgery.compiler.passes.pipeline import apply_passes
 from regsurgery.compiler.passes.plan import plan_surgery
 from regsurgery.compiler.sites import Block
 from regsurgery.compiler.taps import tap
+from regsurgery.compiler.together import run_together
 from regsurgery.compiler.trace import Traced, tensor_inputs
 from regsurgery.errors import UnsupportedModelError
 from regsurgery.recipe import Recipe
@@ -41,6 +42,7 @@ MARKER_NORMS = (0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 # fitted on 27 photos, timm 0.023, 0.006, open_clip 0.051, 0.015; on 146, timm 0.009, 0.011.
 ENOUGH_MARGIN = 0.5
 MIN_MARGIN = 0.05
+TOGETHER = 1 / 4  # of the free memory, for activations of markers that are tried together
 CHUNK = 1 << 14  # tokens that are float64 at a time
 FLAT = 8.0  # a detector is at least that far below zero on every other token, where activations are flat
 
@@ -96,20 +98,34 @@ class NativeModel:
         """
         return _changed_call(tapped, parameters, *tensor_inputs(self.loaded, images), *more)
 
+    def run_all(
+        self, tapped: fx.GraphModule, changes: Sequence[Mapping[str, Tensor]], batches: Sequence[Sequence[Tensor]]
+    ) -> list[list[tuple[dict, dict]]]:
+        """Run `tapped` with each of `changes`, sets of changed parameters, on each of `batches`.
+
+        Args:
+            batches: images `[B, 3, H, W]`, and further inputs that `tapped` has.
+        """
+        inputs = [(*tensor_inputs(self.loaded, images), *more) for images, *more in batches]
+        if not self.loaded.stored:
+            return [[_changed_call(tapped, parameters, *one) for one in inputs] for parameters in changes]
+        given = iter(run_together(tapped, [(parameters, one) for parameters in changes for one in inputs]))
+        return [[next(given) for _ in inputs] for _ in changes]
+
     def mlp_inputs(
-        self, block: int, parameters: Mapping[str, Tensor], batches: Iterable[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Inputs of the MLP of `block` at the registers and at all other tokens of `batches`, `[N, D]` each."""
-        tapped, sites = self.up_to[block], self.sites
-        inputs = [self.run(tapped, parameters, batch)[1]["mlp"].float() for batch in batches]
-        _, registers = sites.patched(self.recipe.num_registers)
-        is_register_T = torch.zeros(inputs[0].shape[1], dtype=torch.bool)
+        self, block: int, changes: Sequence[Mapping[str, Tensor]], batches: Sequence[Tensor]
+    ) -> list[list[tuple[Tensor, Tensor]]]:
+        """Inputs of the MLP of `block` at the registers and at all other tokens, `[N, D]` each, for every set of
+        changed parameters and every one of `batches`.
+        """
+        runs = self.run_all(self.up_to[block], changes, [(batch,) for batch in batches])
+        return [[self._divided(taps["mlp"].float()) for _, taps in each] for each in runs]
+
+    def _divided(self, tokens_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        _, registers = self.sites.patched(self.recipe.num_registers)
+        is_register_T = torch.zeros(tokens_BTD.shape[1], dtype=torch.bool)
         is_register_T[registers] = True
-        registers_ND, others_ND = (
-            torch.cat([tokens_BTD[:, chosen_T].flatten(0, 1) for tokens_BTD in inputs])
-            for chosen_T in (is_register_T, ~is_register_T)
-        )
-        return registers_ND, others_ND
+        return tokens_BTD[:, is_register_T].flatten(0, 1), tokens_BTD[:, ~is_register_T].flatten(0, 1)
 
 
 def _changed_call(module: fx.GraphModule, parameters: Mapping[str, Tensor], *inputs: Any) -> Any:
@@ -146,7 +162,7 @@ def closed_form(
     model: NativeModel,
     batches: Sequence[Tensor],
     held_out: Sequence[Tensor],
-    drift: Callable[[Mapping[str, Tensor]], float],
+    drift: Callable[[Sequence[Mapping[str, Tensor]]], list[float]],
     progress: Callable[[int], None] = lambda markers: None,
 ) -> Native:
     """The edit of `model.recipe`, made from `batches` of images `[B, 3, H, W]`.
@@ -156,7 +172,7 @@ def closed_form(
 
     Args:
         held_out: batches of other images, on which detectors must tell registers apart, too.
-        drift: distance of the outputs under changed parameters from the original's, on images not in `batches`.
+        drift: sets of changed parameters -> distances of the outputs from the original's, on images not in `batches`.
         progress: called with the number of markers just tried, `len(MARKER_NORMS)` in all.
 
     Raises:
@@ -165,29 +181,58 @@ def closed_form(
     constants = register_constants(model, batches)
     first = min(model.recipe.register_neurons)
     zeros_1RD = torch.zeros_like(model.graph_module.get_parameter(model.register_name))
-    direction_D = _discriminant(*model.mlp_inputs(first, {model.register_name: zeros_1RD}, batches))
+    (tokens,) = model.mlp_inputs(first, [{model.register_name: zeros_1RD}], batches)
+    direction_D = _discriminant(*_joined(tokens))
     unit = _mean_token_norm(model, batches)
+    markers = [(factor * unit * direction_D).to(zeros_1RD).expand_as(zeros_1RD) for factor in MARKER_NORMS]
+    size = _num_together(model, sum(map(len, (*batches, *held_out))))
     best, least = None, float("inf")
-    for factor in MARKER_NORMS:
-        register_tokens_1RD = (factor * unit * direction_D).to(zeros_1RD).expand_as(zeros_1RD)
-        trial = _edited(model, constants, register_tokens_1RD, batches, held_out)
-        progress(1)
-        enough = trial.margin >= ENOUGH_MARGIN
-        lost = drift(trial.parameters) if enough else float("inf")
-        if best is None or lost < least or (least == float("inf") and trial.margin > best.margin):
-            best, least = trial, lost
+    for start in range(0, len(markers), size):
+        trials = _edited(model, constants, markers[start : start + size], batches, held_out)
+        tried = [trial for trial in trials if trial.margin >= ENOUGH_MARGIN]
+        losses = dict(zip(map(id, tried), drift([trial.parameters for trial in tried]), strict=True))
+        progress(len(trials))
+        for trial in trials:
+            lost = losses.get(id(trial), float("inf"))
+            if best is None or lost < least or (least == float("inf") and trial.margin > best.margin):
+                best, least = trial, lost
+    _check_margin(model, best)
     assert best is not None
-    if best.margin < MIN_MARGIN:
-        raise UnsupportedModelError(
-            f"native mode: at the MLP of a target block no linear discriminant keeps the register apart from all other "
-            f"tokens (margin {best.margin:.3f}, at least {MIN_MARGIN} is needed; smallest of blocks "
-            f"{', '.join(map(str, model.recipe.register_neurons))}); give more images, or use mode shift or bias"
-        )
     return best
 
 
+def _num_together(model: NativeModel, num_images: int) -> int:
+    """How many markers are tried together: one reading of weights on disk serves as many as memory has room for.
+
+    The widest moment is an activation of an MLP, before and after.
+    """
+    if not model.loaded.stored:
+        return 1
+    import psutil
+
+    width = max(block.hidden_size for block in model.sites.blocks)
+    size = 2 * num_images * (model.sites.num_tokens + model.recipe.num_registers) * width * torch.float32.itemsize
+    return min(len(MARKER_NORMS), max(1, int(TOGETHER * psutil.virtual_memory().available / size)))
+
+
+def _check_margin(model: NativeModel, best: Native | None) -> None:
+    if best is None or best.margin < MIN_MARGIN:
+        margin = float("nan") if best is None else best.margin
+        raise UnsupportedModelError(
+            f"native mode: at the MLP of a target block no linear discriminant keeps the register apart from all other "
+            f"tokens (margin {margin:.3f}, at least {MIN_MARGIN} is needed; smallest of blocks "
+            f"{', '.join(map(str, model.recipe.register_neurons))}); give more images, or use mode shift or bias"
+        )
+
+
+def _joined(tokens: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Registers and other tokens of several batches, `[N, D]` each."""
+    registers, others = zip(*tokens, strict=True)
+    return torch.cat(registers), torch.cat(others)
+
+
 @torch.no_grad()
-def register_constants(model: NativeModel, batches: Iterable[Tensor]) -> dict[int, Tensor]:
+def register_constants(model: NativeModel, batches: Sequence[Tensor]) -> dict[int, Tensor]:
     """Block -> what the shift gives a register, the mean over images and registers, `[K]`."""
     recipe = model.recipe
     shifted, results = apply_passes(model.traced, plan_surgery(model.sites, replace(recipe, mode="shift")))
@@ -196,8 +241,8 @@ def register_constants(model: NativeModel, batches: Iterable[Tensor]) -> dict[in
     _, registers = model.sites.patched(recipe.num_registers)
     sums: dict[int, Tensor] = {}
     num_images = 0
-    for batch in batches:
-        _, taps = tapped(*tensor_inputs(model.loaded, batch))
+    (runs,) = model.run_all(tapped, [{}], [(batch,) for batch in batches])
+    for batch, (_, taps) in zip(batches, runs, strict=True):
         num_images += len(batch)
         for block, neurons in recipe.register_neurons.items():
             values_K = taps[str(block)][:, registers][..., list(neurons)].double().mean(dim=1).sum(dim=0)
@@ -225,24 +270,28 @@ def _discriminant(registers_ND: Tensor, others_ND: Tensor) -> Tensor:
 def _edited(
     model: NativeModel,
     constants: Mapping[int, Tensor],
-    register_tokens_1RD: Tensor,
+    markers: Sequence[Tensor],
     batches: Sequence[Tensor],
     held_out: Sequence[Tensor],
-) -> Native:
-    parameters = {model.register_name: register_tokens_1RD.contiguous()}
-    margins, activations = [], {}
+) -> list[Native]:
+    """The edit with each of `markers`, register tokens `[1, R, D]`."""
+    changes = [{model.register_name: marker.contiguous()} for marker in markers]
+    margins: list[list[float]] = [[] for _ in markers]
+    activations: list[dict[int, Tensor]] = [{} for _ in markers]
     for block in model.mlps:
-        registers_ND, others_ND = model.mlp_inputs(block, parameters, batches)
-        normal_D = _discriminant(registers_ND, others_ND)
-        registers_N, others_N = _projected(registers_ND, normal_D), _projected(others_ND, normal_D)
-        margin, lowest, highest = separation(registers_N, others_N)
-        unseen = [_projected(tokens_ND, normal_D) for tokens_ND in model.mlp_inputs(block, parameters, held_out)]
-        margins += [margin, separation(*unseen)[0]]
-        threshold, mean = (lowest + highest) / 2, float(registers_N.mean())
-        line = _Line(normal_D, threshold, mean, highest)
-        edit, activations[block] = _detectors(model, block, parameters, constants[block], line)
-        parameters |= edit
-    return Native(parameters, min(margins), float(token_norms(register_tokens_1RD).mean()), activations)
+        for number, tokens in enumerate(model.mlp_inputs(block, changes, [*batches, *held_out])):
+            registers_ND, others_ND = _joined(tokens[: len(batches)])
+            normal_D = _discriminant(registers_ND, others_ND)
+            registers_N, others_N = _projected(registers_ND, normal_D), _projected(others_ND, normal_D)
+            margin, lowest, highest = separation(registers_N, others_N)
+            unseen = [_projected(tokens_ND, normal_D) for tokens_ND in _joined(tokens[len(batches) :])]
+            margins[number] += [margin, separation(*unseen)[0]]
+            line = _Line(normal_D, (lowest + highest) / 2, float(registers_N.mean()), highest)
+            edit, reached_K = _detectors(model, block, changes[number], constants[block], line)
+            activations[number][block] = reached_K
+            changes[number] = changes[number] | edit
+    norms = [float(token_norms(marker).mean()) for marker in markers]
+    return [Native(*each) for each in zip(changes, map(min, margins), norms, activations, strict=True)]
 
 
 def _projected(tokens_ND: Tensor, normal_D: Tensor) -> Tensor:
@@ -329,7 +378,8 @@ def _inverse(model: NativeModel, block: int, mlp: Mlp, new: Mapping[str, Tensor]
     return (low_K + high_K) / 2
 
 
-def _mean_token_norm(model: NativeModel, batches: Iterable[Tensor]) -> float:
+def _mean_token_norm(model: NativeModel, batches: Sequence[Tensor]) -> float:
     tapped = tap(model.traced.graph_module, {"tokens": model.sites.tokens}, early_exit=True)
-    norms = [token_norms(tapped(*tensor_inputs(model.loaded, batch))[1]["tokens"]).flatten() for batch in batches]
+    (runs,) = model.run_all(tapped, [{}], [(batch,) for batch in batches])
+    norms = [token_norms(taps["tokens"]).flatten() for _, taps in runs]
     return float(torch.cat(norms).mean())

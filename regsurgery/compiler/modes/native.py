@@ -38,7 +38,7 @@ def operate(operation: Operation) -> Surgery:
     training, held_out = divided(len(pixels), operation.seed)
     progress.stage("closed form", len(MARKER_NORMS))
     train, unseen = pixels[training].split(BATCH), pixels[held_out].split(BATCH)
-    native = closed_form(model, train, unseen, partial(loss.mean, held_out), progress=progress.advance)
+    native = closed_form(model, train, unseen, partial(loss.means, held_out), progress=progress.advance)
     facts: dict[str, Any] = {
         "images": fit.note,
         "num_images": len(pixels),
