@@ -186,10 +186,10 @@ class Screen(Progress):
         self.out.print(caption(evaluation), soft_wrap=True, markup=False)
         head, body = cells(evaluation)
         table = Table(*(name for name in head if name != INTERVAL), box=box.SIMPLE_HEAD)
-        table.columns[0].no_wrap = True
-        for column in table.columns:
+        for column in table.columns[1:]:  # if it is too wide, the names are what wraps
+            column.no_wrap = True
             if column.header in FIGURES:
-                column.justify, column.no_wrap = "right", True
+                column.justify = "right"
         for row in body:
             shown: list[str] = []
             for name, cell in zip(head, row, strict=True):
@@ -218,9 +218,8 @@ class Screen(Progress):
         logits = any(row.tried.kl is not None for row in found.choice.rows)
         drift = ("KL", "same class") if logits else ("drift",)
         table = Table("neurons", "R", "outliers", "norm", *drift, "cost, %", box=box.SIMPLE_HEAD)
-        table.columns[0].no_wrap = True
-        for column in table.columns[1:]:
-            column.justify = "right"
+        for column in table.columns[1:]:  # if it is too wide, the names are what wraps
+            column.justify, column.no_wrap = "right", True
         for row in found.choice.rows:
             table.add_row(*_setting_cells(row))
         self.out.print(table)

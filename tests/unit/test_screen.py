@@ -1,0 +1,35 @@
+"""Tables on a narrow terminal: names wrap, figures are whole."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from regsurgery.cli.screen import Screen
+from regsurgery.search.drift import Setting, Tried
+from regsurgery.search.faithful import SettingRow
+
+
+def row(name: str, fill: str = "zero") -> SettingRow:
+    values = torch.linspace(0, 1, 32, dtype=torch.float64)
+    tried = Tried(values / 70, values, 470 + values, values, values, values / 70, (values > 0.5).double())
+    return SettingRow(name, Setting(((6, 189),), 12, fill), tried, 12.34, True, True)
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_find_shows_every_figure(columns: int, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    rows = [row("smallest +6:189 +11:1234", "outliers"), row("unused register")]
+    recipe = SimpleNamespace(register_neurons={6: (189,)})
+    found: Any = SimpleNamespace(
+        num_images=8, judged_on="32 others", choice=SimpleNamespace(rows=rows), candidates=(), recipe=recipe,
+        second_resolution=SimpleNamespace(note="holds"), suppressed=True,
+    )  # fmt: skip
+    Screen(as_json=False, quiet=False).found(found, "recipe.yaml")  # type: ignore[arg-type]
+    out = capsys.readouterr().out
+    assert "…" not in out
+    for figure in ("0.50", "470", "0.0071", "16 of 32", "12.34", "outliers", "same class", "cost, %"):
+        assert figure in out
