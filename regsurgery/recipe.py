@@ -79,7 +79,7 @@ class Recipe:
 
         Only in mode shift the number of registers follows the image size.
         """
-        kind = MODES[mode]
+        kind = MODES.get(mode, self.kind)  # one that is not known is refused below
         fill = "zero" if kind.stock else self.fill
         num_patches = self.num_patches if kind.follows_size else None
         return _checked(replace(self, mode=mode, fill=fill, num_patches=num_patches), "--mode")
@@ -355,7 +355,7 @@ def _shown(value: Any, quote: str | None = None) -> str:
 
 def _checked(recipe: Recipe, where: str) -> Recipe:
     for key, value, allowed in (
-        ("mode", recipe.mode, MODES),
+        ("mode", recipe.mode, tuple(MODES)),
         ("fill", recipe.fill, FILLS),
         ("prefix", recipe.prefix, PREFIXES),
         ("compat", recipe.compat, COMPATS),

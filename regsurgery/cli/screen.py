@@ -186,6 +186,7 @@ class Screen(Progress):
         self.out.print(caption(evaluation), soft_wrap=True, markup=False)
         head, body = cells(evaluation)
         table = Table(*(name for name in head if name != INTERVAL), box=box.SIMPLE_HEAD)
+        table.columns[0].overflow = "fold"
         for column in table.columns[1:]:  # if it is too wide, the names are what wraps
             column.no_wrap = True
             if column.header in FIGURES:
@@ -218,6 +219,7 @@ class Screen(Progress):
         logits = any(row.tried.kl is not None for row in found.choice.rows)
         drift = ("KL", "same class") if logits else ("drift",)
         table = Table("neurons", "R", "outliers", "norm", *drift, "cost, %", box=box.SIMPLE_HEAD)
+        table.columns[0].overflow = "fold"
         for column in table.columns[1:]:  # if it is too wide, the names are what wraps
             column.justify, column.no_wrap = "right", True
         for row in found.choice.rows:
@@ -227,7 +229,7 @@ class Screen(Progress):
             "R: register tokens; norm: of a register; cost: tokens added\n* chosen; (p) the paper's setting",
             markup=False,
         )
-        first, second = (*found.candidates, None)[:2]
+        first, second = (*found.candidates, None, None)[:2]
         if first is not None and second is not None:
             self.out.print(
                 f"best candidate {first.block}:{first.neuron}, contribution {first.contribution:.3g}; "

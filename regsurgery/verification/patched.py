@@ -150,7 +150,7 @@ def read_patched_config(folder: Path, fmt: str) -> dict[str, Any]:
     block = config.get("regsurgery")
     source = block.get("source") if isinstance(block, dict) else None
     texts = [source.get(key) for key in ("id", "sha256")] if isinstance(source, dict) else [None]
-    if not isinstance(block, dict) or block.get("mode") not in MODES or not all(isinstance(t, str) for t in texts):
+    if not isinstance(block, dict) or block.get("mode") not in tuple(MODES) or not all(isinstance(t, str) for t in texts):
         raise CheckpointError(f"{path}: its 'regsurgery' entry is not one that regsurgery wrote; patch the model again")
     return config
 

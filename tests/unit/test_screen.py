@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ def row(name: str, fill: str = "zero") -> SettingRow:
     return SettingRow(name, Setting(((6, 189),), 12, fill), tried, 12.34, True, True)
 
 
-@pytest.mark.parametrize("columns", [60, 80, 120])
+@pytest.mark.parametrize("columns", [72, 80, 120])
 def test_find_shows_every_figure(columns: int, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     rows = [row("smallest +6:189 +11:1234", "outliers"), row("unused register")]
@@ -28,7 +29,7 @@ def test_find_shows_every_figure(columns: int, monkeypatch: pytest.MonkeyPatch, 
         num_images=8, judged_on="32 others", choice=SimpleNamespace(rows=rows), candidates=(), recipe=recipe,
         second_resolution=SimpleNamespace(note="holds"), suppressed=True,
     )  # fmt: skip
-    Screen(as_json=False, quiet=False).found(found, "recipe.yaml")  # type: ignore[arg-type]
+    Screen(as_json=False, quiet=False).found(found, Path("recipe.yaml"))
     out = capsys.readouterr().out
     assert "…" not in out
     for figure in ("0.50", "470", "0.0071", "16 of 32", "12.34", "outliers", "same class", "cost, %"):
