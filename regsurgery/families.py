@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
+from regsurgery.formats import PROGRAMS
 from regsurgery.modes import Mode
 
 
@@ -34,7 +35,7 @@ class Family:
 
     def formats(self, mode: Mode) -> tuple[str, ...]:
         """What `--format` can be in `mode`."""
-        return (*(self.native if mode.stock else (self.library,)), "pt2", "onnx")
+        return (*(self.native if mode.stock else (self.library,)), *PROGRAMS)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ Snippets = tuple[tuple[str, str], tuple[str, str]]  # title, Python code
 LIBRARIES = ("transformers", "timm", "open_clip")
 PROGRAMS = ("pt2", "onnx")
 FORMATS = (*LIBRARIES, *PROGRAMS)
+PROGRAM_CONFIG = "regsurgery.json"  # what is in a folder with a program
 WEIGHTS_NAMES = {"transformers": "model.safetensors", "timm": "model.safetensors",
                  "open_clip": "open_clip_model.safetensors"}  # fmt: skip
 EXTRAS = {"onnx": ("onnx", "onnxscript", "onnxruntime")}  # packages that come with `regsurgery[NAME]`

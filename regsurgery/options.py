@@ -193,7 +193,7 @@ class PatchOptions(SearchOptions):
     Attributes:
         recipe: a `Recipe`, a recipe file or the name of a bundled recipe. By default the bundled one for the model, if
             there is one and its verification passes; else the neurons are found.
-        mode: one of `recipe.MODES`; by default the recipe's.
+        mode: a name in `modes.MODES`; by default the recipe's.
         calibrate: native mode: train the register neurons' output columns on the images; by default where photos are
             given. On generated pictures it is kept only where it gains on those of another kind, too.
         stop_after: native mode: end calibration after that many steps, as a run did that was interrupted there.
@@ -220,7 +220,7 @@ class PatchOptions(SearchOptions):
     )
     stop_after: int | None = None
     searched: bool = False
-    format: str | None = option(None, "transformers, timm, open_clip, pt2 or onnx.", complete="formats")
+    format: str | None = option(None, f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}.", complete="formats")
     link: bool = option(False, "Hard-link unchanged shards instead of copying.")
     verification: bool = option(True, "Compare the original and the patched model on images.", "--verify/--no-verify")
     strict: bool = option(False, "Fail if the verdict has warnings or rests on too few images.")

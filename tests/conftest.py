@@ -74,7 +74,12 @@ def group(nodeid: str) -> str:
 
 
 def mark_tiers(items: list[pytest.Item]) -> None:
-    """Tests of a pico that is not chosen are of the tier `families`; pyproject.toml says what runs by default."""
+    """Tests of a pico that is not chosen are of the tier `families`; pyproject.toml says what runs by default.
+
+    With `-k` nothing is: who names a pico wants its tests.
+    """
+    if items and items[0].config.getoption("keyword"):
+        return
     for item in items:
         pico = pico_of(item.nodeid)
         if pico is not None and pico not in CHOSEN:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,12 @@ def is_source(text: str, host: ModuleType, *tails: str) -> bool:
     plain = modeling_source(host)
     templates = "|".join(r"\w+".join(re.escape(part) for part in re.split(r"\{\w+\}", tail)) for tail in tails)
     return text.startswith(plain) and re.fullmatch(f"({templates})*", text[len(plain) :]) is not None
+
+
+def foreign_loader(folder: Path, is_own: Callable[[str], bool]) -> str | None:
+    """The name of the folder's loader file, if it has one that is not our own."""
+    file = folder / FILE_NAME
+    return FILE_NAME if file.is_file() and not is_own(file.read_text("utf-8", "replace")) else None
 
 
 def write_folder(surgery: Surgery, folder: Path, config_name: str, source: str, **entries: Any) -> None:

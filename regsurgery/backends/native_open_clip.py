@@ -113,3 +113,8 @@ def relocate(folder: Path, scratch: Path, config: dict[str, Any]) -> None:
 def outputs(model: Any, images: Tensor, num_registers: int) -> dict[str, Tensor]:
     """What the kinds of `Canonical.outputs` are here."""
     return {"head": model.encode_image(images)}
+
+
+def foreign_code(folder: Path) -> str | None:
+    """A stock checkpoint has no code."""
+    return None

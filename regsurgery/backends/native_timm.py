@@ -143,3 +143,8 @@ def token_kinds(tokens_BTD: Tensor, num_before: int, num_registers: int) -> dict
     """Tokens without the registers, which stand behind `num_before` prefix tokens, and the first of them."""
     kept = torch.cat((tokens_BTD[:, :num_before], tokens_BTD[:, num_before + num_registers :]), dim=1)
     return {"tokens": kept, "cls": kept[:, 0]}
+
+
+def foreign_code(folder: Path) -> str | None:
+    """A stock checkpoint has no code."""
+    return None

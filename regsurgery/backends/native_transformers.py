@@ -258,3 +258,8 @@ def outputs(model: Any, images: Tensor, num_registers: int) -> dict[str, Tensor]
     if "logits" in given:
         return {"head": given.logits}
     return token_kinds(given.last_hidden_state, 1 + model.config.num_register_tokens - num_registers, num_registers)
+
+
+def foreign_code(folder: Path) -> str | None:
+    """A stock checkpoint has no code."""
+    return None

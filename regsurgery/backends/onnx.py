@@ -266,3 +266,8 @@ def _renamed(size: Any, names: dict[str, str]) -> Any:
     if isinstance(size, int):
         return size
     return re.sub(r"\bs\d+\b", lambda found: names.get(found[0], found[0]), str(size))
+
+
+def foreign_code(folder: Path) -> str | None:
+    """Nothing: onnxruntime runs its own operators only."""
+    return None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from regsurgery.backends.modeling import import_modeling, is_source, modeling_source, write_folder
+from regsurgery.backends.modeling import foreign_loader, import_modeling, is_source, modeling_source, write_folder
 from regsurgery.checkpoints.reading import weight_files
 from regsurgery.checkpoints.stored import stored_state, without_memory
 from regsurgery.formats import WEIGHTS_NAMES, Snippets
@@ -66,3 +66,8 @@ def reload(
     state = stored_state(weight_files(folder, WEIGHTS_NAME), torch.float32)
     with without_memory():
         return import_modeling(folder).load(folder, state=state, **options)
+
+
+def foreign_code(folder: Path) -> str | None:
+    """The folder's loader file, if it is not one that this regsurgery writes."""
+    return foreign_loader(folder, is_own_source)

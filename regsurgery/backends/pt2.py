@@ -13,13 +13,14 @@ from regsurgery.checkpoints.writing import write_json
 from regsurgery.compiler.passes.spec import CALLABLES
 from regsurgery.compiler.trace import EXAMPLE_BATCH
 from regsurgery.errors import CheckpointError, PassError
+from regsurgery.formats import PROGRAM_CONFIG
 
 if TYPE_CHECKING:
     from regsurgery.compiler.surgery import Surgery
     from regsurgery.formats import Snippets
 
 PROGRAM_NAME = "model.pt2"
-CONFIG_NAME = "regsurgery.json"
+CONFIG_NAME = PROGRAM_CONFIG
 LOCAL_META = ("from_node", "stack_trace")  # addresses in memory and paths of this machine: other bytes in every run
 SNIPPET = """\
 import torch
@@ -110,3 +111,8 @@ def _load(folder: Path) -> torch.export.ExportedProgram:
         return torch.export.load(folder / PROGRAM_NAME)
     except (RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(f"{folder / PROGRAM_NAME}: torch cannot load it: {str(error).splitlines()[0]}") from error
+
+
+def foreign_code(folder: Path) -> str | None:
+    """The program, whoever wrote it: torch unpickles parts of it."""
+    return PROGRAM_NAME

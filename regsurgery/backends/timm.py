@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from regsurgery.backends.modeling import import_modeling, is_source, modeling_source, write_folder
+from regsurgery.backends.modeling import foreign_loader, import_modeling, is_source, modeling_source, write_folder
 from regsurgery.checkpoints.reading import weight_files
 from regsurgery.checkpoints.stored import stored_state, without_memory
 from regsurgery.formats import WEIGHTS_NAMES, Snippets
@@ -64,3 +64,8 @@ def reload(
     with without_memory():
         state = stored_state(weight_files(folder, WEIGHTS_NAME))
         return import_modeling(folder).load(folder, state=state, **options)
+
+
+def foreign_code(folder: Path) -> str | None:
+    """The folder's loader file, if it is not one that this regsurgery writes."""
+    return foreign_loader(folder, is_own_source)

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from regsurgery.backends.modeling import FILE_NAME, import_modeling, is_source, modeling_source, write_folder
+from regsurgery.backends.modeling import (
+    FILE_NAME,
+    foreign_loader,
+    import_modeling,
+    is_source,
+    modeling_source,
+    write_folder,
+)
 from regsurgery.checkpoints.reading import weight_files
 from regsurgery.errors import CheckpointError
 from regsurgery.formats import WEIGHTS_NAMES, Snippets
@@ -131,3 +138,8 @@ def reload(
         names = sorted([*info["missing_keys"], *info["unexpected_keys"]])
         raise CheckpointError(f"{folder}: tensor '{names[0]}' is missing or unknown; patch the model again")
     return model.eval()
+
+
+def foreign_code(folder: Path) -> str | None:
+    """The folder's loader file, if it is not one that this regsurgery writes."""
+    return foreign_loader(folder, is_own_source)

@@ -251,8 +251,9 @@ def _check_writable(options: PatchOptions, loaded: Loaded) -> None:
     """Raise `UserError` before the trace for what the format cannot hold."""
     from regsurgery.backends.formats import backend
 
-    if options.format == "onnx":
-        backend("onnx").check(loaded)
+    check = getattr(backend(options.format), "check", None) if options.format in PROGRAMS else None
+    if check is not None:
+        check(loaded)
 
 
 def _format(loaded: Loaded, recipe: Recipe, options: PatchOptions) -> str:
@@ -279,7 +280,7 @@ def _format(loaded: Loaded, recipe: Recipe, options: PatchOptions) -> str:
     elif fmt != loaded.library:
         raise UserError(
             f"format {fmt}: {loaded.source.id} is a {loaded.library} checkpoint, which mode {recipe.mode} writes as "
-            f"{loaded.library}, pt2 or onnx"
+            f"{loaded.library}, {' or '.join(PROGRAMS)}"
         )
     return fmt
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from regsurgery.checkpoints.sums import read_sums, sha256
 from regsurgery.checkpoints.whole import check_output, whole_folder
 from regsurgery.errors import CheckpointError, UserError
+from regsurgery.formats import PROGRAMS
 from regsurgery.modes import MODES
 from regsurgery.verification.original import read_record, restore_original
 from regsurgery.verification.patched import existing_folder, folder_format, read_patched_config
@@ -62,8 +63,8 @@ def unpatch(folder: str | Path, output: str | Path, *, progress: Progress | None
     check_output(target)
     if MODES[block["mode"]].stock:
         raise UserError(f"{root}: native mode changes weights: the original's are not here; {where_to_fetch(source)}")
-    if fmt == "pt2":
-        raise UserError(f"{root}: a .pt2 is a program, without the files it was made from; {where_to_fetch(source)}")
+    if fmt in PROGRAMS:
+        raise UserError(f"{root}: a .{fmt} is a program, without the files it was made from; {where_to_fetch(source)}")
     try:
         converted = read_record(root).converted_from
         if converted is not None:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regsurgery.backends.formats import backend
 from regsurgery.checkpoints.sums import SUMS_NAME, read_sums
 from regsurgery.emit.card import THIS_FOLDER
 from regsurgery.emit.run_record import RUN_RECORD_NAME, read_run_record
 from regsurgery.emit.source_card import CARD_NAME
+from regsurgery.formats import PROGRAM_CONFIG
 from regsurgery.frontends.config import CONFIG_NAMES
 from regsurgery.frontends.model_id import DEMO
 from regsurgery.recipe import RECIPE_NAME
@@ -61,7 +61,7 @@ def published(folder: Path, repo: str, revision: str | None = None) -> Published
     digests = read_sums(folder)
     files: dict[str, Path | bytes] = {name: folder / name for name in digests}
     paths = {path: _last_part(path) for path in sorted(_local_paths(folder), key=len, reverse=True)}
-    rewritten = {*CONFIG_NAMES, backend("pt2").CONFIG_NAME, RECIPE_NAME, RUN_RECORD_NAME, CARD_NAME}
+    rewritten = {*CONFIG_NAMES, PROGRAM_CONFIG, RECIPE_NAME, RUN_RECORD_NAME, CARD_NAME}
     for name in sorted(rewritten & digests.keys()):
         text = before = (folder / name).read_text("utf-8")
         if name == "open_clip_config.json":

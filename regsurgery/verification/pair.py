@@ -21,7 +21,7 @@ from regsurgery.compiler.sites import Sites
 from regsurgery.compiler.surgery import Surgery, perform
 from regsurgery.compiler.trace import Traced, trace
 from regsurgery.errors import UnsupportedModelError, UserError
-from regsurgery.formats import LIBRARIES, PROGRAMS
+from regsurgery.formats import LIBRARIES, PROGRAM_CONFIG, PROGRAMS
 from regsurgery.frontends.image_size import at_image_size
 from regsurgery.frontends.libraries import frontend
 from regsurgery.frontends.loaded import Loaded
@@ -250,7 +250,7 @@ def _is_patched(folder: str | Path) -> bool:
     root = Path(folder)
     if not root.is_dir():
         return False
-    if (root / backend("pt2").CONFIG_NAME).is_file():
+    if (root / PROGRAM_CONFIG).is_file():
         return True
     from regsurgery.frontends.config import read_config
 

@@ -13,7 +13,7 @@ from regsurgery.checkpoints.reading import weight_files
 from regsurgery.checkpoints.safetensors_file import read_header
 from regsurgery.checkpoints.sums import check_sums
 from regsurgery.errors import CheckpointError, UserError
-from regsurgery.formats import LIBRARIES, PROGRAMS, WEIGHTS_NAMES
+from regsurgery.formats import LIBRARIES, PROGRAM_CONFIG, PROGRAMS, WEIGHTS_NAMES
 from regsurgery.frontends.bounds import bounded_model
 from regsurgery.modes import MODES, Mode
 from regsurgery.recipe import RECIPE_NAME, Recipe, find_recipe
@@ -59,16 +59,8 @@ def at_home(folder: str | Path, revision: str | None = None, *, trust_remote_cod
 
 def _refuse_foreign_code(root: Path, repo: str) -> None:
     """Raise `CheckpointError` for code from the Hub that is not this regsurgery's own."""
-    from regsurgery.backends.modeling import FILE_NAME
-
     fmt = folder_format(root)
-    foreign = None
-    if fmt == "pt2":
-        foreign = backend_of(fmt).PROGRAM_NAME  # torch unpickles parts of it
-    elif fmt in LIBRARIES and not patched_mode(root, fmt).stock:
-        file = root / FILE_NAME
-        if file.is_file() and not backend_of(fmt).is_own_source(file.read_text("utf-8", "replace")):
-            foreign = FILE_NAME
+    foreign = backend_of(fmt, patched_mode(root, fmt)).foreign_code(root)
     if foreign is not None:
         raise CheckpointError(
             f"{repo}: its {foreign} is not what this regsurgery writes, so loading it would run unknown code; read it "
@@ -125,7 +117,7 @@ def folder_format(folder: Path) -> str:
     """The format in which a patched folder was written."""
     from regsurgery.frontends.config import read_config
 
-    program = folder / backend_of("pt2").CONFIG_NAME
+    program = folder / PROGRAM_CONFIG
     if program.is_file():
         fmt = read_json(program, "patch the model again").get("format")
         if fmt not in PROGRAMS:
@@ -150,7 +142,11 @@ def read_patched_config(folder: Path, fmt: str) -> dict[str, Any]:
     block = config.get("regsurgery")
     source = block.get("source") if isinstance(block, dict) else None
     texts = [source.get(key) for key in ("id", "sha256")] if isinstance(source, dict) else [None]
-    if not isinstance(block, dict) or block.get("mode") not in tuple(MODES) or not all(isinstance(t, str) for t in texts):
+    if (
+        not isinstance(block, dict)
+        or block.get("mode") not in tuple(MODES)
+        or not all(isinstance(t, str) for t in texts)
+    ):
         raise CheckpointError(f"{path}: its 'regsurgery' entry is not one that regsurgery wrote; patch the model again")
     return config
 
