@@ -26,10 +26,9 @@ def any_size(format: str, mode: Mode) -> bool:
 
 
 def require(format: str) -> None:
-    """Raise `UserError` where a package is not installed that the format needs."""
+    """Raise `UserError` if a package is not installed that the format needs."""
     missing = [name for name in EXTRAS.get(format, ()) if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"format {format}: needs {' and '.join(missing)}, not installed; install with: "
-            f"pip install 'regsurgery[{format}]'"
+            f"format {format}: needs {' and '.join(missing)}; install with: pip install 'regsurgery[{format}]'"
         )

@@ -29,7 +29,7 @@ MIN_COUNT = 2  # of one image nothing can be said about others
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its 95 % interval; `low` and `high` are None where there are fewer than two images.
+    """A figure and its 95 % interval; `low` and `high` are None if there are fewer than two images.
 
     Attributes:
         n: images (or, where a task says so, runs) that the figure is of.
@@ -46,7 +46,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of both models; None where a model has no such figure.
+    """One figure of both models; None if a model has no such figure.
 
     Attributes:
         name: what it is; `where`: block, head or setting, by name, in the order in which a table shows them.
@@ -129,7 +129,7 @@ class _Moments:
 
 @dataclass(frozen=True)
 class Values:
-    """One batch of a figure: its value for every image of the batch; None where a model has no such figure.
+    """One batch of a figure: its value for every image of the batch; None if a model has no such figure.
 
     Attributes:
         original, patched: `[B]`; NaN where the figure is not defined for an image, which is then left out.

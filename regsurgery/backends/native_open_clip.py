@@ -47,7 +47,7 @@ with torch.no_grad():
 
 
 def check(loaded: Loaded, num_registers: int) -> None:
-    """Raise `UnsupportedModelError` where open_clip cannot hold the model; asked before any fitting."""
+    """Raise `UnsupportedModelError` if open_clip cannot hold the model; asked before any fitting."""
     if loaded.library != "open_clip":
         raise UnsupportedModelError(
             f"native mode: an open_clip folder needs a text tower, which {loaded.source.id} has not in open_clip's "

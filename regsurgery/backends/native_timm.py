@@ -46,7 +46,7 @@ def emit(surgery: Surgery, folder: Path, target: Path) -> None:
 
 
 def check(loaded: Loaded, num_registers: int) -> None:
-    """Raise `UnsupportedModelError` where timm cannot hold the model; asked before any fitting."""
+    """Raise `UnsupportedModelError` if timm cannot hold the model; asked before any fitting."""
     tower = canonical(loaded, loaded.model.state_dict())
     tower_tensors(tower, blank_registers(tower, num_registers))
 

@@ -75,7 +75,7 @@ def emit(surgery: Surgery, folder: Path, target: Path) -> None:
 
 
 def check(loaded: Loaded, num_registers: int) -> None:
-    """Raise `UnsupportedModelError` where transformers cannot hold the model; asked before any fitting."""
+    """Raise `UnsupportedModelError` if transformers cannot hold the model; asked before any fitting."""
     tower = canonical(loaded, loaded.model.state_dict())
     _contents(tower, blank_registers(tower, num_registers))
 

@@ -59,7 +59,7 @@ model = onnxruntime.InferenceSession("{folder}/model.onnx", providers=providers)
 
 
 def check(loaded: Loaded) -> None:
-    """Raise where onnxruntime cannot run a model of this dtype.
+    """Raise if onnxruntime cannot run a model of this dtype.
 
     bfloat16 and float64: its CPU provider has no Conv, and no matrix product, for them. float16: onnxruntime 1.31
     crashes (a segmentation fault) in the optimisations that it does by default when it loads such a file.

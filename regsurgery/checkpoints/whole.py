@@ -15,14 +15,14 @@ from regsurgery.errors import OutputError
 
 
 def check_output(target: Path) -> None:
-    """Raise `OutputError` where `target` cannot become a new folder."""
+    """Raise `OutputError` if `target` cannot become a new folder."""
     if target.exists() or target.is_symlink():
         raise OutputError(f"{target}: exists already; choose another folder with -o, or remove it first")
     check_parent(target)
 
 
 def check_parent(target: Path) -> None:
-    """Raise `OutputError` where nothing can be written beside `target`."""
+    """Raise `OutputError` if nothing can be written beside `target`."""
     parent = target.absolute().parent
     if not parent.is_dir():
         raise OutputError(f"{parent}: no such folder to write {target.name} into; create it first")

@@ -50,7 +50,7 @@ class Changed:
     """A tensor whose bytes differ.
 
     Attributes:
-        max_abs: largest |a - b| in float64 over the elements that are numbers on both sides; None where there is none.
+        max_abs: largest |a - b| in float64 over the elements that are numbers on both sides; None if there is none.
         num_different: elements whose bytes differ; so 0.0 and -0.0 do, with a `max_abs` of 0.
         num_elements: elements in all.
         num_nan: elements whose bytes differ and that are NaN on one side or both.
@@ -159,7 +159,7 @@ def _only(ours: Mapping[str, LocatedTensor], theirs: Mapping[str, LocatedTensor]
 
 
 def _compare(a: LocatedTensor, b: LocatedTensor, progress: Progress) -> Changed | None:
-    """None where the bytes are equal."""
+    """None if the bytes are equal."""
     largest, num_different, num_nan = None, 0, 0
     left = a.num_bytes
     chunk_a, chunk_b = bytearray(), bytearray()

@@ -142,7 +142,7 @@ def _check_source(run: Mapping[str, Any]) -> None:
 def _pictures(
     run: Mapping[str, Any], images: str | Path | None, where: str | Path, progress: Progress
 ) -> ImageSet | None:
-    """The images of the run, or None where it used generated ones or none."""
+    """The images of the run, or None if it used generated ones or none."""
     from regsurgery.images.image_set import image_set
 
     recorded = run["images"]

@@ -30,12 +30,12 @@ class Means:
         return self.sums[name] / self.counts[name]
 
     def deviation(self, name: str) -> float | None:
-        """The standard deviation, from the mean of `NAME squared`; None where nothing was added."""
+        """The standard deviation, from the mean of `NAME squared`; None if nothing was added."""
         mean, square = self.get(name), self.get(f"{name} squared")
         return None if mean is None or square is None else max(0.0, square - mean**2) ** 0.5
 
     def get(self, name: str) -> float | None:
-        """The mean, or None where nothing was added."""
+        """The mean, or None if nothing was added."""
         return self[name] if self.counts.get(name) else None
 
 

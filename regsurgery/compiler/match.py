@@ -97,7 +97,7 @@ def _no_match(reason: str, node: fx.Node) -> NoReturn:
 
 
 def _residual_operands(node: fx.Node, masks: dict[fx.Node, int]) -> tuple[fx.Node, fx.Node] | None:
-    """(stream, branch) of a residual add, or None where `node` is none."""
+    """(stream, branch) of a residual add, or None if `node` is none."""
     if node.target not in ADDS or len(node.args) < 2:
         return None
     left, right = node.args[0], node.args[1]
@@ -181,7 +181,7 @@ class _Mlp:
 
 
 def _mlp(add: fx.Node, masks: dict[fx.Node, int]) -> _Mlp | None:
-    """The MLP whose output `add` adds to the stream, or None where its branch is something else (attention)."""
+    """The MLP whose output `add` adds to the stream, or None if its branch is something else (attention)."""
     operands = _residual_operands(add, masks)
     assert operands is not None
     stream, node = operands
@@ -198,7 +198,7 @@ def _mlp(add: fx.Node, masks: dict[fx.Node, int]) -> _Mlp | None:
 
 
 def _cone(hidden: fx.Node, stream: fx.Node, masks: dict[fx.Node, int]) -> tuple[fx.Node, ...] | None:
-    """The linears at which the pointwise cone above `hidden` ends; None where it is no MLP's."""
+    """The linears at which the pointwise cone above `hidden` ends; None if it is no MLP's."""
     ends: dict[fx.Node, None] = {}
     nonlinear = False
     seen: set[fx.Node] = set()

@@ -67,7 +67,7 @@ class Sites:
 
     @property
     def register_start(self) -> int | None:
-        """The index of the first register among the tokens; None where registers are at the end."""
+        """The index of the first register among the tokens; None if registers are at the end."""
         return self.num_prefix if self.placement == "prefix" else None
 
     def patched(self, num_registers: int) -> tuple[slice, slice]:

@@ -18,7 +18,7 @@ DARK, MIDDLE, LIGHT = "#000004", "#b63679", "#fcfdbf"  # of matplotlib's magma: 
 
 
 def before_after(verdict: Verdict, folder: Path) -> str | None:
-    """Draw `before_after.png` into `folder`; returns its name, or None where the verdict has no maps.
+    """Draw `before_after.png` into `folder`; returns its name, or None if the verdict has no maps.
 
     One column an image, the original above the patched model, all maps on one logarithmic scale, which is written below
     them. The same verdict gives the same bytes: no date, no software, no font of the machine's.

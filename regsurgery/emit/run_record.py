@@ -174,7 +174,7 @@ def fitted_digests(recipe: Recipe, fit: ImageSet | None) -> set[str]:
 
 
 def fitted_of(folder: Path) -> set[str] | None:
-    """The digests that the record of a patched folder has; None where it has none, or there is no record.
+    """The digests that the record of a patched folder has; None if it has none, or there is no record.
 
     Raises:
         CheckpointError: the record is broken.
@@ -192,7 +192,7 @@ def judged(verdict: Verdict, images: ImageSet, fitted: set[str] | None, *, stric
 
 
 def count_fitted(pictures: ImageSet, fitted: set[str] | None) -> int | None:
-    """How many of the images are among `fitted`; None where those are not known. The images are read only if needed."""
+    """How many of the images are among `fitted`; None if those are not known. The images are read only if needed."""
     if not fitted:
         return None if fitted is None else 0
     return sum(digest in fitted for digest in image_digests(pictures))

@@ -133,7 +133,7 @@ def _storage(tensor: Tensor) -> Any:
 
 @torch.no_grad()
 def peak(run: Callable[[], Any]) -> float | None:
-    """Peak megabytes of the tensors that `run` makes; None where no torch operator makes the tensors (onnxruntime)."""
+    """Peak megabytes of the tensors that `run` makes; None if no torch operator makes the tensors (onnxruntime)."""
     with _LiveBytes() as bytes_:
         kept = run()
     del kept

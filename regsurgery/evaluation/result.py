@@ -47,7 +47,7 @@ class Evaluation:
     Attributes:
         task, folder, format, mode: what was evaluated; mode `original` for an unpatched model.
         images: one line that says what the images were; `num_images` is how many both models saw.
-        outliers_per_image: of the original on these images, by `outliers.robust_outliers`; None where the task did
+        outliers_per_image: of the original on these images, by `outliers.robust_outliers`; None if the task did
             not look.
         expectation: why no difference is to be expected, or "".
         rows, notes, details: as in `Result`.

@@ -73,7 +73,7 @@ def _open_clip_tokenizer(loaded: Loaded) -> Any:
 
 
 def zero_shot_logits(outputs: Mapping[str, Tensor], classes_KE: Tensor) -> Tensor | None:
-    """Cosine of each image to each class, `[B, K]`; None where the outputs have no image embedding."""
+    """Cosine of each image to each class, `[B, K]`; None if the outputs have no image embedding."""
     name = next((name for name in IMAGE_EMBEDDINGS if name in outputs), None)
     if name is None or outputs[name].shape[-1] != classes_KE.shape[-1]:
         return None

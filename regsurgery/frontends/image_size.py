@@ -59,7 +59,7 @@ def larger_sizes(loaded: Loaded, size: tuple[int, int]) -> tuple[tuple[int, int]
 
 
 def takes(loaded: Loaded, size: tuple[int, int]) -> Loaded | None:
-    """`loaded` for images of `size` (height, width), or None where the model takes none of that size."""
+    """`loaded` for images of `size` (height, width), or None if the model takes none of that size."""
     try:
         resized = frontend(loaded.library).at_size(loaded, size)
         _run(resized)

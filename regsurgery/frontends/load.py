@@ -89,12 +89,12 @@ def load(
 
 
 def _known(weights: Sequence[Path], known: Mapping[str, str] | None) -> tuple[str, ...] | None:
-    """The sha256 of each file by `known`, or None where not all of them are."""
+    """The sha256 of each file by `known`, or None if not all of them are."""
     return None if known is None else _all(known.get(path.name) for path in weights)
 
 
 def _published(weights: Sequence[Path]) -> tuple[str, ...] | None:
-    """The sha256 of each file as the Hub gave it, or None where it did not give all of them."""
+    """The sha256 of each file as the Hub gave it, or None if it did not give all of them."""
     return _all(published_sha256(path) for path in weights)
 
 

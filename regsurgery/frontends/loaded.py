@@ -78,7 +78,7 @@ class Loaded(Checkpoint):
         preprocess_note: one line that says where the preprocessing comes from.
         inputs: images `[B, 3, H, W]` -> (args, kwargs) of the model's forward; a text tower gets a dummy text.
         name_outputs: what forward returns -> its tensors by name.
-        disk_name: name of a parameter in memory -> its name in the checkpoint file; None where the file has no tensor
+        disk_name: name of a parameter in memory -> its name in the checkpoint file; None if the file has no tensor
             of its own for it (a part of a fused one).
         entry: path of the module that is traced and called, "" for the whole model; a vision tower inside a model that
             cannot be traced whole.

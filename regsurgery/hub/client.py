@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_name(repo: str) -> None:
-    """Raise `HubError` where `repo` is no USER/NAME that the Hub takes."""
+    """Raise `HubError` if `repo` is no USER/NAME that the Hub takes."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:

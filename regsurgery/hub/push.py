@@ -33,7 +33,7 @@ class Destination:
     """A repository that may be written to, as it was when it was looked at.
 
     Attributes:
-        head: its commit; None where there is no repository yet.
+        head: its commit; None if there is no repository yet.
         new_branch: the revision is a branch that does not exist yet.
         files: the names in it.
     """
@@ -123,7 +123,7 @@ def push(folder: str | Path, repo: str, options: PushOptions) -> Pushed:
 
 
 def check_before_patching(repo: str, *, private: bool | None, verification: bool) -> None:
-    """Raise where a folder that is still to be patched could not be pushed; nothing is written."""
+    """Raise if a folder that is still to be patched could not be pushed; nothing is written."""
     if not verification:
         raise HubError(f"{repo}: only what was verified is pushed; leave out --no-verify or --push")
     destination(repo, PushOptions(private=private))

@@ -49,7 +49,7 @@ class Example:
 
     Attributes:
         jpeg: the picture.
-        boxes: side -> where LOST finds the object; None where it was not asked for.
+        boxes: side -> where LOST finds the object; None if it was not asked for.
     """
 
     name: str

@@ -57,9 +57,7 @@ def report(folder: str | Path, output: str | Path | None = None, *, options: Rep
     """
     missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise UserError(
-            f"report needs {' and '.join(missing)}, not installed; install with: pip install 'regsurgery[eval]'"
-        )
+        raise UserError(f"report needs {' and '.join(missing)}; install with: pip install 'regsurgery[eval]'")
     from regsurgery.emit.run_record import fitted_of, judged
     from regsurgery.reporting.collect import Lost, collect
     from regsurgery.reporting.page import ReportSubject, page

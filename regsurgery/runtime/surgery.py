@@ -492,7 +492,7 @@ def resolve_layout(model: nn.Module, layouts: Sequence[Mapping[str, Any]]) -> tu
 
 
 def register_start(surgery: Mapping[str, Any]) -> int | None:
-    """The index of the first register among the tokens; None where registers are at the end."""
+    """The index of the first register among the tokens; None if registers are at the end."""
     return int(surgery["num_prefix"]) if surgery["placement"] == "prefix" else None
 
 

@@ -51,7 +51,7 @@ class SecondResolution:
 
     Attributes:
         image_size: (height, width).
-        held: the outliers are gone there too, if there are any; None where the model takes no other size.
+        held: the outliers are gone there too, if there are any; None if the model takes no other size.
         note: one line that says so.
         original, patched: outliers per image.
         drift: number of registers -> drift with it.

@@ -75,7 +75,7 @@ class Share:
 
     Attributes:
         pilot: at most `PILOT_IMAGES`, the same in every process and part.
-        judging: images that take no part in the search, and decide between the settings that it found; None where none
+        judging: images that take no part in the search, and decide between the settings that it found; None if none
             are held out: too few images, or tars, which are read whole.
         own, first, step: the share is the batches `first`, `first + step`, ... of `own`.
         by_file: no batch has images of two tars.

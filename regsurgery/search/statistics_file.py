@@ -87,7 +87,7 @@ def read_statistics(path: Path) -> Statistics:
 
 
 def check_statistics_output(path: Path) -> None:
-    """Raise `OutputError` where `path` cannot become a statistics file; an earlier one is replaced."""
+    """Raise `OutputError` if `path` cannot become a statistics file; an earlier one is replaced."""
     check_parent(path)
     if path.exists():
         try:

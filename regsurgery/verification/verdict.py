@@ -46,8 +46,8 @@ class UnusedRegister:
         num_images: how many of the verdict's images it was measured on.
         kl, num_same, cosine_output: as in `Verdict`, of the original with registers that nothing uses.
         times: drift of the patched model over this one's, on the same images; drift is the KL divergence, or 1 - cosine
-            of the output in models without logits. None where this one's is zero.
-        times_interval: its 95 % interval; None where there are fewer than two images.
+            of the output in models without logits. None if this one's is zero.
+        times_interval: its 95 % interval; None if there are fewer than two images.
     """
 
     num_images: int
@@ -72,7 +72,7 @@ class Verdict:
         max_patch_norm: mean of each image's largest patch norm; `worst_patch_norm` is the largest of all.
         register_norm: mean norm of the register tokens in the patched model; None without registers.
         register_norm_std: its standard deviation over the images.
-        positional: whether the original's outliers sit at the same places in every image; None where there are none, or
+        positional: whether the original's outliers sit at the same places in every image; None if there are none, or
             fewer than `measure.MIN_IMAGES_POSITIONAL` images.
         margin: native mode: how well its detectors keep registers apart, see `closed_form.separation`; the smallest.
         cosine_patches: mean cosine, original to patched, of the patches that were no outliers, after the last block.
@@ -88,7 +88,7 @@ class Verdict:
         warnings: what is worth a review, in sentences.
         fitted_images: how many of the images took part in the search for the neurons or in the fit of the weights; None
             where that is not recorded.
-        norm_maps: of the first `measure.NUM_EXAMPLES` images, for a picture and no part of `as_dict`; None where
+        norm_maps: of the first `measure.NUM_EXAMPLES` images, for a picture and no part of `as_dict`; None if
             the patches make no grid.
     """
 

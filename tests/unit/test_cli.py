@@ -113,7 +113,7 @@ def test_the_reference_is_what_typer_generates(tmp_path, monkeypatch):
         (["doctor", "demo", "--num-images", "0"], "invalid value for '--num-images':", "see regsurgery doctor --help"),
         (["doctor", "demo", "--num-images", "x"], "invalid value for '--num-images':", "see regsurgery doctor --help"),
         (["recipes", "lst"], "no such command 'lst'. Did you mean 'list'?", "see regsurgery recipes --help"),
-        (["recipes", "-q", "list"], "--quiet: write it behind list: regsurgery recipes list --quiet", "--help"),
+        (["recipes", "-q", "list"], "--quiet: write it after list: regsurgery recipes list --quiet", "--help"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_that_says_what_next(run, args, said, what_next):

@@ -8,7 +8,7 @@ Shape = tuple[int, ...]
 
 
 def reshaped(old_in: Shape, new_in: Shape, old_out: Shape) -> Shape | None:
-    """The output shape of a reshape for `new_in`, where `old_in` gave `old_out`; None where axes that grew are taken
+    """The output shape of a reshape for `new_in`, where `old_in` gave `old_out`; None if axes that grew are taken
     apart. Axes are matched in groups of equal volume.
     """
     new_out = list(old_out)
