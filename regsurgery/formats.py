@@ -18,7 +18,7 @@ EXTRAS = {"onnx": ("onnx", "onnxscript", "onnxruntime")}  # packages that come w
 
 
 def any_size(format: str, mode: Mode) -> bool:
-    """Whether what is written can take images of other sizes, where the model itself does.
+    """Whether the output can take images of other sizes, if the model itself can.
 
     A program is for one size; in native mode open_clip builds timm's tower for the size in its config.
     """

@@ -127,7 +127,7 @@ def test_a_repository_is_reproduced(hub: Hub, run: Callable[..., Done], demo: Pa
     """A pushed card names its repository, and no folder of the machine that it came from."""
     assert run("push", demo, REPO).code == 0
     lost = run("reproduce", REPO)
-    assert lost.code == 2 and "say with --source where it is" in lost.err
+    assert lost.code == 2 and "give its new place with --source" in lost.err
     done = run("reproduce", REPO, "--source", demo_folder, "--json")
     told = json.loads(done.out)
     assert done.code == 0 and told["identical"] and told["differences"] == {} and told["num_files"] >= 8

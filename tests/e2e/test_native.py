@@ -313,7 +313,7 @@ def test_without_photos_the_closed_form_is_written_and_that_is_said(
     done = run(
         "patch", demo_folder, "-o", tmp_path / "out", "--recipe", "demo", "--mode", "native", "--num-images", "8"
     )
-    assert done.code == 0 and "not calibrated, which needs photos; give some with --images DIR" in done.err
+    assert done.code == 0 and "not calibrated: calibration needs photos; give some with --images DIR" in done.err
     assert fit_of(tmp_path / "out")["calibration"] is None
     assert json.loads((tmp_path / "out" / RUN_RECORD_NAME).read_text())["run"]["calibrate"] is False
 

@@ -90,8 +90,8 @@ def test_what_was_changed_in_the_folder_is_named(
     (patched / "preprocessor_config.json").unlink()
     assert run(["reproduce", str(patched), "--images", str(photos)], monkeypatch) == 1
     out = capsys.readouterr().out
-    assert "model.safetensors  comes out as SHA256SUMS says; the file there was changed or lost since" in out
-    assert "preprocessor_config.json  comes out as SHA256SUMS says" in out
+    assert "model.safetensors  matches SHA256SUMS, but the file in the folder was changed or lost since" in out
+    assert "preprocessor_config.json  matches SHA256SUMS" in out
     assert "DIFFERENT in 2 of 9 files" in out
 
 
@@ -108,8 +108,8 @@ def test_other_versions_and_figures_are_told(
     assert run(["reproduce", str(patched), "--images", str(photos)], monkeypatch) == 1
     told = capsys.readouterr()
     assert f"torch was 2.0.0, here it is {versions()['torch']}" in told.err
-    assert f"{RUN_RECORD_NAME}  comes out with other content" in told.out
-    assert f"figure kl was 0.5, is {kept}" in told.out
+    assert f"{RUN_RECORD_NAME}  has different content" in told.out
+    assert f"figure kl was 0.5, now {kept}" in told.out
 
 
 def test_another_image_is_refused(patched: Path, photos: Path, tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_source_that_is_gone_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(["reproduce", str(_with(patched, model="gone/model"))], monkeypatch) == 2
-    assert "gone/model: the folder that was patched is not there, seen from" in capsys.readouterr().err
+    assert "gone/model: the folder that was patched is not there (relative to" in capsys.readouterr().err
 
 
 def test_images_where_the_run_had_none_are_refused(patched: Path, photos: Path) -> None:

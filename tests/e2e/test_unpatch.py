@@ -160,7 +160,7 @@ def test_the_command(
     assert found["files"] == sums(demo_folder) and found["changed"] == [MODEL]
     code, out, err = run("unpatch", copy, "-o", tmp_path / "b")
     assert code == 0 and "model.safetensors: changed after patching" in out, err
-    assert out.endswith(f"wrote {tmp_path / 'b'}: {demo_folder} as it was, sha256 of 3 files equal\n")
+    assert out.endswith(f"wrote {tmp_path / 'b'}: {demo_folder} restored, sha256 of 3 files equal\n")
     assert run("unpatch", copy, "-o", tmp_path / "c", "-q") == (0, "", "")
     code, out, err = run("unpatch", demo_folder, "-o", tmp_path / "d")
     assert (code, out) == (2, "") and err.startswith("error: ") and "Traceback" not in err
