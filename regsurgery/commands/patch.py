@@ -74,8 +74,8 @@ def patch(model: str, output: str | Path, options: PatchOptions) -> PatchResult:
 
     Args:
         model: folder, Hub id, `timm:NAME`, `open_clip:ARCH/TAG` or `demo`.
-        options: see `options.PatchOptions`; its fields are the keyword arguments. What is found or fitted on some images
-            is verified on others. The output has the original's tensors, at their own size.
+        options: see `options.PatchOptions`; its fields are the keyword arguments. What is found or fitted on some
+            images is verified on others. The output has the original's tensors, at their own size.
 
     Raises:
         NothingToFixError: no recipe was given, and surgery would not help.

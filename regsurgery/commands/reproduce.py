@@ -157,8 +157,8 @@ def _pictures(
     digest = image_digest(pictures)
     if digest != recorded["sha256"]:
         raise UserError(
-            f"{images}: not the images of the run: it used {described}, but these are {pictures.num_images} with sha256 "
-            f"{digest[:16]}...; give the same files and no others"
+            f"{images}: not the images of the run: it used {described}, but these are {pictures.num_images} with "
+            f"sha256 {digest[:16]}...; give the same files and no others"
         )
     return replace(pictures, note=recorded["note"])  # the folder may have another name now
 

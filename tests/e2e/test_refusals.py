@@ -76,7 +76,7 @@ REFUSED = {
     "SigLIP 2 with any aspect": (
         _transformers("Siglip2VisionModel", "Siglip2VisionConfig", num_patches=64,
                       **{name: value for name, value in VIT.items() if name != "image_size"}, intermediate_size=128),
-        r"Siglip2VisionModel is not supported: .* image by image \(its input 'spatial_shapes'\)",
+        r"Siglip2VisionModel is not supported: .* for each image \(its input 'spatial_shapes'\)",
     ),
     "a text model": (
         _transformers("BertModel", "BertConfig", **TINY_TEXT),
