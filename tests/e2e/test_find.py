@@ -244,7 +244,7 @@ def test_models_are_placed_by_a_device_map(
 
 
 @pytest.mark.parametrize(
-    "device_map, named", [("gpu", "not a device; give auto, cpu"), ("xpu", "torch sees no xpu here")]
+    "device_map, named", [("gpu", "not a device; give auto, cpu"), ("xpu", "torch finds no xpu here")]
 )
 def test_a_device_that_is_not_there_is_refused_at_once(device_map: str, named: str) -> None:
     with pytest.raises(UserError, match=f"^device map {device_map}: {named}"):

@@ -407,7 +407,7 @@ def test_load_refuses_failures_changed_bytes_and_code_that_is_not_ours(
 ) -> None:
     assert run("push", demo, "me/failing").code == 0
     hub.faults = [Fault("GET", "/cdn/", "500")]
-    assert "could not be reached for it (HTTP 500)" in call(commands.load_and_run, "me/failing", pixels)
+    assert "could not be reached (HTTP 500)" in call(commands.load_and_run, "me/failing", pixels)
     assert isinstance(call(commands.load_and_run, "me/failing", pixels), Tensor), "what is missing is fetched then"
     assert run("push", demo, "me/changed").code == 0
     hub.faults = [Fault("GET", "/cdn/", "corrupt")]

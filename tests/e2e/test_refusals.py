@@ -111,7 +111,9 @@ def test_quantised_weights_are_refused_with_advice(how: str, tmp_path: Path) -> 
         state[name] = state[name].to(torch.int8)
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     reason = {"config": "bitsandbytes", "dtype": r"tensor 'encoder\..*output\.dense\.weight' is I8"}[how]
-    with pytest.raises(UnsupportedModelError, match=rf"quantised \({reason}\); patch the checkpoint it was made from"):
+    with pytest.raises(
+        UnsupportedModelError, match=rf"quantised \({reason}\); patch the checkpoint before quantisation"
+    ):
         load(str(folder))
 
 

@@ -136,7 +136,7 @@ def test_folders_at_fault(demo_folder: Path, copy: Path, tmp_path: Path) -> None
         regsurgery.unpatch(tmp_path / "no", tmp_path / "restored")
     with pytest.raises(UserError, match="has no 'regsurgery' entry"):
         regsurgery.unpatch(demo_folder, tmp_path / "restored")
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="already exists"):
         regsurgery.unpatch(copy, copy)
     (copy / RECORD_NAME).unlink()
     with pytest.raises(CheckpointError, match=rf"{RECORD_NAME}: missing.*the source was the folder"):

@@ -649,13 +649,9 @@ def test_columns_without_images(tmp_path):
 
     bytes_parquet(tmp_path, [picture(number) for number in range(8)])
     pyarrow.parquet.write_table(pa.table({"text": ["x"] * 9, "label": [1] * 9}), tmp_path / "zz.parquet")
-    with pytest.raises(
-        UserError, match=f"^{tmp_path}/zz.parquet: has no column of images; its columns are text, label$"
-    ):
+    with pytest.raises(UserError, match=f"^{tmp_path}/zz.parquet: has no column of images; .* text, label$"):
         image_set(tmp_path)
-    with pytest.raises(
-        UserError, match=f"^{tmp_path}/zz.parquet: has no column of images; its columns are text, label$"
-    ):
+    with pytest.raises(UserError, match=f"^{tmp_path}/zz.parquet: has no column of images; .* text, label$"):
         image_set(tmp_path / "zz.parquet")
 
 

@@ -152,8 +152,8 @@ def test_a_wrong_value_is_refused_before_the_model_is_read(run, tmp_path, monkey
         ("timm:vit_tny_patch16_224", "did you mean 'vit_tiny_patch16_224'?"),
         ("timm:vit_tiny_patch16_224.augreg_in22k", "did you mean 'vit_tiny_patch16_224.augreg_in21k'?"),
         ("timm:", "timm.list_pretrained() in Python lists them"),
-        ("nobody/no-such-model", "HF_HUB_OFFLINE is set; check the spelling, unset it, or give a folder"),
-        ("", "the MODEL given is empty; give a folder, a Hub id, timm:NAME, open_clip:ARCH/TAG or demo"),
+        ("nobody/no-such-model", "HF_HUB_OFFLINE is set: unset it, check the spelling, or give a folder"),
+        ("", "MODEL is empty; give a folder, a Hub id, timm:NAME, open_clip:ARCH/TAG or demo"),
         (__file__, "a file; give the folder that holds the checkpoint"),
     ],
 )

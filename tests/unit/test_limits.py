@@ -30,7 +30,7 @@ def test_a_json_file_is_read_up_to_its_limit(tmp_path, monkeypatch):
     path.write_text('{"a": 1}')
     assert read_json(path) == {"a": 1}
     monkeypatch.setattr("regsurgery.checkpoints.limits.MAX_JSON_BYTES", 7)
-    with pytest.raises(CheckpointError, match=re.escape(f"{path}: 8 bytes, more than the 7 that are read; download")):
+    with pytest.raises(CheckpointError, match=re.escape(f"{path}: has 8 bytes, more than the limit of 7; correct")):
         read_json(path)
 
 
