@@ -14,7 +14,7 @@ _ABSENT: Any = object()
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Set `owner.name` to `value` for the block; an attribute that `owner` itself did not have is removed afterwards."""
+    """Set `owner.name` to `value` for the block; an attribute that `owner` itself lacked is removed afterwards."""
     before = vars(owner).get(name, _ABSENT)
     setattr(owner, name, value)
     try:

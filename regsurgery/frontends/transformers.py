@@ -213,7 +213,7 @@ def _preprocessing(
         )
         return lambda images: torch.stack([plain(image) for image in images]).to(dtype)
 
-    return resized_at, "resized, mean and std 0.5 (the folder has no preprocessor_config.json)", own_size
+    return resized_at, "no preprocessor_config.json in the folder: resized, mean and std 0.5", own_size
 
 
 def _sizes_at(processor: Any, size: tuple[int, int]) -> dict[str, dict[str, int]]:

@@ -58,7 +58,7 @@ def folder(tmp_path) -> Path:
 def test_a_link_out_of_the_folder_or_to_nothing_is_refused(folder, target):
     link = folder / "loop"
     link.symlink_to(target.format(tmp=folder.parent))
-    with pytest.raises(CheckpointError, match=re.escape(f"{link}: a symbolic link to")):
+    with pytest.raises(CheckpointError, match=re.escape(f"{link}: a ") + "(broken )?symbolic link"):
         refuse_links_out(folder)
 
 
