@@ -130,7 +130,7 @@ def test_a_changed_weight_of_the_source_is_refused(patched: Path, photos: Path, 
     weights[-3] ^= 1
     (other / "model.safetensors").write_bytes(weights)
     told = _with(patched, model=str(other))
-    with pytest.raises(CheckpointError, match=r"its weights have sha256 \w+, expected \w+: they were changed"):
+    with pytest.raises(CheckpointError, match=r"its weights have sha256 \w+, expected \w+; give the checkpoint"):
         regsurgery.reproduce(told, images=photos)
 
 
@@ -149,7 +149,7 @@ def test_images_where_the_run_had_none_are_refused(patched: Path, photos: Path) 
 
 def test_a_folder_without_a_record_is_refused(patched: Path) -> None:
     (patched / RUN_RECORD_NAME).unlink()
-    with pytest.raises(CheckpointError, match="missing; how this folder was made is not known"):
+    with pytest.raises(CheckpointError, match="missing; without it, nothing is known about how"):
         regsurgery.reproduce(patched)
 
 

@@ -92,8 +92,8 @@ def test_trained_weights_cannot_be_undone(copy: Path, demo_folder: Path, tmp_pat
     retrain(copy, "classifier.bias")
     with pytest.raises(CheckpointError) as refused:
         regsurgery.unpatch(copy, tmp_path / "restored")
-    assert f"{copy}: restoring gives other bytes than the source had for {MODEL}: " in str(refused.value)
-    assert "as the source had them are config.json, preprocessor_config.json; " in str(refused.value)
+    assert f"{copy}: restoring gives different bytes from the source's for {MODEL}: " in str(refused.value)
+    assert "restored correctly: config.json, preprocessor_config.json; " in str(refused.value)
     assert f"the source was the folder {demo_folder} (weights sha256 {sha256(demo_folder / MODEL)})" in str(
         refused.value
     )
