@@ -127,7 +127,7 @@ def test_trained_registers_do_not_matter_and_trained_weights_do(single, tmp_path
     assert restore(patched, tmp_path / "restored") == content(single)
     data[-17] ^= 1
     last.write_bytes(data)
-    with pytest.raises(CheckpointError, match="different bytes from the source.s for ") as caught:
+    with pytest.raises(CheckpointError, match="different bytes from the source's for ") as caught:
         restore(patched, tmp_path / "again")
     first, _, others = str(caught.value).partition("restored correctly: ")
     assert f"for {last.name}: " in first
