@@ -10,6 +10,6 @@ from regsurgery.modes import SHIFT, Mode
 
 
 def backend(name: str, mode: Mode = SHIFT) -> ModuleType:
-    """The back end of a format in a mode; a stock host has one of its own."""
+    """The back end of a format in a mode; stock hosts have their own."""
     module = f"native_{name}" if mode.stock and name in LIBRARIES else name
     return importlib.import_module(f"regsurgery.backends.{module}")

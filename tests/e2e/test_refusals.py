@@ -64,7 +64,7 @@ REFUSED = {
     ),
     "Pixtral, all images in one sequence": (
         _transformers("PixtralVisionModel", "PixtralVisionConfig", **VIT, intermediate_size=128),
-        r"no match: all images of a batch go into one sequence of tokens \(node '.*ln_pre",
+        r"no match: all images of a batch are packed into one sequence of tokens \(node '.*ln_pre",
     ),
     "Qwen2.5-VL vision, windows that depend on the data": (
         _transformers("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig",
