@@ -415,7 +415,7 @@ def test_a_register_that_cannot_be_told_apart_is_an_error(
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2
-    assert "keeps the register apart" in capsys.readouterr().err
+    assert "separates the register" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
