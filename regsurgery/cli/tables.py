@@ -52,7 +52,7 @@ def family_table() -> None:
     for library in dict.fromkeys(family.library for family in FAMILIES):
         table = Table(box=box.SIMPLE_HEAD, title=library, title_justify="left")
         for name in ("family and models", "native", "sizes", "registers"):
-            table.add_column(name, no_wrap=True)
+            table.add_column(name, overflow="fold")
         for family in (one for one in FAMILIES if one.library == library):
             models = "\n".join(f"[dim]  {member}[/dim]" for member in family.members)
             size = "any" if family.any_size else "own"

@@ -69,10 +69,7 @@ def evaluate(
         progress.advance(len(batch.numbers))
     classes = samples.classes()
     if len(classes) < 2:
-        raise UserError(
-            f"{images.note}: their masks have {len(classes)} class, not counting {IGNORED} (ignored); give masks with "
-            "at least two"
-        )
+        raise UserError(f"{images.note}: their masks have {len(classes)} class without {IGNORED}; give at least two")
     progress.stage(f"fit {method}")
     probes = [samples.fit(side, method, folds, seed) for side in (0, 1)]
 

@@ -78,7 +78,7 @@ def test_a_faithful_cure_has_no_warning() -> None:
 def test_nine_in_ten_first_classes_are_enough_and_fewer_are_not() -> None:
     assert verdict(100, 90).warnings == ()
     (warning,) = verdict(100, 89).warnings
-    assert "89 of 100 images, a share of 0.9 or more is expected" in warning
+    assert "89 of 100 images; a share of 0.9 or more is expected" in warning
     assert "not certain on 100 images" in warning  # Wilson's interval of 89 in 100 reaches 0.94
     (sure,) = verdict(100, 70).warnings
     assert "not certain" not in sure
@@ -95,7 +95,7 @@ def test_generated_pictures_are_held_to_what_an_unused_register_keeps() -> None:
     kept = replace(UNUSED, num_same=24)
     assert verdict(32, 23, evidence="generated", unused_register=kept).warnings == ()
     (warning,) = verdict(32, 21, evidence="generated", unused_register=kept).warnings
-    assert "21 of 32 generated pictures, a share of 0.68 or more" in warning
+    assert "21 of 32 generated pictures; a share of 0.68 or more" in warning
     assert "an unused register keeps it in 24 of 32" in warning
     assert verdict(32, 23, unused_register=kept).warnings, "photos are held to the share itself"
 
