@@ -333,8 +333,8 @@ def edited(path: Path, target: Path, **changes: Any) -> Path:
         ([0, 1, 2], {"part": 0}, r"changed\.stats: claims to be part 0 of 3"),
         ([0, 1, 2], {"schema": 2}, r"changed\.stats: has schema 2, .*; make all parts with one version"),
         ([0, 1, 2], {"settings": {"model": "abc"}}, r"changed\.stats: has model abc, but .*1\.stats has .*same MODEL"),
-        ([0, 1, 2], {"settings": {"images": "abc"}}, r"changed\.stats: images abc, that of"),
-        ([0, 1, 2], {"settings": {"regsurgery": "0.0.1"}}, r"changed\.stats: regsurgery 0\.0\.1, that of"),
+        ([0, 1, 2], {"settings": {"images": "abc"}}, r"changed\.stats: has images abc, but"),
+        ([0, 1, 2], {"settings": {"regsurgery": "0.0.1"}}, r"changed\.stats: has regsurgery 0\.0\.1, but"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(
