@@ -10,9 +10,9 @@ from regsurgery.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
 
 
 def run() -> None:
-    """Entry point of the console script: `cli.main`, and an end without Python's last search for garbage.
+    """Entry point of the console script: `cli.main`, without Python's final garbage collection.
 
-    That goes over all of torch and takes 2 s.
+    That would walk all of torch and take 2 s.
     """
     try:
         from regsurgery.cli.app import main

@@ -13,7 +13,7 @@ from regsurgery.compiler.planting import plant
 from regsurgery.images.image_set import image_set
 from regsurgery.settings import quiet_transformers
 
-PLANTED = {1: 2, 2: 1}  # block -> how many neurons; recipes/demo.yaml has their indices
+PLANTED = {1: 2, 2: 1}  # block -> number of planted neurons; recipes/demo.yaml has their indices
 IMAGE_SIZE, PATCH_SIZE, WIDTH, BLOCKS = 96, 8, 64, 4
 
 

@@ -1,4 +1,4 @@
-"""The exception tree and the exit codes it stands for.
+"""The exception tree and its exit codes.
 
 Every error that a user can cause or act on is a `UserError`: one line that says what went wrong, where, and what to
 do next. The command line prints it without a traceback. Anything else is a bug and keeps its traceback.
@@ -10,10 +10,10 @@ from typing import Any
 
 EXIT_OK = 0
 EXIT_VERIFICATION_FAILED = 1
-EXIT_DIFFERENT = 1  # of `diff`, as of the Unix tool
+EXIT_DIFFERENT = 1  # for `diff`, as for the Unix tool
 EXIT_USER_ERROR = 2
 EXIT_NOTHING_TO_FIX = 3
-EXIT_INTERRUPTED = 130  # as shells have it: 128 and the number of the signal
+EXIT_INTERRUPTED = 130  # as in shells: 128 plus the number of the signal
 EXIT_BROKEN_PIPE = 141
 
 
@@ -28,11 +28,11 @@ class UserError(RegsurgeryError):
 
 
 class ModelNotFoundError(UserError):
-    """No folder, Hub repository or library entry answers to the given model id."""
+    """No folder, Hub repository or library entry has the given model id."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint file is broken, incomplete or of a refused kind; the message names file and tensor."""
+    """A checkpoint file is broken, incomplete or of a refused kind; the message names the file and the tensor."""
 
 
 class RecipeError(UserError):
@@ -44,7 +44,7 @@ class OutputError(UserError):
 
 
 class HubError(UserError):
-    """The Hugging Face Hub refuses, fails or cannot be reached; nothing that loads was left there half done."""
+    """The Hugging Face Hub refuses, fails or cannot be reached; no half-finished checkpoint is left there."""
 
 
 class UnsupportedModelError(UserError):
@@ -52,16 +52,16 @@ class UnsupportedModelError(UserError):
 
 
 class VerificationError(RegsurgeryError):
-    """The patched model does not do what it must; nothing is left on disk."""
+    """The patched model fails its verification; nothing is left on disk."""
 
     exit_code = EXIT_VERIFICATION_FAILED
 
 
 class NothingToFixError(RegsurgeryError):
-    """Surgery is not the cure: there are no outliers, or no neurons cause them; `diagnosis` says which.
+    """Surgery would not help: there are no outliers, or no neurons cause them; `diagnosis` says which.
 
     Attributes:
-        diagnosis: a `search.diagnosis.Diagnosis`, which this file, below all others, does not import.
+        diagnosis: a `search.diagnosis.Diagnosis`; not imported, because every other file imports this one.
     """
 
     exit_code = EXIT_NOTHING_TO_FIX

@@ -1,7 +1,7 @@
 """What regsurgery knows about model families: data.
 
-The surgery itself finds its sites in the graph and needs none of the matrix; a family that is not listed is tried all
-the same. The tests run over the rows here and hold every cell to what it says. Adding one: CONTRIBUTING.md.
+The surgery finds its sites in the graph and does not need this matrix; a family that is not listed is tried anyway.
+The tests check every cell of the rows here. To add one, see CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -95,28 +95,28 @@ REFUSED = (
 
 
 def family_of(library: str, architecture: str) -> Family | None:
-    """The row that has an architecture, or None: the model is tried all the same."""
+    """The row that has an architecture, or None: the model is tried anyway."""
     for family in FAMILIES:
         if family.library == library and any(fnmatch(architecture, member) for member in family.members):
             return family
     return None
 
 
-# transformers: the example inputs a model needs beside pixel_values, by the config key that says it has a text tower.
+# transformers: a model whose config has this key has a text tower and needs example inputs other than pixel_values.
 TEXT_CONFIG_KEY = "text_config"
 
-# transformers: where the vision tower of a model lies that torch.export cannot trace whole, and the config key of the
-# hidden state that its language model reads.
+# transformers, for models that torch.export cannot trace as a whole: the path of the vision tower, and the config key
+# of the hidden state that the language model reads.
 ENTRIES = {"LlavaForConditionalGeneration": ("model.vision_tower", "vision_feature_layer")}
 
-# transformers, by model type: an input that is drawn at random unless it is given, one number a patch; it says which
-# patches are hidden.
+# transformers, by model type: an input with one number per patch that decides which patches are hidden; it is random
+# unless given.
 NOISE_INPUTS = {"vit_mae": "noise"}
 
-# transformers: inputs of models that no graph with a batch of images can be made of, and why.
+# transformers: inputs of models that cannot be traced to a graph over a batch of images, and why.
 PACKED_INPUTS = {
     "image_grid_thw": "it packs the patches of all images into one sequence and cuts windows out of their grids",
-    "spatial_shapes": "it takes patches of images of any aspect and resizes its position embedding image by image",
+    "spatial_shapes": "it takes patches of images of any aspect and resizes its position embedding for each image",
 }
 
 # Where libraries say how many register tokens a model was trained with.

@@ -19,7 +19,7 @@ EXTRAS = {"onnx": ("onnx", "onnxscript", "onnxruntime")}  # packages that come w
 
 
 def any_size(format: str, mode: Mode) -> bool:
-    """Whether what is written can take images of other sizes, where the model itself does.
+    """Whether the output can take images of other sizes, if the model itself can.
 
     A program is for one size; in native mode open_clip builds timm's tower for the size in its config.
     """
@@ -27,10 +27,9 @@ def any_size(format: str, mode: Mode) -> bool:
 
 
 def require(format: str) -> None:
-    """Raise `UserError` where a package is not installed that the format needs."""
+    """Raise `UserError` if a package is not installed that the format needs."""
     missing = [name for name in EXTRAS.get(format, ()) if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"format {format}: needs {' and '.join(missing)}, not installed; install with: "
-            f"pip install 'regsurgery[{format}]'"
+            f"format {format}: needs {' and '.join(missing)}; install with: pip install 'regsurgery[{format}]'"
         )

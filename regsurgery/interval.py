@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 LEVEL = 0.95
 RESAMPLES = 2000
-MIN_COUNT = 2  # of one image nothing can be said about others
+MIN_COUNT = 2  # one image says nothing about others
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its 95 % interval; `low` and `high` are None where there are fewer than two images.
+    """A figure and its 95 % interval; `low` and `high` are None if there are fewer than two images.
 
     Attributes:
-        n: images (or, where a task says so, runs) that the figure is of.
+        n: number of images (or of runs, if a task says so).
     """
 
     value: float
@@ -46,10 +46,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of both models; None where a model has no such figure.
+    """One figure of both models; None if a model has no such figure.
 
     Attributes:
-        name: what it is; `where`: block, head or setting, by name, in the order in which a table shows them.
+        name: of the figure; `where`: block, head or setting, by name, in the order in which a table shows them.
         difference: patched - original, paired: both models saw the same images.
         unit: "" for a pure number.
         is_detail: one of many, such as a single head's; tables leave it out.
@@ -73,7 +73,7 @@ def share(hits: int, count: int) -> Estimate:
     """A share with Wilson's interval.
 
     Args:
-        hits: how many of the `count` images had it; `count` is at least 1.
+        hits: how many of the `count` images count; `count` is at least 1.
     """
     if count < MIN_COUNT:
         return Estimate(hits / count, None, None, count)
@@ -86,7 +86,7 @@ def share(hits: int, count: int) -> Estimate:
 
 
 def from_resamples(value: float, resampled_R: np.ndarray, count: int) -> Estimate:
-    """A figure whose values on resampled images are known: the percentile interval."""
+    """A figure with known values on resampled images: the percentile interval."""
     known_R = resampled_R[np.isfinite(resampled_R)]
     if count < MIN_COUNT or not len(known_R):
         return Estimate(value, None, None, count)
@@ -129,10 +129,10 @@ class _Moments:
 
 @dataclass(frozen=True)
 class Values:
-    """One batch of a figure: its value for every image of the batch; None where a model has no such figure.
+    """One batch of a figure: its value for every image of the batch; None if a model has no such figure.
 
     Attributes:
-        original, patched: `[B]`; NaN where the figure is not defined for an image, which is then left out.
+        original, patched: `[B]`; NaN if the figure is not defined for an image, which is then left out.
         where, unit, is_detail: as in `Row`.
         is_share: the values are zeros and ones.
         out_of: makes the figure sum(values) / sum(out_of) over the images instead of the mean, `[B]`, for both models.

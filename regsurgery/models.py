@@ -1,4 +1,4 @@
-"""MODEL as users write it -> a model that is loaded, traced and matched."""
+"""MODEL, as users write it -> a loaded, traced and matched model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def open_model(
     check: Callable[[Loaded], None] = lambda loaded: None,
     **how: Any,
 ) -> Located:
-    """Load -> trace -> match, at `image_size` pixels where that is given.
+    """Load -> trace -> match, at `image_size` pixels if given.
 
     Args:
         check: is called with the loaded model, so that what cannot work is refused before the trace.
@@ -52,7 +52,7 @@ def open_model(
 
 
 def load_model(model: str, options: LoadOptions, **how: Any) -> Loaded:
-    """`frontends.load.load`, and the demo, which is made here."""
+    """`frontends.load.load`, or the demo, which is made here."""
     if model != DEMO:
         return load(model, options, **how)
     from regsurgery.demo import write_demo
@@ -65,7 +65,7 @@ def load_model(model: str, options: LoadOptions, **how: Any) -> Loaded:
 
 
 def locate(loaded: Loaded, progress: Progress, image_size: tuple[int, int] | None = None) -> Located:
-    """Trace -> match; at `image_size` (height, width) where it is given."""
+    """Trace -> match, at `image_size` (height, width) if given."""
     from regsurgery.compiler.located import Located
     from regsurgery.compiler.match import match
     from regsurgery.compiler.placement import beside_trained, trained_registers

@@ -1,4 +1,4 @@
-"""The modes of a surgery: data. What each one does to a graph is in `compiler/modes`, one file a mode."""
+"""The modes of a surgery: data. What each one does to a graph is in `compiler/modes`, one file per mode."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mode:
-    """What the stages ask of a mode.
+    """What other stages need to know about a mode.
 
     Attributes:
-        title: what model cards call it.
-        stock: written for an unmodified model of a library: there is no loader file, and weights are edited, so that
-            the original cannot be restored.
+        title: its name in model cards.
+        stock: written for an unmodified model of a library: there is no loader file, and weights are edited, so the
+            original cannot be restored.
         fitted: its weights are fitted on images.
         constants: attentions get a constant key and value; there are no register tokens.
         follows_size: the number of registers may follow the number of patches.

@@ -33,7 +33,8 @@ class Flag:
     Attributes:
         help: its help text.
         names: its flags; by default `--` and the field's name.
-        type: what the command line makes of it, where that is not the field's own type; as an annotation.
+        type: what the command line turns it into, if that is not the field's own type; as an annotation.
+        metavar: placeholder for its value in the help text; by default derived from the type or the field's name.
         complete: name of the function in `cli.completion` that offers values.
         shown: show the default in the help text.
     """
@@ -41,13 +42,14 @@ class Flag:
     help: str
     names: tuple[str, ...] = ()
     type: str | None = None
+    metavar: str | None = None
     min: int | None = None
     complete: str | None = None
     shown: bool = True
 
 
 def option(default: Any, help: str, *names: str, **how: Any) -> Any:
-    """A field that is an option of the command line, too; `how` is of `Flag`."""
+    """A field that is also an option of the command line; `how` holds further attributes of `Flag`."""
     return field(default=default, metadata={"flag": Flag(help, names, **how)})
 
 
@@ -56,37 +58,41 @@ class LoadOptions:
     """What the user allows while loading.
 
     Attributes:
-        device_map: where the model goes, as accelerate has it: `auto`, or a device such as `cuda`; the CPU by default.
-        max_memory: bytes, or a text such as 8GB; the weights of a larger checkpoint stay on disk and are read operator
-            by operator. By default half of what the machine has free.
-        sha256: what `Source.sha256` must be; anything by default.
-        called: what the model is called in what is written; by default as it was given.
-        progress: is told how far the command is.
+        device_map: where the model runs, in accelerate's terms: `auto`, or a device such as `cuda`; default: the CPU.
+        max_memory: bytes, or text such as 8GB; the weights of a larger checkpoint stay on disk and are read operator
+            by operator. Default: half of the machine's free memory.
+        sha256: the required `Source.sha256`; anything by default.
+        called: the model's name in what is written; by default the MODEL given.
+        progress: is told how far the command has got.
     """
 
     allow_pickle: bool = option(False, "Read pickled weights (weights_only).")
     trust_remote_code: bool = option(False, "Run code that comes with the checkpoint.")
     revision: str | None = option(None, "Hub revision of MODEL.")
     device_map: str | None = option(
-        None, "Where the model runs: auto (accelerate), cuda, ... (default: CPU).", complete="devices"
+        None,
+        "Where the model runs: auto (accelerate), cuda, ... (default: CPU).",
+        metavar="DEVICE",
+        complete="devices",
     )
     max_memory: int | str | None = option(
         None,
         "Leave the weights of larger checkpoints on disk, e.g. 8GB (default: half of the free memory).",
         type="str | None",
+        metavar="SIZE",
     )
     sha256: str | None = None
     called: str | None = None
     progress: Progress = field(default_factory=Progress, compare=False)
 
-    HIDDEN: ClassVar[tuple[str, ...]] = ()  # fields that the command line of this command does not have
+    HIDDEN: ClassVar[tuple[str, ...]] = ()  # fields that are not options of this command
 
     @property
     def max_bytes(self) -> int | None:
         """`max_memory` in bytes.
 
         Raises:
-            UserError: it is a text that names no size.
+            UserError: it is text but not a size.
         """
         return parse_size(self.max_memory) if isinstance(self.max_memory, str) else self.max_memory
 
@@ -100,10 +106,10 @@ class ImageOptions(LoadOptions):
     """The images that a command runs on.
 
     Attributes:
-        images: where they are, see `images.image_set.image_set`, or themselves.
-        num_images: at most that many; by default all, or 32 generated ones.
-        image_size: side in pixels, by default the model's own.
-        seed: of generated pictures.
+        images: where they are (see `images.image_set.image_set`), or the images themselves.
+        num_images: maximum number; default: all, or 32 generated ones.
+        image_size: side in pixels; default: the model's own.
+        seed: for generated pictures.
     """
 
     images: str | Path | ImageSet | None = option(
@@ -140,11 +146,11 @@ class SearchOptions(ImageOptions):
     """What the user may choose in a search for register neurons.
 
     Attributes:
-        force: search a model that was trained with registers, too.
-        precision: of the pass over all images: `checkpoint`, as the checkpoint is, or `bf16`, under autocast, with sums
-            in float32 and float64. What is decided on the pilot's images always is as the checkpoint is.
-        smallest: the smallest set of neurons that suppresses the outlier tokens, with one register, whatever it drifts.
-        num_registers: that many registers; by default as many as drift least.
+        force: search even if the model was trained with registers.
+        precision: of the pass over all images: `checkpoint` (the checkpoint's dtype), or `bf16` (autocast, with sums
+            in float32 and float64). Decisions on the pilot's images always use the checkpoint's dtype.
+        smallest: the smallest set of neurons that suppresses the outlier tokens, with one register, whatever the drift.
+        num_registers: the number of registers; default: the number with the least drift.
     """
 
     num_registers: int | None = option(
@@ -161,7 +167,7 @@ class SearchOptions(ImageOptions):
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """What the outcome of a search depends on, beside model and images."""
+        """What the outcome of a search depends on, other than model and images."""
         names = ("seed", "force", "precision", "smallest", "num_registers")
         return {name: getattr(self, name) for name in names}
 
@@ -180,7 +186,8 @@ class FindOptions(SearchOptions):
 
     Attributes:
         merge: statistics files of all parts, in any order, that `find_part` wrote for the same model, images and
-            options: decide by them, without a pass over the images. The recipe is that of a search in one process.
+            options: decide from them, without a pass over the images. The recipe equals that of a search in one
+            process.
     """
 
     merge: Sequence[str | Path] = ()
@@ -192,19 +199,18 @@ class PatchOptions(SearchOptions):
 
     Attributes:
         recipe: a `Recipe`, a recipe file or the name of a bundled recipe. By default the bundled one for the model, if
-            there is one and its verification passes; else the neurons are found.
-        mode: a name in `modes.MODES`; by default the recipe's.
-        calibrate: native mode: train the register neurons' output columns on the images; by default where photos are
-            given. On generated pictures it is kept only where it gains on those of another kind, too.
-        stop_after: native mode: end calibration after that many steps, as a run did that was interrupted there.
-        searched: hold the images out from verification that a search would have seen, although `recipe` is given: as in
-            the run that found it on these images.
-        format: one of `formats.FORMATS`; by default that of the model's library, or in native mode the one of a stock
-            host.
-        link: make hard links of shards that stay what they are, where the file system can.
-        verification: compare original and patched model on images; without, the folder says that nobody did, and files
-            whose sha256 the Hub gave are not looked through for NaN.
-        strict: warnings of the verification, and too few images to judge, are failures.
+            there is one and its verification passes; otherwise the neurons are found.
+        mode: one of `modes.MODES`; by default the recipe's.
+        calibrate: native mode: train the register neurons' output columns on the images; by default if photos are
+            given. On generated pictures the result is kept only if it also helps on pictures of another kind.
+        stop_after: native mode: end calibration after that many steps, to repeat a run that was interrupted there.
+        searched: although `recipe` is given, hold out of the verification what a search on these images would have seen.
+        format: one of `formats.FORMATS`; by default the format of the model's library, or in native mode that of a
+            stock host.
+        link: hard-link unchanged shards, if the file system can.
+        verification: compare the original and the patched model on images; without it, the folder is recorded as
+            unverified, and files whose sha256 the Hub published are not checked for NaN.
+        strict: treat verification warnings, and too few images to judge, as failures.
         dry_run: do everything, but write nothing.
     """
 
@@ -248,11 +254,11 @@ class VerifyOptions(ImageOptions):
     """Options of `verify`.
 
     Attributes:
-        original: MODEL to compare with; by default what was patched.
-        strict: warnings, and too few images to judge, are failures.
+        original: MODEL to compare with; by default the one that was patched.
+        strict: treat warnings, and too few images to judge, as failures.
     """
 
-    original: str | None = option(None, "MODEL to compare with.")
+    original: str | None = option(None, "MODEL to compare with (default: the one that was patched).", metavar="MODEL")
     strict: bool = option(False, "Fail if the verdict has warnings or rests on too few images.")
     revision: str | None = option(None, "Hub revision.")
 
@@ -264,16 +270,16 @@ class EvaluateOptions(ImageOptions):
     """Options of every task of `eval`.
 
     Attributes:
-        original: MODEL to compare with, where the folder cannot restore it.
-        png: picture to write, of the tasks that draw one; see `evaluation.pictures.DRAWN`.
+        original: MODEL to compare with, if the folder cannot restore the original.
+        png: picture to write, for tasks that draw one; see `evaluation.pictures.DRAWN`.
     """
 
-    original: str | None = option(None, "MODEL to compare with.")
+    original: str | None = option(None, "MODEL to compare with (default: the one that was patched).", metavar="MODEL")
     png: str | Path | None = option(None, "Write a picture.", type="Path | None")
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the user set of the task's own options, by name."""
+        """The task's own options that the user set, by name."""
         common = {one.name for one in fields(EvaluateOptions)}
         own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in common}
         return {name: value for name, value in own.items() if value is not None and value != []}
@@ -293,7 +299,7 @@ class ClassifyOptions(EvaluateOptions):
     """Options of `eval classify`."""
 
     prompts: str | Path | None = option(
-        None, "Zero-shot: a file with one class a line, prompts split by tabs.", type="Path | None"
+        None, "Zero-shot: a file with one class per line, its prompts separated by tabs.", type="Path | None"
     )
 
 
@@ -319,7 +325,7 @@ class ProbeOptions(EvaluateOptions):
     features: str | None = option(None, "cls (the class token) or mean (of the patches).")
     block: int | None = option(None, "Features of this block (from 0).")
     train: str | Path | None = option(
-        None, "Labelled images to learn from, instead of a part of --images.", type="Path | None"
+        None, "Labelled images to train on, instead of a part of --images.", type="Path | None"
     )
 
 
@@ -335,9 +341,11 @@ class LostOptions(EvaluateOptions):
     """Options of `eval lost`."""
 
     block: int | None = option(None, "Features of this block (from 0).")
-    kind: Sequence[str] | None = option(None, "keys, queries or values (default: all).", type="list[str] | None")
+    kind: Sequence[str] | None = option(
+        None, "keys, queries or values (default: all). May be repeated.", type="list[str] | None"
+    )
     bias: Sequence[float] | None = option(
-        None, "Added to similarities (default: 0, -0.2 and -0.4).", type="list[float] | None"
+        None, "Number added to similarities (default: 0, -0.2 and -0.4). May be repeated.", type="list[float] | None"
     )
 
 
@@ -354,8 +362,8 @@ class SegmentOptions(EvaluateOptions):
 class ShiftMapOptions(EvaluateOptions):
     """Options of `eval shift-map`."""
 
-    where: str | None = option(None, "x,y,w,h, as fractions or in pixels.")
-    mask: str | Path | None = option(None, "Image that is white where outliers go.", type="Path | None")
+    where: str | None = option(None, "Box to move outliers to, as fractions or in pixels.", metavar="X,Y,W,H")
+    mask: str | Path | None = option(None, "Image, white where outliers go.", type="Path | None")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,35 +371,35 @@ class ReportOptions(ImageOptions):
     """Options of `report`.
 
     Attributes:
-        num_images: at most that many.
-        original: MODEL to compare with, where the folder cannot restore it.
+        num_images: maximum number.
+        original: MODEL to compare with, if the folder cannot restore the original.
         boxes: draw LOST's boxes.
-        block: of LOST's features, by default the fourth from the end.
+        block: of LOST's features; default: the fourth from the end.
         kind: of LOST's features: keys, queries or values.
         bias: added to LOST's similarities.
     """
 
     num_images: int | None = option(16, "Maximum number of images.", min=1)
-    original: str | None = option(None, "MODEL to compare with.")
+    original: str | None = option(None, "MODEL to compare with (default: the one that was patched).", metavar="MODEL")
     boxes: bool = option(True, "Draw LOST's boxes.", "--boxes/--no-boxes")
     block: int | None = option(None, "Block of LOST's features (default: the fourth from the end).")
     kind: str = option("keys", "LOST's features: keys, queries or values.")
-    bias: float = option(-0.2, "Added to LOST's similarities.")
+    bias: float = option(-0.2, "Number added to LOST's similarities.")
 
     HIDDEN = ("allow_pickle", "trust_remote_code", "revision", "image_size", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReproduceOptions(LoadOptions):
-    """Options of `reproduce`; the revision is that of the record.
+    """Options of `reproduce`; the revision comes from the record.
 
     Attributes:
-        images: the images of the run, where it used photos.
-        source: where the model is that was patched; by default where it was then.
+        images: the images of the run, if it used photos.
+        source: where the original model is now; by default where it was when it was patched.
     """
 
     images: str | Path | None = option(None, "The images of that run, if it used photos.", type="Path | None")
-    source: str | None = option(None, "Where the original MODEL is now, if it has moved.")
+    source: str | None = option(None, "Where the original MODEL is now, if it has moved.", metavar="MODEL")
 
     HIDDEN = ("revision", "device_map")
 
@@ -401,18 +409,18 @@ class PushOptions:
     """Options of `push`.
 
     Attributes:
-        private: visibility of a repository that is created; by default the account's setting.
+        private: visibility of a new repository; default: the account's setting.
         revision: branch to push to.
-        message: of the commit.
+        message: the commit message.
         create_pr: open a pull request instead.
         force: replace the contents of a repository that regsurgery did not write.
-        dry_run: list files and sizes, push nothing.
+        dry_run: list files and sizes without pushing.
     """
 
     private: bool | None = option(
         None, "Visibility of a new repository (default: account setting).", "--private/--public"
     )
-    revision: str | None = option(None, "Branch to push to.")
+    revision: str | None = option(None, "Branch to push to.", metavar="BRANCH")
     message: str | None = option(None, "Commit message.", "--message", "--commit-message")
     create_pr: bool = option(False, "Open a pull request instead.")
     force: bool = option(False, "Replace the contents of a repository that regsurgery did not write.")
@@ -428,7 +436,7 @@ class PushOptions:
 def takes(options: type[Any]) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Make a function of `(..., options)` callable with the fields of the dataclass `options` as keywords.
 
-    The options may be given as one object, by keywords, or both, where keywords win. `progress=None` is silence.
+    The options may be given as one object, as keywords, or both; keywords win. `progress=None` means silence.
     """
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -476,7 +484,7 @@ def parse_size(text: str) -> int:
     """A number of bytes as people write it: 8GB, 500MB, 1.5GiB, 0.
 
     Raises:
-        UserError: it is none.
+        UserError: `text` is not a size.
     """
     from accelerate.utils.modeling import convert_file_size_to_int
 

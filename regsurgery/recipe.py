@@ -38,11 +38,11 @@ class Recipe:
         register_neurons: block -> ascending neuron indices, both counted from 0; blocks ascending.
         model: the Hub id or name that the recipe was made for; a mismatch is a warning.
         num_registers: register tokens to append; 0 only with no neurons.
-        num_patches: the number of patches that `num_registers` was chosen for; with it a model of mode shift appends
-            more of them for larger images, see `runtime.surgery.registers_for`. None: always `num_registers`.
-        mode: what is written, a name in `modes.MODES`.
+        num_patches: the number of patches that `num_registers` was chosen for; if given, a model in mode shift
+            appends more of them for larger images, see `runtime.surgery.registers_for`. None: always `num_registers`.
+        mode: a name in `modes.MODES`.
         fill, prefix, compat: options of `runtime.surgery.neuron_shift`.
-        scale: one factor a register.
+        scale: one factor per register.
         provenance: who found the neurons, on what, with which figures; echoed, never interpreted.
     """
 
@@ -59,7 +59,7 @@ class Recipe:
 
     @property
     def kind(self) -> Mode:
-        """The mode, as the stages ask for it."""
+        """The mode, as an object."""
         return MODES[self.mode]
 
     @property
@@ -77,7 +77,7 @@ class Recipe:
     def with_mode(self, mode: str) -> Recipe:
         """The same recipe in another mode; native mode needs no fill, and drops that of the shift.
 
-        Only in mode shift the number of registers follows the image size.
+        The number of registers follows the image size only in mode shift.
         """
         kind = MODES.get(mode, self.kind)  # one that is not known is refused below
         fill = "zero" if kind.stock else self.fill
@@ -85,7 +85,7 @@ class Recipe:
         return _checked(replace(self, mode=mode, fill=fill, num_patches=num_patches), "--mode")
 
     def changes_since_found(self) -> tuple[str, ...]:
-        """What is set otherwise than `find` wrote it, each as "num_registers 2 -> 4".
+        """Settings that differ from what `find` wrote, each as "num_registers 2 -> 4".
 
         Empty for a recipe that `find` did not write, or without what it chose (`chosen` of the provenance).
         """
@@ -105,17 +105,17 @@ class Recipe:
         )
 
     def table(self) -> list[dict[str, Any]]:
-        """The rows of the table that `find` chose from; none of a recipe that has no such table.
+        """The rows of the table that `find` chose from; empty for a recipe without such a table.
 
-        A provenance may hold anything: what is no row is passed over. A row has a `name`, `num_registers`, `fill`,
-        `outliers_per_image`, `register_norm`, `drift`, `cost`, and `kl` where the model has logits; `chosen`, `paper`.
+        A provenance may hold anything: what is not a row is skipped. A row has a `name`, `num_registers`, `fill`,
+        `outliers_per_image`, `register_norm`, `drift`, `cost`, and `kl` if the model has logits; `chosen`, `paper`.
         """
         rows = self.provenance.get("sweep")
         return [row for row in rows if _is_row(row)] if isinstance(rows, list) else []
 
     def papers_setting(self) -> Recipe | None:
         """The setting of Jiang et al. (arXiv 2506.08010) that `find` had in its table: the smallest set of neurons and
-        one register. None for a recipe without it, and where it is the one chosen.
+        one register. None for a recipe without it, and if it is the chosen one.
         """
         row = next((row for row in self.table() if row["paper"]), None)
         if row is None or row["chosen"]:
@@ -126,7 +126,7 @@ class Recipe:
             return None
 
     def as_single_shift(self) -> Recipe:
-        """The same neurons shifted onto one register: what mode bias takes its constants from."""
+        """The same neurons shifted onto one register: mode bias takes its constants from this."""
         return replace(self, mode="shift", num_registers=1, num_patches=None, scale=self.scale[:1])
 
     def as_dict(self) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class Recipe:
 
 
 def by_blocks(neurons: Sequence[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
-    """Block -> ascending neurons, blocks ascending, as a recipe has them."""
+    """Block -> ascending neurons, blocks ascending, as in a recipe."""
     found: dict[int, list[int]] = {}
     for block, neuron in sorted(neurons):
         found.setdefault(block, []).append(neuron)
@@ -161,7 +161,7 @@ def by_blocks(neurons: Sequence[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
 
 
 class _PlainDumper(yaml.SafeDumper):
-    """SafeDumper that writes a value out wherever it occurs; `_StrictLoader` reads no aliases."""
+    """SafeDumper that writes a value out wherever it occurs; `_StrictLoader` does not read aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -190,7 +190,7 @@ class _StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.MarkedYAMLError(
-                None, None, "an alias (*name) is not read, write its value out", self.peek_event().start_mark
+                None, None, "aliases (*name) are not supported; write the value out", self.peek_event().start_mark
             )
         return super().compose_node(parent, index)
 
@@ -217,7 +217,7 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-# ValueError, and TypeError, KeyError and AttributeError: of the constructors of numbers, dates and sets.
+# ValueError, TypeError, KeyError and AttributeError come from the constructors of numbers, dates and sets.
 NOT_YAML = (yaml.YAMLError, RecursionError, ValueError, TypeError, LookupError, AttributeError, OverflowError)
 
 
@@ -250,8 +250,8 @@ def parse_recipe(text: str, where: str) -> Recipe:
     num_patches = data.get("num_patches")
     if num_patches is not None and not (type(num_patches) is int and 1 <= num_patches <= MAX_INDEX):
         fail(
-            f"num_patches must be a whole number from 1 to {MAX_INDEX}, or null for as many registers at every image "
-            f"size, found {_shown(num_patches)}"
+            f"num_patches must be a whole number from 1 to {MAX_INDEX}, or null for the same number of registers at "
+            f"every image size, found {_shown(num_patches)}"
         )
     scale = data.get("scale", 1.0)
     scales = scale if isinstance(scale, list) else [scale] * num_registers
@@ -281,13 +281,11 @@ def parse_recipe(text: str, where: str) -> Recipe:
 def _mapping(text: str, where: str) -> dict[Any, Any]:
     """The mapping in a YAML text."""
     if len(text) > MAX_BYTES:
-        raise RecipeError(
-            f"{where}: {len(text)} characters, more than the {MAX_BYTES} that a recipe may have; shorten it"
-        )
+        raise RecipeError(f"{where}: has {len(text)} characters, a recipe may have at most {MAX_BYTES}; shorten it")
     try:
         data = yaml.load(text, Loader=_StrictLoader)
     except NOT_YAML as error:
-        what = str(error).replace('in "<unicode string>", ', "at ")  # PyYAML's name of a text
+        what = str(error).replace('in "<unicode string>", ', "at ")  # PyYAML's name for a text
         raise RecipeError(f"{where}: not valid YAML: {' '.join(what.split())[:400]}; correct it") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{where}: expected a mapping with the keys {', '.join(KEYS)}")
@@ -325,7 +323,7 @@ def _is_row(row: Any) -> bool:
 
 
 def _setting(value: Any) -> str:
-    """A setting as text: equal for equal ones, in whatever order neurons are listed."""
+    """A setting as text: equal for equal settings, in whatever order neurons are listed."""
     if not isinstance(value, Mapping):
         return _shown(value, "")
     pairs = [
@@ -345,11 +343,11 @@ def _is_index(value: Any) -> bool:
 
 
 def _shown(value: Any, quote: str | None = None) -> str:
-    """`value` in an error message: as Python writes it, or between `quote`s; a long one is cut."""
+    """`value` in an error message: as Python writes it, or between `quote`s; cut if long."""
     try:
         text = repr(value) if quote is None or not str(value).isprintable() else f"{quote}{value}{quote}"
-    except ValueError:  # a whole number of thousands of digits
-        return "a number of thousands of digits"
+    except ValueError:  # a whole number with thousands of digits
+        return "a number with thousands of digits"
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
@@ -367,8 +365,8 @@ def _checked(recipe: Recipe, where: str) -> Recipe:
         raise RecipeError(f"{where}: num_registers must be from 0 to {MAX_REGISTERS}, found {recipe.num_registers}")
     if recipe.num_registers == 0 and recipe.register_neurons:
         raise RecipeError(
-            f"{where}: num_registers is 0 but neurons are listed; clearing them with no register to take their place "
-            "harms the model: set num_registers to 1"
+            f"{where}: num_registers is 0 but neurons are listed; clearing them without a register to take their "
+            "values harms the model: set num_registers to 1"
         )
     if recipe.kind.stock and (recipe.fill != "zero" or recipe.compat != "none" or len(set(recipe.scale)) > 1):
         raise RecipeError(f"{where}: mode native needs fill: zero, compat: none and one scale for all registers")
@@ -377,12 +375,15 @@ def _checked(recipe: Recipe, where: str) -> Recipe:
     ):
         raise RecipeError(
             f"{where}: num_patches needs mode: shift, compat: none, at least one register and one scale for all "
-            "registers; leave it out for as many registers at every image size"
+            "registers; leave it out for the same number of registers at every image size"
         )
     if recipe.kind.fitted and not recipe.register_neurons:
         raise RecipeError(f"{where}: mode {recipe.mode} needs register neurons")
     if len(recipe.scale) != recipe.num_registers:
-        raise RecipeError(f"{where}: scale lists {len(recipe.scale)} numbers for {recipe.num_registers} register(s)")
+        raise RecipeError(
+            f"{where}: scale lists {len(recipe.scale)} numbers for {recipe.num_registers} register(s); list one per "
+            "register"
+        )
     return recipe
 
 
@@ -407,7 +408,7 @@ def find_recipe(name_or_path: str) -> Recipe:
     """A recipe file, or a bundled recipe by name.
 
     Raises:
-        RecipeError: neither a file nor a bundled name; the message lists the nearest name.
+        RecipeError: neither a file nor a bundled name; the message suggests the nearest name.
     """
     path = Path(name_or_path)
     try:
@@ -421,8 +422,8 @@ def find_recipe(name_or_path: str) -> Recipe:
         return bundled[name_or_path]
     hint = did_you_mean(name_or_path, list(bundled))
     raise RecipeError(
-        f"{name_or_path[:300]}: no such recipe file, and no bundled recipe of that name{hint or '; '}"
-        f"{'' if hint else 'bundled are ' + ', '.join(bundled)}"
+        f"{name_or_path[:300]}: no such recipe file, and no bundled recipe of that name"
+        f"{hint or '; the bundled recipes are ' + ', '.join(bundled)}"
     )
 
 
@@ -430,19 +431,19 @@ def read_recipe(path: Path) -> Recipe:
     """The recipe in a file.
 
     Raises:
-        RecipeError: the file cannot be read, or is no recipe.
+        RecipeError: the file cannot be read, or is not a recipe.
     """
     try:
         with path.open("rb") as file:
             return parse_recipe(file.read(MAX_BYTES * 4 + 1).decode("utf-8"), str(path))
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror or error}); name a recipe file") from error
+        raise RecipeError(f"{path}: cannot be read ({error.strerror or error}); give a recipe file") from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not a UTF-8 text file; name a recipe file") from error
+        raise RecipeError(f"{path}: not a UTF-8 text file; give a recipe file") from error
 
 
 def recipe_for_model(model_id: str) -> tuple[str, Recipe] | None:
-    """The bundled recipe made for exactly this model id, with its name; where several are, the first by name."""
+    """The bundled recipe made for exactly this model id, with its name; the first by name if there are several."""
     for name, recipe in bundled_recipes().items():
         if recipe.model and recipe.model == model_id:
             return name, recipe

@@ -1,6 +1,6 @@
 """Settings of other libraries, changed for a while.
 
-They hold for the whole process, whatever thread looks, and are as they were afterwards, whatever happened meanwhile.
+They apply to the whole process, in every thread, and are restored afterwards, whatever happens in between.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _ABSENT: Any = object()
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """`owner.name` is `value` meanwhile; an attribute that `owner` itself did not have is removed again."""
+    """Set `owner.name` to `value` for the block; an attribute that `owner` itself lacked is removed afterwards."""
     before = vars(owner).get(name, _ABSENT)
     setattr(owner, name, value)
     try:
@@ -28,7 +28,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no warnings of transformers."""
+    """Without progress bars and warnings of transformers."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -44,7 +44,7 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """No progress bars of datasets, and no message to a server about every load, even of local files."""
+    """Without progress bars of datasets, and without its message to a server about every load, even of local files."""
     import datasets.config
 
     bars = datasets.are_progress_bars_disabled()

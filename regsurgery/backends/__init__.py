@@ -1,1 +1,1 @@
-"""How patched checkpoints are written; one file a format."""
+"""How patched checkpoints are written; one file per format."""

@@ -1,8 +1,7 @@
-"""A vision tower in timm's terms: what native mode translates between the libraries.
+"""A vision tower in timm's terms, through which native mode translates between the libraries.
 
-Each source library has a function `(Loaded, state) -> Canonical`. `state` is the model's state dict, edited, by its
-names in memory. Whether a translation is right is not taken from here: verification runs the stock host that was
-written against the edited graph of the source.
+Each source library has a function `(Loaded, state) -> Canonical`. `state` is the model's edited state dict, by names in
+memory. A translation is not trusted: verification runs the written stock host against the edited graph of the source.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from regsurgery.compiler.surgery import Surgery
 
 TIMM_ENTRY = {1e-6: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}  # by the eps of their norms
-BICUBIC, BILINEAR = 3, 2  # of PIL
+BICUBIC, BILINEAR = 3, 2  # PIL's numbers
 
 
 @dataclass(frozen=True)
@@ -30,18 +29,18 @@ class Canonical:
     """The tower without register tokens.
 
     Attributes:
-        architecture, model_args: timm entry point and what is given to it beside `num_classes`.
+        architecture, model_args: timm entry point and its arguments other than `num_classes`.
         num_classes: size of the head, 0 without.
         image_size: (height, width) of the position embedding.
         eps: of the source's norms.
-        exact: timm's norms have the same eps.
-        tensors: by timm's names. `head.weight` may be `[C, 2 D]`, a head over CLS and mean patch; `mask_token` may be
-            there; timm has neither.
-        outputs: output of the source -> what it is in a host: `head`, `tokens` (all of them, normed), `cls` (normed),
+        exact: whether timm's norms have the same eps.
+        tensors: by timm's names. `head.weight` may be `[C, 2 D]`, a head over CLS and mean patch, and there may be a
+            `mask_token`; timm has neither.
+        outputs: output of the source -> its kind in a host: `head`, `tokens` (all of them, normed), `cls` (normed),
             `unit_head` (the head's output at length 1).
         data: preprocessing in timm's terms.
         labels: class names in order.
-        notes: what of the source no host has room for, one line each.
+        notes: parts of the source that no host has room for, one line each.
     """
 
     architecture: str
@@ -61,7 +60,7 @@ def canonical(loaded: Loaded, state: Mapping[str, Tensor]) -> Canonical:
     """`loaded` with the weights `state` as a timm vision transformer.
 
     Raises:
-        UnsupportedModelError: it is none; the message says where it differs.
+        UnsupportedModelError: it cannot be expressed as one; the message says where it differs.
     """
     return {"timm": _from_timm, "transformers": _from_transformers, "open_clip": _from_open_clip}[loaded.library](
         loaded, state
@@ -69,7 +68,7 @@ def canonical(loaded: Loaded, state: Mapping[str, Tensor]) -> Canonical:
 
 
 def default_host(loaded: Loaded) -> str:
-    """The library whose stock model a native folder is written for where the user does not say."""
+    """The library whose stock model a native folder is written for by default."""
     published = PUBLISHED.get(loaded.architecture)
     if loaded.library == "transformers" and published is not None and published.stem is CLIP_STEM:
         return "timm"  # transformers' host has no norm before its blocks
@@ -77,7 +76,7 @@ def default_host(loaded: Loaded) -> str:
 
 
 def config_block(surgery: Surgery, tower: Canonical) -> dict[str, Any]:
-    """The `regsurgery` entry of a native folder's config: what later verification needs beside the weights."""
+    """The `regsurgery` entry of a native folder's config: what later verification needs in addition to the weights."""
     return {
         **surgery.config_block,
         "outputs": tower.outputs,
@@ -89,7 +88,7 @@ def config_block(surgery: Surgery, tower: Canonical) -> dict[str, Any]:
 
 def _no_host(loaded: Loaded, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"native mode: no stock model with registers computes what {loaded.architecture} does: {reason}; use mode "
+        f"native mode: no stock model with registers computes the same as {loaded.architecture}: {reason}; use mode "
         "shift or bias"
     )
 
@@ -103,7 +102,7 @@ def _from_timm(loaded: Loaded, state: Mapping[str, Tensor]) -> Canonical:
 
     model: Any = loaded.model
     if type(model) is not VisionTransformer:
-        raise _no_host(loaded, f"timm's {type(model).__name__} takes no reg_tokens")
+        raise _no_host(loaded, f"timm's {type(model).__name__} does not take reg_tokens")
     config = loaded.config
     (output,) = loaded.name_outputs(torch.empty(0))
     return Canonical(
@@ -119,13 +118,13 @@ def _from_timm(loaded: Loaded, state: Mapping[str, Tensor]) -> Canonical:
 
 
 def _own_registers(model: Any) -> dict[str, int]:
-    """What an entry point may have set without the config saying so."""
+    """Registers that an entry point may have set although the config does not say so."""
     return {"reg_tokens": model.num_reg_tokens} if model.num_reg_tokens else {}
 
 
 # --- transformers ---------------------------------------------------------------------------------------------------
 
-# Published names of transformers checkpoints, below the tower, by timm's. Blocks are `encoder.layer.N.` or
+# timm's names -> published names of transformers checkpoints, below the tower. Blocks are `encoder.layer.N.` or
 # `encoder.layers.N.`; q, k and v are one tensor in timm.
 DINOV2_BLOCK = {
     "norm1": "norm1", "norm2": "norm2", "attn.q": "attention.attention.query", "attn.k": "attention.attention.key",
@@ -160,7 +159,7 @@ LEFT_BEHIND = {
 
 @dataclass(frozen=True)
 class _PublishedNames:
-    """How a transformers architecture names its tensors, and what its outputs are in a host."""
+    """A transformers architecture's tensor names, and the kinds of its outputs in a host."""
 
     stem: Mapping[str, str]
     block: Mapping[str, str]
@@ -185,7 +184,7 @@ def _from_transformers(loaded: Loaded, state: Mapping[str, Tensor]) -> Canonical
 
     published = PUBLISHED.get(loaded.architecture)
     if published is None:
-        raise _no_host(loaded, f"it is none of {', '.join(PUBLISHED)}")
+        raise _no_host(loaded, f"it is not one of {', '.join(PUBLISHED)}")
     config: Any = loaded.model.config
     config = getattr(config, "vision_config", config)
     on_disk = revert_weight_conversion(loaded.model, dict(state))  # type: ignore[arg-type]
@@ -203,7 +202,7 @@ def _from_transformers(loaded: Loaded, state: Mapping[str, Tensor]) -> Canonical
         "embed_dim": width,
         "depth": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
-        "mlp_ratio": (hidden + 0.5) / width,  # timm cuts the product to a whole number
+        "mlp_ratio": (hidden + 0.5) / width,  # timm truncates the product to a whole number
         "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
         "init_values": 1.0 if "blocks.0.ls1.gamma" in tensors else None,
         "pre_norm": "norm_pre.weight" in tensors,
@@ -212,7 +211,7 @@ def _from_transformers(loaded: Loaded, state: Mapping[str, Tensor]) -> Canonical
         "reg_tokens": 1 if "reg_token" in tensors else 0,  # a distillation token is a register with a position
     }
     entry = TIMM_ENTRY.get(eps, TIMM_ENTRY[1e-6])
-    if swiglu:  # the entry point whose MLP is gated; timm configs cannot name an MLP class
+    if swiglu:  # an entry point with a gated MLP; timm configs cannot name an MLP class
         entry = "vit_giant_patch14_dinov2"
     labels = getattr(loaded.model.config, "id2label", None) or {}
     return Canonical(
@@ -311,7 +310,7 @@ def _data_of_processor(loaded: Loaded) -> dict[str, Any]:
 def _from_open_clip(loaded: Loaded, state: Mapping[str, Tensor]) -> Canonical:
     visual: Any = loaded.model.visual
     if loaded.entry:
-        raise _no_host(loaded, "its tower returns its tokens as well")
+        raise _no_host(loaded, "its tower also returns its tokens")
     if hasattr(visual, "trunk"):
         architecture, args, eps, tensors = _trunk(loaded, visual, state)
     else:
@@ -346,7 +345,7 @@ def _trunk(
 
     trunk = visual.trunk
     if type(trunk) is not VisionTransformer:
-        raise _no_host(loaded, f"its tower, timm's {type(trunk).__name__}, takes no reg_tokens")
+        raise _no_host(loaded, f"its tower, timm's {type(trunk).__name__}, does not take reg_tokens")
     tensors = {name.removeprefix(TRUNK): value for name, value in state.items() if name.startswith(TRUNK)}
     for name, value in state.items():
         if name in ("visual.head.proj.weight", "visual.head.proj.bias"):
@@ -400,7 +399,7 @@ def _tower(
 
 
 def stock_tower(architecture: str, model_args: Mapping[str, Any], num_classes: int) -> torch.nn.Module:
-    """Timm's vision transformer of that name, without weights."""
+    """The timm vision transformer of that name, without weights."""
     import timm
 
     with torch.device("meta"):

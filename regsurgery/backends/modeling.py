@@ -1,4 +1,4 @@
-"""`modeling_regsurgery.py`: the self-contained loader file of a patched folder, put together and imported."""
+"""`modeling_regsurgery.py`, the self-contained loader file of a patched folder: assembling and importing it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FILE_NAME = "modeling_regsurgery.py"
 def modeling_source(host: ModuleType, tail: str = "") -> str:
     """The source of the loader file: `runtime/surgery.py`, the host's loader module, and `tail`.
 
-    Of the host's module the docstring and the imports of regsurgery are left out; what it imports is above it by then.
+    The host module's docstring and its imports from regsurgery are left out; what it imports comes before it.
     """
     runtime = Path(surgery.__file__).read_text("utf-8")
     assert host.__file__ is not None
@@ -38,7 +38,7 @@ def modeling_source(host: ModuleType, tail: str = "") -> str:
 
 
 def is_source(text: str, host: ModuleType, *tails: str) -> bool:
-    """Whether `text` is `modeling_source(host)` behind which any of `tails` stand, with a name at each `{...}`."""
+    """Whether `text` is `modeling_source(host)`, followed by any of `tails`, with a name in place of each `{...}`."""
     plain = modeling_source(host)
     templates = "|".join(r"\w+".join(re.escape(part) for part in re.split(r"\{\w+\}", tail)) for tail in tails)
     return text.startswith(plain) and re.fullmatch(f"({templates})*", text[len(plain) :]) is not None
@@ -51,22 +51,22 @@ def foreign_loader(folder: Path, is_own: Callable[[str], bool]) -> str | None:
 
 
 def write_folder(surgery: Surgery, folder: Path, config_name: str, source: str, **entries: Any) -> None:
-    """Write the loader file, the original config with `entries` and ours, and the weights with the register tokens."""
+    """Write the loader file, the original config plus `entries` and our own, and the weights plus register tokens."""
     (folder / FILE_NAME).write_text(source, "utf-8")
     config = {**surgery.loaded.config, **entries, "regsurgery": surgery.config_block}
     write_json(folder / config_name, config)
-    dtype = weights_dtype(surgery.loaded.weights)  # open_clip runs in float32 whatever the file has
+    dtype = weights_dtype(surgery.loaded.weights)  # open_clip runs in float32, whatever the file's dtype
     added = {name: value.to(dtype) for name, value in surgery.new_tensors().items()}
     write_weights(surgery.loaded.weights, folder, added, surgery.place)
 
 
 def import_modeling(folder: Path) -> ModuleType:
-    """Import a patched folder's own loader file; it runs code, so the folder must be one that the user trusts."""
+    """Import a patched folder's own loader file; this runs code, so the user must trust the folder."""
     path = folder / FILE_NAME
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; {folder} is not a folder that regsurgery wrote")
     module = ModuleType(path.stem)
     module.__file__ = str(path)
-    # Compiled here, not imported: an import would leave __pycache__ in the folder.
+    # Compiled here instead of imported: an import would leave __pycache__ in the folder.
     exec(compile(path.read_text("utf-8"), str(path), "exec"), module.__dict__)
     return module

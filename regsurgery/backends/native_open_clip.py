@@ -1,7 +1,7 @@
-"""Native mode in open_clip: the vision tower is timm's with `reg_tokens`, the rest stays as it was.
+"""Native mode in open_clip: the vision tower becomes timm's with `reg_tokens`, the rest is unchanged.
 
-open_clip knows a timm tower by its name only, so the name is that of the folder itself (`local-dir:...`, or the Hub
-repository after a push), where timm's config.json says what the tower is.
+open_clip identifies a timm tower only by name, so the name points to the folder itself (`local-dir:...`, or the Hub
+repository after a push), where timm's config.json defines the tower.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ with torch.no_grad():
 
 
 def check(loaded: Loaded, num_registers: int) -> None:
-    """Raise `UnsupportedModelError` where open_clip cannot hold the model; asked before any fitting."""
+    """Raise `UnsupportedModelError` if open_clip cannot hold the model; asked before any fitting."""
     if loaded.library != "open_clip":
         raise UnsupportedModelError(
-            f"native mode: an open_clip folder needs a text tower, which {loaded.source.id} has not in open_clip's "
-            "terms; use --format timm or transformers"
+            f"native mode: an open_clip folder needs a text tower, and {loaded.source.id} has none that open_clip "
+            "knows; use --format timm or transformers"
         )
     native_timm.check(loaded, num_registers)
 
 
 def emit(surgery: Surgery, folder: Path, target: Path) -> None:
-    """Write open_clip's config, timm's for the tower, and the weights; the text tower passes through."""
+    """Write open_clip's config, timm's config for the tower, and the weights; the text tower passes through."""
     state = surgery.state()
     tower = canonical(surgery.loaded, state)
     tensors = {name: value for name, value in state.items() if not name.startswith("visual.")}
@@ -102,7 +102,7 @@ def reload(folder: Path, config: dict[str, Any], *, stored: bool = False) -> nn.
 
 
 def relocate(folder: Path, scratch: Path, config: dict[str, Any]) -> None:
-    """Write to `scratch` the config of `folder` with the place where `folder` is now, and a link to its weights."""
+    """Write to `scratch` the config of `folder` with its present path, and a link to its weights."""
     moved = json.loads(json.dumps(config))
     moved["model_cfg"]["vision_cfg"]["timm_model_name"] = f"local-dir:{folder.absolute()}"
     moved.pop("regsurgery", None)

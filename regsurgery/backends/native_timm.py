@@ -1,4 +1,4 @@
-"""Native mode in timm: `VisionTransformer` with `reg_tokens`, which config.json carries, so stock timm loads it."""
+"""Native mode in timm: `VisionTransformer` with `reg_tokens` set in config.json, so stock timm loads it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def emit(surgery: Surgery, folder: Path, target: Path) -> None:
 
 
 def check(loaded: Loaded, num_registers: int) -> None:
-    """Raise `UnsupportedModelError` where timm cannot hold the model; asked before any fitting."""
+    """Raise `UnsupportedModelError` if timm cannot hold the model; asked before any fitting."""
     tower = canonical(loaded, loaded.model.state_dict())
     tower_tensors(tower, blank_registers(tower, num_registers))
 
@@ -58,7 +58,7 @@ def blank_registers(tower: Canonical, num_registers: int) -> Tensor:
 
 
 def write_config(surgery: Surgery, tower: Canonical, folder: Path) -> None:
-    """Write the config that stock timm makes the tower from."""
+    """Write the config from which stock timm builds the tower."""
     args = _args(tower, surgery.plan.num_registers)
     if surgery.loaded.library == "timm":
         config = {**surgery.loaded.config, "model_args": args}
@@ -80,7 +80,7 @@ def _args(tower: Canonical, num_registers: int) -> dict[str, Any]:
 
 
 def tower_tensors(tower: Canonical, register_tokens_1RD: Tensor) -> dict[str, Tensor]:
-    """The state dict of timm's tower with the registers behind those that it may have already.
+    """The state dict of timm's tower with the registers after any that it already has.
 
     Raises:
         UnsupportedModelError: timm's tower has no place for a tensor, or wants another shape.
@@ -101,8 +101,8 @@ def tower_tensors(tower: Canonical, register_tokens_1RD: Tensor) -> dict[str, Te
         shapes = [tuple(state[name].shape) if name in state else "none" for state in (tensors, expected)]
         if shapes[0] != shapes[1]:
             raise UnsupportedModelError(
-                f"native mode: timm's {tower.architecture} cannot hold the tensor '{name}' (here {shapes[0]}, there "
-                f"{shapes[1]}); use another --format, or mode shift or bias"
+                f"native mode: timm's {tower.architecture} cannot hold the tensor '{name}' (it is {shapes[0]}, timm "
+                f"expects {shapes[1]}); use another --format, or mode shift or bias"
             )
     return tensors
 
@@ -140,7 +140,7 @@ def outputs(model: Any, images: Tensor, num_registers: int) -> dict[str, Tensor]
 
 
 def token_kinds(tokens_BTD: Tensor, num_before: int, num_registers: int) -> dict[str, Tensor]:
-    """Tokens without the registers, which stand behind `num_before` prefix tokens, and the first of them."""
+    """Tokens without the registers, which come after `num_before` prefix tokens, and the first token."""
     kept = torch.cat((tokens_BTD[:, :num_before], tokens_BTD[:, num_before + num_registers :]), dim=1)
     return {"tokens": kept, "cls": kept[:, 0]}
 

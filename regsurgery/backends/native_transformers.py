@@ -1,4 +1,4 @@
-"""Native mode in transformers: `Dinov2WithRegisters`, with layer scale 1 where the source has none."""
+"""Native mode in transformers: `Dinov2WithRegisters`, with layer scale 1 if the source has none."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ with torch.no_grad():
 
 
 def emit(surgery: Surgery, folder: Path, target: Path) -> None:
-    """Write config, weights and, if there is none yet, the preprocessor's config."""
+    """Write the config, the weights and, if there is none yet, the preprocessor's config."""
     tower = canonical(surgery.loaded, surgery.state())
     config, tensors = _contents(tower, surgery.register_tokens)
     sources = surgery.loaded.weights
@@ -75,7 +75,7 @@ def emit(surgery: Surgery, folder: Path, target: Path) -> None:
 
 
 def check(loaded: Loaded, num_registers: int) -> None:
-    """Raise `UnsupportedModelError` where transformers cannot hold the model; asked before any fitting."""
+    """Raise `UnsupportedModelError` if transformers cannot hold the model; asked before any fitting."""
     tower = canonical(loaded, loaded.model.state_dict())
     _contents(tower, blank_registers(tower, num_registers))
 
@@ -86,7 +86,7 @@ def _contents(tower: Canonical, register_tokens_1RD: Tensor) -> tuple[dict[str, 
 
 
 def _is_double(tower: Canonical) -> bool:
-    """Whether the head reads CLS and mean patch, side by side, as the host's does."""
+    """Whether the head reads CLS and mean patch side by side, like the host's."""
     return (
         bool(tower.num_classes)
         and tower.tensors["head.weight"].shape[1] == 2 * tower.tensors["blocks.0.norm1.weight"].shape[0]
@@ -110,12 +110,12 @@ def _config(tower: Canonical, stock: Any, register_tokens_1RD: Tensor) -> dict[s
         (stock.has_class_token, "needs a class token"),
         (isinstance(stock.norm_pre, nn.Identity), "has no norm before its blocks"),
         (stock.attn_pool is None, "has no attention pooling"),
-        (isinstance(stock.fc_norm, nn.Identity), "has no norm behind its pooling"),
+        (isinstance(stock.fc_norm, nn.Identity), "has no norm after its pooling"),
         (tower.num_classes == 0 or stock.global_pool in ("token", "avg"), f"does not pool by {stock.global_pool}"),
         (isinstance(block.attn.q_norm, nn.Identity), "does not norm queries and keys"),
         (activation is not None and (not gated or activation == "silu"), "has another activation"),
-        (len(sides) == 1, "takes square position embeddings only"),
-        (len({*stock.patch_embed.patch_size}) == 1, "takes square patches only"),
+        (len(sides) == 1, "takes only square position embeddings"),
+        (len({*stock.patch_embed.patch_size}) == 1, "takes only square patches"),
     ):
         if not holds:
             raise _refuse(reason)
@@ -157,7 +157,7 @@ def _tensors(tower: Canonical, stock: Any, register_tokens_1RD: Tensor) -> dict[
     num_old = stock.num_reg_tokens
     if stock.no_embed_class:
         position_1TD = torch.cat((position_1TD.new_zeros(1, 1, width), position_1TD), dim=1)
-    elif num_old:  # the host gives registers no position: it goes into them
+    elif num_old:  # the host gives registers no position, so it is added to them
         old_1RD = given["reg_token"] + position_1TD[:, 1 : 1 + num_old]
         register_tokens_1RD = torch.cat((old_1RD, register_tokens_1RD), dim=1)
         position_1TD = torch.cat((position_1TD[:, :1], position_1TD[:, 1 + num_old :]), dim=1)

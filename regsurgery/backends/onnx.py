@@ -1,7 +1,7 @@
 """`.onnx`: the patched graph as an ONNX model for onnxruntime; float32, dynamic batch, fixed image size.
 
-Exported unoptimised, so that parameters keep their names and values as initializers (`regsurgery verify` reads the
-edited ones of native mode there, users find `register_tokens`); runtimes fold constants when they load the file.
+Exported without optimisation, so that parameters keep their names and values as initializers (`regsurgery verify` reads
+native mode's edited ones there, and users find `register_tokens`); runtimes fold constants when they load the file.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ __all__ = ["CONFIG_NAME"]
 
 PROGRAM_NAME = "model.onnx"
 WEIGHTS_NAME = "model.onnx.data"
-MAX_ONE_FILE_BYTES = 3 << 29  # protobuf ends at 2 GiB; beyond this, weights lie in a file of their own
+MAX_ONE_FILE_BYTES = 3 << 29  # protobuf's limit is 2 GiB; beyond this, weights go into a file of their own
 BATCH = "batch"
 
 # Times rounding (`measure.PARITY`), so 1e-4 of the largest output in float32. onnxruntime has its own kernels and
-# fuses: over all models of the tests at most 2e-6 of the largest output, and 1e-6 on the real ViT-Ti (1.7e-5 of a logit
-# of 17.5). That leaves a factor of 50 for deeper and wider models and for other CPUs; what a wrong graph differs by
-# is larger by orders of magnitude (the tests hold planted models to that).
+# fuses operators: over all models of the tests at most 2e-6 of the largest output, and 1e-6 on the real ViT-Ti (1.7e-5
+# of a logit of 17.5). That leaves a factor of 50 for deeper and wider models and for other CPUs; a wrong graph differs
+# by orders of magnitude more (the tests check that on planted models).
 INEXACT = 10.0
 
 SNIPPET = """\
@@ -59,10 +59,10 @@ model = onnxruntime.InferenceSession("{folder}/model.onnx", providers=providers)
 
 
 def check(loaded: Loaded) -> None:
-    """Raise where onnxruntime cannot run a model of this dtype.
+    """Raise if onnxruntime cannot run a model of this dtype.
 
-    bfloat16 and float64: its CPU provider has no Conv, and no matrix product, for them. float16: onnxruntime 1.31
-    crashes (a segmentation fault) in the optimisations that it does by default when it loads such a file.
+    bfloat16 and float64: its CPU provider has no Conv and no matrix product for them. float16: onnxruntime 1.31
+    crashes (a segmentation fault) in its default optimisations when it loads such a file.
 
     Raises:
         UnsupportedModelError: the model is not in float32.
@@ -79,10 +79,10 @@ def check(loaded: Loaded) -> None:
 
 
 def emit(surgery: Surgery, folder: Path, target: Path) -> None:
-    """Write `model.onnx`, beyond 1.5 GB of weights `model.onnx.data` beside it, and `regsurgery.json`.
+    """Write `model.onnx`, `model.onnx.data` next to it for more than 1.5 GB of weights, and `regsurgery.json`.
 
     Raises:
-        UnsupportedModelError: the exporter knows no ONNX for a node of the graph.
+        UnsupportedModelError: the exporter cannot translate a node of the graph to ONNX.
     """
     from onnxscript import ir
 
@@ -103,11 +103,11 @@ def snippets(surgery: Surgery, folder: str) -> Snippets:
     feed = ", ".join(f'"{name}": {name}' for name in inputs)
     outputs = ", ".join(surgery.traced.output_names)
     filled = SNIPPET.format(folder=folder, examples="\n".join(examples), feed=feed, outputs=outputs)
-    return ("onnxruntime alone", filled), ("On whatever device there is", PROVIDERS.format(folder=folder))
+    return ("onnxruntime alone", filled), ("On any available device", PROVIDERS.format(folder=folder))
 
 
 def state(folder: Path) -> dict[str, Tensor]:
-    """The program's tensors by their names in the graph."""
+    """The program's tensors, by their names in the graph."""
     require("onnx")
     from onnxscript import ir
 
@@ -123,7 +123,7 @@ def reload(folder: Path, config: dict[str, Any]) -> nn.Module:
 
 
 class _Session(nn.Module):
-    """An onnxruntime session that takes and gives tensors."""
+    """An onnxruntime session that takes and returns tensors."""
 
     def __init__(self, path: Path) -> None:
         import onnxruntime
@@ -131,7 +131,7 @@ class _Session(nn.Module):
 
         super().__init__()
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors; it warns of every initializer that it folds away
+        options.log_severity_level = 3  # only errors; it warns about every initializer that it folds away
         options.intra_op_num_threads = torch.get_num_threads()
         try:
             self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -155,8 +155,8 @@ def _export(surgery: Surgery) -> Any:
     """The patched graph as an `onnxscript.ir.Model`."""
     names = list(surgery.traced.output_names)
     try:
-        # The exporter takes attention apart, and what comes out has other strides than the fused kernel's: a view of it
-        # that was traced on those fails (BEiT's relative biases). So it is traced with the strides of the parts.
+        # The exporter decomposes attention, and the result has other strides than the fused kernel's output: a view of
+        # it that was traced for the kernel fails (BEiT's relative biases). So it is traced with the parts' strides.
         with _quiet(), sdpa_kernel(SDPBackend.MATH):
             exported = torch.onnx.export(
                 lower(_with_reshapes(surgery)),
@@ -175,7 +175,7 @@ def _export(surgery: Surgery) -> Any:
 
 
 def _with_reshapes(surgery: Surgery) -> Surgery:
-    """The surgery with a reshape for every view, which the model's own trace made for the fused kernel's strides."""
+    """The surgery with reshapes in place of views, which the model's own trace made for the fused kernel's strides."""
     graph = torch.fx.Graph()
     graph.output(graph.graph_copy(surgery.graph_module.graph, {}))
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
@@ -184,8 +184,8 @@ def _with_reshapes(surgery: Surgery) -> Surgery:
 
 
 def _name_outputs(graph: Any, names: list[str]) -> None:
-    """Give every output a name of its own: one value may be returned under two (LLaVA), a parameter be called like an
-    output (open_clip's `logit_scale`, which is the exponential of one).
+    """Give every output its own name: one value may be returned under two names (LLaVA), and a parameter may have the
+    name of an output (open_clip's `logit_scale`, which is the exponential of one).
     """
     from onnxscript import ir
 
@@ -206,7 +206,7 @@ def _name_outputs(graph: Any, names: list[str]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter prints its steps, and warns and logs about things that no user can change."""
+    """Silence the exporter, which prints its steps, and warns and logs about things that users cannot change."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:
@@ -221,7 +221,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost reason in one line, and the node or operator, which an outer message may have."""
+    """The innermost reason in one line, and the node or operator, which an outer message may name."""
     chain: list[BaseException] = [error]
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(inner)
@@ -232,9 +232,9 @@ def _cause(error: BaseException) -> str:
 
 
 def _strip(model: Any) -> None:
-    """Take out what differs from one machine or run to the next, and name the batch.
+    """Remove what differs between machines or runs, and name the batch size.
 
-    The exporter notes stack traces with paths at every node, and calls dynamic sizes `s77`.
+    The exporter records stack traces with paths at every node, and names dynamic sizes like `s77`.
     """
     from onnxscript import ir
 
@@ -259,7 +259,7 @@ def _strip(model: Any) -> None:
         if id(value) in own:
             value.shape = ir.Shape([_renamed(size, sizes) for size in value.shape])
         elif any(isinstance(size, ir.SymbolicDim) for size in value.shape):
-            value.shape = None  # runtimes infer it; the exporter's holds its own names of sizes
+            value.shape = None  # runtimes infer it; the exporter's shape holds its own names of sizes
 
 
 def _renamed(size: Any, names: dict[str, str]) -> Any:

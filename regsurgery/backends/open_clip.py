@@ -45,7 +45,7 @@ def emit(surgery: Surgery, folder: Path, target: Path) -> None:
 
 
 def is_own_source(text: str) -> bool:
-    """Whether `text` is the `modeling_regsurgery.py` that this version writes, for one model or another."""
+    """Whether `text` is a `modeling_regsurgery.py` that this version writes, for any model."""
     return is_source(text, host_open_clip)
 
 

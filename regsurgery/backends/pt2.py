@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PROGRAM_NAME = "model.pt2"
 CONFIG_NAME = PROGRAM_CONFIG
-LOCAL_META = ("from_node", "stack_trace")  # addresses in memory and paths of this machine: other bytes in every run
+LOCAL_META = ("from_node", "stack_trace")  # memory addresses and local paths, which differ in every run
 SNIPPET = """\
 import torch
 
@@ -54,8 +54,8 @@ def lower(surgery: Surgery) -> torch.export.ExportedProgram:
 
 
 def emit(surgery: Surgery, folder: Path, target: Path) -> None:
-    """Write `model.pt2` and `regsurgery.json`, which says what is in it."""
-    archive = io.BytesIO()  # torch's own writer aborts the process where the disk is full
+    """Write `model.pt2` and `regsurgery.json`, which describes it."""
+    archive = io.BytesIO()  # torch's own writer aborts the process if the disk is full
     torch.export.save(lower(surgery), archive)
     (folder / PROGRAM_NAME).write_bytes(archive.getbuffer())
     write_config(surgery, folder, "pt2")
@@ -67,7 +67,7 @@ def input_names(surgery: Surgery) -> list[str]:
 
 
 def write_config(surgery: Surgery, folder: Path, fmt: str) -> None:
-    """Write `regsurgery.json`, which says what program is in the folder, and how it is called."""
+    """Write `regsurgery.json`, which describes the program in the folder and how to call it."""
     traced = surgery.traced
     fixed = {} if surgery.plan.constant_blocks else {"num_registers": surgery.plan.num_registers}
     write_json(
@@ -93,7 +93,7 @@ def snippets(surgery: Surgery, folder: str) -> Snippets:
     filled = SNIPPET.format(
         folder=folder, examples="\n".join(examples), inputs=", ".join(inputs), outputs=", ".join(outputs)
     )
-    return ("torch alone", filled), ("On a GPU, where there is one", ON_GPU.format(folder=folder))
+    return ("torch alone", filled), ("On a GPU, if there is one", ON_GPU.format(folder=folder))
 
 
 def state(folder: Path) -> dict[str, Any]:

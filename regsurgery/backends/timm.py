@@ -1,4 +1,4 @@
-"""timm: `config.json` + `model.safetensors`; a patched folder has a loader file beside timm's own config."""
+"""timm: `config.json` + `model.safetensors`; a patched folder has a loader file next to timm's own config."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def emit(surgery: Surgery, folder: Path, target: Path) -> None:
 
 
 def is_own_source(text: str) -> bool:
-    """Whether `text` is the `modeling_regsurgery.py` that this version writes, for one model or another."""
+    """Whether `text` is a `modeling_regsurgery.py` that this version writes, for any model."""
     return is_source(text, host_timm)
 
 

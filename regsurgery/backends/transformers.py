@@ -60,7 +60,7 @@ class {name}(PatchedModel, transformers.{name}):
 CONFIG_CLASS = '''
 
 class {name}(PatchedConfig, transformers.{name}):
-    """{name} as it is, but for its model type on disk."""
+    """{name} with another model type on disk."""
 '''
 
 
@@ -104,7 +104,7 @@ def auto_class(loaded: Loaded) -> str:
 
 
 def is_own_source(text: str) -> bool:
-    """Whether `text` is the `modeling_regsurgery.py` that this version writes, for one model or another."""
+    """Whether `text` is a `modeling_regsurgery.py` that this version writes, for any model."""
     return is_source(text, host_transformers, CLASS, CONFIG_CLASS)
 
 
@@ -116,7 +116,7 @@ def snippets(surgery: Surgery, folder: str) -> Snippets:
     height, width = surgery.traced.image_size
     kept = REGISTERS.format(folder=folder, height=height, width=width)
     start = surgery.sites.num_prefix if surgery.sites.placement == "prefix" else surgery.sites.num_tokens
-    return first, (f"Tokens of the bare tower, with the register token(s) kept, from index {start} on", kept)
+    return first, (f"Tokens of the bare tower, including the register token(s) from index {start} on", kept)
 
 
 def _shows_registers(surgery: Surgery) -> bool:

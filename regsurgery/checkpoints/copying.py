@@ -1,4 +1,4 @@
-"""Files copied inside the kernel, and copies that are made while something else goes on."""
+"""Files copied inside the kernel, and copies made in the background."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ CANNOT_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EBA
 
 
 def copy_file(source: Path, target: Path, *, link: bool = False) -> None:
-    """Copy a file's bytes inside the kernel, where the file system can by sharing its blocks.
+    """Copy a file's bytes inside the kernel, by sharing blocks if the file system can.
 
     Args:
-        link: make a hard link instead, where source and target are on one file system; to write into one of the two
-            files is then to write into the other.
+        link: make a hard link instead, if source and target are on one file system; writing into one of the two files
+            then also changes the other.
     """
     source = source.resolve()  # the files of a Hub snapshot are symbolic links
     if link:
@@ -39,15 +39,15 @@ def copy_file(source: Path, target: Path, *, link: bool = False) -> None:
     with source.open("rb", buffering=0) as reader, target.open("wb") as writer:
         try:
             fcntl.ioctl(writer, FICLONE, reader.fileno())
-        except OSError:  # most file systems cannot
+        except OSError:  # most file systems cannot do it
             copy_bytes(reader, writer, source.stat().st_size)
 
 
 def copy_bytes(reader: FileIO, writer: BinaryIO, num_bytes: int) -> None:
-    """Copy the next `num_bytes` of `reader`, which has no buffer, to `writer`, inside the kernel where it can.
+    """Copy the next `num_bytes` of `reader`, which is unbuffered, to `writer`, inside the kernel if possible.
 
     Raises:
-        CheckpointError: `reader` ends before.
+        CheckpointError: `reader` ends early.
     """
     writer.flush()
     left = num_bytes
@@ -70,15 +70,15 @@ def copy_bytes(reader: FileIO, writer: BinaryIO, num_bytes: int) -> None:
 
 
 class CopiesAhead:
-    """Copies that are made in the background, in a folder beside the one that they are for."""
+    """Copies made in the background, in a folder next to the one they are for."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._pool = ThreadPoolExecutor(2)  # while one waits for the disk to confirm
+        self._pool = ThreadPoolExecutor(2)  # one copies while the other waits for the disk
         self._copies: dict[Path, Future[None]] = {}
 
     def start(self, sources: Sequence[Path]) -> None:
-        """Begin to copy `sources`, files of different names; a disk that refuses now does so again at `place`."""
+        """Start copying `sources`, files with different names; an error of the disk shows up again in `place`."""
         try:
             self._folder.mkdir()
         except OSError:
@@ -87,7 +87,7 @@ class CopiesAhead:
             self._copies[source] = self._pool.submit(_copy_to_disk, source, self._folder / source.name)
 
     def place(self, source: Path, target: Path) -> None:
-        """Make `target` a copy of `source`: the one that was begun, if there is one.
+        """Make `target` a copy of `source`: the one already started, if there is one.
 
         Raises:
             OSError: it could not be written.

@@ -1,4 +1,4 @@
-"""Downloads by huggingface_hub, and what it left on disk about the files that it downloaded."""
+"""Downloads through huggingface_hub, and what it recorded on disk about the files it downloaded."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 from regsurgery.errors import ModelNotFoundError
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
-CLOCK_SECONDS = 1.0  # by which a file may be younger than its metadata; huggingface_hub allows the same
+CLOCK_SECONDS = 1.0  # a file may be this much newer than its metadata; huggingface_hub allows the same
 
 
 def published_sha256(path: Path) -> str | None:
-    """The sha256 under which the Hub published the file `path`, where a download recorded it; `path` is not read.
+    """The sha256 under which the Hub published the file `path`, if a download recorded it; `path` is not read.
 
     In the cache a large file is a symbolic link to `blobs/SHA256`. `hf download --local-dir DIR` writes
-    `DIR/.cache/huggingface/download/NAME.metadata`: commit, etag and time, a line each. The etag of a large file is its
-    sha256. A file that was changed later is as unknown as one that never came from the Hub.
+    `DIR/.cache/huggingface/download/NAME.metadata`: commit, etag and time, one per line. The etag of a large file is
+    its sha256. A file that was changed later counts as unknown, like one that never came from the Hub.
     """
     if path.is_symlink():
         blob = path.resolve()
@@ -32,11 +32,11 @@ def published_sha256(path: Path) -> str | None:
 
 
 def snapshot(repo: str, named: str, revision: str | None, patterns: Sequence[str] | None = None) -> tuple[Path, str]:
-    """The files of a Hub repository, in the cache, and the commit they are of.
+    """The files of a Hub repository, in the cache, and their commit.
 
     Args:
-        named: what the user called it, for the message.
-        patterns: of the files that are needed; all by default.
+        named: the user's name for it, for the message.
+        patterns: for the files that are needed; default: all.
 
     Raises:
         ModelNotFoundError: there is no such repository or revision, or it cannot be reached.
@@ -56,13 +56,13 @@ def snapshot(repo: str, named: str, revision: str | None, patterns: Sequence[str
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             raise ModelNotFoundError(
-                f"{named}: no such folder, not in the Hub's cache either, and HF_HUB_OFFLINE is set; check the "
-                "spelling, unset it, or give a folder"
+                f"{named}: no such folder, and not in the Hub's cache either; HF_HUB_OFFLINE is set: unset it, check "
+                "the spelling, or give a folder"
             ) from error
         failed = isinstance(error, errors.HfHubHTTPError)
         reason = f"HTTP {error.response.status_code}" if failed else type(error).__name__
         raise ModelNotFoundError(
-            f"{named}: no such folder, and the Hub could not be reached for it ({reason}); "
+            f"{named}: no such folder, and the Hub could not be reached ({reason}); "
             "check the spelling and the network, or give a folder"
         ) from error
     return Path(path), Path(path).name

@@ -8,22 +8,22 @@ from typing import Any
 
 from regsurgery.errors import CheckpointError
 
-# What libraries raise on broken configs and weights, beside their own exceptions.
+# What libraries raise on broken configs and weights, in addition to their own exceptions.
 BROKEN = (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError,
           AssertionError, MemoryError, StopIteration, EOFError)  # fmt: skip
 
 MAX_JSON_BYTES = 16 << 20  # the labels of ImageNet-21k with their descriptions are 3 MB
 
 
-def read_json(path: Path, remedy: str = "download it again") -> dict[str, Any]:
+def read_json(path: Path, remedy: str = "correct it, or get the file again") -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        CheckpointError: the file is no JSON object, nested too deeply, or beyond `MAX_JSON_BYTES`.
+        CheckpointError: the file is not a JSON object, is nested too deeply, or is larger than `MAX_JSON_BYTES`.
     """
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: {size} bytes, more than the {MAX_JSON_BYTES} that are read; {remedy}")
+        raise CheckpointError(f"{path}: has {size} bytes, more than the limit of {MAX_JSON_BYTES}; {remedy}")
     try:
         data = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -34,13 +34,13 @@ def read_json(path: Path, remedy: str = "download it again") -> dict[str, Any]:
 
 
 def places_of(folder: Path) -> tuple[Path, ...]:
-    """Where files of `folder` may be: below it, or, of a snapshot in the Hub's cache, in `blobs` of its repository."""
+    """Where files of `folder` may be: below it, or, for a snapshot in the Hub's cache, in `blobs` of its repository."""
     home = folder.resolve()
     return (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
 
 
 def refuse_links_out(folder: Path) -> None:
-    """Raise `CheckpointError` for a symbolic link to a place outside of `folder`, whose content would be copied along.
+    """Raise `CheckpointError` for a symbolic link out of `folder`, whose target would be copied along.
 
     The Hub's cache is the exception, see `places_of`.
     """
@@ -51,8 +51,8 @@ def refuse_links_out(folder: Path) -> None:
         try:
             real = path.resolve(strict=True)
         except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: a symbolic link to nothing; download the file again") from error
+            raise CheckpointError(f"{path}: a broken symbolic link; get the file again, or remove the link") from error
         if not any(real.is_relative_to(parent) for parent in allowed):
             raise CheckpointError(
-                f"{path}: a symbolic link to {real}, outside of the folder; replace it by a copy if it belongs here"
+                f"{path}: a symbolic link to {real}, outside the folder; replace it with a copy if it belongs here"
             )

@@ -1,4 +1,4 @@
-"""Pickled weights, which only `--allow-pickle` lets in: read without running code, and without unpacking a bomb."""
+"""Pickled weights (only with `--allow-pickle`): read without running code, and without unpacking a zip bomb."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 REMEDY = "convert it to safetensors"
-SHARING = 4  # times the file's size that its tensors may take, each by itself: tied weights are in it once
+SHARING = 4  # tensors may take this many times the file's size, since tied weights are stored once
 SPARE_BYTES = 1 << 20
 
 
@@ -22,7 +22,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """The state dict in a file of `torch.save`, read with `weights_only`.
 
     Raises:
-        CheckpointError: it is none, is broken, would run code, or unpacks to much more than the file has.
+        CheckpointError: it is not a state dict, is broken, would run code, or unpacks to much more than its size.
     """
     import torch
 
@@ -48,7 +48,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _refuse_bomb(path: Path) -> None:
-    """Torch stores its archives uncompressed, so that the parts together are no larger than the file."""
+    """Torch stores its archives uncompressed, so the parts together are no larger than the file."""
     with path.open("rb") as file:
         if file.read(4) != b"PK\3\4":
             return
@@ -56,7 +56,7 @@ def _refuse_bomb(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, *BROKEN) as error:
-        raise CheckpointError(f"{path}: a broken archive ({str(error)[:200]}); download it again") from error
+        raise CheckpointError(f"{path}: a broken archive ({str(error)[:200]}); get the file again") from error
     unpacked, size = sum(entry.file_size for entry in entries), path.stat().st_size
     if unpacked > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise CheckpointError(f"{path}: an archive of {size} bytes that unpacks to {unpacked}; {REMEDY}")

@@ -1,4 +1,4 @@
-"""Which weight files a checkpoint folder has, by its index where it has one."""
+"""The weight files of a checkpoint folder, by its index if it has one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def weight_files(folder: Path, single: str) -> list[Path]:
     for name in names:
         if not is_plain_name(name):
             raise CheckpointError(
-                f"{index}: names the shard {name[:300]!r}, which is not a plain file name in the folder"
+                f"{index}: names the shard {name[:300]!r}, which is not a plain file name in the folder; correct it"
             )
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: named by {index.name} but missing; download it again")
@@ -43,7 +43,7 @@ def weight_files(folder: Path, single: str) -> list[Path]:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a folder can have a file of that name in it."""
+    """Whether a folder can hold a file of that name."""
     try:
         encoded = name.encode()
     except UnicodeEncodeError:  # half a pair of surrogates
@@ -52,10 +52,10 @@ def is_plain_name(name: str) -> bool:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> shard, as an index has it.
+    """Tensor -> shard, read from an index.
 
     Raises:
-        CheckpointError: it is no index.
+        CheckpointError: the file is not an index.
     """
     try:
         found = read_json(index)["weight_map"]

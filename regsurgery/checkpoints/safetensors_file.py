@@ -14,7 +14,7 @@ from regsurgery.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-MAX_HEADER_BYTES = 16 << 20  # 100,000 tensors; parsed, it takes many times as much memory
+MAX_HEADER_BYTES = 16 << 20  # enough for 100,000 tensors; parsed, it takes many times as much memory
 MAX_RANK, MAX_DIMENSION = 16, 1 << 48
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
                "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
@@ -49,12 +49,12 @@ def read_header(path: Path) -> SafetensorsFile:
     """Read and check the header of a safetensors file against the file's size.
 
     Raises:
-        CheckpointError: the file is cut, lies about its size, or its tensors overlap, leave holes or have a size
+        CheckpointError: the file is cut off, misstates its size, or its tensors overlap, leave holes or have a size
             that is not shape x dtype; the message names the file, the tensor and the remedy.
     """
 
     def fail(problem: str) -> CheckpointError:
-        return CheckpointError(f"{path}: {problem}; download or copy the file again")
+        return CheckpointError(f"{path}: {problem}; get an intact copy of the file")
 
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -155,7 +155,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def weights_dtype(weights: Sequence[Path]) -> torch.dtype:
-    """The dtype of the first floating-point tensor of the first file, by name; float32 where there is none."""
+    """The dtype of the first floating-point tensor of the first file, by name; float32 if there is none."""
     tensors = sorted(read_header(weights[0]).tensors, key=lambda tensor: tensor.name)
     return torch_dtype(
         next((tensor.dtype for tensor in tensors if tensor.dtype in ("F64", "F32", "F16", "BF16")), "F32")

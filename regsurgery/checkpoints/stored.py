@@ -1,8 +1,8 @@
-"""Weights that stay on disk: tensors that an operator reads when it needs them, and that are freed behind it.
+"""Weights that stay on disk: tensors that an operator reads when it needs them, and that are freed after it.
 
-A model made of them has its shapes, its names and no memory; run, it costs the memory of one operator at a time. They
-replace parameters, so graphs and modules need not know. What only arranges them anew is not in memory either, so state
-dicts can be translated, and gradients go back past a weight without keeping it.
+A model made of them has shapes and names but takes no memory; running it takes the memory of one operator at a time.
+They replace parameters, so graphs and modules need not know. Rearranged tensors are not in memory either, so state
+dicts can be translated, and gradients pass through a weight without keeping it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from regsurgery.settings import replaced
 
 aten = torch.ops.aten
 
-# What arranges elements anew and computes nothing.
+# Operators that only rearrange elements and compute nothing.
 ARRANGING = {aten.t.default, aten.transpose.int, aten.permute.default, aten.view.default, aten.unsqueeze.default,
              aten.squeeze.dim, aten.slice.Tensor, aten.split.Tensor, aten.cat.default}  # fmt: skip
 
 
 class NotInMemory(Tensor):
-    """A tensor that every operator on it reads anew. It cannot be written to."""
+    """A tensor that every operator reads from disk again. It cannot be written to."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -63,7 +63,8 @@ class StoredTensor(NotInMemory):
     """A tensor of a safetensors file.
 
     Attributes:
-        entry: name on disk, shape, dtype on disk and bytes of the tensor in `path`, whose data begins at `data_start`.
+        entry: name on disk, shape, dtype on disk and byte range of the tensor in `path`, whose data begins at
+            `data_start`.
     """
 
     entry: TensorEntry
@@ -72,7 +73,7 @@ class StoredTensor(NotInMemory):
 
     @staticmethod
     def __new__(cls, entry: TensorEntry, path: Path, data_start: int, dtype: torch.dtype) -> StoredTensor:
-        """`dtype` is that of the tensor; what is on disk is converted while it is read."""
+        """`dtype` is the tensor's; data on disk is converted while it is read."""
         made = Tensor._make_wrapper_subclass(cls, entry.shape, dtype=dtype, device="cpu")  # type: ignore[attr-defined]
         made.entry, made.path, made.data_start = entry, path, data_start
         return made
@@ -99,10 +100,10 @@ class StoredTensor(NotInMemory):
 
 
 class ArrangedTensor(NotInMemory):
-    """Tensors that are not in memory, arranged anew: a view of one, or several as one.
+    """Tensors that are not in memory, rearranged: a view of one, or several as one.
 
     Attributes:
-        shape_alone: on the `meta` device, what `make` gives.
+        shape_alone: the result of `make` on the `meta` device.
     """
 
     shape_alone: Tensor
@@ -127,7 +128,7 @@ class ArrangedTensor(NotInMemory):
 
 
 def _arranged(func: Any, args: Any, kwargs: Any) -> Any:
-    """What `func`, one of `ARRANGING`, makes of tensors that are not in memory."""
+    """The result of `func`, one of `ARRANGING`, on tensors that are not in memory."""
 
     def shape_alone(tensor: NotInMemory) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
@@ -146,10 +147,10 @@ def _arranged(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def stored_state(weights: Sequence[Path], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The state dict of checkpoint files by names on disk, nothing of it read.
+    """The state dict of checkpoint files by names on disk, without reading any of it.
 
     Args:
-        dtype: of floating-point tensors; by default that on disk.
+        dtype: of floating-point tensors; by default the dtype on disk.
     """
     state: dict[str, Tensor] = {}
     for path in weights:
@@ -169,9 +170,9 @@ def is_stored(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def without_memory() -> Iterator[None]:
-    """Modules made in this context have parameters of shape alone; buffers are real, and no move moves them.
+    """Modules made in this context have parameters without data; buffers are real, and moves do not affect them.
 
-    A parameter that takes another one's place, as those of a state dict do, stays what it is.
+    A parameter that replaces another one, as when loading a state dict, stays as it is.
     """
     register = nn.Module.register_parameter
 
@@ -181,7 +182,7 @@ def without_memory() -> Iterator[None]:
         if parameter is not None and is_new and not isinstance(parameter, NotInMemory):
             self._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
 
-    # accelerate's init_empty_weights would move stored tensors too, and open_clip moves what it has made.
+    # accelerate's init_empty_weights would also move stored tensors, and open_clip moves the models it makes.
     with (
         replaced(nn.Module, "register_parameter", register_shape),
         replaced(nn.Module, "to", lambda self, *args, **kwargs: self),
@@ -190,7 +191,7 @@ def without_memory() -> Iterator[None]:
 
 
 def assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give `model`, made `without_memory`, the tensors of `state`; small ones that are no parameters are read.
+    """Give `model`, made `without_memory`, the tensors of `state`; small ones that are not parameters are read.
 
     Raises:
         RuntimeError: names or shapes do not fit, as `load_state_dict` says it.
@@ -206,7 +207,7 @@ def assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def as_shapes(model: nn.Module) -> Iterator[FakeTensorMode]:
-    """Parameters of shape alone, on their own device, in the place of those of `model`, for as long as it is traced."""
+    """While `model` is traced, replace its parameters by ones without data, on the same device."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     shapes: dict[int, nn.Parameter] = {}
     places = [
@@ -228,7 +229,7 @@ def as_shapes(model: nn.Module) -> Iterator[FakeTensorMode]:
 
 
 def fill_shapes(graph_module: nn.Module, model: nn.Module) -> None:
-    """Give a graph that was traced `as_shapes` the parameters of `model`, by their names."""
+    """Give a graph that was traced `as_shapes` the parameters of `model`, by name."""
     for path, module in graph_module.named_modules(remove_duplicate=False):
         for name, parameter in module._parameters.items():
             if isinstance(parameter, FakeTensor):

@@ -18,7 +18,7 @@ def sha256(path: Path) -> str:
 
 
 def sha256_each(paths: Sequence[Path]) -> tuple[str, ...]:
-    """The sha256 of each file, as many at a time as there are cores."""
+    """The sha256 of each file, hashing as many at a time as there are cores."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return tuple(pool.map(sha256, paths))
 
@@ -30,7 +30,7 @@ def write_sums(folder: Path, known: Mapping[str, str] | None = None) -> None:
     """Write SHA256SUMS over every other file of `folder`, in the form that `sha256sum -c` reads.
 
     Args:
-        known: name -> sha256 of files that were copied whole, which need not be read once more.
+        known: name -> sha256 of files that were copied whole, which need not be read again.
     """
     known = known or {}
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != SUMS_NAME)
@@ -43,13 +43,13 @@ def read_sums(folder: Path) -> dict[str, str]:
     """Name -> sha256, of every file that SHA256SUMS lists.
 
     Raises:
-        CheckpointError: there is none, or it names files outside the folder.
+        CheckpointError: SHA256SUMS is missing, or it names files outside the folder.
     """
     sums = folder / SUMS_NAME
     if not sums.is_file():
         raise CheckpointError(
-            f"{folder}: no {SUMS_NAME}, it is not a folder that regsurgery wrote, or it is incomplete; give one that "
-            "regsurgery patch wrote"
+            f"{folder}: has no {SUMS_NAME}, so it is not a complete patched folder; give one that regsurgery patch "
+            "wrote"
         )
     try:
         with sums.open("rb") as file:

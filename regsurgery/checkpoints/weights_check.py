@@ -1,4 +1,4 @@
-"""What headers do not tell about weights: that shards fit together, and that every number is one."""
+"""Checks that headers do not allow: that shards fit together, and that every number is finite."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from regsurgery.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-CHUNK_BYTES = 1 << 20  # what is hashed is summed while it is in the cache of the core
+CHUNK_BYTES = 1 << 20  # small enough to be summed while it is still in the core's cache after hashing
 
 
 def check_shards(folder: Path, single: str, files: Sequence[SafetensorsFile]) -> None:
-    """Raise `CheckpointError` for a tensor in two of `files`, or in another one than the index says."""
+    """Raise `CheckpointError` for a tensor that is in two of `files`, or not in the one that the index names."""
     holder: dict[str, SafetensorsFile] = {}
     for file in files:
         for tensor in file.tensors:
             if tensor.name in holder:
                 raise CheckpointError(
-                    f"{file.path}: tensor {tensor.name!r} is in {holder[tensor.name].path.name} too; download both"
+                    f"{file.path}: tensor {tensor.name!r} is in {holder[tensor.name].path.name} too; get both files "
+                    "again"
                 )
             holder[tensor.name] = file
     index = folder / f"{single}.index.json"
@@ -35,18 +36,18 @@ def check_shards(folder: Path, single: str, files: Sequence[SafetensorsFile]) ->
     for name, shard in weight_map(index).items():
         if name in holder and holder[name].path.name != shard:
             raise CheckpointError(
-                f"{index}: tensor {name!r} is in {holder[name].path.name}, not in {shard}; download the index again"
+                f"{index}: tensor {name!r} is in {holder[name].path.name}, not in {shard}; get the index again"
             )
 
 
 def finite_digests(files: Sequence[SafetensorsFile]) -> tuple[str, ...]:
-    """`finite_digest` of each file; one more at a time than there are cores, as one waits for the disk."""
+    """`finite_digest` of each file, for one more file at a time than there are cores, since one waits for the disk."""
     with ThreadPoolExecutor((os.cpu_count() or 1) + 1) as pool:
         return tuple(pool.map(finite_digest, files))
 
 
 def finite_digest(file: SafetensorsFile) -> str:
-    """The file's sha256, as of `sha256`; every floating-point tensor is looked through as it goes by, in chunks.
+    """The file's sha256, as from `sha256`; every floating-point tensor is checked on the way, in chunks.
 
     Infinities are allowed in tensors named `...mask`, where they are usual.
 
@@ -61,7 +62,7 @@ def finite_digest(file: SafetensorsFile) -> str:
 
     def fine(chunk: memoryview, dtype: torch.dtype, infinities: bool) -> bool:
         values = torch.frombuffer(chunk, dtype=dtype)
-        # A sum is finite only where every term is; one pass at the speed of memory, and rarely a second one.
+        # A finite sum implies finite terms: one pass at the speed of memory, rarely a second one.
         if values.sum(dtype=torch.promote_types(dtype, torch.float32)).isfinite():
             return True
         return not bool((values.isnan() if infinities else ~values.isfinite()).any())
@@ -77,8 +78,8 @@ def finite_digest(file: SafetensorsFile) -> str:
                 digest.update(chunk)
                 if dtype is not None and not fine(chunk, dtype, tensor.name.endswith("mask")):
                     raise CheckpointError(
-                        f"{file.path}: tensor {tensor.name!r} holds NaN or infinite numbers; download the file "
-                        "again, or take another checkpoint of this training"
+                        f"{file.path}: tensor {tensor.name!r} holds NaN or infinite numbers; use another copy, or "
+                        "another checkpoint of this training"
                     )
                 left -= len(chunk)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Files and folders that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from regsurgery.errors import OutputError
 
 
 def check_output(target: Path) -> None:
-    """Raise `OutputError` where `target` cannot become a new folder."""
+    """Raise `OutputError` if `target` cannot become a new folder."""
     if target.exists() or target.is_symlink():
-        raise OutputError(f"{target}: exists already; choose another folder with -o, or remove it first")
+        raise OutputError(f"{target}: already exists; choose another folder with -o, or remove it first")
     check_parent(target)
 
 
 def check_parent(target: Path) -> None:
-    """Raise `OutputError` where nothing can be written beside `target`."""
+    """Raise `OutputError` if nothing can be written next to `target`."""
     parent = target.absolute().parent
     if not parent.is_dir():
         raise OutputError(f"{parent}: no such folder to write {target.name} into; create it first")
@@ -31,7 +31,7 @@ def check_parent(target: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write `content` to `path` whole or not at all; a file that is there is replaced.
+    """Write `content` to `path` completely or not at all; an existing file is replaced.
 
     Raises:
         OutputError: the disk is full or not writable.
@@ -51,7 +51,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 @contextmanager
 def scratch_folder() -> Iterator[tempfile.TemporaryDirectory[str]]:
-    """A folder for temporary files, which stays after the block for as long as it is referred to.
+    """A folder for temporary files, which stays after the block for as long as it is referenced.
 
     Raises:
         OutputError: there is no room for it, or for what the block writes there.
@@ -69,9 +69,9 @@ def scratch_folder() -> Iterator[tempfile.TemporaryDirectory[str]]:
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside `target` that becomes `target` when the block ends well, and vanishes when it does not.
+    """A new folder next to `target` that becomes `target` if the block succeeds, and is removed if it does not.
 
-    Every file is on disk (fsync) before the one rename; so `target` is either complete or absent.
+    Every file is on disk (fsync) before the single rename, so `target` is either complete or absent.
 
     Raises:
         OutputError: `target` exists, or the disk is full or not writable.
@@ -97,14 +97,14 @@ def whole_folder(target: Path) -> Iterator[Path]:
         sync(target.absolute().parent)
     except OSError as error:
         raise OutputError(
-            f"{target}: written whole, but the disk did not confirm it ({error.strerror or error}); "
+            f"{target}: written completely, but the disk did not confirm it ({error.strerror or error}); "
             "check it with sha256sum -c SHA256SUMS"
         ) from error
 
 
 @contextmanager
 def copies_ahead(target: Path) -> Iterator[CopiesAhead]:
-    """Copies for the folder `target`, which are made in the block; those that are not placed there vanish with it."""
+    """Copies for the folder `target`, made during the block; those that are not placed are removed at its end."""
     _remove_abandoned(target)
     copies = CopiesAhead(_partial(target, "-copies"))
     try:
@@ -114,12 +114,12 @@ def copies_ahead(target: Path) -> Iterator[CopiesAhead]:
 
 
 def _partial(target: Path, what: str = "") -> Path:
-    """Where this process writes what is to become `target`."""
+    """Where this process writes the future `target`."""
     return target.absolute().parent / f".{target.name}.partial{what}-{os.getpid()}"
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Remove what killed processes left beside `target`; a process that still runs keeps its own."""
+    """Remove what killed processes left next to `target`; files of a running process are kept."""
     import psutil
 
     for partial in target.absolute().parent.glob(f".{glob.escape(target.name)}.partial-*"):

@@ -24,7 +24,7 @@ Place = Callable[[Path, Path], None]  # see `write_weights`
 
 
 def write_with_additions(source: SafetensorsFile, target: Path, additions: Mapping[str, Tensor]) -> None:
-    """Write `source` to `target` with `additions` behind its tensors; the source's data is copied byte for byte.
+    """Write `source` to `target` with `additions` after its tensors; the source's data is copied byte for byte.
 
     Raises:
         CheckpointError: a tensor of `additions` is in the source already.
@@ -56,7 +56,9 @@ def write_with_additions(source: SafetensorsFile, target: Path, additions: Mappi
 def _check_new(source: SafetensorsFile, additions: Mapping[str, Tensor]) -> None:
     for tensor in source.tensors:
         if tensor.name in additions:
-            raise CheckpointError(f"{source.path}: has a tensor '{tensor.name}' already; it seems to be patched")
+            raise CheckpointError(
+                f"{source.path}: already has a tensor '{tensor.name}'; patch a checkpoint that is not patched yet"
+            )
 
 
 def _write_header(writer: BinaryIO, header: Mapping[str, Any]) -> None:
@@ -71,10 +73,10 @@ def write_weights(
 ) -> None:
     """Write the checkpoint files `sources` and the tensors `additions` into `folder`.
 
-    A single file stays one. Shards stay what they are, and the additions are a shard of their own in the new index.
+    A single file stays a single file. Shards stay unchanged, and the additions become a further shard in the new index.
 
     Args:
-        place: source, target -> makes the target the same file, by copying if nothing else.
+        place: source, target -> makes the target the same file, by a copy or a link.
     """
     index_path = index_of(sources)
     if index_path is None:
@@ -97,14 +99,14 @@ def write_weights(
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file of `tensors`, byte for byte as safetensors does, one tensor after the other.
 
-    Those that are not in memory (`stored.py`) are read when it is their turn, and freed behind it.
+    Those that are not in memory (`stored.py`) are read one at a time and freed again.
     """
     import torch
 
     disk_names = {torch_dtype(name): name for name in TORCH_NAMES}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     stop = 0
-    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # every one lies aligned
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that each is aligned
     for name in ordered:
         tensor = tensors[name]
         start, stop = stop, stop + tensor.numel() * tensor.element_size()
@@ -131,7 +133,7 @@ def write_sharded(folder: Path, single: str, tensors: Mapping[str, Tensor], larg
     split = split_state_dict_into_shards_factory(
         {name: tensors[name] for name in sorted(tensors)},
         get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
-        get_storage_id=lambda tensor: None,  # what shares memory here is written twice
+        get_storage_id=lambda tensor: None,  # tensors that share memory are written separately
         filename_pattern=f"{stem}{{suffix}}.{suffix}",
         max_shard_size=largest,
     )

@@ -41,14 +41,14 @@ app = typer.Typer(
     name="regsurgery",
     help="Rewrite Vision Transformer checkpoints so that outlier tokens are gone.\n\nMODEL is a folder, a Hub id, "
     "timm:NAME, open_clip:ARCH/TAG, or demo. Exit codes: 0 done; 1 verification failed (diff, reproduce: "
-    "differences); 2 the input is at fault; 3 nothing to fix; 130 interrupted.",
+    "differences); 2 invalid input; 3 nothing to fix; 130 interrupted.",
     epilog="Example: regsurgery patch demo -o demo-patched",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
 
-@app.command(epilog="Example: regsurgery doctor demo")
+@app.command(epilog="Example: regsurgery doctor demo", short_help="Diagnose MODEL: does it have outlier tokens?")
 @takes(DoctorOptions)
 def doctor(model: Model, options: DoctorOptions, as_json: bool, quiet: bool) -> None:
     """Diagnose MODEL: does it have outlier tokens? If so, where do they start, and would surgery remove them?"""
@@ -70,13 +70,21 @@ def find(
     as_json: bool,
     quiet: bool,
     statistics: Annotated[
-        list[Path] | None, typer.Argument(help="With --merge: the statistics files of all parts.", show_default=False)
+        list[Path] | None,
+        typer.Argument(
+            help="With --merge: the statistics files of all parts.", metavar="STATISTICS", show_default=False
+        ),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Recipe file to write.")] = Path("recipe.yaml"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Recipe file to write.", metavar="FILE")] = Path(
+        "recipe.yaml"
+    ),
     part: Annotated[
-        str | None, typer.Option("--part", help="I/N: run only part I of N, as one job of an array (with --stats).")
+        str | None,
+        typer.Option("--part", help="Run only part I of N, as one job of an array (with --stats).", metavar="I/N"),
     ] = None,
-    stats: Annotated[Path | None, typer.Option("--stats", help="Statistics file that --part writes.")] = None,
+    stats: Annotated[
+        Path | None, typer.Option("--stats", help="Statistics file that --part writes.", metavar="FILE")
+    ] = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="Decide from the statistics files of all parts, listed after MODEL.")
     ] = False,
@@ -106,7 +114,9 @@ def find(
         raise typer.Exit(EXIT_VERIFICATION_FAILED)
 
 
-@app.command(epilog="Example: regsurgery patch demo -o demo-patched")
+@app.command(
+    epilog="Example: regsurgery patch demo -o demo-patched", short_help="Patch MODEL into a new checkpoint folder."
+)
 @takes(PatchOptions)
 def patch(
     model: Model,
@@ -114,7 +124,9 @@ def patch(
     options: PatchOptions,
     as_json: bool,
     quiet: bool,
-    push: Annotated[str | None, typer.Option("--push", help="Push the folder to USER/NAME on the Hub.")] = None,
+    push: Annotated[
+        str | None, typer.Option("--push", help="Push the folder to USER/NAME on the Hub.", metavar="USER/NAME")
+    ] = None,
     private: Annotated[
         bool | None,
         typer.Option("--private/--public", help="Visibility of a new repository (default: account setting)."),
@@ -136,17 +148,20 @@ def patch(
     screen.patched(result, pushed)
 
 
-@app.command(epilog="Example: regsurgery verify demo-patched")
+@app.command(epilog="Example: regsurgery verify demo-patched", short_help="Compare a patched folder with its original.")
 @takes(VerifyOptions)
 def verify(
     folder: Annotated[
-        str, typer.Argument(help="Folder that regsurgery patch wrote, or USER/NAME on the Hub.", show_default=False)
+        str,
+        typer.Argument(
+            help="Folder that regsurgery patch wrote, or USER/NAME on the Hub.", metavar="FOLDER", show_default=False
+        ),
     ],
     options: VerifyOptions,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Compare a patched folder with its original. Prints figures and a verdict."""
+    """Compare a patched folder with its original, and print figures and a verdict."""
     from regsurgery.cli.screen import Screen
     from regsurgery.commands.verify import verify
 
@@ -160,7 +175,10 @@ def verify(
 app.add_typer(evaluations.app)
 
 
-@app.command(epilog="Example: regsurgery report demo-patched -o demo-patched.html")
+@app.command(
+    epilog="Example: regsurgery report demo-patched -o demo-patched.html",
+    short_help="Write one HTML file that opens offline.",
+)
 @takes(ReportOptions)
 def report(
     folder: Patched,
@@ -168,7 +186,8 @@ def report(
     as_json: bool,
     quiet: bool,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File to write (default: FOLDER-report.html).")
+        Path | None,
+        typer.Option("--output", "-o", help="File to write (default: FOLDER-report.html).", metavar="FILE"),
     ] = None,
 ) -> None:
     """Write one HTML file that opens offline: norms, attention and object boxes over images, neurons, figures."""
@@ -200,7 +219,7 @@ def unpatch(
 @takes(PushOptions)
 def push(
     folder: Patched,
-    repo: Annotated[str, typer.Argument(help="USER/NAME on the Hub.", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="Repository on the Hub.", metavar="USER/NAME", show_default=False)],
     options: PushOptions,
     as_json: bool,
     quiet: bool,
@@ -214,20 +233,28 @@ def push(
     screen.pushed(pushed)
 
 
-@app.command(epilog="Example: regsurgery reproduce demo-patched")
+@app.command(
+    epilog="Example: regsurgery reproduce demo-patched",
+    short_help="Patch the source again as recorded, and compare.",
+)
 @takes(ReproduceOptions)
 def reproduce(
     where: Annotated[
-        str, typer.Argument(help="Folder that regsurgery patch wrote, or the Hub id of one.", show_default=False)
+        str,
+        typer.Argument(
+            help="Folder that regsurgery patch wrote, or USER/NAME on the Hub.", metavar="FOLDER", show_default=False
+        ),
     ],
     options: ReproduceOptions,
     as_json: bool,
     quiet: bool,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="New folder to keep the result in.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="New folder to keep the result in.", metavar="FOLDER")
+    ] = None,
 ) -> None:
     """Patch the source of a patched checkpoint again as recorded, and compare SHA256SUMS.
 
-    Exit codes: 0 identical; 1 different; 2 the input is at fault.
+    Exit codes: 0 identical; 1 different; 2 invalid input.
     """
     from regsurgery.cli.screen import Screen
     from regsurgery.commands.reproduce import reproduce
@@ -241,16 +268,17 @@ def reproduce(
 
 @app.command(epilog="Example: regsurgery diff demo-patched demo-restored")
 def diff(
-    a: Annotated[Path, typer.Argument(help="Checkpoint folder or safetensors file.", show_default=False)],
+    a: Annotated[Path, typer.Argument(help="Checkpoint folder or safetensors file.", metavar="A", show_default=False)],
     b: Annotated[
-        Path, typer.Argument(help="Checkpoint folder or safetensors file to compare with.", show_default=False)
+        Path,
+        typer.Argument(help="Checkpoint folder or safetensors file to compare with.", metavar="B", show_default=False),
     ],
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """List the tensors that differ, by name.
 
-    Exit codes, as of the Unix tool: 0 identical; 1 differences; 2 the input is at fault.
+    Exit codes, as for the Unix tool: 0 identical; 1 different; 2 invalid input.
     """
     from regsurgery.cli.screen import Screen
     from regsurgery.commands.diff import diff
@@ -262,13 +290,13 @@ def diff(
         raise typer.Exit(EXIT_DIFFERENT)
 
 
-@app.command(epilog="Example: regsurgery families")
+@app.command(epilog="Example: regsurgery families", short_help="List the supported model families.")
 def families(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """List the supported model families, each of which the tests verify, and what is refused."""
+    """List the supported model families (all covered by the tests), and what is refused."""
     from regsurgery.families import FAMILIES, REFUSED
     from regsurgery.modes import MODES
 
@@ -294,7 +322,7 @@ app.add_typer(recipes.app)
 
 @contextmanager
 def _nothing_to_fix(screen: Screen) -> Iterator[None]:
-    """Show the diagnosis where there is nothing to fix, and exit 3."""
+    """If there is nothing to fix, show the diagnosis and exit with code 3."""
     try:
         yield
     except NothingToFixError as error:
@@ -321,5 +349,5 @@ def _root(
 
 
 def main() -> NoReturn:
-    """Parse the command line, do it, and raise SystemExit with the exit code."""
+    """Parse the command line, run the command, and raise SystemExit with the exit code."""
     sys.exit(exit_code_of(partial(app, prog_name="regsurgery", standalone_mode=False)))

@@ -1,17 +1,17 @@
-"""What the shell is offered for arguments and options. Called at every press of the tab key: nothing heavy.
+"""Completions for arguments and options. Called at every press of the tab key: nothing heavy.
 
-Where nothing is offered, shells complete file names.
+If nothing is offered, shells complete file names.
 """
 
 from __future__ import annotations
 
 
 def models(incomplete: str) -> list[tuple[str, str]]:
-    """`demo`, the models that bundled recipes were made for, and what names of timm and open_clip begin with."""
+    """`demo`, the models that bundled recipes were made for, and prefixes of timm and open_clip names."""
     from regsurgery.families import FAMILIES
     from regsurgery.recipe import bundled_recipes
 
-    offered = {"demo": "a small bundled model", "timm:": "a model of timm", "open_clip:": "ARCH/TAG of open_clip"}
+    offered = {"demo": "a small bundled model", "timm:": "a timm model", "open_clip:": "ARCH/TAG in open_clip"}
     for name, recipe in bundled_recipes().items():
         offered.setdefault(recipe.model, f"recipe {name}")
     begins: dict[str, list[str]] = {}

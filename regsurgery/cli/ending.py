@@ -1,4 +1,4 @@
-"""How a command ends: what `main` makes of an exception, as one line on stderr and an exit code."""
+"""How a command ends: `main` turns an exception into one line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import typer
 from regsurgery.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, RegsurgeryError
 
 INTERRUPTED = (
-    "interrupted; nothing is left half written: run the same command again, a search for neurons goes on where it was"
+    "interrupted; nothing is left half written: run the same command again (a search for neurons continues where it "
+    "stopped)"
 )
 
 
 def exit_code_of(command: Callable[[], int | None]) -> int:
-    """Run `command`, which returns its exit code or raises; print one line for an error of the user's.
+    """Run `command`, which returns its exit code or raises; print one line for a user's error.
 
-    Whatever else is raised is a bug and goes on as it is.
+    Any other exception is a bug and passes through.
     """
     try:
         code = command() or EXIT_OK
@@ -38,7 +39,7 @@ def exit_code_of(command: Callable[[], int | None]) -> int:
         code = EXIT_BROKEN_PIPE
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and "No usable temporary directory" not in str(error):  # tempfile's words; torch needs one, too
+        if not full and "No usable temporary directory" not in str(error):  # tempfile's wording; torch needs one, too
             raise
         where = error.filename or "the output, or a temporary file"
         _print_error(f"{where}: {error.strerror}; free some space, or set TMPDIR to a folder that has it")
@@ -47,7 +48,7 @@ def exit_code_of(command: Callable[[], int | None]) -> int:
     except SystemExit as end:
         if not isinstance(end.__context__, BrokenPipeError):
             raise
-        code = EXIT_BROKEN_PIPE  # typer and rich made it 1, which is that of a failed verification
+        code = EXIT_BROKEN_PIPE  # typer and rich exit with 1, which means a failed verification here
     if code == EXIT_INTERRUPTED:
         _print_error(INTERRUPTED)
     if code == EXIT_BROKEN_PIPE:
@@ -62,15 +63,15 @@ def _print_error(message: str) -> None:
 
 
 def _usage(error: typer.TyperException) -> str:
-    """What typer has against the command line, in the words of all other errors."""
+    """Typer's complaint about the command line, worded like all other errors."""
     context = getattr(error, "ctx", None)
     message = " ".join(error.format_message().split()).removesuffix(".")
     message = f"{message[:1].lower()}{message[1:]}{'' if message.endswith('?') else ';'}"
-    if context is None:  # typer's parser does not say which command it was at
+    if context is None:  # typer's parser does not say which command it was parsing
         return f"regsurgery: {message} see --help of the command"
     return f"{context.command_path}: {message} see {context.command_path} --help"
 
 
 def _forget(stream: TextIO) -> None:
-    """What is still to be written there goes nowhere, without a word at the end of the process."""
+    """Discard what is still to be written to `stream`, without a message when the process ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,4 +1,4 @@
-"""`regsurgery eval TASK`: one command a task, with the task's own options."""
+"""`regsurgery eval TASK`: one command per task, with the task's own options."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from regsurgery.options import EvaluateOptions
 app = typer.Typer(
     name="eval",
     help="Evaluate the original and the patched model side by side, with n and a 95 % interval for each figure.",
+    short_help="Evaluate original and patched model side by side.",
     epilog="Example: regsurgery eval norms demo-patched",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-Folder = Annotated[str, typer.Argument(help="Folder that regsurgery patch wrote, or MODEL.", show_default=False)]
+Folder = Annotated[
+    str, typer.Argument(help="Folder that regsurgery patch wrote, or MODEL.", metavar="FOLDER", show_default=False)
+]
 
 
 def _command(task: Task) -> Callable[..., Any]:
@@ -40,5 +43,6 @@ for _task in TASKS.values():
     app.command(
         _task.name,
         help=f"Evaluate {_task.shows}.",
+        short_help=f"Evaluate {_task.short}.",
         epilog=f"Example: regsurgery eval {_task.name} demo-patched",
     )(_command(_task))

@@ -19,24 +19,27 @@ Model = Annotated[
     str,
     typer.Argument(
         help="Folder, Hub id, timm:NAME, open_clip:ARCH/TAG, or demo.",
+        metavar="MODEL",
         show_default=False,
         autocompletion=models,
     ),
 ]
-Patched = Annotated[Path, typer.Argument(help="Folder that regsurgery patch wrote.", show_default=False)]
-OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="New folder to write.")]
+Patched = Annotated[
+    Path, typer.Argument(help="Folder that regsurgery patch wrote.", metavar="FOLDER", show_default=False)
+]
+OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="New folder to write.", metavar="FOLDER")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors, and the output of --json.")]
 
 TYPES = {"bool": bool, "int": int, "float": float, "str": str, "Path": Path, "list[str]": list[str],
          "list[float]": list[float]}  # fmt: skip
+METAVARS = {"int": "N", "float": "X", "Path": "PATH", "list[float]": "X"}  # texts: `Flag.metavar`, or the field's name
 
 
 def takes(options: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command the flags of the dataclass `options`, and `--json` and `--quiet`.
 
-    The command's parameter `options` is an object of that class, or what went wrong while making it is raised there;
-    `as_json` and `quiet` are handed on by their names.
+    The command receives an object of that class as its parameter `options`, and `as_json` and `quiet` by name.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,7 +66,7 @@ def takes(options: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., An
 
 
 def _flags(options: type[Any]) -> Iterator[inspect.Parameter]:
-    """A parameter for every field that has a flag: those of the class itself first, what it inherits after."""
+    """A parameter for every field that has a flag: the class's own fields first, then the inherited ones."""
     by_name = {one.name: one for one in fields(options)}
     order = [name for base in options.__mro__ for name in inspect.get_annotations(base) if name in by_name]
     for name in dict.fromkeys(order):
@@ -76,6 +79,8 @@ def _parameter(field: Field[Any], flag: Flag) -> inspect.Parameter:
     name, _, optional = (flag.type or str(field.type)).partition(" | ")
     kind = TYPES[name] | None if optional else TYPES[name]
     how: dict[str, Any] = {"help": flag.help}
+    if name != "bool":
+        how["metavar"] = flag.metavar or METAVARS.get(name, field.name.upper())
     if flag.min is not None:
         how["min"] = flag.min
     if flag.complete is not None:

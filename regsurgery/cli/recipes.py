@@ -28,7 +28,7 @@ def _recipes(context: typer.Context, as_json: AsJson = False, quiet: Quiet = Fal
     elif as_json or quiet:
         name = context.invoked_subcommand
         option = "--json" if as_json else "--quiet"
-        raise typer.BadParameter(f"write it behind {name}: regsurgery recipes {name} {option}", param_hint=option)
+        raise typer.BadParameter(f"write it after {name}: regsurgery recipes {name} {option}", param_hint=option)
 
 
 @app.command("list", epilog="Example: regsurgery recipes list --json")
@@ -49,12 +49,17 @@ def list_recipes(as_json: AsJson = False, quiet: Quiet = False) -> None:
 def show(
     recipe: Annotated[
         str,
-        typer.Argument(help="Name of a bundled recipe, or a recipe file.", show_default=False, autocompletion=recipes),
+        typer.Argument(
+            help="Name of a bundled recipe, or a recipe file.",
+            metavar="RECIPE",
+            show_default=False,
+            autocompletion=recipes,
+        ),
     ],
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Print a recipe, with every default."""
+    """Print a recipe, including every default."""
     from regsurgery.recipe import find_recipe
 
     found = find_recipe(recipe)
@@ -66,7 +71,7 @@ def show(
 
 @app.command(epilog="Example: regsurgery recipes validate mine.yaml")
 def validate(
-    files: Annotated[list[Path], typer.Argument(help="Recipe files.", show_default=False)],
+    files: Annotated[list[Path], typer.Argument(help="Recipe files.", metavar="FILE", show_default=False)],
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:

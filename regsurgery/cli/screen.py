@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from regsurgery.verification.verdict import Verdict
 
 BAR_WIDTH = 16
-PLAIN_EVERY = 10.0  # seconds between two lines about the same stage, where nothing can be drawn
+PLAIN_EVERY = 10.0  # seconds between two lines about the same stage, if no bar can be drawn
 
 
 class _DoneColumn(ProgressColumn):
@@ -62,7 +62,7 @@ class _DoneColumn(ProgressColumn):
 
 
 class _LeftColumn(ProgressColumn):
-    """How long a stage will go on, where its end is known."""
+    """The remaining time of a stage, if its end is known."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class _LeftColumn(ProgressColumn):
 
 
 class _PlainLines:
-    """Progress where nothing can be drawn, in a log: a line when a stage begins, and one now and then while it runs."""
+    """Progress for logs, where no bar can be drawn: a line when a stage begins, and one now and then while it runs."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -168,7 +168,7 @@ class Screen(Progress):
         if pushed is not None:
             self._pushed(pushed)
         if result.verdict is None:
-            self.out.print("not verified: no image went through what was written")
+            self.out.print("not verified: the output was not run on any image")
         else:
             self._outcome(result.verdict)
 
@@ -196,9 +196,9 @@ class Screen(Progress):
             for name, cell in zip(head, row, strict=True):
                 if name != INTERVAL:
                     shown.append(cell)
-                elif cell:  # an interval stands below its figure
+                elif cell:  # an interval goes below its figure
                     shown[-1] += f"\n{cell}"
-            table.add_row(*map(Text, shown))  # as it is: [ms] is no markup
+            table.add_row(*map(Text, shown))  # verbatim: [ms] is not markup
         self.out.print(table)
         for line in (evaluation.expectation, *evaluation.notes):
             if line:
@@ -290,13 +290,16 @@ class Screen(Progress):
         for name, digest in restored.files.items():
             self.out.print(f"{digest}  {name}", soft_wrap=True, markup=False)
         for names, what in (
-            (restored.changed, "changed after patching, by training perhaps; nothing of that is in what was restored"),
+            (
+                restored.changed,
+                "changed after patching (by training, for example); the restored files do not include it",
+            ),
             (restored.not_copied, "weight files of the source that patching did not copy; they are not restored"),
         ):
             if names:
                 self.out.print(f"{', '.join(names)}: {what}", soft_wrap=True, markup=False)
         self.out.print(
-            f"wrote {restored.output}: {restored.source['id']} as it was, sha256 of {len(restored.files)} files equal",
+            f"wrote {restored.output}: {restored.source['id']} restored, sha256 of {len(restored.files)} files equal",
             soft_wrap=True,
             markup=False,
         )
@@ -332,7 +335,7 @@ class Screen(Progress):
         for name, difference in reproduction.differences.items():
             self.out.print(f"{name}  {difference}", soft_wrap=True, markup=False)
         for name, (then, now) in reproduction.figures.items():
-            self.out.print(f"figure {name} was {then}, is {now}", soft_wrap=True, markup=False)
+            self.out.print(f"figure {name} was {then}, now {now}", soft_wrap=True, markup=False)
         if reproduction.note:
             self.out.print(reproduction.note, soft_wrap=True, markup=False)
         number, files = len(reproduction.differences), reproduction.num_files

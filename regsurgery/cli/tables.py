@@ -31,7 +31,7 @@ REFUSED_COLUMNS = ("refused", "why")
 
 
 def family_rows() -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-    """The support matrix as text: the cells of the families, and of what is refused."""
+    """The support matrix as text: the cells for the families, and for what is refused."""
     rows = [
         (
             family.library,
@@ -48,20 +48,24 @@ def family_rows() -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
 
 
 def family_table() -> None:
-    """The matrix for a terminal, with the models below the family's name."""
-    families, refused = family_rows()
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("library", "family and models", "native", "sizes", "registers"):
-        table.add_column(name, no_wrap=name in ("library", "sizes"), overflow="fold")
-    for library, family, models, _, native, any_size, placement in families:
-        table.add_row(library, f"{family}\n[dim]{models}[/dim]", native, any_size, placement)
-    Console().print(table)
+    """The matrix for a terminal of 80 columns: one table per library, one line per model below the family's name."""
+    for library in dict.fromkeys(family.library for family in FAMILIES):
+        table = Table(box=box.SIMPLE_HEAD, title=library, title_justify="left")
+        for name in ("family and models", "native", "sizes", "registers"):
+            table.add_column(name, overflow="fold")
+        for family in (one for one in FAMILIES if one.library == library):
+            models = "\n".join(f"[dim]  {member}[/dim]" for member in family.members)
+            size = "any" if family.any_size else "own"
+            table.add_row(f"{family.name}\n{models}", ", ".join(family.native) or "-", size, family.placement)
+        Console().print(table)
     table = Table(*REFUSED_COLUMNS, box=box.SIMPLE_HEAD)
-    for row in refused:
-        table.add_row(*row)
+    for refused in REFUSED:
+        table.add_row(refused.name, refused.reason)
     Console().print(table)
     Console().print(
-        "Modes shift and bias write the library's own format, pt2 and onnx. Sizes: other image sizes than its own."
+        "Modes shift and bias write the library's own format, pt2 and onnx; mode native writes pt2, onnx and the "
+        "formats listed under native. Sizes: any image size, or only the model's own. Registers: at the end, or inside "
+        "the prefix."
     )
 
 

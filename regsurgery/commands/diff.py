@@ -1,7 +1,7 @@
-"""`diff`: which tensors of two checkpoints differ, by name, whichever shard holds them.
+"""`diff`: which tensors of two checkpoints differ, matched by name across shards.
 
 Headers first; tensors of one dtype and shape are compared as bytes, a chunk at a time, and only chunks whose bytes
-differ are read as numbers. So memory does not grow with the checkpoints, and torch is imported for a difference only.
+differ are read as numbers. So memory does not grow with the checkpoints, and torch is imported only for a difference.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from regsurgery.errors import CheckpointError, UserError
 if TYPE_CHECKING:
     from regsurgery.progress import Progress
 
-SINGLES = ("model.safetensors", "open_clip_model.safetensors")  # what the libraries call a whole checkpoint
-NUMBERS_BYTES = 1 << 18  # of a chunk that are numbers at a time: as float64 they take up to eight times that
+SINGLES = ("model.safetensors", "open_clip_model.safetensors")  # the libraries' names of an unsharded checkpoint
+NUMBERS_BYTES = 1 << 18  # bytes of a chunk read as numbers at a time; as float64 they take up to eight times that
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor that one side alone has; `dtype` as safetensors writes it (`F32`)."""
+    """A tensor that only one side has; `dtype` as safetensors writes it (`F32`)."""
 
     name: str
     dtype: str
@@ -36,7 +36,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Retyped:
-    """A tensor of another dtype or shape on either side; its values are not compared."""
+    """A tensor whose dtype or shape differs between the sides; its values are not compared."""
 
     name: str
     dtype_a: str
@@ -50,9 +50,9 @@ class Changed:
     """A tensor whose bytes differ.
 
     Attributes:
-        max_abs: largest |a - b| in float64 over the elements that are numbers on both sides; None where there is none.
-        num_different: elements whose bytes differ; so 0.0 and -0.0 do, with a `max_abs` of 0.
-        num_elements: elements in all.
+        max_abs: largest |a - b| in float64 over the elements that are numbers on both sides; None if there is none.
+        num_different: elements whose bytes differ; 0.0 and -0.0 count, with a `max_abs` of 0.
+        num_elements: total number of elements.
         num_nan: elements whose bytes differ and that are NaN on one side or both.
     """
 
@@ -87,7 +87,7 @@ class Difference:
         counts = {
             "only in A": len(self.only_a),
             "only in B": len(self.only_b),
-            "of another dtype or shape": len(self.retyped),
+            "with another dtype or shape": len(self.retyped),
             "with other values": len(self.changed),
         }
         parts = [f"{number} {what}" for what, number in counts.items() if number]
@@ -107,10 +107,10 @@ class Difference:
 
 
 def diff(a: str | Path, b: str | Path, *, progress: Progress | None = None) -> Difference:
-    """Compare the tensors of two checkpoints: folders or safetensors files, sharded or not, of any layout.
+    """Compare the tensors of two checkpoints: folders or safetensors files, sharded or not, in any layout.
 
     In a folder the library's own weights are compared (`model.safetensors` or `open_clip_model.safetensors`, or the
-    shards that its index names), in a folder without these all safetensors files.
+    shards that its index names); in a folder without these, all safetensors files.
 
     Raises:
         UserError: there is nothing to compare at `a` or `b`.
@@ -150,7 +150,7 @@ def _files(where: Path) -> list[Path]:
             return found
     found = sorted(where.glob("*.safetensors"))
     if not found:
-        raise UserError(f"{where}: has no safetensors file; only safetensors checkpoints can be compared")
+        raise UserError(f"{where}: has no safetensors file; give a safetensors checkpoint, only those can be compared")
     return found
 
 
@@ -159,7 +159,7 @@ def _only(ours: Mapping[str, LocatedTensor], theirs: Mapping[str, LocatedTensor]
 
 
 def _compare(a: LocatedTensor, b: LocatedTensor, progress: Progress) -> Changed | None:
-    """None where the bytes are equal."""
+    """None if the bytes are equal."""
     largest, num_different, num_nan = None, 0, 0
     left = a.num_bytes
     chunk_a, chunk_b = bytearray(), bytearray()
@@ -168,7 +168,7 @@ def _compare(a: LocatedTensor, b: LocatedTensor, progress: Progress) -> Changed 
         file_b.seek(b.start)
         while left:
             size = min(CHUNK_BYTES, left)
-            if len(chunk_a) != size:  # else the same memory is filled again
+            if len(chunk_a) != size:  # otherwise the memory is reused
                 chunk_a, chunk_b = bytearray(size), bytearray(size)
             _fill(chunk_a, file_a, a)
             _fill(chunk_b, file_b, b)

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 @takes(DoctorOptions)
 def doctor(model: str, options: DoctorOptions) -> Diagnosis:
-    """Whether `model` has outlier tokens, where they start and what causes them. A model that cannot be matched is a
-    diagnosis too: `unsupported`, with the reason.
+    """Whether `model` has outlier tokens, where they start and what causes them. A model that cannot be matched gets
+    the diagnosis `unsupported`, with the reason.
 
     Args:
         options: see `options.DoctorOptions`; its fields are the keyword arguments.

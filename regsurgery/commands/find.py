@@ -1,4 +1,4 @@
-"""`find`: search for register neurons and write a recipe; whole, in parts, or by several processes."""
+"""`find`: search for register neurons and write a recipe; in one go, in parts, or with several processes."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 def find(model: str, output: str | Path | None = None, *, options: FindOptions) -> Found:
     """Find the register neurons of `model`, how many registers they need, and what the patches keep.
 
-    Of the settings that leave no outlier token it is the one whose outputs drift least from the original's, on images
-    that took no part in the search.
+    Of the settings that leave no outlier token, the chosen one has the least drift of outputs from the original's, on
+    images that took no part in the search.
 
-    Started by `torchrun` or `accelerate launch`, the processes share out the images; the first one writes.
+    If started by `torchrun` or `accelerate launch`, the processes share the images; the first one writes.
 
     Args:
-        output: recipe file to write. A recipe that `find` wrote there before is replaced, anything else refused. Beside
-            it lies a journal (`<output>.journal`) while the search runs; with it a killed search continues.
+        output: recipe file to write. A recipe that `find` wrote there before is replaced, anything else refused. A
+            journal next to it (`<output>.journal`) lets a killed search continue.
         options: see `options.FindOptions`; its fields are the keyword arguments.
 
     Raises:
@@ -60,11 +60,11 @@ def find_part(model: str, stats: str | Path, part: tuple[int, int], options: Sea
     """Run one part of `find`, as a job of an array; `find(merge=...)` puts the parts together.
 
     Args:
-        stats: statistics file to write; one that is there is replaced, anything else refused. Beside it lies a journal
-            (`<stats>.journal`) while the part runs; with it a killed part continues.
-        part: `(i, n)`, the i-th of n parts, i from 1. Parts share the images by batches of 8, or, where WebDataset tars
-            are at least n and `num_images` is not given, by whole tars.
-        options: those of `find`, and the same in every part.
+        stats: statistics file to write; an earlier one is replaced, anything else refused. A journal next to it
+            (`<stats>.journal`) lets a killed part continue.
+        part: `(i, n)`, the i-th of n parts, i from 1. Parts share the images by batches of 8, or by whole tars if there
+            are at least n WebDataset tars and `num_images` is not given.
+        options: the same as for `find`, identical in every part.
 
     Raises:
         NothingToFixError: there are no outlier tokens, or MLP neurons are not their cause.

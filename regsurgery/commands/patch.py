@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from regsurgery.verification.size_drift import SizeDrifts
     from regsurgery.verification.verdict import Verdict
 
-GENERATED_TO_CHECK = 32  # pictures of another kind
+GENERATED_TO_CHECK = 32  # pictures of another kind, to check calibration on
 NOT_CALIBRATED = (
-    "native: not calibrated, which needs photos; give some with --images DIR (generated pictures mislead it)"
+    "native: not calibrated: calibration needs photos; give some with --images DIR (generated pictures mislead it)"
 )
 
 
@@ -74,11 +74,11 @@ def patch(model: str, output: str | Path, options: PatchOptions) -> PatchResult:
 
     Args:
         model: folder, Hub id, `timm:NAME`, `open_clip:ARCH/TAG` or `demo`.
-        options: see `options.PatchOptions`; its fields are the keyword arguments. What is found or fitted on images is
-            verified on others. What is written has the original's tensors, at their own size.
+        options: see `options.PatchOptions`; its fields are the keyword arguments. What is found or fitted on some
+            images is verified on others. The output has the original's tensors, at their own size.
 
     Raises:
-        NothingToFixError: no recipe was given, and surgery is not the cure.
+        NothingToFixError: no recipe was given, and surgery would not help.
         UserError: the input is at fault; see `errors`.
         VerificationError: the patched model fails verification; `output` is not created.
     """
@@ -113,9 +113,9 @@ class Attempt:
     """A recipe to be applied, in its final mode and with its final number of registers.
 
     Attributes:
-        images: which of them the recipe was found on, if on any.
-        name: what the recipe is called in errors.
-        is_last: nothing else will be tried where it fails.
+        images: the images of the run, with those that the recipe was found on, if any.
+        name: the recipe's name in errors.
+        is_last: nothing else is tried if it fails.
     """
 
     recipe: Recipe
@@ -124,14 +124,14 @@ class Attempt:
     is_last: bool = True
 
     def named(self, error: Exception) -> Exception:
-        """`error`, with the recipe's name where it is about the recipe."""
+        """`error`, with the recipe's name if it is about the recipe."""
         return RecipeError(f"{self.name}: {error}") if self.name and isinstance(error, RecipeError) else error
 
 
 def _attempts(
     located: Located, output: Path, given: Recipe | None, images: ImageSet, options: PatchOptions
 ) -> Iterator[Attempt]:
-    """The recipe that was given; else the bundled one for the model, if there is one, then the one that is found."""
+    """The given recipe; otherwise the bundled one for the model, if there is one, then the one that is found."""
     from regsurgery.commands.find import search_for
     from regsurgery.search.division import Division
     from regsurgery.search.find import Task
@@ -238,7 +238,7 @@ def _target(output: Path, options: PatchOptions) -> Iterator[Path]:
 
 
 def _copy_early(copies: CopiesAhead, given: Recipe | None, options: PatchOptions, weights: Sequence[Path]) -> None:
-    """Begin to copy the shards, where it is certain that they will be needed as they are.
+    """Start copying the shards if they will certainly be needed unchanged.
 
     Without a recipe there may be nothing to fix; other formats and native mode have files of their own.
     """
@@ -248,7 +248,7 @@ def _copy_early(copies: CopiesAhead, given: Recipe | None, options: PatchOptions
 
 
 def _check_writable(options: PatchOptions, loaded: Loaded) -> None:
-    """Raise `UserError` before the trace for what the format cannot hold."""
+    """Before the trace, raise `UserError` for what the format cannot hold."""
     from regsurgery.backends.formats import backend
 
     check = getattr(backend(options.format), "check", None) if options.format in PROGRAMS else None
@@ -257,7 +257,7 @@ def _check_writable(options: PatchOptions, loaded: Loaded) -> None:
 
 
 def _format(loaded: Loaded, recipe: Recipe, options: PatchOptions) -> str:
-    """The format to write: the one wanted, or the one that suits the model and the mode.
+    """The format to write: the requested one, or the one that suits the model and the mode.
 
     Raises:
         UserError: the mode cannot write that format.
@@ -289,7 +289,7 @@ def _check_memory(loaded: Loaded, what: str) -> None:
     if loaded.stored:
         size = sum(path.stat().st_size for path in loaded.weights) / 1e9
         raise UserError(
-            f"{loaded.source.id}: {what} with all weights in memory, and they are {size:.1f} GB; allow that with "
+            f"{loaded.source.id}: {what} with all weights in memory, which takes {size:.1f} GB; allow that with "
             f"--max-memory {size + 0.1:.1f}GB, or write the model's own format"
         )
 
@@ -298,8 +298,8 @@ def _say_what_is_patched(loaded: Loaded, images: ImageSet, progress: Progress) -
     progress.say(f"preprocessing: {loaded.preprocess_note}; images: {images.note}")
     if family_of(loaded.library, loaded.architecture) is None:
         progress.say(
-            f"{loaded.architecture} is none of the families that the tests cover (regsurgery families); its sites "
-            "were found in its graph, and what is written is verified all the same"
+            f"{loaded.architecture} is not one of the families that the tests cover (regsurgery families); its sites "
+            "were found in its graph, and the output is verified as usual"
         )
 
 

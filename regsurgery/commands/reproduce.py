@@ -1,4 +1,4 @@
-"""`reproduce`: a patched folder or Hub repository -> the surgery again, from its source, and what comes out other."""
+"""`reproduce`: a patched folder or Hub repository -> the surgery again, from its source, and what differs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from regsurgery.images.image_set import ImageSet
     from regsurgery.progress import Progress
 
-RECORDS = ("*.json", "*.yaml", SUMS_NAME)  # what is needed of a repository; no weights
+RECORDS = ("*.json", "*.yaml", SUMS_NAME)  # the files needed from a repository; no weights
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 
@@ -34,14 +34,14 @@ class Reproduction:
     """What `reproduce` found.
 
     Attributes:
-        identical: every file came out with the sha256 that SHA256SUMS has for it.
-        output: the new folder, where one was asked for.
+        identical: every file has the sha256 listed in SHA256SUMS.
+        output: the new folder, if one was asked for.
         source: the model that was patched, as it was given.
-        num_files: that SHA256SUMS lists.
-        differences: file -> what is other about it.
-        versions: package -> (then, now), where they differ.
-        figures: figure of the verdict -> (then, now), where they differ.
-        note: what is not counted as a difference; "" where there is nothing of that kind.
+        num_files: number of files in SHA256SUMS.
+        differences: file -> how it differs.
+        versions: package -> (then, now), for those that differ.
+        figures: figure of the verdict -> (then, now), for those that differ.
+        note: what is not counted as a difference; "" if there is nothing of the kind.
     """
 
     identical: bool
@@ -62,18 +62,18 @@ class Reproduction:
 def reproduce(where: str | Path, output: str | Path | None = None, *, options: ReproduceOptions) -> Reproduction:
     """Patch the source of a patched checkpoint again, with the recipe and flags of its records, and compare SHA256SUMS.
 
-    Nothing of the checkpoint is run. Its neurons are those of its recipe; they are not looked for again.
+    No code from the checkpoint is run. The neurons are those of its recipe; they are not searched for again.
 
     Args:
-        where: folder that `patch` wrote, or the Hub id of one; of a repository no weights are downloaded.
-        output: new folder for what comes out; by default it is thrown away.
+        where: folder that `patch` wrote, or the Hub id of one; no weights of a repository are downloaded.
+        output: new folder for the result; by default it is discarded.
         options: see `options.ReproduceOptions`; its fields are the keyword arguments.
 
     Raises:
         ModelNotFoundError: the source, or the repository, is not there.
         CheckpointError: the records are missing or broken, or the source's weights are not those that were patched.
         UserError: the images are missing, or not those of the run.
-        VerificationError: what comes out does not pass verification.
+        VerificationError: the result does not pass verification.
     """
     from regsurgery.commands.patch import patch
 
@@ -89,7 +89,7 @@ def reproduce(where: str | Path, output: str | Path | None = None, *, options: R
     again = _options_of(root, run, where, options)
     versions = _other_versions(record)
     for package, (then, now) in versions.items():
-        progress.say(f"note: {package} was {then}, here it is {now}; figures and fitted weights may differ by that")
+        progress.say(f"note: {package} was {then}, here it is {now}; figures and fitted weights may differ as a result")
     with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
         target = Path(scratch) / "reproduced" if output is None else Path(output)
         patch(options.source or run["model"], target, again)
@@ -99,14 +99,14 @@ def reproduce(where: str | Path, output: str | Path | None = None, *, options: R
         note = ""
         if OPEN_CLIP_CONFIG in differences and _differ_by_their_place(root, target):
             del differences[OPEN_CLIP_CONFIG]
-            note = f"{OPEN_CLIP_CONFIG} names the folder that it is in, and is the same but for that"
+            note = f"{OPEN_CLIP_CONFIG} differs only in the folder that it names, which is its own"
         figures = _other_figures(record["verify"], read_run_record(target)["verify"])
     kept = None if output is None else str(output)
     return Reproduction(not differences, kept, run["model"], len(wanted), differences, versions, figures, note)
 
 
 def _options_of(root: Path, run: Mapping[str, Any], where: str | Path, options: ReproduceOptions) -> PatchOptions:
-    """The options of the run, and what is allowed now."""
+    """The options of the run, with what the user allows now."""
     recipe = find_recipe(str(root / RECIPE_NAME))
     if options.source is None:
         _check_source(run)
@@ -133,17 +133,17 @@ def _check_source(run: Mapping[str, Any]) -> None:
     """A source without a revision was a folder, or the demo."""
     model = run["model"]
     if model != DEMO and run["revision"] is None and not Path(model).is_dir():
-        where = "" if Path(model).is_absolute() else f", seen from {Path.cwd()}"
+        where = "" if Path(model).is_absolute() else f" (relative to {Path.cwd()})"
         raise ModelNotFoundError(
-            f"{model}: the folder that was patched is not there{where}; bring it back to that path (weights sha256 "
-            f"{run['sha256']}), or say with --source where it is"
+            f"{model}: the folder that was patched is not there{where}; move it back to that path (weights sha256 "
+            f"{run['sha256']}), or give its new place with --source"
         )
 
 
 def _pictures(
     run: Mapping[str, Any], images: str | Path | None, where: str | Path, progress: Progress
 ) -> ImageSet | None:
-    """The images of the run, or None where it used generated ones or none."""
+    """The images of the run, or None if it used generated ones or none."""
     from regsurgery.images.image_set import image_set
 
     recorded = run["images"]
@@ -158,10 +158,10 @@ def _pictures(
     digest = image_digest(pictures)
     if digest != recorded["sha256"]:
         raise UserError(
-            f"{images}: not the images of the run: it used {described}, here are {pictures.num_images} with sha256 "
-            f"{digest[:16]}...; give the same files, and no others beside them"
+            f"{images}: not the images of the run: it used {described}, but these are {pictures.num_images} with "
+            f"sha256 {digest[:16]}...; give the same files and no others"
         )
-    return replace(pictures, note=recorded["note"])  # the folder may be called something else now
+    return replace(pictures, note=recorded["note"])  # the folder may have another name now
 
 
 def _other_versions(record: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -171,23 +171,23 @@ def _other_versions(record: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def _differences(root: Path, wanted: Mapping[str, str], found: Mapping[str, str], *, is_folder: bool) -> dict[str, str]:
-    """File -> what is other in the sums `found` than in `wanted`, which are `root`'s, or in `root` itself."""
+    """File -> how the sums `found` differ from `wanted`, which are `root`'s, or from `root` itself."""
     differences = {}
     for name in sorted(wanted.keys() | found.keys()):
         path = root / name
         if name not in found:
-            differences[name] = "does not come out again"
+            differences[name] = "was not written again"
         elif name not in wanted:
-            differences[name] = "comes out, and was not there"
+            differences[name] = "is new: it was not in the original folder"
         elif found[name] != wanted[name]:
-            differences[name] = "comes out with other content"
+            differences[name] = "has different content"
         elif (is_folder or path.is_file()) and not (path.is_file() and sha256(path) == wanted[name]):
-            differences[name] = f"comes out as {SUMS_NAME} says; the file there was changed or lost since"
+            differences[name] = f"matches {SUMS_NAME}, but the file in the folder was changed or lost since"
     return differences
 
 
 def _differ_by_their_place(root: Path, target: Path) -> bool:
-    """Whether two configs of native mode in open_clip, which names its tower by the folder's path, are else alike."""
+    """Whether two configs of native mode in open_clip differ only in the folder's path, which names the tower."""
     configs = []
     for path in (root / OPEN_CLIP_CONFIG, target / OPEN_CLIP_CONFIG):
         config = read_json(path) if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""`unpatch`: a patched folder -> the checkpoint that was patched, byte for byte, or why that cannot be."""
+"""`unpatch`: a patched folder -> the checkpoint that was patched, byte for byte, or why that is impossible."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Restored:
     """What `unpatch` wrote.
 
     Attributes:
-        source: what was patched, as the patched folder's config has it: `id`, `revision`, `sha256`.
-        files: name -> sha256, of the source and of what was written: they are equal.
+        source: what was patched, as recorded in the patched folder's config: `id`, `revision`, `sha256`.
+        files: name -> sha256, identical for the source and the output.
         not_copied: further weight files of the source (another format, another precision), which the patched folder
             never had.
-        changed: files of the patched folder that differ from its SHA256SUMS, by training perhaps. Nothing of what was
-            changed is in `files`.
+        changed: files of the patched folder that differ from its SHA256SUMS (after training, for example). None of
+            these changes is in `files`.
     """
 
     output: str
@@ -62,7 +62,9 @@ def unpatch(folder: str | Path, output: str | Path, *, progress: Progress | None
     source = block["source"]
     check_output(target)
     if MODES[block["mode"]].stock:
-        raise UserError(f"{root}: native mode changes weights: the original's are not here; {where_to_fetch(source)}")
+        raise UserError(
+            f"{root}: native mode changes weights, so the original's are not here; {where_to_fetch(source)}"
+        )
     if fmt in PROGRAMS:
         raise UserError(f"{root}: a .{fmt} is a program, without the files it was made from; {where_to_fetch(source)}")
     try:
@@ -82,7 +84,7 @@ def unpatch(folder: str | Path, output: str | Path, *, progress: Progress | None
 
 
 def _changed(root: Path, restored: Mapping[str, str]) -> tuple[str, ...]:
-    """The files of `root` that differ from its SHA256SUMS; those that came through unchanged are not read again."""
+    """The files of `root` that differ from its SHA256SUMS; files already known to be unchanged are not read again."""
     sums = read_sums(root)
     return tuple(
         name
@@ -95,7 +97,7 @@ def where_to_fetch(source: Mapping[str, Any]) -> str:
     """Where the source of a patched folder is, and the command that fetches it."""
     name, weights = source["id"], f"weights sha256 {source['sha256']}"
     if name == "demo":
-        return "the source is the embedded demo, which every run of regsurgery makes anew"
+        return "the source is the embedded demo, which every run of regsurgery generates"
     if source.get("revision") is None:
         return f"the source was the folder {name} ({weights})"
     repo = source.get("repo", name)

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 def verify(folder: str | Path, options: VerifyOptions) -> Verdict:
     """Compare a patched folder, or one on the Hub (USER/NAME, see `load`), against its original.
 
-    The folder's files are checked against its SHA256SUMS, then its own loader file is run: a folder to be verified must
-    be one that the user trusts. A patched checkpoint holds the original's tensors unchanged and is compared with them,
-    a program (`.pt2`, `.onnx`) and one of native mode with the recorded source; `original` names another MODEL. Images
-    have `image_size` pixels a side, by default those of the model, or of the program.
+    The folder's files are checked against its SHA256SUMS, then its own loader file is run: only verify a folder that
+    you trust. A patched checkpoint holds the original's tensors unchanged and is compared with them; a program
+    (`.pt2`, `.onnx`) or a native-mode checkpoint is compared with the recorded source; `original` names another MODEL.
+    Images have `image_size` pixels a side, by default the size of the model or program.
 
     Args:
         options: see `options.VerifyOptions`; its fields are the keyword arguments.

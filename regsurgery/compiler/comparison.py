@@ -1,4 +1,4 @@
-"""One batch of the original against the same batch of a patched model: running means of the figures."""
+"""Compare the original with a patched model batch by batch: running means of the figures."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ class Means:
         return self.sums[name] / self.counts[name]
 
     def deviation(self, name: str) -> float | None:
-        """The standard deviation, from the mean of `NAME squared`; None where nothing was added."""
+        """The standard deviation, using the mean of `NAME squared`; None if nothing was added."""
         mean, square = self.get(name), self.get(f"{name} squared")
         return None if mean is None or square is None else max(0.0, square - mean**2) ** 0.5
 
     def get(self, name: str) -> float | None:
-        """The mean, or None where nothing was added."""
+        """The mean, or None if nothing was added."""
         return self[name] if self.counts.get(name) else None
 
 
 @dataclass(frozen=True, eq=False)
 class Drift:
-    """How far one batch moved, image by image, `[B]`; of models without logits `kl` and `same` are None.
+    """How far each image of a batch moved, `[B]`; for models without logits, `kl` and `same` are None.
 
     Attributes:
         kl: KL divergence from the original's class distribution, nats.
-        same: whether the first class stays.
+        same: whether the first class stays the same.
         cosine_output: see `output_cosine`.
-        cosine_patches: sum of the cosines of the patches that were no outliers; `num_patches` is how many these are.
+        cosine_patches: sum of the cosines of the patches that were not outliers; `num_patches` is their number.
     """
 
     kl: Tensor | None
@@ -91,7 +91,7 @@ def patch_cosines(patches_BND: Tensor, new_patches_BND: Tensor) -> Tensor:
 
 
 def probe_nodes(sites: Sites) -> dict[str, str]:
-    """The nodes that `compare` wants tapped: the stream after the last but one block, and after the last."""
+    """The nodes that `compare` needs tapped: the stream after the last but one block, and after the last."""
     return {"probe": sites.blocks[sites.probe_block].output, "last": sites.last}
 
 
@@ -113,14 +113,14 @@ def compare(
 
     Adds, for both models (`original ...`, `patched ...`): `outliers` per image, `max` and `median` patch norm and the
     `ratio` of the two after the last but one block; `register`: the register tokens' norm there; `cosine patches` of
-    those that were no outliers, after the last block; `cosine output`; for logits `kl` in nats and `argmax`, whether it
-    stayed.
+    those that were not outliers, after the last block; `cosine output`; for logits `kl` in nats and `argmax`, whether
+    it stayed the same.
 
     Args:
         sites: of the original.
         outliers: norms `[B, N]` -> which are outliers, bool `[B, N]`.
-        patched_tokens: where patches and registers are among the patched model's tokens; by default where the passes
-            leave them.
+        patched_tokens: the places of patches and registers among the patched model's tokens; by default as left by the
+            passes.
     """
     (outputs, taps), (new_outputs, new_taps) = original, patched
     num_registers = new_taps["probe"].shape[1] - sites.num_tokens
@@ -147,12 +147,12 @@ def compare(
 
 
 def has_classes(main: str, output: Tensor) -> bool:
-    """Whether the main output is logits of classes, `[B, C]`; those of MAE, `[B, N, pixels]`, are none."""
+    """Whether the main output is class logits, `[B, C]`; those of MAE, `[B, N, pixels]`, are not."""
     return main in LOGIT_OUTPUTS and output.ndim == 2
 
 
 def output_cosine(output: Tensor, new_output: Tensor) -> Tensor:
-    """Cosine of each image's output, `[B]`; the mean over the tokens where the output is `[B, T, D]`."""
+    """Cosine of each image's output, `[B]`; the mean over the tokens if the output is `[B, T, D]`."""
     cosine = F.cosine_similarity(output.float(), new_output.float(), dim=-1)
     return cosine if cosine.ndim == 1 else cosine.flatten(1).mean(dim=1)
 

@@ -1,4 +1,4 @@
-"""Questions that matching and passes put to an fx graph."""
+"""Queries on an fx graph, for matching and passes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 
 def ancestor_sets(graph: fx.Graph) -> dict[fx.Node, int]:
-    """For every node the set of its ancestors, itself included, as a bit mask over node positions."""
+    """For every node, the set of its ancestors, itself included, as a bit mask over node positions."""
     masks: dict[fx.Node, int] = {}
     for position, node in enumerate(graph.nodes):
         mask = 1 << position
@@ -30,7 +30,7 @@ def find_node(graph_module: fx.GraphModule, name: str) -> fx.Node:
 
 
 def symbolic_shape(node: fx.Node) -> torch.Size:
-    """The shape of a node's value, with a symbolic batch; empty where the value is no tensor."""
+    """The shape of a node's value, with a symbolic batch; empty if the value is not a tensor."""
     value = node.meta.get("val")
     return value.shape if isinstance(value, Tensor) else torch.Size()
 
@@ -66,7 +66,7 @@ def drop_unused(graph: fx.Graph) -> None:
     """Erase every node that the output does not need.
 
     `fx.Graph.eliminate_dead_code` alone keeps operators that draw random numbers, as dropout does even in eval mode,
-    and with them all blocks behind an early exit. A write in place stays where something else reads what it wrote to.
+    and with them all blocks after an early exit. An in-place write stays if something else reads what it wrote to.
     """
 
     def needed(node: fx.Node) -> bool:
@@ -79,14 +79,14 @@ def drop_unused(graph: fx.Graph) -> None:
 
 
 def between(graph_module: fx.GraphModule, start: fx.Node, end: fx.Node) -> fx.GraphModule:
-    """`end` as a function of `start` alone; what else it needs must be parameters and constants."""
+    """`end` as a function of `start` alone; everything else it needs must be parameters and constants."""
     graph = fx.Graph()
     copied = {start: graph.placeholder("start")}
     needed, work = {end}, [end]
     while work:
         node = work.pop()
         if node is not start:
-            assert node.op != "placeholder", f"{end.name} needs the input {node.name} beside {start.name}"
+            assert node.op != "placeholder", f"{end.name} needs the input {node.name} in addition to {start.name}"
             work.extend(source for source in node.all_input_nodes if source not in needed)
             needed.update(node.all_input_nodes)
     for node in graph_module.graph.nodes:
@@ -97,9 +97,9 @@ def between(graph_module: fx.GraphModule, start: fx.Node, end: fx.Node) -> fx.Gr
 
 
 def starting_at(graph_module: fx.GraphModule, name: str) -> fx.GraphModule:
-    """`graph_module` with one more input, the last, which is taken in place of what the node `name` would compute.
+    """`graph_module` with one more input, the last, which replaces the value of the node `name`.
 
-    Nothing is computed that the outputs then need no more. Parameters are shared, the graph is a copy.
+    Nodes that the outputs then no longer need are removed. Parameters are shared, the graph is a copy.
     """
     graph = copy.deepcopy(graph_module.graph)
     node = next(node for node in graph.nodes if node.name == name)

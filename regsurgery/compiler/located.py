@@ -1,4 +1,4 @@
-"""A model whose sites are known: what every stage after the matcher works on."""
+"""A model whose sites are known: the input of every stage after the matcher."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Located:
 
     @property
     def own(self) -> Loaded:
-        """The checkpoint at the size that it was made for, whatever image size was traced."""
+        """The checkpoint at the size it was made for, whatever image size was traced."""
         return self.loaded.own or self.loaded
 
     def as_written(self) -> Located:
-        """The same graph and sites with the checkpoint as it is on disk, which is what gets written."""
+        """The same graph and sites with the checkpoint as on disk, for writing."""
         return replace(self, loaded=self.own)

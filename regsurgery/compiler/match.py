@@ -1,6 +1,6 @@
 """`Traced` -> `Sites`: where the registers go in, where the MLP activations are, where the registers come out.
 
-Structural only; no family name decides anything. A match that fails says why and at which node.
+Matching is structural; no family name decides anything. A failed match says why and at which node.
 
 1. A **residual add** adds two tensors of equal shape, exactly one of which is an ancestor of the other (position
    embeddings and rotary embeddings fail that).
@@ -55,7 +55,7 @@ def match(traced: Traced) -> Sites:
     """Find the sites of `traced`.
 
     Raises:
-        UnsupportedModelError: the model has no such sites; the message has the reason and the node.
+        UnsupportedModelError: the model has no such sites; the message gives the reason and the node.
     """
     graph = traced.graph_module.graph
     nodes = {node.name: node for node in graph.nodes}
@@ -65,7 +65,7 @@ def match(traced: Traced) -> Sites:
     if len(shape) != 3:
         _no_match(f"the token stream has {len(shape)} dimensions, expected [batch, tokens, width]", tokens)
     if isinstance(shape[0], int):
-        _no_match("all images of a batch go into one sequence of tokens", tokens)
+        _no_match("all images of a batch are packed into one sequence of tokens", tokens)
     num_tokens, width = int(shape[1]), int(shape[2])
     for add in stream:
         if [hint(n) for n in symbolic_shape(add)][1:] != [num_tokens, width]:
@@ -97,7 +97,7 @@ def _no_match(reason: str, node: fx.Node) -> NoReturn:
 
 
 def _residual_operands(node: fx.Node, masks: dict[fx.Node, int]) -> tuple[fx.Node, fx.Node] | None:
-    """(stream, branch) of a residual add, or None where `node` is none."""
+    """(stream, branch) of a residual add, or None if `node` is not one."""
     if node.target not in ADDS or len(node.args) < 2:
         return None
     left, right = node.args[0], node.args[1]
@@ -129,7 +129,7 @@ def _vision_stream(graph: fx.Graph, image: fx.Node, masks: dict[fx.Node, int]) -
         root_of[node] = root
         streams.setdefault(root, []).append(node)
     if not streams:
-        raise UnsupportedModelError("no match: the graph has no residual add; this is no transformer")
+        raise UnsupportedModelError("no match: the graph has no residual add, so it is not a transformer")
     vision = [
         (adds, root)
         for root, adds in streams.items()
@@ -140,8 +140,8 @@ def _vision_stream(graph: fx.Graph, image: fx.Node, masks: dict[fx.Node, int]) -
     ]
     if not vision:
         raise UnsupportedModelError(
-            f"no match: none of the {len(streams)} residual stream(s) is a vision transformer's: fed by the image, "
-            "with an MLP on the stream"
+            f"no match: none of the {len(streams)} residual stream(s) is that of a vision transformer (fed by the "
+            "image, with an MLP on the stream)"
         )
     adds, root = max(vision, key=lambda found: len(found[0]))
     for other, _ in vision:
@@ -151,7 +151,7 @@ def _vision_stream(graph: fx.Graph, image: fx.Node, masks: dict[fx.Node, int]) -
                 "supported",
                 root,
             )
-        # A decoder has as many tokens or more, a head that pools has one.
+        # A decoder has at least as many tokens, a pooling head has one.
         if is_ancestor(masks, adds[-1], other[0]) and 1 < _num_tokens(other[0]) < _num_tokens(root):
             _no_match(
                 "another residual stream with fewer tokens follows; hierarchical models are not supported", other[0]
@@ -181,7 +181,7 @@ class _Mlp:
 
 
 def _mlp(add: fx.Node, masks: dict[fx.Node, int]) -> _Mlp | None:
-    """The MLP whose output `add` adds to the stream, or None where its branch is something else (attention)."""
+    """The MLP whose output `add` adds to the stream, or None if its branch is something else (attention)."""
     operands = _residual_operands(add, masks)
     assert operands is not None
     stream, node = operands
@@ -198,7 +198,7 @@ def _mlp(add: fx.Node, masks: dict[fx.Node, int]) -> _Mlp | None:
 
 
 def _cone(hidden: fx.Node, stream: fx.Node, masks: dict[fx.Node, int]) -> tuple[fx.Node, ...] | None:
-    """The linears at which the pointwise cone above `hidden` ends; None where it is no MLP's."""
+    """The linears at which the pointwise cone above `hidden` ends; None if it does not belong to an MLP."""
     ends: dict[fx.Node, None] = {}
     nonlinear = False
     seen: set[fx.Node] = set()
@@ -283,7 +283,7 @@ def _attention(adds: Iterable[fx.Node], masks: dict[fx.Node, int]) -> tuple[fx.N
 
 
 def _attention_input(attention: fx.Node, tokens: fx.Node, masks: dict[fx.Node, int]) -> str:
-    """What all projections nearest above `attention` read, or "" where they read different tensors."""
+    """The node that all projections nearest above `attention` read, or "" if they read different tensors."""
     sources = {
         _back(node.all_input_nodes[0], IDENTITIES | {aten.transpose.int, aten.permute.default}).name
         for node in _between(tokens, attention, masks, stop=LINEARS)
@@ -300,7 +300,7 @@ def _projections(attention: fx.Node, tokens: fx.Node, masks: dict[fx.Node, int])
 
 
 def _between(start: fx.Node, end: fx.Node, masks: dict[fx.Node, int], stop: Collection = ()) -> Iterator[fx.Node]:
-    """Nodes from `end` back to `start`, breadth first, not going on above nodes whose target is in `stop`."""
+    """Nodes from `end` back to `start`, breadth first, stopping at nodes whose target is in `stop`."""
     work, seen = [end], {end}
     for node in work:
         yield node
@@ -351,7 +351,7 @@ def _count_prefix(traced: Traced, tokens: fx.Node) -> int:
     num_prefix = int(finite_T.sum())
     if not bool(finite_T[:num_prefix].all()):
         rows = finite_T.nonzero().flatten().tolist()
-        _no_match(f"tokens that do not depend on the image stand behind patches (rows {rows})", tokens)
+        _no_match(f"tokens that do not depend on the image come after patches (rows {rows})", tokens)
     if num_prefix == len(finite_T):
         _no_match("the tokens do not depend on the image", tokens)
     return num_prefix

@@ -1,4 +1,4 @@
-"""The rows of an MLP's up projections that make one hidden unit, plain or gated, as parameters of the graph."""
+"""The rows of an MLP's up projections that form one hidden unit, plain or gated, as parameters of the graph."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from regsurgery.compiler.trace import Traced
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear: names of its weight `[out, in]` and bias `[out]` (None without), and the first row of the hidden units.
+    """A linear: names of its weight `[out, in]` and bias `[out]` (or None), and the first row of the hidden units.
 
-    A gated MLP may have gate and value in one linear, the gate first; both then have the same names.
+    A gated MLP may have gate and value in one linear, the gate first; then both have the same names.
     """
 
     node: str
@@ -27,12 +27,12 @@ class Projection:
 
 @dataclass(frozen=True)
 class Mlp:
-    """Names of the parameters behind the hidden units of one block.
+    """Names of the parameters that produce the hidden units of one block.
 
     Attributes:
         source: node of the MLP's input `[B, T, D]`.
-        gate: what goes through the nonlinearity.
-        value: what a gate multiplies; None for a plain MLP.
+        gate: the input of the nonlinearity.
+        value: multiplied by the gate; None for a plain MLP.
         down: name of the down projection's weight `[D, H]`.
     """
 

@@ -1,4 +1,4 @@
-"""Operators of aten by what the matcher and the passes take them for: data."""
+"""aten operators by their role for the matcher and the passes: data."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ POSITIONAL = {aten.select.int, aten.index.Tensor, aten.index_select.default, ate
               aten.narrow.default, aten.cumsum.default, aten.conv1d.default, aten.conv2d.default,
               aten.convolution.default, aten.unfold.default, aten.avg_pool2d.default, aten.unflatten.int,
               aten.pixel_shuffle.default, aten.constant_pad_nd.default, aten.pad.default}  # fmt: skip
-# Which argument of them is the axis.
+# Which of their arguments is the axis.
 DIM_ARGUMENT: dict[object, int] = {
     aten.select.int: 1, aten.unflatten.int: 1, aten.unbind.int: 1, aten.narrow.default: 1, aten.index_select.default: 1,
     aten.cumsum.default: 1, aten.gather.default: 1,

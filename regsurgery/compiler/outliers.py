@@ -8,7 +8,7 @@ from torch import Tensor
 OUTLIER_FACTOR = 5.0  # a patch is an outlier above this many times the median patch norm of its image
 ROBUST_DEVIATIONS = 10.0
 MIN_RATIO = 3.0
-POSITIONAL_SHARE = 0.8  # of all outliers at the few places where they sit most often
+POSITIONAL_SHARE = 0.8  # outliers are positional if this share of them is at the few most frequent places
 
 
 def token_norms(tokens_BTD: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def robust_threshold(norms_BN: Tensor) -> Tensor:
 
 
 def robust_outliers(norms_BN: Tensor) -> Tensor:
-    """Which patches are outliers where no factor is given, bool `[B, N]`.
+    """Which patches are outliers without a given factor, bool `[B, N]`.
 
     Their norm exceeds both median + 10 robust standard deviations and 3 times the median of their image and block. The
     first bound adapts to how narrow the bulk is (1.4826 x the median absolute deviation); the second keeps a skewed but
@@ -39,9 +39,9 @@ def robust_outliers(norms_BN: Tensor) -> Tensor:
 
 
 def share_at_common_places(hits_N: Tensor, usual: float) -> float:
-    """Share of all outliers that sit at the k most frequent places, where an image has k of them on average.
+    """Share of all outliers that sit at the k most frequent places, if an image has k of them on average.
 
     Args:
-        hits_N: of how many images each patch is an outlier, `[N]`; not all zero.
+        hits_N: in how many images each patch is an outlier, `[N]`; not all zero.
     """
     return float(hits_N.topk(max(1, round(usual))).values.sum() / hits_N.sum())

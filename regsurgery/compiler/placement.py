@@ -1,4 +1,4 @@
-"""Where the registers go: behind the patches, or inside the prefix where attention tells tokens by their position."""
+"""Where the registers go: after the patches, or inside the prefix if attention tells tokens apart by position."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ ONE_REGISTER = Recipe({})
 
 
 def beside_trained(sites: Sites, num_trained: int) -> Sites:
-    """`sites` of a model with trained registers, if it has any: new ones stand with them, inside the prefix."""
+    """`sites`, adapted for a model with trained registers: new ones join them inside the prefix."""
     return replace(sites, placement="prefix") if num_trained and sites.num_prefix else sites
 
 
 def place(traced: Traced, sites: Sites) -> Sites:
-    """`sites` with the placement that the first block's attention asks for.
+    """`sites` with the placement that the first block's attention requires.
 
-    A register is put behind the patches of a copy of the graph, and shapes are propagated through one block. An
-    operator that takes the tokens apart there (rotary positions on the last N tokens, a split into prefix and patches)
-    would take it for a patch. Other obstacles are left to the surgery, which names them.
+    A register is put after the patches in a copy of the graph, and shapes are propagated through one block. An operator
+    that splits the tokens there (rotary positions on the last N tokens, a split into prefix and patches) would take it
+    for a patch. Other obstacles are left to the surgery, which names them.
     """
     first_block = replace(sites, last=sites.blocks[0].output)
     graph_module = fx.GraphModule(traced.graph_module, copy.deepcopy(traced.graph_module.graph))
@@ -46,7 +46,7 @@ def place(traced: Traced, sites: Sites) -> Sites:
 
 
 def trained_registers(loaded: Loaded, sites: Sites) -> int:
-    """How many register tokens the model was trained with: by its config or, failing that, its attributes; mostly 0."""
+    """How many register tokens the model was trained with, from its config or else its attributes; usually 0."""
     vision = getattr(getattr(loaded.model, "config", None), "vision_config", getattr(loaded.model, "config", None))
     for holder in (vision, loaded.model, getattr(loaded.model, "visual", None)):
         for key in REGISTER_KEYS:

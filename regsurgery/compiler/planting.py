@@ -1,4 +1,4 @@
-"""Register neurons planted into a model: the demo, and test models."""
+"""Register neurons planted into a model, for the demo and for test models."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def plant(
 ) -> dict[int, list[int]]:
     """Turn `counts[block]` random neurons of each block into content-driven register neurons, in place.
 
-    A neuron's input row becomes a threshold on a principal direction of the patches' up-projection inputs on which no
-    prefix token comes near; its output column a random direction of `GAIN` median token norms. The gate of a gated
-    MLP becomes the threshold, what it multiplies a constant 1 (both in one projection: the gate comes first).
+    A neuron's input row becomes a threshold on a principal direction of the patches' up-projection inputs that no
+    prefix token comes near; its output column becomes a random direction of `GAIN` median token norms. In a gated MLP,
+    the gate becomes the threshold, and the value a constant 1 (if both are in one projection, the gate comes first).
 
     Args:
         inputs: the graph's inputs for the images that decide directions and thresholds.
@@ -46,7 +46,7 @@ def plant(
     generator = torch.Generator().manual_seed(seed)
     module = traced.graph_module
     planted: dict[int, list[int]] = {}
-    for block, count in sorted(counts.items(), reverse=True):  # so that no neuron answers to another one's outliers
+    for block, count in sorted(counts.items(), reverse=True):  # so that no neuron reacts to another one's outliers
         site = sites.blocks[block]
         mlp = mlp_of(traced, site)
         _, taps = tap(module, {"mlp": mlp.source, "stream": site.output})(*inputs)
@@ -72,7 +72,7 @@ def plant(
 
 
 def _directions(tokens_BTD: Tensor, num_prefix: int, count: int, firing: float) -> list[tuple[Tensor, float, float]]:
-    """Unit directions with the threshold that `firing` patches an image exceed, and the largest value of all."""
+    """Unit directions, each with the threshold that `firing` patches per image exceed and its largest value."""
     patches_ND = tokens_BTD[:, num_prefix:].flatten(0, 1)
     _, _, principal = torch.linalg.svd(patches_ND - patches_ND.mean(dim=0), full_matrices=False)
     share = 1 - firing / (tokens_BTD.shape[1] - num_prefix)

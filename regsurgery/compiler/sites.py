@@ -1,4 +1,4 @@
-"""Where the surgery takes place: what the matcher finds. Names of graph nodes and paths of modules, no objects."""
+"""Where the surgery takes place, as found by the matcher: names of graph nodes and paths of modules, no objects."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block; node names in the graph, module paths in the model ("" where the graph has none).
+    """One transformer block; node names in the graph, module paths in the model ("" if the graph has none).
 
     Attributes:
         hidden: the MLP activation `[B, T, H]`, the input of the down projection.
         down: the down projection.
         ups: the linears that the activation is made of (two for a gated MLP with two projections).
         output: the residual add that ends the block.
-        in_place: the activation is freshly made, read once and no view, so it may be written into.
+        in_place: whether the activation is fresh, read once and not a view, so that it may be written into.
         attention_path: the module that computes attention.
         attention_weights: parameters of its query, key and value projections.
-        attention_input: the tokens `[B, T, D]` that they read, mostly normed; "" where they read different ones.
+        attention_input: the tokens `[B, T, D]` that they read, usually normed; "" if they read different ones.
         attention_output: what attention adds to the stream.
     """
 
@@ -46,8 +46,8 @@ class Sites:
         num_prefix: prefix tokens at the beginning of `tokens`; `num_tokens` is T, `width` is D.
         tower_path: the module that holds the patch embedding and every block.
         insert_path: the module whose input the registers are added to: the pre-norm or the first block.
-        placement: where registers go: `end`, behind the patches, or `prefix`, behind the prefix tokens, for attention
-            that tells patches by their position.
+        placement: where registers go: `end`, after the patches, or `prefix`, after the prefix tokens, for attention
+            that identifies patches by their position.
     """
 
     tokens: str
@@ -67,7 +67,7 @@ class Sites:
 
     @property
     def register_start(self) -> int | None:
-        """The index of the first register among the tokens; None where registers are at the end."""
+        """The index of the first register among the tokens; None if registers are at the end."""
         return self.num_prefix if self.placement == "prefix" else None
 
     def patched(self, num_registers: int) -> tuple[slice, slice]:

@@ -28,11 +28,11 @@ class Surgery:
     """Everything that verification and the back ends need.
 
     Attributes:
-        graph_module: the patched graph, in the plain form of `trace.py`; parameters shared with `loaded.model`, but for
-            those that `edit` replaces.
+        graph_module: the patched graph, in the plain form of `trace.py`; it shares parameters with `loaded.model`,
+            except those that `edit` replaces.
         config_block: the `regsurgery` entry of the patched checkpoint's config; plain data.
-        place: how weight files that stay what they are come into the folder.
-        edit: new values of parameters, by their names in memory (native mode); the register tokens among them.
+        place: how unchanged weight files get into the folder.
+        edit: new values of parameters, by their names in memory (native mode), including the register tokens.
     """
 
     located: Located
@@ -56,7 +56,7 @@ class Surgery:
         return self.located.sites
 
     def as_written(self) -> Surgery:
-        """What is written: the checkpoint as it was, whatever image size the surgery was traced at."""
+        """The surgery as written: on the checkpoint as it was, whatever image size was traced."""
         return replace(self, located=self.located.as_written())
 
     @property
@@ -65,18 +65,18 @@ class Surgery:
         return self.graph_module.get_parameter(self.plan.register_name).detach()
 
     def state(self) -> dict[str, Tensor]:
-        """The state dict of the original, edited, by its names in memory; without the register tokens."""
+        """The original's edited state dict, by names in memory; without the register tokens."""
         return {name: self.edit.get(name, value) for name, value in self.loaded.model.state_dict().items()}
 
     @property
     def added_name(self) -> str:
-        """The parameter of the graph that the original has not."""
+        """The parameter of the graph that the original lacks."""
         return self.plan.constants_name if self.plan.constant_blocks else self.plan.register_name
 
     def new_tensors(self) -> dict[str, Tensor]:
-        """The tensors that a patched checkpoint has beside the original's, by their names on disk.
+        """The tensors that a patched checkpoint has in addition to the original's, by their names on disk.
 
-        Register tokens are as many as the config says, whatever the size of the trace.
+        The number of register tokens is the config's, whatever the size of the trace.
         """
         if not self.plan.num_added:
             return {}
@@ -89,7 +89,7 @@ class Surgery:
 
 
 def perform(located: Located, recipe: Recipe) -> Surgery:
-    """Apply `recipe`, with the number of registers that it has at the traced image size.
+    """Apply `recipe`, with its number of registers at the traced image size.
 
     Raises:
         RecipeError: a block or neuron of the recipe does not exist in the model.
@@ -118,7 +118,7 @@ def check_fit(recipe: Recipe, sites: Sites) -> None:
 
 
 def common_block(loaded: Loaded, recipe: Recipe, plan: Plan) -> dict[str, Any]:
-    """What the `regsurgery` entry says in every mode."""
+    """The part of the `regsurgery` entry that all modes share."""
     num_patches = follows_size(plan.sites, recipe)
     return {
         "version": __version__,
@@ -166,7 +166,7 @@ def _layout(
     rename: Callable[[str], str],
     attention: Callable[[Block], str],
 ) -> dict[str, Any]:
-    """Module paths of the sites, below the tower. A library's versions may name the same modules differently."""
+    """Module paths of the sites, below the tower. Versions of a library may name the same modules differently."""
     tower = rename(sites.tower_path)
 
     def relative(path: str) -> str:
@@ -191,7 +191,7 @@ def _collectors(first_block: str) -> list[str]:
 
 
 def _disk_path(loaded: Loaded, path: str) -> str:
-    """The path of a module by the names that its parameters have in the checkpoint file."""
+    """The path of a module according to its parameters' names in the checkpoint file."""
     module = loaded.model.get_submodule(path)
     prefix = f"{path}." if path else ""
     names = [loaded.disk_name(prefix + name) for name, _ in module.named_parameters()]
@@ -199,14 +199,14 @@ def _disk_path(loaded: Loaded, path: str) -> str:
 
 
 def _disk_attention_path(loaded: Loaded, block: Block) -> str:
-    """The attention module by names on disk, where output and input projections may lie in different modules."""
+    """The attention module by names on disk, where output and input projections may be in different modules."""
     if _holder(block.attention_weights) != block.attention_path:
         return _disk_path(loaded, block.attention_path)
     return _holder([name for weight in block.attention_weights if (name := loaded.disk_name(weight)) is not None])
 
 
 def _holder(weights: Sequence[str]) -> str:
-    """The innermost module that holds all the linears whose weights are given."""
+    """The innermost module that holds all the linears with these weights."""
     linears = [weight.rpartition(".")[0] for weight in weights]
     common = common_path(linears)
     return common.rpartition(".")[0] if common in linears else common

@@ -1,4 +1,4 @@
-"""Reading activations off a graph: taps instead of hooks."""
+"""Reading activations from a graph: taps instead of hooks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def tap(
 ) -> fx.GraphModule:
     """A graph module that returns `(outputs, taps)`, where `taps[key]` is the value of the node `nodes[key]`.
 
-    With `outputs` there are only those; with `early_exit` none, and nothing is computed that no tap needs. Parameters
-    are shared; the original graph is not touched.
+    With `outputs`, only those are returned as outputs; with `early_exit` none, and only what the taps need is computed.
+    Parameters are shared; the original graph is not touched.
     """
     graph = copy.deepcopy(graph_module.graph)
     by_name = {node.name: node for node in graph.nodes}

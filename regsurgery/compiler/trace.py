@@ -1,8 +1,8 @@
 """`Loaded` -> `Traced`: non-strict `torch.export`, brought to one plain form for every library.
 
 The plain form: positional tensor placeholders, an output node that is a dict of named tensors, parameters by their
-names in the model. Everything after this step works on it and knows no library. Weights are not looked at: the model is
-traced with parameters of shape alone.
+names in the model. Everything after this step works on it, independent of the library. Weights are not read: the model
+is traced with parameters that have only shapes.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from regsurgery.settings import replaced
 if TYPE_CHECKING:
     from regsurgery.frontends.loaded import Loaded
 
-# What torch.export, and a model that asserts something about its inputs, raise.
+# What torch.export raises, or a model that asserts something about its inputs.
 UNTRACEABLE = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, NotImplementedError, UserError)
-EXAMPLE_BATCH = 11  # above 1, which export would specialise; a prime, so that no token count is taken for a batch
+EXAMPLE_BATCH = 11  # not 1, which export would specialise; a prime, so no token count is taken for a batch
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Traced:
         graph_module: plain form (see above); shares its parameters with the model.
         image: name of the placeholder that takes the images `[B, 3, H, W]`; B is dynamic, H and W are fixed.
         image_size: (H, W).
-        example: example inputs, one tensor a placeholder.
+        example: example inputs, one tensor per placeholder.
         output_names: names of the outputs, in order.
     """
 
@@ -95,7 +95,7 @@ def trace(loaded: Loaded, image_size: tuple[int, int] | None = None) -> Traced:
 
 @contextlib.contextmanager
 def _entered(loaded: Loaded) -> Iterator[None]:
-    """Let the model's forward be that of its entry; parameters and modules keep their names in the whole model."""
+    """Replace the model's forward by that of its entry; parameters and modules keep their names in the whole model."""
     if not loaded.entry:
         yield
         return
@@ -117,7 +117,7 @@ def _by_signature(args: tuple, kwargs: dict) -> dict | tuple | list:
 def _export_settings() -> Iterator[None]:
     """Keep transformers from building an all-true `[B, 1, T, T]` mask while exporting; BEiT adds it to its biases.
 
-    And no stack trace is recorded for each node: nobody reads them, and they take a tenth of the time.
+    Also, record no stack traces for nodes: nobody reads them, and they take a tenth of the time.
     """
     import sys
 
@@ -131,7 +131,7 @@ def _export_settings() -> Iterator[None]:
 
 
 def _output_names(loaded: Loaded, program: torch.export.ExportedProgram) -> tuple[str, ...]:
-    """The outputs' spec, filled with the numbers of its leaves, named as the library names its outputs."""
+    """The outputs' names: the spec of the outputs, filled with leaf numbers, and named as in the library."""
     spec = program.call_spec.out_spec
     assert spec is not None
     numbered = pytree.tree_unflatten([torch.tensor(i) for i in range(spec.num_leaves)], spec)
@@ -149,6 +149,6 @@ def _plain(program: torch.export.ExportedProgram, output_names: tuple[str, ...])
     graph.output(dict(zip(output_names, values, strict=True)))
     for node in graph.find_nodes(op="placeholder"):
         if not isinstance(node.meta.get("val"), Tensor):
-            assert not node.users, f"the input {node.name} is no tensor and is used"
+            assert not node.users, f"the input {node.name} is not a tensor and is used"
             graph.erase_node(node)
     return fx.GraphModule(module, graph)

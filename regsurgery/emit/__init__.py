@@ -1,1 +1,1 @@
-"""What stands in a patched folder."""
+"""The contents of a patched folder."""

@@ -1,4 +1,4 @@
-"""The model card of a patched folder: metadata that the Hub reads, and what people must know before they use it.
+"""The model card of a patched folder: metadata that the Hub reads, and what people need to know before they use it.
 
 Everything in it comes from the surgery, the verdict and the source's own card; the same input gives the same text.
 """
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
 THIS_FOLDER = "."  # its bytes do not depend on the folder's name
-LIBRARY_NAMES = {"pt2": "pytorch"}  # as the Hub calls them, where we do not
+LIBRARY_NAMES = {"pt2": "pytorch"}  # the Hub's names that differ from ours
 TAGS = ("regsurgery", "test-time-registers", "register-tokens", "vision-transformer")
-# Of the relations that the Hub knows (adapter, merge, quantized, finetune) the one that a card can truly claim: the
-# folder holds a whole model, so it is no adapter, of one source, so no merge, in the source's dtype, so not quantised.
-# In native mode weights were fitted; in the others new parameters stand beside the old ones, which can be fine-tuned.
+# Of the Hub's relations (adapter, merge, quantized, finetune), only this one is true: the folder holds a whole model,
+# so it is not an adapter; from one source, so not a merge; in the source's dtype, so not quantised. In native mode
+# weights were fitted; in the others there are new parameters, which can be fine-tuned.
 RELATION = "finetune"
 LOADER = """\
 import regsurgery
@@ -36,7 +36,7 @@ model = regsurgery.load("{folder}")
 
 @dataclass(frozen=True)
 class Neuron:
-    """A row of the neuron table: what the recipe's provenance knows about it, as text; "" where it does not."""
+    """A row of the neuron table: what the recipe's provenance records about it, as text; "" if nothing."""
 
     block: int
     index: int
@@ -52,12 +52,12 @@ def model_card(
     picture: str | None = None,
     sizes: SizeDrifts | None = None,
 ) -> str:
-    """The text of `README.md`: what was done, to what, with which measured figures, and how to load and repeat it.
+    """The text of `README.md`: what was done, to which model, with which figures, and how to load and repeat it.
 
     Args:
         run: the run record's `run`.
-        picture: name of the picture beside the card, if there is one.
-        sizes: the drift at several image sizes, where it was measured.
+        picture: name of the picture next to the card, if there is one.
+        sizes: the drift at several image sizes, if it was measured.
     """
     from huggingface_hub import ModelCard
 
@@ -154,7 +154,7 @@ def _metadata(
 
 
 def _results(verdict: Verdict) -> list[EvalResult]:
-    """The verdict as the Hub's `model-index`: what became of the outliers, and how near the original's output is.
+    """The verdict as the Hub's `model-index`: the remaining outliers, and how close the output is to the original's.
 
     A share of fewer than `MIN_IMAGES_FOR_PERCENT` images is left out: the Hub would show it without the count.
     """
@@ -197,7 +197,7 @@ def _num_added(surgery: Surgery) -> int:
 
 
 def _positional(surgery: Surgery, verdict: Verdict | None) -> bool | None:
-    """Whether the outliers sit at the same places in every image: measured here, or while the neurons were found."""
+    """Whether the outliers sit at the same places in every image: measured here, or when the neurons were found."""
     if verdict is not None and verdict.positional is not None:
         return verdict.positional
     found = surgery.recipe.provenance.get("positional")
@@ -205,7 +205,7 @@ def _positional(surgery: Surgery, verdict: Verdict | None) -> bool | None:
 
 
 def _neurons(surgery: Surgery) -> list[Neuron]:
-    """The neuron table; a recipe's provenance may hold anything, so what is no candidate is passed over."""
+    """The neuron table; a recipe's provenance may hold anything, so what is not a candidate is skipped."""
     candidates = surgery.recipe.provenance.get("candidates")
     known: dict[tuple[Any, Any], dict[str, Any]] = {
         (entry.get("block"), entry.get("index")): entry
@@ -221,7 +221,7 @@ def _neurons(surgery: Surgery) -> list[Neuron]:
 
 
 def _settings(surgery: Surgery) -> list[dict[str, Any]]:
-    """Of the table that `find` chose from, the paper's setting and the chosen one."""
+    """The paper's setting and the chosen one, from the table that `find` chose from."""
     rows = []
     for row in surgery.recipe.table():
         if row["paper"] or row["chosen"]:

@@ -25,9 +25,9 @@ from regsurgery.verification.verdict import Verdict
 
 @contextmanager
 def emit(surgery: Surgery, target: Path, fmt: str) -> Iterator[Path]:
-    """Write the patched checkpoint beside `target`; it becomes `target` when the block ends without an error.
+    """Write the patched checkpoint next to `target`; it becomes `target` if the block ends without an error.
 
-    The block verifies what was written and calls `complete` with the verdict.
+    The block verifies the result and calls `complete` with the verdict.
     """
     with whole_folder(target) as folder:
         if fmt == surgery.loaded.library:
@@ -60,9 +60,9 @@ def complete(
 
 
 def _copy_side_files(source: Path, folder: Path) -> None:
-    """Tokenizer, preprocessor, label and licence files: everything of the source that is no weight and no card.
+    """Tokenizer, preprocessor, label and licence files: everything in the source except weights and card.
 
-    Further safetensors files that are no part of the model (a zero-shot head) come along too.
+    Further safetensors files that are not part of the model (a zero-shot head) are copied too.
     """
     weights = {path.name for path in source.glob("*.safetensors.index.json")}
     for path in sorted(source.iterdir()):

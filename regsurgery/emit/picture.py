@@ -1,4 +1,4 @@
-"""The picture of a model card: norms of the patches before and after the surgery, as the verification saw them."""
+"""The picture of a model card: patch norms before and after the surgery, as measured by the verification."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ DARK, MIDDLE, LIGHT = "#000004", "#b63679", "#fcfdbf"  # of matplotlib's magma: 
 
 
 def before_after(verdict: Verdict, folder: Path) -> str | None:
-    """Draw `before_after.png` into `folder`; returns its name, or None where the verdict has no maps.
+    """Draw `before_after.png` into `folder`; returns its name, or None if the verdict has no maps.
 
-    One column an image, the original above the patched model, all maps on one logarithmic scale, which is written below
-    them. The same verdict gives the same bytes: no date, no software, no font of the machine's.
+    One column per image, the original above the patched model, all maps on one logarithmic scale, which is stated below
+    them. The same verdict gives the same bytes: no date, no software name, no fonts of the machine.
     """
     maps = verdict.norm_maps
     if maps is None:

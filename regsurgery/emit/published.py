@@ -1,6 +1,6 @@
-"""A patched folder as the Hub gets it: the files that name a place on this machine name the repository instead.
+"""A patched folder as pushed to the Hub: files that name a place on this machine name the repository instead.
 
-Everything else goes there byte for byte, and SHA256SUMS holds for what is there.
+Everything else is pushed byte for byte, and SHA256SUMS matches what is pushed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Published:
     Attributes:
         files: name -> the file of the folder, or the bytes that take its place.
         digests: name -> sha256 of all files but SHA256SUMS.
-        paths: absolute paths of this machine -> what is published instead.
+        paths: absolute paths on this machine -> what is published instead.
     """
 
     files: dict[str, Path | bytes]
@@ -53,10 +53,10 @@ class Published:
 
 
 def published(folder: Path, repo: str, revision: str | None = None) -> Published:
-    """The files of `folder`, whose SHA256SUMS have been checked, as the branch `revision` of `repo` is to have them.
+    """The files of `folder`, whose SHA256SUMS have been checked, for the branch `revision` of `repo`.
 
-    Files that SHA256SUMS does not list stay at home. Of a path on this machine (the source, the images) its last part
-    is published. The result depends on its arguments and the folder's content alone.
+    Files that SHA256SUMS does not list are not published. Of paths on this machine (the source, the images), only the
+    last component is published. The result depends only on the arguments and the folder's content.
     """
     digests = read_sums(folder)
     files: dict[str, Path | bytes] = {name: folder / name for name in digests}
@@ -78,7 +78,7 @@ def published(folder: Path, repo: str, revision: str | None = None) -> Published
 
 
 def _local_paths(folder: Path) -> Iterator[str]:
-    """Absolute paths in what regsurgery recorded: the source, and what the run was asked for."""
+    """Absolute paths in what regsurgery recorded: the source, and the arguments of the run."""
     from regsurgery.verification.patched import folder_format, read_patched_config
 
     source = read_patched_config(folder, folder_format(folder))["regsurgery"]["source"]["id"]
@@ -88,7 +88,7 @@ def _local_paths(folder: Path) -> Iterator[str]:
 
 
 def _last_part(path: str) -> str:
-    """What is published of an absolute path; never the name of the demo, which is another model."""
+    """The published part of an absolute path; never the name of the demo, which is another model."""
     name = Path(path).name
     return f"./{name}" if name == DEMO else name
 
@@ -102,7 +102,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _named_after(text: str, repo: str, revision: str | None) -> str:
-    """An open_clip config whose timm tower, if it is in the folder (native mode), is found in the repository."""
+    """An open_clip config that loads its timm tower from the repository, if that is in the folder (native mode)."""
     vision = json.loads(text).get("model_cfg", {}).get("vision_cfg", {})
     name = vision.get("timm_model_name") if isinstance(vision, dict) else None
     if not isinstance(name, str) or not name.startswith("local-dir:"):
@@ -112,13 +112,13 @@ def _named_after(text: str, repo: str, revision: str | None) -> str:
 
 
 def _card(text: str, repo: str, revision: str | None) -> str:
-    """A model card whose snippets and commands take the model from the Hub."""
+    """A model card whose snippets and commands load the model from the Hub."""
     text = PYTHON_BLOCK.sub(lambda block: _snippet(block.group(), repo, revision), text)
     return ABOUT_THE_DOT.sub("", COMMAND.sub(rf"\1 {repo}", text))
 
 
 def _snippet(code: str, repo: str, revision: str | None) -> str:
-    """Python that loads `repo` where `code` loads the folder."""
+    """`code`, changed to load `repo` instead of the folder."""
     quoted = f'"{repo}"' + (f', revision="{revision}"' if revision else "")
     code = re.sub(rf'(from_pretrained|regsurgery\.load)\("{HERE}"', lambda call: f"{call[1]}({quoted}", code)
     code = re.sub(rf'"local-dir:{HERE}"', f'"hf-hub:{repo}{"@" + revision if revision else ""}"', code)

@@ -1,22 +1,22 @@
-"""`regsurgery_run.json` of a patched folder: what repeats the run that wrote it, and the figures that it was given.
+"""`regsurgery_run.json` of a patched folder: what is needed to repeat the run that wrote it, and its figures.
 
     {"schema": 1,
      "regsurgery": the version that wrote the folder,
-     "run": {"model": MODEL as given, "revision": the Hub commit it stood for or null, "sha256": of its weights,
+     "run": {"model": MODEL as given, "revision": its Hub commit or null, "sha256": of its weights,
              "mode", "format", "num_registers": as written; "calibrate": native mode only, else null,
              "searched": only, and true, where the neurons were found on the images of the run,
              "stopped_after": only where calibration was interrupted: the number of steps that were run,
              "seed", "num_images", "force", "verification", "image_size": as given,
-             "images": null where pictures were generated or no image was used, else {"note": what they are called,
-                       "count": how many, "sha256": of what they are, see `image_digest`},
+             "images": null if pictures were generated or no image was used, else {"note": what they are called,
+                       "count": how many, "sha256": over their contents, see `image_digest`},
              "fitted": the first 12 digits of the sha256 of every image file or record that took part in the search for
-                       the neurons or in the fit of the weights, sorted; folders of earlier versions have none of it,
+                       the neurons or in the fit of the weights, sorted; missing in folders of earlier versions,
              "versions": {package: version} of what computed the bytes},
-     "verify": null where nobody verified, else the verdict, its numbers to six digits,
-     "sizes": the drift at several image sizes, see `size_drift.SizeDrift`; empty where it was not measured}
+     "verify": null if not verified, else the verdict, its numbers to six digits,
+     "sizes": the drift at several image sizes, see `size_drift.SizeDrift`; empty if it was not measured}
 
-The same input and flags give the same bytes: it holds no date and nothing of how the run went. Flags that change no
-byte (links, how much memory, what is allowed while loading) are no part of it.
+The same input and flags give the same bytes: there is no date and nothing about how the run went. Flags that do not
+affect the bytes (links, memory, permissions while loading) are left out.
 """
 
 from __future__ import annotations
@@ -74,18 +74,17 @@ def read_run_record(folder: Path) -> dict[str, Any]:
     """The record of a patched folder, as in the module's docstring.
 
     Raises:
-        CheckpointError: there is none, it is broken, or of a schema that this version does not know.
+        CheckpointError: the record is missing or broken, or has a schema that this version does not know.
     """
     path = Path(folder) / RUN_RECORD_NAME
     if not path.is_file():
         raise CheckpointError(
-            f"{path}: missing; how this folder was made is not known (an earlier regsurgery wrote it, or something "
-            "else): patch the model again"
+            f"{path}: missing; without it, nothing is known about how this folder was made: patch the model again"
         )
     record = read_json(path, "patch the model again")
     if record.get("schema") != SCHEMA:
         raise CheckpointError(
-            f"{path}: schema {str(record.get('schema'))[:100]!r}; this regsurgery reads schema {SCHEMA}: update "
+            f"{path}: has schema {str(record.get('schema'))[:100]!r}; this regsurgery reads schema {SCHEMA}: update "
             "regsurgery, or patch the model again"
         )
     problem = _problem(record)
@@ -97,18 +96,18 @@ def read_run_record(folder: Path) -> dict[str, Any]:
 def _problem(record: dict[str, Any]) -> str | None:
     run, verify = record.get("run"), record.get("verify")
     if not isinstance(record.get("regsurgery"), str):
-        return "'regsurgery' is no version"
+        return "'regsurgery' is not a version"
     if not isinstance(run, dict):
-        return "'run' is no object"
+        return "'run' is not an object"
     if verify is not None and not (isinstance(verify, dict) and isinstance(verify.get("passed"), bool)):
-        return "'verify' is no verdict"
+        return "'verify' is not a verdict"
     for key, kind in TYPES.items():
         if key not in run or not isinstance(run[key], kind):
             return f"'run' has no valid '{key}'"
     for key, kind in OPTIONAL.items():
         if key in run and not isinstance(run[key], kind):
             return f"'run' has no valid '{key}'"
-    side = run.get("image_size")  # records of older versions have none
+    side = run.get("image_size")  # missing in records of older versions
     if side is not None and not (type(side) is int and side > 0):
         return "'run' has no valid 'image_size'"
     images = run["images"]
@@ -118,7 +117,7 @@ def _problem(record: dict[str, Any]) -> str | None:
         return "'images' under 'run' lacks note, count or sha256"
     fitted = run.get("fitted", [])
     if not isinstance(fitted, list) or not all(isinstance(digest, str) for digest in fitted):
-        return "'fitted' under 'run' is no list of digests"
+        return "'fitted' under 'run' is not a list of digests"
     return None
 
 
@@ -128,9 +127,9 @@ def run_of(
     """The `run` entry of a record.
 
     Args:
-        images: the images of the run, where any were used.
-        fit: those that weights were fitted on.
-        calibrate: whether calibration was wanted, if the mode has it.
+        images: the images of the run, if any were used.
+        fit: the images that weights were fitted on.
+        calibrate: whether calibration was requested, if the mode has it.
     """
     recipe, source = surgery.recipe, surgery.loaded.source
     calibration = surgery.config_block.get("fit", {}).get("calibration") or {}
@@ -152,21 +151,21 @@ def run_of(
 
 
 def versions() -> dict[str, str]:
-    """The versions of the packages that have a part in what is written."""
+    """The versions of the packages that affect what is written."""
     return {name: metadata.version(package) for name, package in PACKAGES.items()}
 
 
 def images_of(pictures: ImageSet) -> dict[str, Any] | None:
-    """The `images` entry of a record: None for generated pictures, which `seed` and `num_images` make again."""
+    """The `images` entry of a record: None for generated pictures, which `seed` and `num_images` reproduce."""
     if pictures.evidence == "generated":
         return None
     return {"note": pictures.note, "count": pictures.num_images, "sha256": image_digest(pictures)}
 
 
 def fitted_digests(recipe: Recipe, fit: ImageSet | None) -> set[str]:
-    """The digests of the images that the search for the recipe's neurons saw, and of those of the fit.
+    """The digests of the images that the search for the recipe's neurons saw, and of the images of the fit.
 
-    A recipe's provenance may hold anything; what is no digest is passed over.
+    A recipe's provenance may hold anything; what is not a digest is skipped.
     """
     seen = recipe.provenance.get("images_seen")
     digests = {str(digest) for digest in seen} if isinstance(seen, (list, tuple)) else set()
@@ -175,7 +174,7 @@ def fitted_digests(recipe: Recipe, fit: ImageSet | None) -> set[str]:
 
 
 def fitted_of(folder: Path) -> set[str] | None:
-    """The digests that the record of a patched folder has; None where it has none, or there is no record.
+    """The digests in the record of a patched folder; None if there are none, or no record.
 
     Raises:
         CheckpointError: the record is broken.
@@ -187,20 +186,20 @@ def fitted_of(folder: Path) -> set[str] | None:
 
 
 def judged(verdict: Verdict, images: ImageSet, fitted: set[str] | None, *, strict: bool) -> Verdict:
-    """The verdict, with how many of its images are among the `fitted` ones; None: those are not known."""
+    """The verdict, with the number of its images that are among the `fitted` ones (None: not known)."""
     verdict = replace(verdict, fitted_images=count_fitted(images, fitted))
     return verdict.strictly() if strict else verdict
 
 
 def count_fitted(pictures: ImageSet, fitted: set[str] | None) -> int | None:
-    """How many of the images are among `fitted`; None where those are not known. The images are read only if needed."""
+    """The number of images that are among `fitted`; None if that is not known. The images are read only if needed."""
     if not fitted:
         return None if fitted is None else 0
     return sum(digest in fitted for digest in image_digests(pictures))
 
 
 def rounded(value: Any) -> Any:
-    """`value`, plain data, with numbers to `DIGITS` digits; JSON has no infinity and no NaN: null."""
+    """`value`, plain data, with numbers to `DIGITS` digits; infinity and NaN, which JSON lacks, become null."""
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""What a source's model card says that the card of its patched form has to repeat: licence, languages, data, tags."""
+"""The parts of a source's model card that the patched model's card repeats: licence, languages, data, tags."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 CARD_NAME = "README.md"
 MAX_CARD_BYTES = 1 << 20
 MAX_ENTRIES, MAX_LENGTH = 100, 300  # of a list, of a text
-TEXTS = ("license", "license_name", "license_link", "pipeline_tag")  # keys of a card's metadata that are one text
-LISTS = ("language", "datasets", "tags")  # and those that are one text or a list of them
+TEXTS = ("license", "license_name", "license_link", "pipeline_tag")  # keys of a card's metadata with one text
+LISTS = ("language", "datasets", "tags")  # keys with one text or a list of texts
 
 
 @dataclass(frozen=True)
 class SourceCard:
-    """The metadata of a source's card, as far as it is repeated.
+    """The repeated part of a source card's metadata.
 
     Attributes:
-        problem: why it could not be read, where there is a card; nothing is repeated then.
+        problem: why the card could not be read, if there is one; then nothing is repeated.
     """
 
     texts: dict[str, str]
@@ -31,7 +31,7 @@ class SourceCard:
 
 
 def read_source_card(folder: Path) -> SourceCard:
-    """The metadata of `README.md` in a source's folder. What is no plain text of usual length is left out."""
+    """The metadata of `README.md` in a source's folder. What is not plain text of usual length is left out."""
     import yaml
     from huggingface_hub import metadata_load
 
@@ -42,8 +42,8 @@ def read_source_card(folder: Path) -> SourceCard:
         return SourceCard({}, {}, f"it has more than {MAX_CARD_BYTES} bytes")
     try:
         metadata: Any = metadata_load(path)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # text that is no UTF-8 is a ValueError, too
-        return SourceCard({}, {}, f"its metadata are broken ({type(error).__name__})")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # text that is not UTF-8 is a ValueError too
+        return SourceCard({}, {}, f"its metadata is broken ({type(error).__name__})")
     metadata = metadata if isinstance(metadata, dict) else {}
     texts = {key: metadata[key] for key in TEXTS if _is_text(metadata.get(key))}
     lists = {}

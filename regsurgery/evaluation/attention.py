@@ -1,4 +1,4 @@
-"""Task `attention`: what attention maps look like, head by head.
+"""Task `attention`: properties of attention maps, head by head.
 
 A **map** is the attention that the class token pays to the patches; in a model without one, the mean attention that
 the patches pay. Shape suffixes: B images, A heads, T tokens, N patches, R registers.
@@ -24,16 +24,16 @@ ALL = "all"
 
 
 def evaluate(pair: Pair, images: ImageSet, *, progress: Progress, seed: int, block: int | None = None) -> Result:
-    """Of every block and head, means over the images:
+    """For every block and head, means over the images:
 
     - `to registers`: attention of the class token (or the patches) to register tokens; in mode `bias`, to the
       constant key;
     - `maximum`: the largest share that one patch gets;
-    - `entropy`: of the map over the patches, made to sum to 1, in nats; at most log of their number;
-    - `coherence`: Moran's I of the map on the patch grid, four neighbours: 1 for neighbours alike, about 0 for chance.
+    - `entropy`: of the map over the patches, normalised to sum to 1, in nats; at most the log of their number;
+    - `coherence`: Moran's I of the map on the patch grid, four neighbours: 1 for equal neighbours, about 0 for chance.
 
     Args:
-        block: of that block only, every head; by default of all, and tables show each block's mean over its heads.
+        block: only this block, every head; by default all blocks, with tables showing each block's mean over its heads.
     """
     blocks = list(range(pair.original.num_blocks)) if block is None else [check_block(pair.original, block)]
     observe = pair.observer(blocks=blocks, what=("attention",))
@@ -78,7 +78,7 @@ def _of_maps(seen: Observation, block: int) -> dict[str, Tensor]:
 
 
 def attention_map(seen: Observation, block: int) -> tuple[Tensor, Tensor]:
-    """The map of every image and head, `[B, A, N]`, and what registers get, `[B, A]`; neither is normalised."""
+    """The map of every image and head, `[B, A, N]`, and the registers' share, `[B, A]`; neither is normalised."""
     subject = seen.subject
     queries = slice(0, 1) if subject.has_class_token else subject.attended_patches
     rows_BAT = seen.attention(block)[:, :, queries].mean(dim=2)
@@ -88,7 +88,7 @@ def attention_map(seen: Observation, block: int) -> tuple[Tensor, Tensor]:
 def morans_i(maps: Tensor) -> Tensor:
     """Moran's I of maps `[..., rows, columns]`: spatial autocorrelation with the four neighbours, weight 1 each.
 
-    NaN for a map that is the same everywhere. Moran, Notes on Continuous Stochastic Phenomena (Biometrika 1950).
+    NaN for a constant map. Moran, Notes on Continuous Stochastic Phenomena (Biometrika 1950).
     """
     rows, columns = maps.shape[-2:]
     centred = maps.double() - maps.double().mean(dim=(-2, -1), keepdim=True)

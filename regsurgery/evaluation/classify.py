@@ -1,4 +1,4 @@
-"""Task `classify`: top-1 and top-5 on labelled images, by the model's own head or zero-shot."""
+"""Task `classify`: top-1 and top-5 accuracy on labelled images, with the model's own head or zero-shot."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ TOPS = (1, 5)
 def evaluate(
     pair: Pair, images: ImageSet, *, progress: Progress, seed: int, prompts: str | Path | None = None
 ) -> Result:
-    """Share of images whose class is the first, or among the first five.
+    """Share of images whose class is ranked first, or among the first five.
 
     Args:
         prompts: classify zero-shot, with the model's text tower and this file; see `zero_shot`. By default the model's
             own head.
 
     Raises:
-        UserError: the images have no labels, or the model no head.
+        UserError: the images have no labels, or the model has no head.
     """
     logits_of, num_classes = _classifier(pair, prompts)
     labels = labels_of(images, num_classes, _names_of_classes(pair))
@@ -59,22 +59,24 @@ def _classifier(pair: Pair, prompts: str | Path | None) -> tuple[Callable[[Mappi
         def zero_shot(outputs: Mapping[str, Tensor]) -> Tensor:
             logits = zero_shot_logits(outputs, classes_KE)
             if logits is None:
-                raise UserError(f"{pair.folder}: gives no image embedding to compare with prompts")
+                raise UserError(
+                    f"{pair.folder}: has no image embedding among its outputs; leave out --prompts to use its own head"
+                )
             return logits
 
         return zero_shot, len(classes_KE)
     name = next((name for name in LOGIT_OUTPUTS if name in pair.traced.output_names), None)
     if name is None:
         raise UserError(
-            f"{pair.folder}: the model has no head that classifies; give --prompts FILE for a CLIP model, or evaluate "
-            "its features with another task"
+            f"{pair.folder}: the model has no classifier; give --prompts FILE for a CLIP model, or evaluate its "
+            "features with another task"
         )
     (output,) = pair.traced.graph_module.graph.find_nodes(op="output")
     return lambda outputs: outputs[name], int(output.args[0][name].meta["val"].shape[-1])
 
 
 def _names_of_classes(pair: Pair) -> dict[str, int]:
-    """Class names as the model's config has them, of transformers and timm."""
+    """Class names from the model's config (transformers and timm)."""
     config: Any = pair.loaded.config
     listed = config.get("label2id")
     if isinstance(listed, dict):

@@ -1,7 +1,7 @@
 """Task `controls`: is it these neurons, and does the register matter?
 
-Jiang et al., arXiv 2506.08010: other neurons must do nothing, and clearing the register neurons without a register to
-take their values must do harm.
+Jiang et al., arXiv 2506.08010: other neurons must have no effect, and clearing the register neurons without a register
+to take their values must do harm.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ PATCHED, PAPER, RANDOM, ZEROED = "patched", "paper's setting", "random neurons",
 
 
 def evaluate(pair: Pair, images: ImageSet, *, progress: Progress, seed: int, draws: int = 3) -> Result:
-    """The patched model, and controls made of the original: the paper's setting (the smallest set of neurons, one
-    register), where `find` chose another; as many random neurons of the same blocks shifted onto as many registers
-    (mean over the draws); and the register neurons cleared on all tokens with no register at all.
+    """The patched model, and controls made from the original: the paper's setting (the smallest set of neurons, one
+    register), if `find` chose another; the same number of random neurons of the same blocks, shifted onto the same
+    number of registers (mean over the draws); and the register neurons cleared on all tokens without any register.
 
-    Outlier tokens are those after the last block but one, above 5 times the median.
+    Outlier tokens are counted after the last block but one, above 5 times the median.
 
     Args:
-        draws: sets of random neurons.
+        draws: number of sets of random neurons.
 
     Raises:
         UserError: there are no register neurons to compare with.
     """
     if pair.recipe is None or not pair.recipe.register_neurons:
-        raise UserError(f"{pair.folder}: has no register neurons, so there is nothing to compare random ones with")
+        raise UserError(f"{pair.folder}: has no register neurons to compare random ones with; give a patched folder")
     if draws < 1:
-        raise UserError(f"{draws} draws of random neurons: at least one is needed")
+        raise UserError(f"{draws} draws of random neurons: give at least one")
     chosen = pair.recipe.register_neurons
     drawn = _drawn(pair, chosen, random.Random(seed), draws)
     probe = pair.sites.probe_block
@@ -84,7 +84,7 @@ def evaluate(pair: Pair, images: ImageSet, *, progress: Progress, seed: int, dra
 def _drawn(
     pair: Pair, chosen: Mapping[int, Sequence[int]], rng: random.Random, draws: int
 ) -> list[dict[int, tuple[int, ...]]]:
-    """`draws` sets of as many neurons of the same blocks that are none of the chosen."""
+    """`draws` sets of as many neurons of the same blocks, excluding the chosen ones."""
     sets = []
     for _ in range(draws):
         neurons: dict[int, tuple[int, ...]] = {}
@@ -96,7 +96,7 @@ def _drawn(
 
 
 def _observer(pair: Pair, recipe: Recipe) -> Observer:
-    """The original with `recipe` applied, looked at as the pair is."""
+    """An observer of the original with `recipe` applied, like the pair's."""
     plan = plan_surgery(pair.sites, recipe)
     graph_module, _ = apply_passes(pair.traced, plan)
     side = Side(pair.loaded, graph_module, pair.sites, *pair.sites.patched(plan.num_registers))

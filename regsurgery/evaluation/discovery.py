@@ -1,4 +1,4 @@
-"""LOST: one box an image from the similarities of its patches, for a whole batch and several biases at once.
+"""LOST: one box per image from the similarities of its patches, for a whole batch and several biases at once.
 
 Simeoni et al., Localizing Objects with Self-Supervised Transformers and no Labels, arXiv 2109.14279, section 3. The
 bias is that of Jiang et al., arXiv 2506.08010: added to every similarity, so that fewer patches count as similar.
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SEED_NEIGHBOURS = 100  # k of LOST: that many patches of lowest degree may help the seed to grow
+SEED_NEIGHBOURS = 100  # k of LOST: this many patches of lowest degree may help the seed to grow
 MIN_IOU = 0.5
 SIDES_ONLY = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]])
 
@@ -25,7 +25,7 @@ def boxes(features_BND: Tensor, height: int, width: int, biases: Sequence[float]
     """The box that LOST draws in each image under each bias, int64 `[len(biases), B, 4]`, in patches.
 
     Args:
-        features_BND: one feature a patch, row by row, N = height x width; brought to length 1 here.
+        features_BND: one feature per patch, row by row, N = height x width; normalised to length 1 here.
     """
     unit_BND = F.normalize(features_BND.float(), dim=-1)
     similarity_BNN = unit_BND @ unit_BND.transpose(1, 2)
@@ -33,7 +33,7 @@ def boxes(features_BND: Tensor, height: int, width: int, biases: Sequence[float]
 
 
 def _boxes(similarity_BNN: Tensor, height: int, width: int) -> np.ndarray:
-    """`[B, 4]` for similarities that have their bias."""
+    """`[B, 4]`, from similarities with their bias added."""
     batch = len(similarity_BNN)
     seed_B1, similar_BN = seeds(similarity_BNN)
     votes_BN = (similar_BN[:, None].to(similarity_BNN) @ similarity_BNN)[:, 0]
@@ -44,8 +44,8 @@ def _boxes(similarity_BNN: Tensor, height: int, width: int) -> np.ndarray:
 def seeds(similarity_BNN: Tensor) -> tuple[Tensor, Tensor]:
     """The seed patch of each image, `[B, 1]`, and which patches grow it, bool `[B, N]`.
 
-    The seed is the patch that is similar (above 0) to the fewest others, the first one where several are; the
-    `SEED_NEIGHBOURS` of lowest degree that are similar to it grow it, the seed itself among them.
+    The seed is the patch that is similar (above 0) to the fewest others, the first of several; the `SEED_NEIGHBOURS` of
+    lowest degree that are similar to it grow it, the seed itself among them.
     """
     similar_BNN = similarity_BNN > 0
     degree_BN = similar_BNN.sum(dim=-1) - similar_BNN.diagonal(dim1=1, dim2=2).long()
@@ -57,7 +57,7 @@ def seeds(similarity_BNN: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _box(mask_HW: np.ndarray, seed: tuple[int, int]) -> np.ndarray:
-    """The box round the region of `mask_HW`, connected by patches' sides, that has the seed; else round the seed."""
+    """The box around the region of `mask_HW`, connected by patch sides, that has the seed; else around the seed."""
     from scipy import ndimage
 
     labelled: Any = ndimage.label(mask_HW, SIDES_ONLY)

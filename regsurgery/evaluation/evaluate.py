@@ -4,13 +4,13 @@ A **task** is one module of this package. Its contract:
 
     def evaluate(pair: Pair, images: ImageSet, *, progress: Progress, seed: int, OPTION=DEFAULT, ...) -> Result
 
-- its keyword parameters beside `progress` and `seed` are its own options, which a dataclass in `options.py` has with
-  their help texts; `tasks.TASKS` names the tasks;
-- `pair.batches(images)` gives the images, `pair.observer(...)` looks at both models with one forward of each,
+- its keyword parameters other than `progress` and `seed` are its own options, defined with their help texts in a
+  dataclass in `options.py`; `tasks.TASKS` lists the tasks;
+- `pair.batches(images)` yields the images, `pair.observer(...)` observes both models with one forward of each,
   `pair.at_size(...)` is the pair for another image size;
-- figures are added to `interval.Figures`, one value an image, and come back as `Result.rows`;
-- memory must not grow with the number of images: sums, no lists of maps;
-- `progress.stage(name, total)` and `progress.advance(images)` tell how far it is.
+- figures are added to `interval.Figures`, one value per image, and returned as `Result.rows`;
+- memory must not grow with the number of images: keep sums, not lists of maps;
+- `progress.stage(name, total)` and `progress.advance(images)` report the progress.
 
 The package is called `evaluation`, not `evaluate`, because `regsurgery.evaluate` is the function.
 """
@@ -31,7 +31,7 @@ def evaluate(folder: str | Path, task: str, options: EvaluateOptions | None = No
     """Evaluate a patched folder against its original.
 
     Args:
-        folder: a folder that `patch` wrote, in any mode and format; or a MODEL, which then is both.
+        folder: a folder that `patch` wrote, in any mode and format; or a MODEL, which is then compared with itself.
         task: one of `tasks.TASKS`.
         options: of the task's own class, see `tasks.TASKS`; or its fields as keyword arguments.
 
@@ -79,7 +79,7 @@ def _options(task: str, given: dict[str, Any]) -> EvaluateOptions:
     for name in given:
         if name not in known:
             takes = ", ".join(one.name for one in fields(kind) if one.name not in common)
-            raise UserError(f"eval {task}: has no option '{name}'; it takes {takes or 'none'}")
+            raise UserError(f"eval {task}: has no option '{name}'; its options are {takes or 'none'}")
     if given.get("progress", True) is None:
         del given["progress"]
     options = kind(**given)

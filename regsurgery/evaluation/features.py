@@ -1,4 +1,4 @@
-"""One frozen feature an image, of both models: what linear probes and nearest neighbours work on.
+"""One frozen feature per image, from both models: the input of linear probes and nearest neighbours.
 
 Shape suffixes: B images of a batch, S images of a set, T tokens, D width.
 """
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from regsurgery.progress import Progress
 
 POOLINGS = ("cls", "mean")
-CHUNK = 512  # images whose resamples are drawn at a time
+CHUNK = 512  # resamples are drawn for this many images at a time
 Labelled = tuple[tuple[np.ndarray, np.ndarray], np.ndarray]
 
 
 def default_pooling(pair: Pair) -> str:
-    """The class token where the model has one, else the mean of the patches."""
+    """The class token if the model has one, else the mean of the patches."""
     return "cls" if pair.original.has_class_token else "mean"
 
 
@@ -36,16 +36,16 @@ def labelled_features(pair: Pair, images: ImageSet, pooling: str, block: int, pr
     """Features `[S, D]` of the original and of the patched model, and the class index of each image, `[S]`.
 
     Args:
-        pooling: of `POOLINGS`: the class token, or the mean over the patches, after `block`; either at mean 0 and
-            variance 1 as behind the norm that follows.
+        pooling: one of `POOLINGS`: the class token, or the mean over the patches, after `block`; normalised to mean 0
+            and variance 1, as the norm that follows does.
 
     Raises:
         UserError: the images have no labels, or there is no such pooling or block.
     """
     if pooling not in POOLINGS:
-        raise UserError(f"'{pooling}' is no feature of an image; there are {', '.join(POOLINGS)}")
+        raise UserError(f"'{pooling}' is not a feature of an image; choose from {', '.join(POOLINGS)}")
     if pooling == "cls" and not pair.original.has_class_token:
-        raise UserError(f"{pair.folder}: has no class token; take the feature 'mean'")
+        raise UserError(f"{pair.folder}: has no class token; use the feature 'mean'")
     block = check_block(pair.original, block)
     labels = labels_of(images, None)
     observe = pair.observer(blocks=[block], what=["blocks"])

@@ -44,7 +44,7 @@ def evaluate(pair: Pair, images: ImageSet, *, progress: Progress, seed: int) -> 
 
 
 def shared_output(pair: Pair, original: Mapping[str, Tensor], patched: Mapping[str, Tensor]) -> str:
-    """The output that is compared: the first of `families.MAIN_OUTPUTS` that both have in the same shape."""
+    """The output to compare: the first of `families.MAIN_OUTPUTS` that both models have in the same shape."""
     names = tuple(name for name, value in original.items() if name in patched and patched[name].shape == value.shape)
     if not names:
         raise UnsupportedModelError(f"{pair.folder}: has no output in the original's shape; patch the model again")
@@ -52,7 +52,7 @@ def shared_output(pair: Pair, original: Mapping[str, Tensor], patched: Mapping[s
 
 
 def drift(main: str, original: Mapping[str, Tensor], patched: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each image's drift of the output `main`, `[B]`; `same first class` is 1 where it is."""
+    """Each image's drift of the output `main`, `[B]`; `same first class` is 1 if it is the same."""
     before, after = original[main], patched[main]
     found = {f"cosine of {main}": output_cosine(before, after)}
     if has_classes(main, before):

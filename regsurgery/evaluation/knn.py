@@ -35,14 +35,14 @@ def evaluate(
 ) -> Result:
     """Accuracy of the vote of each image's nearest neighbours by cosine, weighted by exp(cosine / 0.07).
 
-    The neighbours are all other of `images` (leave one out), or those of `train`. The protocol of Wu et al.,
+    The neighbours are all other `images` (leave one out), or those of `train`. The protocol is that of Wu et al.,
     Unsupervised Feature Learning via Non-Parametric Instance Discrimination (CVPR 2018), which DINO uses as well.
 
     Args:
         images: labelled, see `labels.labels_of`.
-        features: `cls` or `mean`, see `features.labelled_features`; by default `cls` where there is a class token.
+        features: `cls` or `mean`, see `features.labelled_features`; by default `cls` if there is a class token.
         block: after which block; by default the last.
-        neighbours: how many vote; all where there are fewer.
+        neighbours: how many vote; all if there are fewer.
 
     Raises:
         UserError: the images have no labels, or no class has two and there is no `train`.
@@ -50,14 +50,14 @@ def evaluate(
     from regsurgery.images.image_set import image_set
 
     if neighbours < 1:
-        raise UserError(f"eval knn: {neighbours} neighbours; at least one is needed")
+        raise UserError(f"eval knn: {neighbours} neighbours; give at least one")
     features = features or default_pooling(pair)
     tested, labels_S = labelled_features(pair, images, features, block, progress)
     if train is None:
         if np.bincount(labels_S).max() < 2:
             raise UserError(
-                f"{images.note}: every image is of another class, so no neighbour can be right; give two of a class at "
-                "least, or other images with --train"
+                f"{images.note}: every image has a different class, so no neighbour can be right; give at least two of "
+                "a class, or other images with --train"
             )
         votes = [vote(of_side_SD, labels_S, None, neighbours) for of_side_SD in tested]
         note = "leave one out"
@@ -75,10 +75,10 @@ def evaluate(
 
 
 def vote(known_SD: np.ndarray, labels_S: np.ndarray, asked_QD: np.ndarray | None, neighbours: int) -> np.ndarray:
-    """The class that the nearest of the known images give each asked one, `[Q]`.
+    """The class that the nearest of the known images give each query image, `[Q]`.
 
     Args:
-        asked_QD: None: the known ones themselves, each without its own vote.
+        asked_QD: None: the known images themselves, each without its own vote.
     """
     from sklearn.neighbors import NearestNeighbors
 
@@ -86,7 +86,7 @@ def vote(known_SD: np.ndarray, labels_S: np.ndarray, asked_QD: np.ndarray | None
     distances_QK, nearest_QK = (
         NearestNeighbors(n_neighbors=count, metric="cosine", algorithm="brute").fit(known_SD).kneighbors(asked_QD)
     )
-    weights_QK = np.exp(-distances_QK / TEMPERATURE)  # exp(cosine / T) over its largest value: the same order
+    weights_QK = np.exp(-distances_QK / TEMPERATURE)  # exp(cosine / T) up to a factor: the same order
     votes_QC = np.zeros((len(nearest_QK), labels_S.max() + 1))
     np.add.at(votes_QC, (np.arange(len(nearest_QK))[:, None], labels_S[nearest_QK]), weights_QK)
     return votes_QC.argmax(axis=1)

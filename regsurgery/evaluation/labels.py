@@ -1,4 +1,4 @@
-"""Class labels of images, read off their names and folders."""
+"""Class labels of images, from their names and folders."""
 
 from __future__ import annotations
 
@@ -20,24 +20,23 @@ def labels_of(
 ) -> dict[str, int]:
     """Class index of every image, by its name in the source.
 
-    The number before `_` in the file name; else the name of the folder it is in: a number, a class of
-    `names_of_classes`, or, where there are `num_classes` folders (or that number is not known), its place in their
-    order.
+    The number before `_` in the file name; otherwise the name of its folder: a number, a class of `names_of_classes`,
+    or, if there are `num_classes` folders (or that number is not known), the folder's place in their order.
 
     Raises:
-        UserError: neither says what the images are of, or a number is no class of the model.
+        UserError: neither gives the class, or a number is not a class of the model.
     """
     names = [name for name, _ in images.source.items(images.chosen)]
     labels = _by_file_name(names) or _by_folder(names, num_classes, names_of_classes or {})
     if labels is None:
         raise UserError(
-            f"{images.note}: no labels; put the class index before _ in the file names (0013_junco.jpg), or one "
-            "class's images in one folder, named by its index"
+            f"{images.note}: no labels; put the class index before _ in the file names (0013_junco.jpg), or the "
+            "images of each class in a folder named by its index"
         )
     too_large = [name for name, label in labels.items() if num_classes is not None and label >= num_classes]
     if too_large:
         name = too_large[0]
-        raise UserError(f"{name}: is of class {labels[name]}, but there are {num_classes} classes, counted from 0")
+        raise UserError(f"{name}: has class {labels[name]}, but there are {num_classes} classes, counted from 0")
     return labels
 
 

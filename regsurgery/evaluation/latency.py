@@ -33,8 +33,8 @@ MEGABYTE = 1e6
 
 
 def evaluate(pair: Pair, images: ImageSet, *, progress: Progress, seed: int, runs: int = 20, batch: int = 8) -> Result:
-    """Milliseconds an image, their ratio, and the peak of the bytes that live tensors take during one forward beyond
-    the weights; n is the number of pairs of runs. Figures are medians over the runs, intervals bootstrap them.
+    """Milliseconds per image, their ratio, and the peak bytes of live tensors during one forward, without the weights;
+    n is the number of pairs of runs. Figures are medians over the runs, with bootstrapped intervals.
 
     Args:
         runs: pairs of runs; `batch`: images in each.
@@ -43,7 +43,7 @@ def evaluate(pair: Pair, images: ImageSet, *, progress: Progress, seed: int, run
         UserError: fewer than `MIN_ROUNDS` runs, or no images in a batch.
     """
     if runs < MIN_ROUNDS or batch < 1:
-        raise UserError(f"{runs} runs of {batch} images: at least {MIN_ROUNDS} runs of 1 image are needed")
+        raise UserError(f"{runs} runs of {batch} images: give at least {MIN_ROUNDS} runs of 1 image")
     device = next(pair.loaded.model.parameters()).device
     pixels = next(pair.batches(images.some(batch), batch)).pixels.to(device)
     original, patched = _runs(pair, pixels)
@@ -64,12 +64,12 @@ def evaluate(pair: Pair, images: ImageSet, *, progress: Progress, seed: int, run
     rows.append(Row("weights", _once(weights[0]), _once(weights[1]), unit="MB"))
     notes = [f"batches of {len(pixels)} on {device}, {torch.get_num_threads()} threads, {runs} pairs of runs"]
     if pair.format == "onnx":
-        notes.append("the patched model runs in onnxruntime, the original in torch: the ratio is not the patch's alone")
+        notes.append("the patched model runs in onnxruntime, the original in torch: the ratio is not only the patch's")
     return Result(rows, tuple(notes), num_images=len(pixels))
 
 
 def _runs(pair: Pair, pixels: Tensor) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Both models as a user would run them: modules for folders of a library; for programs, graphs."""
+    """Both models as a user would run them: modules for a library's folders, graphs for programs."""
     loaded = pair.loaded
     if pair.is_same:
         return lambda: loaded.call(loaded.model, pixels), lambda: loaded.call(loaded.model, pixels)
@@ -86,7 +86,7 @@ def _runs(pair: Pair, pixels: Tensor) -> tuple[Callable[[], Any], Callable[[], A
 
 
 def _once(size: float | None) -> Estimate | None:
-    """A figure that is the same in every run, so that it has no interval."""
+    """A figure that is the same in every run, so it has no interval."""
     return None if size is None else Estimate(size, None, None, 1)
 
 
@@ -99,7 +99,7 @@ def _weights(pair: Pair) -> tuple[float, float]:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that operators made and that still live, and their peak; the same in every run."""
+    """Bytes of live tensors that operators made, and their peak; the same in every run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ def _storage(tensor: Tensor) -> Any:
 
 @torch.no_grad()
 def peak(run: Callable[[], Any]) -> float | None:
-    """Peak megabytes of the tensors that `run` makes; None where no torch operator makes the tensors (onnxruntime)."""
+    """Peak megabytes of the tensors that `run` makes; None if torch operators make none (onnxruntime)."""
     with _LiveBytes() as bytes_:
         kept = run()
     del kept

@@ -1,7 +1,7 @@
 """Task `lost`: unsupervised object discovery with LOST on data in Pascal VOC's layout; the figure is CorLoc.
 
 The protocol of Jiang et al., arXiv 2506.08010: queries, keys or values of a block as features, a bias on their
-similarities, and the best setting of each model over blocks, kinds and biases. Images are at their own size, cut to
+similarities, and the best setting of each model over blocks, kinds and biases. Images keep their own size, cropped to
 whole patches, and features have length 1.
 """
 
@@ -48,26 +48,26 @@ def evaluate(
     kind: Sequence[str] = KINDS,
     bias: Sequence[float] = BIASES,
 ) -> Result:
-    """CorLoc: the share of the images whose box has an IoU of 0.5 or more with one of their objects.
+    """CorLoc: the share of images whose box has an IoU of 0.5 or more with one of their objects.
 
     Args:
-        images: `DIR/JPEGImages/NAME.jpg` whose objects are in `DIR/Annotations/NAME.xml`; images without are left out.
+        images: `DIR/JPEGImages/NAME.jpg` with objects in `DIR/Annotations/NAME.xml`; images without are left out.
         block: by default each of the last four.
-        kind: which of `KINDS`, as attention reads them, all heads together.
-        bias: what is added to the similarity of any two patches, which is a cosine; each of these is tried.
+        kind: some of `KINDS`, as attention reads them, all heads together.
+        bias: numbers added to the similarity (cosine) of any two patches; each is tried.
 
     Raises:
-        UserError: the images have no annotations, or a setting is none.
-        UnsupportedModelError: the model takes one image size only.
+        UserError: the images have no annotations, or a setting is not valid.
+        UnsupportedModelError: the model takes only one image size.
     """
     unknown = sorted(set(kind) - set(KINDS))
     if unknown:
-        raise UserError(f"eval lost: '{unknown[0]}' is no kind of feature; there are {', '.join(KINDS)}")
+        raise UserError(f"eval lost: '{unknown[0]}' is not a kind of feature; choose from {', '.join(KINDS)}")
     depth = pair.original.num_blocks
     blocks = range(max(0, depth - LAST_BLOCKS), depth) if block is None else [check_block(pair.original, block)]
     objects = {name: boxes_of_image(Path(name)) for name, _ in images.source.items(images.chosen)}
     if not any(map(len, objects.values())):
-        raise UserError(f"{images.note}: no objects in their annotations, so there is nothing to discover")
+        raise UserError(f"{images.note}: their annotations have no objects to discover; give images with objects")
     shown = dict.fromkeys(list(objects)[:SHOWN])
     figures = Figures(seed)
     progress.stage("lost", images.num_images)
@@ -108,7 +108,7 @@ def _features(side: Observation, block: int, kind: str) -> Tensor:
 
 
 def _hits(boxes_B4: np.ndarray, names: Sequence[str], objects: dict[str, np.ndarray]) -> Tensor:
-    """1 where a box is on an object, 0 where not; NaN for an image without objects."""
+    """1 if a box is on an object, 0 if not; NaN for an image without objects."""
     return torch.tensor(
         [
             float(found(box_4, objects[name])) if len(objects[name]) else float("nan")
@@ -134,7 +134,7 @@ def _best(rows: Sequence[Row]) -> str:
 
 
 def _pictured(shown: dict[str, Any], setting: Setting, objects: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """The boxes of the first images in one setting, in pixels: of both models, and of the objects."""
+    """The boxes of the first images in one setting, in pixels: from both models, and of the objects."""
     return [
         {
             "image": Path(name).name,

@@ -1,4 +1,4 @@
-"""Images with a mask each, both squeezed to the model's own size."""
+"""Images with masks, both resized to the model's own size without keeping the aspect."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MaskedBatch:
     """Images and masks.
 
     Attributes:
-        numbers: their places among all images with masks.
+        numbers: their indices among all images with masks.
         pixels: preprocessed, `[B, 3, H, W]`; `masks`: class indices, uint8 `[B, H, W]`.
     """
 
@@ -37,9 +37,9 @@ class MaskedBatch:
 
 
 def with_masks(images: ImageSet, folder: Path | None) -> tuple[ImageSet, dict[str, Path]]:
-    """The images that have masks, and the mask of each by its name."""
+    """The images that have masks, and their masks by name."""
     if folder is not None and not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of masks")
+        raise UserError(f"{folder}: no such folder of masks; correct --masks")
     chosen, paths = [], {}
     for number, (name, _) in zip(images.chosen, images.source.items(images.chosen), strict=True):
         path = Path(name)
@@ -49,8 +49,8 @@ def with_masks(images: ImageSet, folder: Path | None) -> tuple[ImageSet, dict[st
             chosen.append(number)
             paths[name] = found
     if not paths:
-        where = f"in {folder}" if folder else f"in {' or '.join(FOLDERS)} beside their folder (or give --masks DIR)"
-        raise UserError(f"{images.note}: none has a mask, a PNG of the same name {where}")
+        where = f"in {folder}" if folder else f"in {' or '.join(FOLDERS)} next to their folder (or give --masks DIR)"
+        raise UserError(f"{images.note}: none has a mask; put PNG files of the same names {where}")
     note = f"{len(paths)} of the {images.note}, with masks" if len(paths) < images.num_images else images.note
     return replace(images, chosen=tuple(chosen), note=note), paths
 
@@ -70,7 +70,10 @@ def batches(pair: Pair, images: ImageSet, paths: Mapping[str, Path]) -> Iterator
                 continue
             mask = read_mask(paths[name])
             if mask.size != image.size:
-                raise UserError(f"{paths[name]}: {mask.size[0]}x{mask.size[1]} pixels, its image {image.size}")
+                raise UserError(
+                    f"{paths[name]}: has {mask.size[0]}x{mask.size[1]} pixels, but its image has "
+                    f"{image.size[0]}x{image.size[1]}; give a mask of the same size"
+                )
             numbers.append(number)
             squeezed = image.resize((width, height), Image.Resampling.BICUBIC)
             pixels.append((pixels_of(squeezed) - mean_311) * scale_311)
@@ -86,5 +89,5 @@ def read_mask(path: Path) -> Image.Image:
     except UNREADABLE as error:
         raise UserError(f"{path}: not a readable mask ({' '.join(str(error).split())})") from error
     if mask.mode not in ("P", "L"):
-        raise UserError(f"{path}: a mask must be a palette or 8-bit grey PNG of class indices, this one is {mask.mode}")
+        raise UserError(f"{path}: has mode {mask.mode}; a mask must be a palette or 8-bit grey PNG of class indices")
     return mask

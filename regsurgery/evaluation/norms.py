@@ -1,4 +1,4 @@
-"""Task `norms`: L2 norms of the patches after every block. All figures are means over the images of each image's."""
+"""Task `norms`: L2 norms of the patches after every block. All figures are per-image figures, averaged over images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def evaluate(pair: Pair, images: ImageSet, *, progress: Progress, seed: int, blo
     """Median, 99th percentile and maximum of the patch norms, and outliers per image (above 5 times the median).
 
     Args:
-        block: of that block only; by default of all.
+        block: only this block; by default all.
     """
     blocks = range(pair.original.num_blocks) if block is None else [check_block(pair.original, block)]
     observe = pair.observer(blocks=blocks, what=("blocks",))

@@ -1,4 +1,4 @@
-"""`regsurgery.observe`: what a model looks like inside, for notebooks and pictures."""
+"""`regsurgery.observe`: a look inside a model, for notebooks and pictures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIDES = ("original", "patched")
 
 @dataclass(frozen=True)
 class Observed:
-    """What a model looked like inside over some images; tensors by block (0-based), on the model's device.
+    """What was observed inside a model over some images; tensors by block (0-based), on the model's device.
 
     B images, T tokens, N patches, D width, H hidden units, A heads, C channels of a head.
 
@@ -35,11 +35,11 @@ class Observed:
         pictures: what the model saw, `[B, 3, height, width]` in [0, 1], on the CPU.
         outputs: the model's outputs, by the names of the original's.
         blocks: the stream after a block, `[B, T, D]`.
-        neurons: MLP activations as the down projection reads them (in a patched model: after the shift), `[B, T, H]`.
+        neurons: MLP activations as read by the down projection (in a patched model: after the shift), `[B, T, H]`.
         queries, keys, values: `[B, A, T, C]`.
         scores, attention: attention before and after the softmax, `[B, A, T, T]`; rows of `attention` sum to 1.
-        patches, registers: where they are among the tokens of `blocks` and `neurons`.
-        attended_patches, attended_registers: where they are among the tokens of attention.
+        patches, registers: their places among the tokens of `blocks` and `neurons`.
+        attended_patches, attended_registers: their places among the tokens of attention.
         grid: rows and columns of patches.
         has_class_token: whether token 0 is a class token.
     """
@@ -74,27 +74,27 @@ def observe(
     batch_size: int = BATCH,
     load: LoadOptions | None = None,
 ) -> Observed:
-    """Look into a model while it sees images, batched and on its device.
+    """Observe a model's inside on images, batched and on its device.
 
-    Everything that is asked for is kept: for many images or all blocks' maps ask for few images, or go batch by batch
-    with `observing.Observer`.
+    Everything that is asked for is kept in memory: ask for few images or blocks, or go batch by batch with
+    `observing.Observer`.
 
     Args:
         model: a folder that `patch` wrote, or a MODEL.
-        images: where images are, as for `patch`; or pictures, preprocessed here; or pixels `[B, 3, H, W]` as the model
-            takes them. By default generated pictures.
+        images: where images are, as for `patch`; or pictures, to be preprocessed; or preprocessed pixels
+            `[B, 3, H, W]`. By default generated pictures.
         blocks: 0-based, negative ones counted from the end; by default all.
-        what: of `observing.WHAT`.
+        what: some of `observing.WHAT`.
         side: of a patched folder, `patched` or `original`.
-        original: MODEL that was patched, where the folder cannot restore it.
-        num_images: of a source of images, at most that many.
-        load: what is allowed while loading.
+        original: MODEL that was patched, if the folder cannot restore it.
+        num_images: maximum number of images from a source.
+        load: options for loading.
 
     Raises:
         UserError: there is no such side, block or thing to observe, or the input is at fault; see `errors`.
     """
     if side not in SIDES:
-        raise UserError(f"side '{side}': not one of {', '.join(SIDES)}")
+        raise UserError(f"side '{side}': choose from {', '.join(SIDES)}")
     with open_pair(model, original, load) as pair:
         subject = pair.patched if side == "patched" else pair.original
         chosen = range(subject.num_blocks) if blocks is None else blocks
@@ -104,7 +104,7 @@ def observe(
 def observed(
     pair: Pair, subject: Subject, batches: Iterable[Tensor], blocks: Iterable[int], what: Sequence[str]
 ) -> Observed:
-    """`subject`, one of `pair`, over batches `[B, 3, H, W]`."""
+    """Observe `subject`, one of `pair`, over batches `[B, 3, H, W]`."""
     observer = Observer(subject, blocks=blocks, what=what, outputs=True)
     mean_311, scale_311 = normalisation(pair.loaded)
     kept: dict[tuple[str, Any], list[Tensor]] = {}

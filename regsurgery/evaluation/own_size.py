@@ -1,6 +1,6 @@
-"""Images at their own size, cut to whole patches: what dense tasks are measured on.
+"""Images at their own size, cropped to whole patches, for dense tasks.
 
-A graph holds for one image size. So images come grouped: one pair a size, and batches of images of that size.
+A graph is valid for one image size, so images are grouped: one pair per size, with batches of images of that size.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from regsurgery.images.image_set import ImageSet
 from regsurgery.images.sources import UNREADABLE, Content, Item
 from regsurgery.verification.pair import Batch, Pair, normalisation, pixels_of
 
-BATCH_PATCHES = 6144  # of one batch; more are no faster on a CPU
+BATCH_PATCHES = 6144  # patches per batch; more are not faster on a CPU
 Size = tuple[int, int]
 
 
 def by_size(pair: Pair, images: ImageSet) -> Iterator[tuple[Pair, Iterator[Batch]]]:
-    """For every size of the images, cut at the right and at the bottom to whole patches, the pair at that size and its
-    batches: pixels normalised as by the model's preprocessing, and names. Traces once a size: 2 s for a ViT-Ti.
+    """For every image size, cropped at the right and bottom to whole patches: the pair at that size and its batches,
+    with pixels normalised as in the model's preprocessing, and names. Traces once per size: 2 s for a ViT-Ti.
 
-    Images that cannot be read, or are smaller than a patch, are told of and left out.
+    Images that cannot be read, or are smaller than a patch, are reported and left out.
 
     Raises:
-        UnsupportedModelError: the model takes one size only.
+        UnsupportedModelError: the model takes only one size.
         UserError: no image can be read.
     """
     patch = pair.original.patch_size
@@ -39,18 +39,18 @@ def by_size(pair: Pair, images: ImageSet) -> Iterator[tuple[Pair, Iterator[Batch
             _skip(images, name, " ".join(str(error).split()))
             continue
         if min(width, height) < patch:
-            _skip(images, name, f"{width}x{height} pixels, less than a patch of {patch}")
+            _skip(images, name, f"{width}x{height} pixels, smaller than a patch of {patch}")
             continue
         groups.setdefault((height // patch * patch, width // patch * patch), []).append((name, content))
     if not groups:
-        raise UserError(f"{images.note}: none of them can be read")
+        raise UserError(f"{images.note}: none of them can be read; give other images")
     for size, items in sorted(groups.items()):
         num_patches = size[0] * size[1] // patch**2
         yield pair.at_size(size), _batches(pair, images, items, size, max(1, BATCH_PATCHES // num_patches))
 
 
 def _size(content: Content) -> Size:
-    """(width, height), from the header where there is a file."""
+    """(width, height), read from the header of a file."""
     if isinstance(content, str | bytes) or not hasattr(content, "open"):
         return decode(content).size
     with Image.open(content) as image:  # type: ignore[arg-type]

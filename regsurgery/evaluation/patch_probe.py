@@ -1,4 +1,4 @@
-"""Probes that give every patch a class by its feature alone, and how right they are.
+"""Probes that classify every patch by its feature alone, and their accuracy.
 
 Shape suffixes: B images, N patches, P sampled patches, D width, C classes, R resamples, S the three sums per class
 (shared, predicted, true pixels).
@@ -15,12 +15,12 @@ from regsurgery.evaluation.masks import IGNORED, MaskedBatch
 from regsurgery.interval import RESAMPLES, Row, from_resamples
 
 MAX_STEPS = 300
-STARTS = 4  # of k-means; the best is kept
+STARTS = 4  # starts of k-means; the best is kept
 Predict = Callable[[np.ndarray], np.ndarray]  # features [N, D] -> class places [N]
 
 
 class Samples:
-    """Patches that the probes are fitted on: up to `per_image` of each image, with the class of most pixels."""
+    """Patches that the probes are fitted on: up to `per_image` of each image, labelled with their majority class."""
 
     def __init__(self, per_image: int, rng: np.random.Generator) -> None:
         self.per_image, self.rng = per_image, rng
@@ -45,17 +45,17 @@ class Samples:
                 kept.append(of_side[place, chosen])
 
     def classes(self) -> np.ndarray:
-        """The classes that the masks have, ascending."""
+        """The classes in the masks, ascending."""
         return np.flatnonzero(self.seen[:IGNORED])
 
     def places(self, classes: np.ndarray) -> np.ndarray:
-        """Class indices as places among `classes()`; -1 for ignored ones."""
+        """Class indices as positions in `classes()`; -1 for ignored ones."""
         table = np.full(IGNORED + 1, -1)
         table[self.classes()] = np.arange(len(self.classes()))
         return table[classes]
 
     def fit(self, side: int, method: str, folds: int, seed: int) -> Callable[[int], Predict]:
-        """Fold -> what predicts the images of that fold."""
+        """Fold -> the predictor for the images of that fold."""
         features_PD = np.concatenate(self.features[side])
         places_P, folds_P = self.places(np.concatenate(self.labels)), np.concatenate(self.numbers) % folds
         if method == "kmeans":
@@ -66,7 +66,7 @@ class Samples:
 
 
 def patch_labels(mask: np.ndarray, patch: int) -> np.ndarray:
-    """The class of most pixels of each patch, row by row, `[N]`; `IGNORED` where less than half of them have one."""
+    """The majority class of each patch's pixels, row by row, `[N]`; `IGNORED` if less than half of them have one."""
     height, width = mask.shape
     tiles_NP = mask.reshape(height // patch, patch, width // patch, patch).swapaxes(1, 2).reshape(-1, patch * patch)
     counts_NC = np.stack([np.bincount(tile, minlength=IGNORED + 1) for tile in tiles_NP])[:, :IGNORED]
@@ -86,7 +86,7 @@ def _linear(features_PD: np.ndarray, places_P: np.ndarray) -> Predict:
 
 
 def _clustered(features_PD: np.ndarray, places_P: np.ndarray, num_classes: int, seed: int) -> Predict:
-    """k-means; each cluster stands for one class, so that as many sampled patches as can be are right."""
+    """k-means; each cluster is assigned one class, so that as many sampled patches as possible are right."""
     from scipy.optimize import linear_sum_assignment
     from sklearn.cluster import KMeans
 
@@ -107,7 +107,7 @@ class Confusion:
         self.sums_RSC = [np.zeros((RESAMPLES, 3, num_classes)) for _ in range(2)]
 
     def add(self, predicted: Sequence[np.ndarray], places: np.ndarray, grid: tuple[int, int], patch: int) -> None:
-        """Add a batch: predicted class places `[B, N]` of both models, true ones `[B, H, W]`, -1 for none."""
+        """Add a batch: predicted class positions `[B, N]` of both models, true ones `[B, H, W]`, -1 for none."""
         weights_RB = self.rng.poisson(1.0, (RESAMPLES, len(places))).astype(np.float64)
         self.num_images += len(places)
         for totals_SC, sums_RSC, of_side in zip(self.totals_SC, self.sums_RSC, predicted, strict=True):
@@ -144,14 +144,14 @@ def pixel_counts(predicted_HW: np.ndarray, true_HW: np.ndarray, num_classes: int
 
 
 def iou(sums_SC: np.ndarray) -> np.ndarray:
-    """Intersection over union of each class, `[..., C]`; NaN for one that is neither there nor predicted."""
+    """Intersection over union of each class, `[..., C]`; NaN for a class that is neither present nor predicted."""
     shared, predicted, true = np.moveaxis(sums_SC, -2, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return shared / (predicted + true - shared)
 
 
 def mean_iou(sums_SC: np.ndarray) -> np.ndarray:
-    """The mean over the classes that are there or predicted, `[...]`."""
+    """The mean over the classes that are present or predicted, `[...]`."""
     ious_C = iou(sums_SC)
     known_C = ~np.isnan(ious_C)
     with np.errstate(invalid="ignore"):
@@ -159,6 +159,6 @@ def mean_iou(sums_SC: np.ndarray) -> np.ndarray:
 
 
 def pixel_accuracy(sums_SC: np.ndarray) -> np.ndarray:
-    """The share of the pixels of known class that are right, `[...]`."""
+    """The share of correct pixels among those with a known class, `[...]`."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return sums_SC[..., 0, :].sum(axis=-1) / sums_SC[..., 2, :].sum(axis=-1)

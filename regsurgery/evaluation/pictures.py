@@ -1,4 +1,4 @@
-"""Which pictures a task draws, and where `eval --png` writes them."""
+"""The pictures that a task draws, and where `eval --png` writes them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from regsurgery.evaluation.result import Evaluation
     from regsurgery.images.image_set import ImageSet
 
-EXAMPLES = 4  # images that maps are drawn of
+EXAMPLES = 4  # images to draw maps for
 DPI = 150
 DRAWN = {
-    "norms": "the norms over the blocks, and beside it, as FILE-maps, norm maps",
+    "norms": "the norms over the blocks, and norm maps in a second file, FILE-maps",
     "attention": "attention maps",
-    "shift-map": "mean norm maps, with the outliers where they were, on the register, and at the places",
+    "shift-map": "mean norm maps, with the outliers where they were, on the register, and at the chosen places",
 }
 
 
@@ -31,7 +31,7 @@ def check_png(task: str, png: Path) -> None:
     OutputError: the file cannot be written.
     """
     if task not in DRAWN:
-        raise UserError(f"eval {task}: draws no picture; {', '.join(DRAWN)} do")
+        raise UserError(f"eval {task}: draws no picture; leave out --png ({', '.join(DRAWN)} draw one)")
     if not png.absolute().parent.is_dir():
         raise OutputError(f"{png}: no such folder; create it first")
     if png.suffix.lower() != ".png":
@@ -39,7 +39,7 @@ def check_png(task: str, png: Path) -> None:
 
 
 def write_pictures(task: str, evaluation: Evaluation, pair: Pair, images: ImageSet, png: Path) -> list[str]:
-    """Draw what the task draws; the files that were written."""
+    """Draw the task's pictures; returns the files written."""
     figures: dict[Path, Figure] = {}
     block = evaluation.settings.get("block")
     if task == "norms":

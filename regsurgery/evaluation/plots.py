@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from regsurgery.evaluation.observed import Observed
     from regsurgery.evaluation.result import Evaluation
 
-COLOURS = {"original": "#c1440e", "patched": "#1f6f8b"}  # apart in brightness, too
+COLOURS = {"original": "#c1440e", "patched": "#1f6f8b"}  # they differ in brightness too
 STYLES = {"max": "-", "p99": "--", "median": ":"}
 
 
@@ -27,13 +27,13 @@ def plot_norms(evaluation: Evaluation) -> Figure:
     """Patch norms and outlier tokens over the blocks, with their 95 % intervals.
 
     Args:
-        evaluation: of the task `norms`.
+        evaluation: result of the task `norms`.
 
     Raises:
-        UserError: it is of another task.
+        UserError: it is the result of another task.
     """
     if evaluation.task != "norms":
-        raise UserError(f"plot_norms: draws an evaluation of the task norms, not of {evaluation.task}")
+        raise UserError(f"plot_norms: takes an evaluation of the task norms, not of {evaluation.task}")
     figure = _figure(9, 3.6)
     norms, counts = figure.subplots(1, 2)
     for name, style in STYLES.items():
@@ -65,7 +65,7 @@ def plot_norm_maps(original: Observed, patched: Observed, *, block: int = -1, co
 
     Args:
         original, patched: the same images, with `what` naming `blocks`; see `observe`.
-        block: 0-based, or from the end of those observed; `count`: at most that many images.
+        block: 0-based, or from the end of those observed; `count`: maximum number of images.
 
     Raises:
         UserError: the block was not observed.
@@ -77,7 +77,7 @@ def plot_norm_maps(original: Observed, patched: Observed, *, block: int = -1, co
 def plot_attention(
     original: Observed, patched: Observed, *, block: int = -1, head: int | None = None, count: int = 4
 ) -> Figure:
-    """The attention that the class token (without one, the mean patch) pays to the patches, under the pictures.
+    """The attention of the class token (without one, of the mean patch) to the patches, under the pictures.
 
     Args:
         original, patched: the same images, with `what` naming `attention`; see `observe`.
@@ -119,7 +119,7 @@ def _of_block(kept: Any, block: int, what: str) -> Tensor:
     blocks = sorted(kept)
     if not blocks or (block not in kept and not -len(blocks) <= block < 0):
         listed = ", ".join(map(str, blocks)) or "none"
-        raise UserError(f"block {block}: its {what} were not observed (those of: {listed}); name it in observe()")
+        raise UserError(f"block {block}: its {what} were not observed (only: {listed}); name it in observe()")
     return kept[block if block in kept else blocks[block]]
 
 
@@ -141,7 +141,7 @@ def _maps(original: Observed, maps_BN: Sequence[Tensor], count: int, label: str)
 
 
 def _figure(width: float, height: float) -> Figure:
-    """Inches. Without pyplot, which would keep every figure and may want a screen."""
+    """A figure, sizes in inches. Without pyplot, which would keep every figure and may need a screen."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

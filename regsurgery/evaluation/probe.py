@@ -1,4 +1,4 @@
-"""Task `probe`: how well a linear classifier does on frozen features, on images that it was not fitted on."""
+"""Task `probe`: the accuracy of a linear classifier on frozen features, on images that it was not fitted on."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def evaluate(
 ) -> Result:
     """Accuracy of a logistic regression on standardised features, on held-out images.
 
-    Cross-validated over `images` in `FOLDS` stratified folds, so that each image is held out once; or fitted on the
-    images of `train` and tested on all of `images`. The interval takes the fitted classifiers as they are.
+    Cross-validated over `images` in `FOLDS` stratified folds, so each image is held out once; or fitted on the images
+    of `train` and tested on all of `images`. The interval treats the fitted classifiers as fixed.
 
     Args:
         images: labelled, see `labels.labels_of`.
-        features: `cls` or `mean`, see `features.labelled_features`; by default `cls` where there is a class token.
+        features: `cls` or `mean`, see `features.labelled_features`; by default `cls` if there is a class token.
         block: after which block; by default the last.
 
     Raises:
-        UserError: the images have no labels, are of one class, or one class has a single image and there is no `train`.
+        UserError: the images have no labels or only one class, or a class has a single image and there is no `train`.
     """
     from regsurgery.images.image_set import image_set
 
@@ -72,14 +72,14 @@ def evaluate(
 
 
 def baseline(labels_S: np.ndarray) -> str:
-    """What a classifier that has not looked would get."""
+    """The accuracy of guessing the largest class."""
     counts = np.bincount(labels_S)
     return f"{(counts > 0).sum()} classes, {share_text(int(counts.max()), len(labels_S))} images are of the largest"
 
 
 def _check_classes(images: ImageSet, labels_S: np.ndarray) -> None:
     if len(np.unique(labels_S)) < 2:
-        raise UserError(f"{images.note}: all of class {labels_S[0]}; two classes are needed to tell apart")
+        raise UserError(f"{images.note}: all have class {labels_S[0]}; give images of at least two classes")
 
 
 def _folds(images: ImageSet, labels_S: np.ndarray) -> int:
@@ -87,7 +87,7 @@ def _folds(images: ImageSet, labels_S: np.ndarray) -> int:
     classes, counts = np.unique(labels_S, return_counts=True)
     if counts.min() < 2:
         raise UserError(
-            f"{images.note}: class {classes[counts.argmin()]} has one image; give two of every class at least, or "
+            f"{images.note}: class {classes[counts.argmin()]} has one image; give at least two of every class, or "
             "other images to fit on with --train"
         )
     return min(FOLDS, int(counts.min()))

@@ -1,4 +1,4 @@
-"""What an evaluation gives: figures, and the table of them for the terminal and for notebooks."""
+"""The result of an evaluation: figures, and their table for the terminal and for notebooks."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Result:
     Attributes:
         rows: the figures.
         notes: facts worth a line.
-        details: what a picture or a program needs beside the figures; plain data.
-        num_images: how many images were seen, where it was not all of them.
+        details: what a picture or a program needs in addition to the figures; plain data.
+        num_images: how many images were seen, if not all of them.
     """
 
     rows: Sequence[Row]
@@ -46,10 +46,10 @@ class Evaluation:
 
     Attributes:
         task, folder, format, mode: what was evaluated; mode `original` for an unpatched model.
-        images: one line that says what the images were; `num_images` is how many both models saw.
-        outliers_per_image: of the original on these images, by `outliers.robust_outliers`; None where the task did
-            not look.
-        expectation: why no difference is to be expected, or "".
+        images: one line that describes the images; `num_images` is how many both models saw.
+        outliers_per_image: for the original on these images, by `outliers.robust_outliers`; None if the task did not
+            count them.
+        expectation: why no difference is expected, or "".
         rows, notes, details: as in `Result`.
         settings: the options that the task ran with.
     """
@@ -68,14 +68,14 @@ class Evaluation:
     settings: Mapping[str, Any]
 
     def __getitem__(self, name: str) -> Row:
-        """The only row of that name; KeyError where there is none, or several."""
+        """The only row of that name; KeyError if there are none or several."""
         (row, *others) = [row for row in self.rows if row.name == name] or [None]
         if row is None or others:
             raise KeyError(name)
         return row
 
     def select(self, name: str, **where: int | str) -> list[Row]:
-        """The rows of that name whose `where` has all of those."""
+        """The rows of that name whose `where` matches."""
         return [row for row in self.rows if row.name == name and where.items() <= dict(row.where).items()]
 
     def as_dict(self) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def interval(estimate: Estimate | None) -> str:
 
 
 def cells(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
-    """Head and body of the table: what, where, and both models' figures; without details and empty columns."""
+    """Head and body of the table: names, places, and both models' figures; without details and empty columns."""
     rows = [row for row in evaluation.rows if not row.is_detail]
     places = list(dict.fromkeys(place for row in rows for place in row.where))
     body = []

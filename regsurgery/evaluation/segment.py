@@ -1,4 +1,4 @@
-"""Task `segment`: what a patch is of, read off the patch alone: mean IoU of a linear or a k-means probe.
+"""Task `segment`: the class of each patch, predicted from the patch alone: mean IoU of a linear or a k-means probe.
 
 Shape suffixes: B images, N patches, D width.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 METHODS = ("linear", "kmeans")
 FOLDS = 3
-MAX_SAMPLES = 20_000  # patches that a probe is fitted on
+MAX_SAMPLES = 20_000  # most patches that a probe is fitted on
 
 
 def evaluate(
@@ -37,20 +37,20 @@ def evaluate(
     method: str = "linear",
     block: int = -1,
 ) -> Result:
-    """Mean IoU over the classes, and the share of right pixels.
+    """Mean IoU over the classes, and the share of correct pixels.
 
     Every patch gets one class, from its own token after `block` (at mean 0 and variance 1): by a logistic regression
-    that was fitted on patches of other images (`FOLDS` folds), or by k-means with as many clusters as classes, which
-    are matched to the classes once. Images are squeezed to the model's own size, and so are their masks.
+    fitted on patches of other images (`FOLDS` folds), or by k-means with as many clusters as classes, which are matched
+    to the classes once. Images and masks are resized to the model's own size without keeping the aspect.
 
     Args:
-        images: those that have a mask count.
-        masks: a folder of PNG of the same names, palette or grey, whose values are class indices, 255 ignored; by
-            default the folder `SegmentationClass` or `masks` beside the images' own.
-        method: of `METHODS`.
+        images: only those that have a mask count.
+        masks: a folder of PNG files of the same names, palette or grey, whose values are class indices, 255 ignored; by
+            default the folder `SegmentationClass` or `masks` next to the images' folder.
+        method: one of `METHODS`.
 
     Raises:
-        UserError: there are no masks, or all of one class; or a setting is none.
+        UserError: there are no masks, all have one class, or a setting is not valid.
     """
     block = check_block(pair.original, block)
     images, paths = _checked(images, masks, method)
@@ -69,7 +69,7 @@ def evaluate(
         progress.advance(len(batch.numbers))
     classes = samples.classes()
     if len(classes) < 2:
-        raise UserError(f"{images.note}: their masks have {len(classes)} class beside {IGNORED}, which is ignored")
+        raise UserError(f"{images.note}: their masks have {len(classes)} class without {IGNORED}; give at least two")
     progress.stage(f"fit {method}")
     probes = [samples.fit(side, method, folds, seed) for side in (0, 1)]
 
@@ -92,8 +92,8 @@ def evaluate(
 def _checked(images: ImageSet, masks: str | Path | None, method: str) -> tuple[ImageSet, Any]:
     """The images that have a mask, and the masks' paths."""
     if method not in METHODS:
-        raise UserError(f"eval segment: there is no method '{method}', only {', '.join(METHODS)}")
+        raise UserError(f"eval segment: there is no method '{method}'; choose from {', '.join(METHODS)}")
     images, paths = with_masks(images, None if masks is None else Path(masks))
     if method == "linear" and len(paths) < 2:
-        raise UserError(f"{images.note}: one image has a mask; a linear probe needs two, to fit on and to test on")
+        raise UserError(f"{images.note}: only one image has a mask; a linear probe needs at least two")
     return images, paths

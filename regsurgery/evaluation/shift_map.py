@@ -1,4 +1,4 @@
-"""Task `shift-map`: outliers moved to chosen places, where the register neurons' extremes are written on purpose.
+"""Task `shift-map`: outliers moved to chosen places, by writing the register neurons' extremes there on purpose.
 
 Shape suffixes: B batch, T tokens, H hidden units, K register neurons, N patches.
 """
@@ -41,19 +41,19 @@ def evaluate(
     where: str | None = None,
     mask: str | Path | None = None,
 ) -> Result:
-    """Norms of the chosen patches and of all others, and what becomes of the output, with the neurons' extremes on the
-    register (the patched model), and on the chosen patches (no register; this is no checkpoint).
+    """Norms of the chosen patches and of all others, and the change of the output, with the neurons' extremes on the
+    register (the patched model), and on the chosen patches (without a register; this is not a checkpoint).
 
-    The protocol of Jiang et al., arXiv 2506.08010, against typographic attacks: an outlier patch holds nothing of what
-    it shows, so an outlier that is moved onto the text hides it. Norms are after the last block but one.
+    The protocol of Jiang et al., arXiv 2506.08010, against typographic attacks: an outlier patch keeps no information
+    about its content, so an outlier that is moved onto the text hides it. Norms are after the last block but one.
 
     Args:
-        where: `x,y,w,h` of a box in the model's input image, from the left upper corner: fractions of its width and
-            height if none is above 1, else pixels. Patches whose centre is in it are chosen.
-        mask: an image instead, white where patches are chosen; it is squeezed to the model's input.
+        where: `x,y,w,h` of a box in the model's input image, from the top left corner: fractions of its width and
+            height if none is above 1, otherwise pixels. Patches whose centre is in it are chosen.
+        mask: instead, an image that is white where patches are chosen; it is resized to the model's input.
 
     Raises:
-        UserError: there is no recipe, or not one of `where` and `mask`, or no patch in it.
+        UserError: there is no recipe, not exactly one of `where` and `mask` is given, or it contains no patch.
     """
     neurons = _neurons(pair)
     rows, columns = pair.original.grid
@@ -95,7 +95,7 @@ def evaluate(
 
 def _neurons(pair: Pair) -> dict[int, tuple[int, ...]]:
     if pair.recipe is None or not pair.recipe.register_neurons:
-        raise UserError(f"{pair.folder}: has no register neurons to move the outliers with; give a folder of patch")
+        raise UserError(f"{pair.folder}: has no register neurons to move outliers with; give a patched folder")
     return {block: tuple(listed) for block, listed in pair.recipe.register_neurons.items()}
 
 
@@ -119,7 +119,7 @@ def _of_images(norms_BN: Tensor, chosen_N: Tensor) -> dict[str, Tensor]:
 
 
 def _changes(output: Tensor, changed: Tensor | None, name: str) -> dict[str, Tensor]:
-    """How far the output of each image moved; nothing where a stock host has not that output."""
+    """How far the output of each image moved; empty if a stock host lacks that output."""
     if changed is None:
         return {}
     if not has_classes(name, output):
@@ -137,7 +137,7 @@ def _changes(output: Tensor, changed: Tensor | None, name: str) -> dict[str, Ten
 def moved(
     graph_module: fx.GraphModule, pair: Pair, neurons: dict[int, tuple[int, ...]], places: tuple[int, ...]
 ) -> fx.GraphModule:
-    """The original's graph in which each of `neurons` has its extreme at the tokens `places` and 0 on other patches."""
+    """The original's graph, but each of `neurons` has its extreme at the tokens `places` and 0 on other patches."""
     graph = copy.deepcopy(graph_module.graph)
     by_name = {node.name: node for node in graph.nodes}
     patches = (pair.sites.patches.start, pair.sites.patches.stop)
@@ -153,7 +153,7 @@ def extremes_at(
     hidden_BTH: Tensor, neurons: tuple[int, ...], places: tuple[int, ...], patches: tuple[int, int]
 ) -> Tensor:
     """A copy of MLP activations in which each neuron's signed extreme over all tokens, of each image, is at `places`,
-    and 0 at the tokens `patches[0]` to `patches[1]` that are none of them; the prefix keeps its values.
+    and 0 at the other tokens from `patches[0]` to `patches[1]`; the prefix keeps its values.
     """
     index_K = torch.tensor(neurons, device=hidden_BTH.device)
     values_BTK = hidden_BTH.index_select(-1, index_K)
@@ -173,7 +173,7 @@ def chosen_patches(where: str | None, mask: str | Path | None, size: tuple[int, 
         size: (height, width) of the model's input in pixels; `grid`: its rows and columns of patches.
     """
     if (where is None) == (mask is None):
-        raise UserError("eval shift-map: give the places, either with --where x,y,w,h or with --mask FILE")
+        raise UserError("eval shift-map: give the places, with either --where x,y,w,h or --mask FILE")
     chosen_N = in_box(where, size, grid) if where is not None else _in_mask(Path(str(mask)), grid)
     if not chosen_N.any() or chosen_N.all():
         amount = "all patches are" if chosen_N.any() else "no patch is"

@@ -30,12 +30,14 @@ class Task:
     """A task of `eval`: the module of that name, with _ for -.
 
     Attributes:
-        shows: what it shows.
-        options: its options, those of every task included.
+        short: what it shows, in the list of tasks; at most 48 characters.
+        shows: the same in full.
+        options: its options, including those of every task.
         draws: whether it can write a picture.
     """
 
     name: str
+    short: str
     shows: str
     options: type[EvaluateOptions]
     draws: bool = False
@@ -44,26 +46,70 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("norms", "patch norms and outlier tokens after every block", BlockOptions, draws=True),
         Task(
-            "attention",
-            "entropy, maximum and spatial coherence of attention maps; attention to the register",
+            "norms",
+            "patch norms and outlier tokens",
+            "patch norms and outlier tokens after every block",
             BlockOptions,
             draws=True,
         ),
-        Task("fidelity", "how far outputs and tokens moved: KL divergence, first class, cosines", EvaluateOptions),
-        Task("classify", "top-1 and top-5 on labelled images, by the model's own head or zero-shot", ClassifyOptions),
+        Task(
+            "attention",
+            "attention maps",
+            "entropy, maximum and spatial coherence of attention maps, and attention to the register",
+            BlockOptions,
+            draws=True,
+        ),
+        Task(
+            "fidelity",
+            "how far outputs and tokens moved",
+            "how far outputs and tokens moved: KL divergence, first class, cosines",
+            EvaluateOptions,
+        ),
+        Task(
+            "classify",
+            "accuracy on labelled images",
+            "top-1 and top-5 accuracy on labelled images, with the model's own head or zero-shot",
+            ClassifyOptions,
+        ),
         Task(
             "controls",
+            "the shift against control surgeries",
             "the shift against the paper's setting, random neurons, and neurons zeroed without a register",
             ControlsOptions,
         ),
-        Task("latency", "time and memory, patched over original", LatencyOptions),
-        Task("probe", "a linear probe on frozen features, on held-out labelled images", ProbeOptions),
-        Task("knn", "nearest neighbours of frozen features, on labelled images", KnnOptions),
-        Task("lost", "unsupervised object discovery (LOST) on data in VOC layout: CorLoc", LostOptions),
-        Task("segment", "patches' classes by a linear or k-means probe, on images with masks: mIoU", SegmentOptions),
-        Task("shift-map", "outliers moved to chosen places instead of the register", ShiftMapOptions, draws=True),
+        Task("latency", "time and memory", "time and memory, patched over original", LatencyOptions),
+        Task(
+            "probe",
+            "a linear probe on frozen features",
+            "a linear probe on frozen features, with held-out labelled images",
+            ProbeOptions,
+        ),
+        Task(
+            "knn",
+            "nearest neighbours of frozen features",
+            "nearest neighbours of frozen features, on labelled images",
+            KnnOptions,
+        ),
+        Task(
+            "lost",
+            "object discovery (LOST)",
+            "unsupervised object discovery (LOST) on data in VOC layout: CorLoc",
+            LostOptions,
+        ),
+        Task(
+            "segment",
+            "segmentation by a probe on patches",
+            "patch classes by a linear or k-means probe, on images with masks: mIoU",
+            SegmentOptions,
+        ),
+        Task(
+            "shift-map",
+            "outliers moved to chosen places",
+            "outliers moved to chosen places instead of the register",
+            ShiftMapOptions,
+            draws=True,
+        ),
     )
 }
 NEEDS = ("scipy", "sklearn", "matplotlib")  # packages of the extra `eval`
@@ -79,7 +125,5 @@ def task_module(task: str) -> ModuleType:
         raise UserError(f"no task '{task}'; there are {', '.join(TASKS)}{did_you_mean(task, list(TASKS))}")
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(
-            f"eval needs {' and '.join(missing)}, not installed; install with: pip install 'regsurgery[eval]'"
-        )
+        raise UserError(f"eval needs {' and '.join(missing)}; install with: pip install 'regsurgery[eval]'")
     return importlib.import_module(f"regsurgery.evaluation.{task.replace('-', '_')}")

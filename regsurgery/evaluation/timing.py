@@ -1,7 +1,7 @@
-"""Timing in turns: what is compared runs in the same round, in an order that changes from round to round.
+"""Timing in turns: everything that is compared runs in the same round, in an order that changes between rounds.
 
-A machine that warms up, or that others use, then weighs on all alike. The figure is the ratio of two runs of one round;
-its interval, over the rounds, says how far it can be trusted.
+Warm-up and other load on the machine then affect all alike. The figure is the ratio of two runs in one round; its
+interval, over the rounds, says how far it can be trusted.
 
 Shape suffix: R rounds.
 """
@@ -30,13 +30,13 @@ def turns(
     warm_up: int = WARM_UP,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[dict[str, float]]:
-    """Seconds of one run of every way, round after round, without end; runs that warm up are not told.
+    """Seconds of one run of every way, round after round, without end; warm-up runs are not reported.
 
-    The order is drawn anew for every second round and turned round in the next (of two ways: AB BA or BA AB). A fixed
-    order would not do: what a run leaves in caches and in the heap is a cost, or a gain, to the one behind it.
+    The order is drawn at random for every second round and reversed in the next (with two ways: AB BA or BA AB). A
+    fixed order would not do: what a run leaves in caches and in the heap slows down, or speeds up, the next one.
 
     Args:
-        device: is waited for before and after every run, unless it is the CPU.
+        device: is synchronised before and after every run, unless it is the CPU.
     """
     names, rng = list(ways), random.Random(0)
     order: list[str] = []
@@ -65,7 +65,7 @@ def _wait(device: torch.device | None) -> None:
 
 
 def median(values_R: np.ndarray | Sequence[float], seed: int = 0) -> Estimate:
-    """The median with its bootstrapped interval (percentiles); there are at least two values."""
+    """The median with its bootstrapped interval (percentiles); takes at least two values."""
     from scipy import stats
 
     values_R = np.asarray(values_R, dtype=np.float64)
@@ -76,5 +76,5 @@ def median(values_R: np.ndarray | Sequence[float], seed: int = 0) -> Estimate:
 
 
 def ratio(rounds: Sequence[Mapping[str, float]], name: str, to: str, seed: int = 0) -> Estimate:
-    """The median over the rounds of what way `name` took over what `to` took in the same round."""
+    """The median over the rounds of the time of `name` divided by the time of `to` in the same round."""
     return median([each[name] / each[to] for each in rounds], seed)

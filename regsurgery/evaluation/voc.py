@@ -1,4 +1,4 @@
-"""Pascal VOC's layout: `JPEGImages/NAME.jpg` with its boxes in `Annotations/NAME.xml`."""
+"""The layout of Pascal VOC: `JPEGImages/NAME.jpg` with its boxes in `Annotations/NAME.xml`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def boxes_of_image(path: Path) -> np.ndarray:
     """The boxes of the objects in `DIR/JPEGImages/NAME.jpg`, read from `DIR/Annotations/NAME.xml`, `[G, 4]`.
 
     Raises:
-        UserError: there is no such annotation, or a broken one.
+        UserError: the annotation is missing or broken.
     """
     annotation = path.parent.parent / "Annotations" / f"{path.stem}.xml"
     if not annotation.is_file():
@@ -27,13 +27,13 @@ def boxes_of_image(path: Path) -> np.ndarray:
 
 
 def read_boxes(path: Path) -> np.ndarray:
-    """The boxes of an annotation file, `[G, 4]`; those marked `difficult` are among them, as in the LOST protocol.
+    """The boxes of an annotation file, `[G, 4]`, including those marked `difficult`, as in the LOST protocol.
 
     Only an object's own box counts: people have `part` boxes (head, hand, foot) inside theirs. VOC counts pixels from
     1 and includes the last one, so left and top are one less here.
 
     Raises:
-        UserError: the file is absent or no such annotation.
+        UserError: the file is missing or not a VOC annotation.
     """
     from xml.etree import ElementTree
 

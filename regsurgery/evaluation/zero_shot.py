@@ -1,6 +1,6 @@
 """A zero-shot classifier: the text tower of a CLIP model and a file of prompts.
 
-The file has one class a line, in the order of the class indices; several prompts of a class are separated by tabs, and
+The file has one class per line, in the order of the class indices; prompts of one class are separated by tabs, and
 their embeddings averaged at unit length. Radford et al., Learning Transferable Visual Models From Natural Language
 Supervision, arXiv 2103.00020, section 3.1.4.
 
@@ -28,7 +28,7 @@ def class_embeddings(loaded: Loaded, prompts: Path) -> Tensor:
     """Unit vectors of the classes, `[K, E]`.
 
     Raises:
-        UserError: the file is no list of prompts, or the model has no text tower.
+        UserError: the file is not a list of prompts, or the model has no text tower.
     """
     try:
         lines = prompts.read_text("utf-8").splitlines()
@@ -40,7 +40,7 @@ def class_embeddings(loaded: Loaded, prompts: Path) -> Tensor:
     empty = next((number for number, of_class in enumerate(classes, 1) if not of_class), None)
     if not classes or empty is not None:
         where = f"line {empty} is" if empty else "is"
-        raise UserError(f"{prompts}: {where} empty; write one class a line, several prompts separated by tabs")
+        raise UserError(f"{prompts}: {where} empty; write one class per line, several prompts separated by tabs")
     return torch.stack([F.normalize(_embedded(loaded, of_class).mean(dim=0), dim=-1) for of_class in classes])
 
 
@@ -57,12 +57,12 @@ def _embedded(loaded: Loaded, prompts: list[str]) -> Tensor:
         try:
             tokenizer = AutoTokenizer.from_pretrained(loaded.folder)
         except (OSError, ValueError) as error:
-            raise UserError(f"{loaded.source.id}: has no tokenizer for the prompts; put its files there") from error
+            raise UserError(f"{loaded.source.id}: has no tokenizer for the prompts; add its files") from error
         encoded = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").to(device)
         features_PE = model.get_text_features(**encoded)
         features_PE = getattr(features_PE, "pooler_output", features_PE)
     else:
-        raise UserError(f"{loaded.source.id}: has no text tower; leave --prompts out to use its own classes")
+        raise UserError(f"{loaded.source.id}: has no text tower; leave out --prompts to use its own classes")
     return F.normalize(features_PE.float(), dim=-1)
 
 
@@ -73,7 +73,7 @@ def _open_clip_tokenizer(loaded: Loaded) -> Any:
 
 
 def zero_shot_logits(outputs: Mapping[str, Tensor], classes_KE: Tensor) -> Tensor | None:
-    """Cosine of each image to each class, `[B, K]`; None where the outputs have no image embedding."""
+    """Cosine between each image and each class, `[B, K]`; None if the outputs have no image embedding."""
     name = next((name for name in IMAGE_EMBEDDINGS if name in outputs), None)
     if name is None or outputs[name].shape[-1] != classes_KE.shape[-1]:
         return None

@@ -1,1 +1,1 @@
-"""How checkpoints are read; one file a library."""
+"""How checkpoints are read; one file per library."""

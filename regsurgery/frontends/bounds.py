@@ -1,4 +1,4 @@
-"""What a config may ask for: numbers and sizes are refused before a library allocates what they say."""
+"""Limits for configs: absurd numbers and sizes are refused before a library allocates memory for them."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ SIDES = (
 )
 # Libraries make lists of these lengths before any tensor.
 COUNTS = {re.compile(r"(layers|depth|blocks)$"): 1 << 12, re.compile(r"(labels|classes)$"): 1 << 18}
-SPARE_ELEMENTS = 1 << 24  # what a model may have beyond `FACTOR` times the checkpoint, so that small ones are no case
+SPARE_ELEMENTS = 1 << 24  # allowed on top of `FACTOR` times the checkpoint, so that small models always pass
 SPARE_TENSORS = 1024
-FACTOR = 4  # tied tensors are on disk once, tables that are computed are not there
+FACTOR = 4  # tied tensors are on disk once, computed tables not at all
 
 
 def check_numbers(path: Path, config: Any) -> None:
@@ -40,7 +40,7 @@ def check_numbers(path: Path, config: Any) -> None:
         limit = MAX_SIDE if key in SIDES else next((COUNTS[ending] for ending in COUNTS if ending.search(key)), None)
         if limit is not None and type(number) in (int, float) and not number <= limit:
             raise CheckpointError(
-                f"{path}: {key!r} is {_short(number)}, beyond {limit}; correct it or download the file again"
+                f"{path}: {key!r} is {_short(number)}, beyond the limit of {limit}; correct it or get the file again"
             )
 
     todo: list[tuple[str, Any]] = [("", config)]
@@ -62,9 +62,9 @@ def _short(number: Any) -> str:
 
 @contextmanager
 def bounded_model(config: Path, files: Sequence[SafetensorsFile]) -> Iterator[None]:
-    """Inside, a model that is much larger than the checkpoint `files` cannot be built: configs name sizes of any kind.
+    """In this context, no model can be built that is much larger than the checkpoint `files`, whatever its config says.
 
-    Tensors are counted when a library asks for them, which is before their memory is touched.
+    Tensors are counted when a library asks for them, before their memory is touched.
 
     Raises:
         CheckpointError: the model would have more tensors, or larger ones, than `FACTOR` times the checkpoint.
@@ -80,8 +80,8 @@ def bounded_model(config: Path, files: Sequence[SafetensorsFile]) -> Iterator[No
 
     def refuse(what: str) -> CheckpointError:
         return CheckpointError(
-            f"{config}: describes a model of {what}, {files[0].path.name if files else 'the checkpoint'} holds "
-            f"{on_disk} elements; config and weights do not belong together"
+            f"{config}: describes a model of {what}, but {files[0].path.name if files else 'the checkpoint'} holds "
+            f"{on_disk} elements; give a config and weights that belong together"
         )
 
     def registered(module: Any, name: str, value: Tensor | None) -> None:
@@ -110,7 +110,7 @@ def bounded_model(config: Path, files: Sequence[SafetensorsFile]) -> Iterator[No
 
 
 def _asked(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-    """Elements of the tensor that an operator is going to make, as far as its arguments tell."""
+    """Number of elements of the tensor that an operator will make, as far as its arguments tell."""
     from torch import Tensor
 
     name = func._schema.name
@@ -150,7 +150,7 @@ def tried(preprocess: Callable[[list[Any]], Any], folder: Path) -> None:
     """Put one picture through a model's preprocessing.
 
     Raises:
-        CheckpointError: its settings make no `[1, 3, height, width]` of finite numbers.
+        CheckpointError: the result is not a `[1, 3, height, width]` of finite numbers.
     """
     import PIL.Image
 
@@ -158,9 +158,9 @@ def tried(preprocess: Callable[[list[Any]], Any], folder: Path) -> None:
         pixels = preprocess([PIL.Image.new("RGB", (64, 48), (30, 120, 210))])
         problem = None
         if tuple(pixels.shape[:2]) != (1, 3) or pixels.ndim != 4:
-            problem = f"it makes {list(pixels.shape)} of one image"
+            problem = f"it returns {list(pixels.shape)} for one image"
         elif not pixels.isfinite().all():
-            problem = "it makes pixels that are not finite"
+            problem = "it returns pixels that are not finite"
     except BROKEN as error:
         problem = " ".join(str(error).split())[:300] or type(error).__name__
     if problem:

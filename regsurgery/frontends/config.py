@@ -1,4 +1,4 @@
-"""The config file of a checkpoint folder, which tells its library."""
+"""The config file of a checkpoint folder, which identifies its library."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def read_config(folder: Path) -> tuple[str, str, dict[str, Any]]:
         if isinstance(config.get("architecture"), str):
             return "timm", name, config
         raise CheckpointError(
-            f"{path}: neither transformers ('model_type') nor timm ('architecture') wrote this config"
+            f"{path}: has neither 'model_type' (transformers) nor 'architecture' (timm); give a folder that one of "
+            "these libraries saved"
         )
     names = " or ".join(reversed(CONFIG_NAMES))
-    raise CheckpointError(f"{folder}: no {names}; give a folder that transformers, timm or open_clip saved")
+    raise CheckpointError(f"{folder}: has no {names}; give a folder that transformers, timm or open_clip saved")

@@ -1,4 +1,4 @@
-"""Devices: does the machine have them, and a model is put there."""
+"""Devices: check that the machine has them, and put a model there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def check_device(device_map: str | None) -> None:
-    """Raise `UserError` for a device map that names no device of this machine."""
+    """Raise `UserError` for a device map that does not name a device of this machine."""
     if device_map is None or device_map == "auto":
         return
     import torch
@@ -19,11 +19,13 @@ def check_device(device_map: str | None) -> None:
     try:
         kind = torch.device(device_map).type
     except RuntimeError as error:
-        raise UserError(f"device map {device_map}: not a device; give auto, cpu, cuda or cuda:1") from error
+        raise UserError(
+            f"device map {device_map}: not a device; give auto, cpu, cuda or cuda:1, for example"
+        ) from error
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     present = ["cpu", *([accelerator.type] if accelerator else [])]
     if kind not in present:
-        raise UserError(f"device map {device_map}: torch sees no {kind} here; give auto or {' or '.join(present)}")
+        raise UserError(f"device map {device_map}: torch finds no {kind} here; give auto or {' or '.join(present)}")
 
 
 def place(model: nn.Module, device_map: str | None) -> nn.Module:
@@ -37,7 +39,7 @@ def place(model: nn.Module, device_map: str | None) -> nn.Module:
     import accelerate
     from torch import nn
 
-    # The members of a list of blocks hold residual adds, whose operands must be on one device.
+    # Blocks (members of a module list) hold residual adds, whose operands must be on one device.
     lists = [module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
     whole = sorted({type(member).__name__ for members in lists for member in members})
     try:

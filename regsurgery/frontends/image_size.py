@@ -1,4 +1,4 @@
-"""Images of another size than the one that a model was made for: which it takes, and the model at one of them."""
+"""Image sizes other than the model's own: which sizes it takes, and the model at another size."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from regsurgery.frontends.libraries import frontend
 from regsurgery.frontends.loaded import Loaded
 
 LARGER = (1.5, 2.0)  # times the model's own size
-# What a model raises that is given images of a size that it does not take.
+# What a model raises for images of a size that it does not take.
 REFUSES = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, NotImplementedError, IndexError)
 
 
 def at_image_size(loaded: Loaded, side: int | None) -> Loaded:
-    """`loaded` for square images of `side` pixels, preprocessed as its own are; None: as it is.
+    """`loaded` for square images of `side` pixels, preprocessed like its own; None: unchanged.
 
     Its tensors are those of the checkpoint, and its position embedding is interpolated as its library does that.
 
     Raises:
-        UserError: the model takes no such images; the message says which sizes work.
+        UserError: the model does not take such images; the message says which sizes work.
     """
     if side is None or (side, side) == loaded.image_size:
         return loaded
@@ -42,14 +42,14 @@ def at_image_size(loaded: Loaded, side: int | None) -> Loaded:
     except (UnsupportedModelError, *REFUSES) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"--image-size {side}: {loaded.architecture} takes images of {own} only ({reason}); leave --image-size out"
+            f"--image-size {side}: {loaded.architecture} takes only images of {own} ({reason}); leave out --image-size"
         ) from error
     return resized
 
 
 def larger_sizes(loaded: Loaded, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-    """Two larger image sizes (height, width) of whole patches, 1.5 times and twice `size`; none where it is not known
-    how large a patch is.
+    """Two larger image sizes (height, width) of whole patches, 1.5 times and twice `size`; empty if the patch size is
+    not known.
     """
     patch = patch_size(loaded)
     if patch is None:
@@ -59,7 +59,7 @@ def larger_sizes(loaded: Loaded, size: tuple[int, int]) -> tuple[tuple[int, int]
 
 
 def takes(loaded: Loaded, size: tuple[int, int]) -> Loaded | None:
-    """`loaded` for images of `size` (height, width), or None where the model takes none of that size."""
+    """`loaded` for images of `size` (height, width), or None if the model takes none of that size."""
     try:
         resized = frontend(loaded.library).at_size(loaded, size)
         _run(resized)
@@ -69,7 +69,7 @@ def takes(loaded: Loaded, size: tuple[int, int]) -> Loaded | None:
 
 
 def patch_size(loaded: Loaded) -> tuple[int, int] | None:
-    """(height, width) of a patch in pixels, or None: the patch embedding is no convolution without overlap."""
+    """(height, width) of a patch in pixels, or None if the patch embedding is not a convolution without overlap."""
     for module in loaded.model.get_submodule(loaded.entry).modules():
         if isinstance(module, nn.Conv2d):
             kernel = (module.kernel_size[0], module.kernel_size[1])
@@ -78,7 +78,7 @@ def patch_size(loaded: Loaded) -> tuple[int, int] | None:
 
 
 def text(size: tuple[int, int]) -> str:
-    """A size in words."""
+    """A size as text."""
     return f"{size[0]}x{size[1]} pixels"
 
 
@@ -87,12 +87,12 @@ def _whole(pixels: float, patch: int) -> int:
 
 
 def _run(loaded: Loaded) -> None:
-    """One blank image through the preprocessing and the model, which raises what it will."""
+    """Run a blank image through the preprocessing and the model; exceptions pass through."""
     import PIL.Image
 
     height, width = loaded.image_size
     images = loaded.preprocess([PIL.Image.new("RGB", (width, height))])
     if tuple(images.shape[-2:]) != (height, width):
-        raise UnsupportedModelError(f"its preprocessing makes images of {text((images.shape[-2], images.shape[-1]))}")
+        raise UnsupportedModelError(f"its preprocessing returns images of {text((images.shape[-2], images.shape[-1]))}")
     with torch.no_grad():
         loaded.call(loaded.model, images.to(next(loaded.model.parameters()).device))

@@ -1,4 +1,4 @@
-"""MODEL -> `Loaded`: find the checkpoint, tell its library by its config file, load it, keep what later steps need."""
+"""MODEL -> `Loaded`: find the checkpoint, identify its library, load it, and keep what later steps need."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ def load(
     """Load MODEL: a folder, a Hub id, `timm:NAME` or `open_clip:ARCH/TAG`.
 
     Args:
-        scratch: the temporary folder that MODEL is in, which lives as long as what is returned.
-        native: MODEL is a folder of native mode, a stock checkpoint; others that are patched are refused.
-        look_through: read every weight, for the sha256 and to refuse NaN; without, files whose sha256 the Hub gave are
-            taken to be what it published.
-        known: name -> sha256 of files that were just written from a checkpoint that was looked through: those weights
-            are not read again.
-        use_meanwhile: is called with the weight files as soon as their headers are known to be fine.
+        scratch: the temporary folder that MODEL is in, which lives as long as the result.
+        native: MODEL is a folder of native mode, a stock checkpoint; other patched folders are refused.
+        look_through: read every weight, to hash it and to refuse NaN; otherwise, files whose sha256 the Hub published
+            are trusted.
+        known: name -> sha256 of files that were just written from a checkpoint that was checked: those weights are not
+            read again.
+        use_meanwhile: is called with the weight files as soon as their headers have been checked.
 
     Raises:
-        ModelNotFoundError: nothing answers to the id, or it cannot be reached.
+        ModelNotFoundError: nothing has this id, or it cannot be reached.
         CheckpointError: the folder has no config, no (allowed) weights, or broken weights.
-        UnsupportedModelError: the library does not know the architecture, or its weights are quantised.
+        UnsupportedModelError: the library does not know the architecture, or the weights are quantised.
     """
     options = options or LoadOptions()
     check_device(options.device_map)
@@ -61,7 +61,7 @@ def load(
         repo = repository_of(model_id)
         folder, revision = downloaded(repo, model_id, options)
     library, config_name, config = read_config(folder)
-    if not native:  # there the folder is a patched one, checked already, or our own link to it
+    if not native:  # a native folder is a patched one, already checked, or our own link to it
         _refuse_patched(folder, config)
     check_numbers(folder / config_name, config)
     given = model_id if scratch is None else options.called
@@ -77,8 +77,8 @@ def load(
     source = Source(options.called or model_id, revision, _combined(digests), repo)
     if options.sha256 not in (None, source.sha256):
         raise CheckpointError(
-            f"{given}: its weights have sha256 {source.sha256}, expected {options.sha256}: they were "
-            "changed, or are another model's; get those back that are expected"
+            f"{given}: its weights have sha256 {source.sha256}, expected {options.sha256}; give the checkpoint with "
+            "the expected weights"
         )
     stored = sum(path.stat().st_size for path in weights) > _memory(options)
     checkpoint = Checkpoint(source, library, folder, weights, digests, pickled, config, config_name, stored, scratch)
@@ -89,12 +89,12 @@ def load(
 
 
 def _known(weights: Sequence[Path], known: Mapping[str, str] | None) -> tuple[str, ...] | None:
-    """The sha256 of each file by `known`, or None where not all of them are."""
+    """The sha256 of each file from `known`, or None if some are not in it."""
     return None if known is None else _all(known.get(path.name) for path in weights)
 
 
 def _published(weights: Sequence[Path]) -> tuple[str, ...] | None:
-    """The sha256 of each file as the Hub gave it, or None where it did not give all of them."""
+    """The sha256 of each file as published by the Hub, or None if some were not."""
     return _all(published_sha256(path) for path in weights)
 
 
@@ -106,7 +106,7 @@ def _all(digests: Iterable[str | None]) -> tuple[str, ...] | None:
 def _refuse_patched(folder: Path, config: Mapping[str, Any]) -> None:
     refuse_links_out(folder)
     if "regsurgery" in config:
-        raise CheckpointError(f"{folder}: is patched already; patch its source {_source_id(config)} instead")
+        raise CheckpointError(f"{folder}: is already patched; patch its source {_source_id(config)} instead")
 
 
 def _source_id(config: Mapping[str, Any]) -> str:
@@ -125,7 +125,7 @@ def _memory(options: LoadOptions) -> int:
 
 
 def _refuse_quantised(folder: Path, config: Mapping[str, Any], headers: Sequence[SafetensorsFile]) -> None:
-    """Rows of a quantised matrix share scales, so no neuron's column can be rewritten alone."""
+    """Rows of a quantised matrix share scales, so a neuron's column cannot be rewritten alone."""
     settings = config.get("quantization_config")
     matrices = (
         f"tensor {tensor.name!r} is {tensor.dtype}"
@@ -137,7 +137,7 @@ def _refuse_quantised(folder: Path, config: Mapping[str, Any], headers: Sequence
     reason = method or next(matrices, None)
     if reason is not None:
         raise UnsupportedModelError(
-            f"{folder}: its weights are quantised ({reason}); patch the checkpoint it was made from, in float32, "
+            f"{folder}: its weights are quantised ({reason}); patch the checkpoint before quantisation, in float32, "
             "bfloat16 or float16, and quantise the patched folder"
         )
 
@@ -145,7 +145,7 @@ def _refuse_quantised(folder: Path, config: Mapping[str, Any], headers: Sequence
 def _weights(
     folder: Path, library: str, options: LoadOptions, scratch: tempfile.TemporaryDirectory[str] | None
 ) -> tuple[tuple[Path, ...], Path, tempfile.TemporaryDirectory[str] | None, Path | None]:
-    """The safetensors files of a checkpoint, the folder they are in, its `scratch`, and the pickle behind them."""
+    """The safetensors files of a checkpoint, their folder, its `scratch`, and the pickle they were converted from."""
     from regsurgery.formats import WEIGHTS_NAMES
 
     single = WEIGHTS_NAMES[library]
@@ -154,7 +154,7 @@ def _weights(
         return tuple(weights), folder, scratch, None
     pickled = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in (".bin", ".pt", ".pth"))
     if not pickled:
-        raise CheckpointError(f"{folder}: has a config but no weights; {single} is missing, download it again")
+        raise CheckpointError(f"{folder}: has a config but no weights; {single} is missing, add it")
     if not options.allow_pickle:
         raise CheckpointError(
             f"{pickled[0]}: pickled weights can run code when loaded and are refused; convert them to safetensors, or "

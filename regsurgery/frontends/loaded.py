@@ -18,9 +18,9 @@ class Source:
     """Where a checkpoint came from.
 
     Attributes:
-        id: MODEL as the user gave it; `repo` is the Hub repository behind it, if there is one.
+        id: MODEL as the user gave it; `repo` is its Hub repository, if there is one.
         revision: the Hub commit.
-        sha256: of its weight file; of its files' digests in name order where there are several.
+        sha256: of its weight file; of the files' digests in name order if there are several.
     """
 
     id: str
@@ -30,11 +30,11 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What a recipe calls the model: its Hub repository, the name of its folder, or `demo`."""
+        """The model's name in a recipe: its Hub repository, the name of its folder, or `demo`."""
         return self.repo or Path(self.id).absolute().name
 
     def as_dict(self) -> dict[str, Any]:
-        """The `source` entry of a patched config; `repo` is there where `id` does not say it."""
+        """The `source` entry of a patched config; with `repo` if that differs from `id`."""
         repo = {} if self.repo in (None, self.id) else {"repo": self.repo}
         return {"id": self.id, **repo, "revision": self.revision, "sha256": self.sha256}
 
@@ -45,12 +45,12 @@ class Checkpoint:
 
     Attributes:
         library: `transformers`, `timm` or `open_clip`.
-        folder: the checkpoint folder; read only. `scratch` keeps it alive where it is a temporary one.
+        folder: the checkpoint folder; read only. `scratch` keeps it alive if it is temporary.
         weights: its safetensors files.
         digests: the sha256 of each of `weights`.
-        pickled: the pickle that `weights` were converted from, where they were.
+        pickled: the pickle that `weights` were converted from, if they were.
         config: the library's own config file, parsed; `config_name` is that file's name.
-        stored: the weights are to stay on disk, see `stored.py`.
+        stored: whether the weights stay on disk, see `stored.py`.
     """
 
     source: Source
@@ -70,19 +70,19 @@ class Loaded(Checkpoint):
     """A model ready for tracing, and the files it came from.
 
     Attributes:
-        architecture: class or entry-point name, as the config has it.
+        architecture: class or entry-point name from the config.
         model: the stock model in the checkpoint's dtype, in eval mode; on the CPU if no device map was given.
         image_size: (height, width) in pixels that the model was made for.
         preprocess: the model's own preprocessing, images -> `[B, 3, height, width]` in the model's dtype.
-        preprocess_at: (height, width) -> the same preprocessing for that image size: what is cut off keeps its share.
+        preprocess_at: (height, width) -> the same preprocessing for that image size, cropping the same share.
         preprocess_note: one line that says where the preprocessing comes from.
         inputs: images `[B, 3, H, W]` -> (args, kwargs) of the model's forward; a text tower gets a dummy text.
         name_outputs: what forward returns -> its tensors by name.
-        disk_name: name of a parameter in memory -> its name in the checkpoint file; None where the file has no tensor
+        disk_name: name of a parameter in memory -> its name in the checkpoint file; None if the file has no tensor
             of its own for it (a part of a fused one).
         entry: path of the module that is traced and called, "" for the whole model; a vision tower inside a model that
             cannot be traced whole.
-        own: the same checkpoint at the size that it was made for, where `image_size` is another one.
+        own: the same checkpoint at the size it was made for, if `image_size` is another one.
     """
 
     architecture: str
@@ -98,7 +98,7 @@ class Loaded(Checkpoint):
     own: Loaded | None = None
 
     def resized(self, model: nn.Module, size: tuple[int, int]) -> Loaded:
-        """The checkpoint as `model`, which takes images of another size (height, width), preprocessed for it."""
+        """The checkpoint with `model`, which takes images of another size (height, width), preprocessed for it."""
         note = f"{(self.own or self).preprocess_note}, at {size[0]}x{size[1]} pixels"
         return replace(
             self,
@@ -110,6 +110,6 @@ class Loaded(Checkpoint):
         )
 
     def call(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-        """Run `model`, a stock or patched model of this checkpoint's kind, on `images` `[B, 3, H, W]`."""
+        """Run `model`, a stock or patched model of this checkpoint, on `images` `[B, 3, H, W]`."""
         args, kwargs = self.inputs(images)
         return self.name_outputs(model.get_submodule(self.entry)(*args, **kwargs))

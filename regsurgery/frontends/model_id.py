@@ -19,11 +19,9 @@ def repository_of(model_id: str) -> str:
     if prefix == "open_clip":
         return _open_clip_repo(name)
     if not model_id.strip():
-        raise ModelNotFoundError(
-            "the MODEL given is empty; give a folder, a Hub id, timm:NAME, open_clip:ARCH/TAG or demo"
-        )
+        raise ModelNotFoundError("MODEL is empty; give a folder, a Hub id, timm:NAME, open_clip:ARCH/TAG or demo")
     if Path(model_id).is_file():
-        raise ModelNotFoundError(f"{model_id}: a file; give the folder that holds the checkpoint")
+        raise ModelNotFoundError(f"{model_id}: is a file; give the folder that holds the checkpoint")
     return model_id
 
 
@@ -42,7 +40,7 @@ def _timm_repo(name: str) -> str:
             f"{hint or '; timm.list_pretrained() in Python lists them'}"
         )
     if not cfg.hf_hub_id:
-        raise ModelNotFoundError(f"timm:{name}: timm publishes no Hub repository for it")
+        raise ModelNotFoundError(f"timm:{name}: timm names no Hub repository for it; give a folder or a Hub id")
     return f"timm/{cfg.architecture}.{cfg.tag}" if cfg.hf_hub_id == "timm/" else cfg.hf_hub_id
 
 
@@ -55,7 +53,9 @@ def _open_clip_repo(name: str) -> str:
         known = [f"{arch}/{t}" for arch, t in open_clip.list_pretrained()]
         raise ModelNotFoundError(f"open_clip:{name}: open_clip has no such model and tag{did_you_mean(name, known)}")
     if not cfg.get("hf_hub"):
-        raise ModelNotFoundError(f"open_clip:{name}: open_clip publishes no Hub repository for it")
+        raise ModelNotFoundError(
+            f"open_clip:{name}: open_clip names no Hub repository for it; give a folder or a Hub id"
+        )
     return cfg["hf_hub"].rstrip("/")
 
 

@@ -39,7 +39,7 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
 
     context = getattr(model, "context_length", 77)
 
-    # A tower that returns its tokens as well: open_clip's CLIP cannot be called with it, CoCa adds a text decoder.
+    # If the tower also returns its tokens, open_clip's CLIP cannot be called, and CoCa adds a text decoder.
     entry, names = ("visual", TOWER_NAMES) if getattr(model.visual, "output_tokens", False) else ("", OUTPUT_NAMES)
 
     def inputs(images: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -96,11 +96,11 @@ def at_size(loaded: Loaded, size: tuple[int, int]) -> Loaded:
     """`loaded` for images of another size: built again at it, its position embedding resized by open_clip.
 
     Raises:
-        UnsupportedModelError: the tower takes one size only.
+        UnsupportedModelError: the tower takes only one size.
     """
     reference = next(loaded.model.parameters())
     try:
         model = _model(loaded, force_image_size=size)
     except UNLOADABLE as error:
-        raise UnsupportedModelError(f"{loaded.architecture}: takes no other image size") from error
+        raise UnsupportedModelError(f"{loaded.architecture}: takes only one image size") from error
     return loaded.resized((model if loaded.stored else model.to(reference)).eval(), size)

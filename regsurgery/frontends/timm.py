@@ -79,7 +79,7 @@ def at_size(loaded: Loaded, size: tuple[int, int]) -> Loaded:
     """`loaded` for images of another size: built again with a position embedding that is interpolated.
 
     Raises:
-        UnsupportedModelError: the architecture takes one size only.
+        UnsupportedModelError: the architecture takes only one size.
     """
     import timm
 
@@ -92,5 +92,5 @@ def at_size(loaded: Loaded, size: tuple[int, int]) -> Loaded:
                 reference
             )
     except UNLOADABLE as error:
-        raise UnsupportedModelError(f"{loaded.architecture}: takes no other image size") from error
+        raise UnsupportedModelError(f"{loaded.architecture}: takes only one image size") from error
     return loaded.resized(model.eval(), size)

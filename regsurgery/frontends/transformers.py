@@ -67,8 +67,8 @@ def _class_of(checkpoint: Checkpoint, options: LoadOptions) -> tuple[str, Any]:
     """The architecture that the config names, and its class.
 
     Raises:
-        CheckpointError: it is code that comes with the checkpoint, or no class of a model.
-        UnsupportedModelError: this transformers does not know it.
+        CheckpointError: it is code that comes with the checkpoint, or not a model class.
+        UnsupportedModelError: the installed transformers does not know it.
     """
     import transformers
 
@@ -77,25 +77,25 @@ def _class_of(checkpoint: Checkpoint, options: LoadOptions) -> tuple[str, Any]:
     cls = getattr(transformers, architecture, None)
     if cls is None and "auto_map" in config and not options.trust_remote_code:
         raise CheckpointError(
-            f"{checkpoint.folder}: {architecture} is code that the checkpoint brings along; pass "
+            f"{checkpoint.folder}: {architecture} is code that comes with the checkpoint; pass "
             "--trust-remote-code if you trust its author"
         )
     if cls is None and "auto_map" in config:
         cls = transformers.AutoModel
     if cls is None:
-        raise UnsupportedModelError(f"{path}: this version of transformers has no {architecture}")
+        raise UnsupportedModelError(f"{path}: the installed transformers has no {architecture}; try another version")
     if not hasattr(cls, "from_pretrained") or not hasattr(cls, "from_config" if "Auto" in architecture else "forward"):
-        raise CheckpointError(f"{path}: {architecture!r} is not a model class of transformers")
+        raise CheckpointError(f"{path}: {architecture!r} is not a transformers model class; correct 'architectures'")
     if not options.trust_remote_code:
         _refuse_kernels(path, config)
     return architecture, cls
 
 
 def _check_complete(checkpoint: Checkpoint, model: Any, info: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` for tensors that the weights do not have, or have in another shape."""
+    """Raise `CheckpointError` for tensors that the weights lack, or have in another shape."""
     for kind, problem in (
         ("missing_keys", "is missing"),
-        ("mismatched_keys", "has another shape than the config says"),
+        ("mismatched_keys", "has a different shape than the config says"),
     ):
         if info.get(kind):
             found = info[kind][0] if isinstance(info[kind], list) else min(info[kind])
@@ -103,12 +103,12 @@ def _check_complete(checkpoint: Checkpoint, model: Any, info: Mapping[str, Any])
             name = _disk_names(model)(name) or name
             raise CheckpointError(
                 f"{checkpoint.weights[0]}: tensor '{name}' {problem} ({len(info[kind])} in all); "
-                "config and weights do not belong together"
+                "give a config and weights that belong together"
             )
 
 
 def _check_inputs(folder: Path, architecture: str, parameters: Mapping[str, Any]) -> None:
-    """Raise `UnsupportedModelError` for a model that takes no images, or takes them packed."""
+    """Raise `UnsupportedModelError` for a model that does not take images, or takes them packed."""
     if "pixel_values" not in parameters:
         raise UnsupportedModelError(
             f"{folder}: {architecture} takes no pixel_values, so it is not a vision model; give one that takes images"
@@ -121,7 +121,7 @@ def _check_inputs(folder: Path, architecture: str, parameters: Mapping[str, Any]
 def from_pretrained(
     cls: Any, folder: Path, stored: Sequence[Path] | None, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """The model and what was missing, mismatched or left over; `stored`: weight files that stay on disk."""
+    """The model, and which keys were missing, mismatched or left over; `stored`: weight files that stay on disk."""
     options = {**options, "dtype": "auto", "output_loading_info": True}
     if stored is None:
         return cls.from_pretrained(folder, **options)
@@ -144,18 +144,18 @@ def _architecture(config_path: Path, config: Mapping[str, Any]) -> str:
             f"{config_path}: 'architectures' must be a list of class names, found {architectures!r:.200}"
         )
     if not architectures[0].isidentifier():
-        raise CheckpointError(f"{config_path}: {architectures[0]!r:.200} under 'architectures' is no class name")
+        raise CheckpointError(f"{config_path}: {architectures[0]!r:.200} under 'architectures' is not a class name")
     return architectures[0]
 
 
 def _refuse_kernels(config_path: Path, config: Mapping[str, Any]) -> None:
-    """An attention implementation of the form `owner/repository` is code that transformers would fetch and run."""
+    """An attention implementation named `owner/repository` is code that transformers would fetch and run."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
             if "/" in str(part.get(key)):
                 raise CheckpointError(
-                    f"{config_path}: {key!r} names code of another repository; remove it, or pass --trust-remote-code "
-                    "if you trust its author"
+                    f"{config_path}: {key!r} names code from another repository; remove it, or pass "
+                    "--trust-remote-code if you trust its author"
                 )
 
 
@@ -167,14 +167,14 @@ def _own_size(config: Mapping[str, Any], model: nn.Module) -> tuple[int, int]:
         return size[0], size[1]
     if type(size) is int and size > 0:
         return size, size
-    raise UnsupportedModelError(f"{config.get('model_type')}: its config has no image_size")
+    raise UnsupportedModelError(f"{config.get('model_type')}: its config has no image_size; add it")
 
 
 def _preprocessing(
     folder: Path, own_size: tuple[int, int], dtype: torch.dtype, options: LoadOptions
 ) -> tuple[Callable[[tuple[int, int] | None], Callable[[list[Any]], Tensor]], str, tuple[int, int]]:
-    """The model's own preprocessing by the size that it shall make, which is its own one for None; a line that names
-    it; and its own size (height, width).
+    """A function from an image size (None: the model's own) to the model's preprocessing at that size; a line that
+    names the preprocessing; and its own size (height, width).
     """
     settings = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
     settings = [path for path in settings if path.is_file()]
@@ -217,7 +217,7 @@ def _preprocessing(
 
 
 def _sizes_at(processor: Any, size: tuple[int, int]) -> dict[str, dict[str, int]]:
-    """Arguments with which `processor` makes images of `size`: what it resizes to grows as what it crops to."""
+    """Arguments with which `processor` makes images of `size`: its resize size scales with its crop size."""
     height, width = size
     target = {"height": height, "width": width}
     if not getattr(processor, "do_center_crop", False):
@@ -240,7 +240,7 @@ def _processor_size(processor: Any) -> tuple[int, int] | None:
 
 
 def _inputs(model: Any, own_size: tuple[int, int], parameters: Collection[str], *, collects: bool) -> Any:
-    """Images -> the arguments of a forward with these parameters; `collects`: all hidden states are wanted."""
+    """Images -> the arguments of a forward with these parameters; `collects`: ask for all hidden states."""
     interpolates = "interpolate_pos_encoding" in parameters
     noise = NOISE_INPUTS.get(model.config.model_type)
     text = getattr(model.config, TEXT_CONFIG_KEY, None) if "input_ids" in parameters else None
@@ -265,7 +265,9 @@ def _inputs(model: Any, own_size: tuple[int, int], parameters: Collection[str], 
 
 
 def _features_named(model: Any, feature_layer: str) -> Callable[[Any], dict[str, Tensor]]:
-    """`name_outputs`, but the hidden state that a language model reads is `image_features`, the last of several."""
+    """`name_outputs`, except that the hidden state that a language model reads (the last of several) is
+    `image_features`.
+    """
     layers = getattr(model.config, feature_layer)
     layer = layers if isinstance(layers, int) else layers[-1]
 
@@ -288,7 +290,7 @@ def name_outputs(output: Any) -> dict[str, Tensor]:
 
 
 def _disk_names(model: Any) -> Callable[[str], str | None]:
-    """Transformers 5 renames keys on load; names on disk are those that its own saving would give."""
+    """Transformers 5 renames keys on load; names on disk are the ones that its own saving would use."""
     from transformers.core_model_loading import revert_weight_conversion
 
     state = model.state_dict()

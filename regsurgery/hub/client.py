@@ -1,4 +1,4 @@
-"""The Hub's own client, quiet, and what it raises in one line."""
+"""The Hub's own client, silenced, with its errors in one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_name(repo: str) -> None:
-    """Raise `HubError` where `repo` is no USER/NAME that the Hub takes."""
+    """Raise `HubError` if `repo` is not a USER/NAME that the Hub accepts."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
@@ -23,12 +23,12 @@ def check_name(repo: str) -> None:
     except HFValidationError as error:
         reason = " ".join(str(error).split())
     if reason is not None:
-        raise HubError(f"{repo}: not a repository's name: {reason}")
+        raise HubError(f"{repo}: not a valid repository name: {reason}")
 
 
 @contextmanager
 def client() -> Iterator[HfApi]:
-    """The Hub's client; it draws no bars of its own and its warnings of retries stay back."""
+    """The Hub's client, without progress bars and without warnings about retries."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
@@ -45,15 +45,15 @@ def client() -> Iterator[HfApi]:
 
 @contextmanager
 def told(repo: str, again: str = "run it again") -> Iterator[None]:
-    """Whatever the Hub or its client say in the block, in one line that says what to do; `again`: how to go on.
+    """Errors of the Hub or its client in the block become one line that says what to do; `again`: how to continue.
 
     Raises:
         HubError: instead of the client's errors.
     """
     from huggingface_hub import errors
 
-    # The root of the errors of the client's HTTP library, which is httpx in 1.x and httpx2 in 2.x. The client wraps
-    # errors of uploads in a RuntimeError, and has ValueError for answers that it does not understand.
+    # The base error of the client's HTTP library, which is httpx in 1.x and httpx2 in 2.x. The client wraps upload
+    # errors in a RuntimeError, and raises ValueError for answers that it does not understand.
     http_error: Any = errors.HfHubHTTPError.__bases__[0]
     try:
         yield
@@ -79,12 +79,12 @@ def _reason(error: BaseException, again: str) -> str:
     status, said = error.response.status_code, (error.server_message or "").strip()
     said = " ".join(said.split())[:300]
     told = {
-        401: "the Hub does not accept the token; log in anew with `hf auth login`, or correct HF_TOKEN",
+        401: "the Hub does not accept the token; log in again with `hf auth login`, or correct HF_TOKEN",
         403: "the token has no permission to write there; log in (hf auth login) with one that has",
-        404: f"the repository or branch is not there any more; {again}",
-        409: f"somebody else changed the repository meanwhile; {again}",
-        412: f"somebody else changed the repository meanwhile; {again}",
-        429: f"the Hub had too many requests; wait some minutes, then: {again}",
+        404: f"the repository or branch was not found; {again}",
+        409: f"the repository has changed in the meantime; {again}",
+        412: f"the repository has changed in the meantime; {again}",
+        429: f"the Hub received too many requests; wait a few minutes, then: {again}",
     }.get(status)
     if told is None:
         told = f"the Hub failed; {again}" if status >= 500 else f"the Hub refuses: {said or text}; {again}"

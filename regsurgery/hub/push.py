@@ -1,8 +1,8 @@
 """Patched folders to the Hugging Face Hub.
 
-The Hub's client commits last: large files go to the repository's storage first, and one commit names them all. So a
-repository holds the whole folder or nothing of it, and after a broken upload the next one sends what is missing.
-(`upload_folder` makes several commits of a large folder, which is why it is not used.)
+The Hub's client commits last: large files go to the repository's storage first, then one commit names them all. So a
+repository holds the whole folder or none of it, and after a broken upload the next one sends what is missing.
+(`upload_folder` makes several commits for a large folder, so it is not used.)
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
     from regsurgery.progress import Progress
 
-KEPT = {".gitattributes"}  # the Hub's own; a repository with nothing else is empty
+KEPT = {".gitattributes"}  # the Hub's own file; a repository with nothing else counts as empty
 
 
 @dataclass(frozen=True)
 class Destination:
-    """A repository that may be written to, as it was when it was looked at.
+    """A repository that may be written to, at the time it was checked.
 
     Attributes:
-        head: its commit; None where there is no repository yet.
+        head: its commit; None if there is no repository yet.
         new_branch: the revision is a branch that does not exist yet.
         files: the names in it.
     """
@@ -50,12 +50,12 @@ class Destination:
 
 @dataclass(frozen=True)
 class Pushed:
-    """What `push` did; for a dry run what it would do, with `url` and `commit` None.
+    """What `push` did; for a dry run, what it would do, with `url` and `commit` None.
 
     Attributes:
-        files: name -> bytes, of all files of the repository that regsurgery answers for.
+        files: name -> bytes, for all files of the repository that regsurgery manages.
         removed: files of an earlier push that are no longer part of the model.
-        paths: absolute paths of this machine -> what was published in their place.
+        paths: absolute paths on this machine -> what was published instead.
     """
 
     repo: str
@@ -73,16 +73,16 @@ class Pushed:
 
 @takes(PushOptions)
 def push(folder: str | Path, repo: str, options: PushOptions) -> Pushed:
-    """Put a patched folder on the Hub, as one commit. A token is found as huggingface_hub finds it.
+    """Push a patched folder to the Hub as one commit. The token is found the way huggingface_hub finds it.
 
     Args:
         folder: what `patch` wrote; its verification must have passed and SHA256SUMS must hold.
-        repo: USER/NAME. It is created if need be; one that regsurgery wrote is updated, and keeps its history.
+        repo: USER/NAME. It is created if necessary; one that regsurgery wrote is updated and keeps its history.
         options: see `options.PushOptions`; its fields are the keyword arguments.
 
     Raises:
         CheckpointError: the folder is incomplete or changed, or was not verified.
-        HubError: no token, no permission, a repository of something else, a broken connection, ...
+        HubError: no token, no permission, a repository with other contents, a broken connection, ...
     """
     from regsurgery.emit.published import published
     from regsurgery.verification.patched import existing_folder
@@ -95,13 +95,13 @@ def push(folder: str | Path, repo: str, options: PushOptions) -> Pushed:
     _check_verified(root)
     ready = published(root, repo, revision)
     for path, shown in ready.paths.items():
-        progress.say(f"published without the place on this machine: {path} as {shown}")
+        progress.say(f"local path {path} is published as {shown}")
     if options.dry_run:
         return Pushed(repo, revision, None, None, None, ready.sizes, (), ready.paths)
 
     with client() as api:
         place = destination(repo, options)
-        with told(repo, f"`regsurgery push {folder} {repo}` finishes it, what has arrived is not sent twice"):
+        with told(repo, f"`regsurgery push {folder} {repo}` finishes it without sending uploaded files again"):
             if place.head is None:
                 url = str(api.create_repo(repo, private=options.private, exist_ok=True))
             else:
@@ -123,9 +123,9 @@ def push(folder: str | Path, repo: str, options: PushOptions) -> Pushed:
 
 
 def check_before_patching(repo: str, *, private: bool | None, verification: bool) -> None:
-    """Raise where a folder that is still to be patched could not be pushed; nothing is written."""
+    """Raise if the folder that is about to be written could not be pushed; nothing is written here."""
     if not verification:
-        raise HubError(f"{repo}: only what was verified is pushed; leave out --no-verify or --push")
+        raise HubError(f"{repo}: only verified folders are pushed; leave out --no-verify or --push")
     destination(repo, PushOptions(private=private))
 
 
@@ -134,10 +134,7 @@ def _check_verified(folder: Path) -> None:
         raise CheckpointError(f"{folder / RUN_RECORD_NAME}: not in {SUMS_NAME}; patch the model again")
     verdict = read_run_record(folder)["verify"]
     if verdict is None:
-        raise CheckpointError(
-            f"{folder}: was written without verification, so nobody knows what it does; patch the model again, "
-            "without --no-verify"
-        )
+        raise CheckpointError(f"{folder}: was written without verification; patch the model again, without --no-verify")
     if not verdict["passed"]:
         raise CheckpointError(f"{folder}: its verification failed; patch the model again")
 
@@ -146,14 +143,14 @@ def destination(repo: str, options: PushOptions) -> Destination:
     """Find out whether `push` may write to `repo`; nothing is written.
 
     Raises:
-        HubError: it may not, and why.
+        HubError: it may not; the message says why.
     """
     from huggingface_hub import errors
 
     revision, create_pr = options.revision, options.create_pr
     check_name(repo)
     if create_pr and revision is not None:
-        raise HubError(f"{repo}: a pull request is made to the main branch; give either --create-pr or --revision")
+        raise HubError(f"{repo}: pull requests go to the main branch; give either --create-pr or --revision")
     with client() as api, told(repo):
         user = api.whoami()
         if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
@@ -170,7 +167,7 @@ def destination(repo: str, options: PushOptions) -> Destination:
             _check_may_create(repo, user)
             if create_pr:
                 raise HubError(
-                    f"{repo}: does not exist, and a pull request needs a repository; push without --create-pr"
+                    f"{repo}: does not exist, so there is nothing to open a pull request on; push without --create-pr"
                 ) from None
             return Destination(repo, None, revision not in (None, "main"), frozenset())
         if not create_pr:
@@ -180,8 +177,8 @@ def destination(repo: str, options: PushOptions) -> Destination:
         raise HubError(f"{repo}: exists and is public; make it private in its settings, or push without --private")
     if place.files - KEPT and not place.is_ours and not options.force:
         raise HubError(
-            f"{repo}: exists, and regsurgery did not write what is in it ({len(place.files - KEPT)} files); choose "
-            "another name, or replace its content with --force"
+            f"{repo}: exists, and regsurgery did not write its contents ({len(place.files - KEPT)} files); choose "
+            "another name, or replace its contents with --force"
         )
     return place
 
@@ -191,15 +188,17 @@ def _check_may_create(repo: str, user: dict[str, Any]) -> None:
     roles = {user["name"]: "admin", **{org["name"]: org.get("roleInOrg") for org in user.get("orgs", ())}}
     if namespace not in roles:
         raise HubError(
-            f"{repo}: does not exist, or {user['name']} may not see it, and {user['name']} is no member of {namespace} "
-            "to create it there; check the spelling, or log in (hf auth login) as somebody else"
+            f"{repo}: does not exist, or {user['name']} may not see it; {user['name']} cannot create it, not being a "
+            f"member of {namespace}; check the spelling, or log in (hf auth login) as somebody else"
         )
     if roles[namespace] == "read":
-        raise HubError(f"{repo}: {user['name']} may only read in {namespace}; ask its administrators for more")
+        raise HubError(
+            f"{repo}: {user['name']} has only read access to {namespace}; ask its administrators for write access"
+        )
 
 
 def _outdated(api: HfApi, place: Destination) -> set[str]:
-    """Files that belong to what was pushed before, or to whatever else is replaced by force."""
+    """Files of the previous push, or of whatever else is replaced by force, that are no longer needed."""
     if not place.is_ours:
         return set(place.files - KEPT)
     with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
@@ -218,7 +217,7 @@ def _commit(
     create_pr: bool,
     commit_message: str,
 ) -> Any:
-    """Send the weights one by one, then everything in one commit on top of what `place` was."""
+    """Send the weights one by one, then everything in one commit on top of `place`'s head."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     additions = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]

@@ -27,13 +27,13 @@ def decode(content: Content) -> Image:
     if isinstance(content, Stretch):
         content = content.read()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of damaged metadata, in files that can be read
+        warnings.simplefilter("ignore")  # about damaged metadata in files that can be read
         try:
             with PIL.Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-                if image.mode.startswith("I;16"):  # `convert` would clip to 255, which leaves them white
+                if image.mode.startswith("I;16"):  # `convert` would clip to 255, leaving them white
                     return image.convert("I").point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
                 return image.convert("RGB")
         except PIL.UnidentifiedImageError as error:
-            raise ValueError("in no image format that Pillow knows" if content != b"" else "empty") from error
+            raise ValueError("not an image format that Pillow knows" if content != b"" else "empty") from error
         except PIL.Image.DecompressionBombError as error:
             raise ValueError(str(error)) from error

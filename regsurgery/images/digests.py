@@ -1,4 +1,4 @@
-"""Digests by which images are told apart."""
+"""Digests that identify images."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from regsurgery.images.sources import Content
 
 READ_AT_ONCE = 256  # images
-SHORT = 12  # hexadecimal digits of an image's sha256 that tell it from the others
+SHORT = 12  # hexadecimal digits of an image's sha256 that distinguish it from the others
 
 
 def image_digest(pictures: ImageSet) -> str:
-    """The sha256 over the sha256 of every image file or record, in their order; folders may be called anything."""
+    """The sha256 over the sha256 of every image file or record, in their order; independent of folder names."""
     digest = hashlib.sha256()
     for _, part in _named_digests(pictures):
         digest.update(part)
@@ -26,9 +26,9 @@ def image_digest(pictures: ImageSet) -> str:
 
 
 def image_digests(pictures: ImageSet) -> list[str]:
-    """The first `SHORT` digits of the sha256 of every image file or record, in their order; none of generated ones.
+    """The first `SHORT` digits of the sha256 of every image file or record, in their order; empty for generated ones.
 
-    Images that have turned out to be unreadable are left out.
+    Images that turned out to be unreadable are left out.
     """
     if pictures.evidence == "generated":
         return []

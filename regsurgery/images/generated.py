@@ -1,4 +1,4 @@
-"""Generated pictures: dead leaves and noise, by number."""
+"""Generated pictures, by number: dead leaves and noise."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 GENERATED_SIZE = 256
 
-NOISE = "noise "  # the seeds of noise pictures begin so
+NOISE = "noise "  # prefix of the seeds of noise pictures
 
 
 @dataclass(frozen=True)
 class Generated:
-    """`count` dead-leaves pictures, or noise pictures; those of another `purpose` are others."""
+    """`count` dead-leaves pictures, or noise pictures; another `purpose` gives other pictures."""
 
     count: int
     seed: int
@@ -67,7 +67,7 @@ def dead_leaves(rng: random.Random, size: int = GENERATED_SIZE) -> Image:
 def noise_texture(rng: random.Random, size: int = GENERATED_SIZE) -> Image:
     """Noise of all octaves at the same strength, so that its amplitude falls with frequency as in natural images.
 
-    It has no edges and no objects, and so shares little with `dead_leaves` but that. Deterministic in `rng`.
+    It has no edges and no objects, so it shares little else with `dead_leaves`. Deterministic in `rng`.
     """
     import PIL.Image
     import PIL.ImageOps

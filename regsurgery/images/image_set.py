@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 DEFAULT_GENERATED = 32
 MIN_IMAGES = 4  # readable ones in what the user gave
-IN_PROCESS = 32  # images up to which worker processes are not worth their start
+IN_PROCESS = 32  # up to this many images, worker processes are not worth starting
 MAX_WORKERS = 8
 
 
@@ -36,8 +36,8 @@ class ImageSet:
     Attributes:
         note: one line that says what they are.
         source, chosen: the images are the numbers `chosen` of `source`, ascending.
-        say: is told of every broken image, once.
-        broken: name -> reason of the images that could not be read so far.
+        say: is told about every broken image, once.
+        broken: name -> reason, for the images that could not be read so far.
     """
 
     note: str
@@ -52,11 +52,11 @@ class ImageSet:
 
     @property
     def evidence(self) -> Literal["photos", "generated"]:
-        """What kind of images figures of them rest on."""
+        """The kind of images, which is the evidence for figures measured on them."""
         return "generated" if isinstance(self.source, Generated) else "photos"
 
     def some(self, count: int) -> ImageSet:
-        """At most `count` of these images: evenly spread, or the first where the source can only be streamed."""
+        """At most `count` of these images: evenly spread, or the first ones if the source can only be streamed."""
         if count >= len(self.chosen):
             return self
         if self.source.random_access:
@@ -64,7 +64,7 @@ class ImageSet:
         return replace(self, chosen=self.chosen[:count])
 
     def hold_out(self, count: int) -> tuple[ImageSet, ImageSet]:
-        """All images but `count` evenly spread ones, and those."""
+        """All images except `count` evenly spread ones, and those `count`."""
         total = len(self.chosen)
         places = {(2 * i + 1) * total // (2 * count) for i in range(count)}
         rest = tuple(number for place, number in enumerate(self.chosen) if place not in places)
@@ -88,13 +88,13 @@ class ImageSet:
     ) -> Iterator[tuple[int, Tensor]]:
         """The batches numbered `first`, `first + step`, ... as tensors `[B, 3, H, W]`, with their numbers.
 
-        A broken image is left out of its batch, told of and remembered; the other batches stay what they were. A batch
+        A broken image is left out of its batch, reported and remembered; the other batches do not change. A batch
         without readable images is left out.
 
         Args:
             by_file: a batch ends where a tar ends.
             least: how many of the images must be readable.
-            broken: takes name -> reason of the broken images of these batches.
+            broken: receives name -> reason for the broken images of these batches.
 
         Raises:
             UserError: a dataset file is broken; or, at the end, fewer than `least` of the images could be read.
@@ -120,7 +120,7 @@ class ImageSet:
     def _decoded(
         self, size: int, preprocess: Callable[[list[Image]], Tensor], first: int, step: int, by_file: bool
     ) -> Iterator[tuple[Tensor, dict[str, str]]]:
-        """For each batch its images `[B, 3, H, W]`, and name -> reason of what cannot be read."""
+        """For each batch its images `[B, 3, H, W]`, and name -> reason for images that cannot be read."""
         import torch
         from torch.utils.data import DataLoader
 
@@ -130,8 +130,8 @@ class ImageSet:
             for batch in batches:
                 yield _stacked([read[item] for item in batch])
             return
-        # The items themselves are the "indices" that the loader sends to its workers, a bounded number ahead. What
-        # comes back is pickled: tensors would pass through /dev/shm, and where that is small (64 MB in Docker), hang.
+        # The items themselves are the "indices" that the loader sends to its workers, a bounded number ahead. Results
+        # are pickled: tensors would pass through /dev/shm, and hang if that is small (64 MB in Docker).
         loader = DataLoader(
             read,  # type: ignore[arg-type]
             batch_sampler=batches,  # type: ignore[arg-type]
@@ -145,7 +145,7 @@ class ImageSet:
 
 
 def _end_with_parent(worker: int) -> None:
-    """A worker whose parent is killed while it writes into a full pipe would wait there for ever."""
+    """A worker whose parent is killed while it writes into a full pipe would otherwise wait forever."""
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of Linux
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
@@ -174,7 +174,7 @@ def _stacked(read: list[Tensor | tuple[str, str]]) -> tuple[Tensor, dict[str, st
 
 
 def _packed(read: list[Tensor | tuple[str, str]]) -> bytes:
-    """A batch as bytes; the pixels as one block, which the other side takes as it is."""
+    """A batch as bytes; the pixels as one block, which the other side uses without a copy."""
     import torch
 
     pixels, broken = _stacked(read)
@@ -190,8 +190,8 @@ def _unpacked(packed: bytes) -> tuple[Tensor, dict[str, str]]:
 
 
 def _trim_heap() -> None:
-    """Give freed memory back. Where batches arrive while large activations come and go, glibc's heap breaks into
-    pieces: without this a process with a ViT-B grows by 100 MB in a thousand images though nothing is kept.
+    """Return freed memory to the system. When batches arrive while large activations come and go, glibc's heap
+    fragments: without this, a process with a ViT-B grows by 100 MB per thousand images although nothing is kept.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
@@ -223,21 +223,21 @@ def image_set(
     purpose: str = "",
     say: Callable[[str], None] = lambda line: None,
 ) -> ImageSet:
-    """The images in `where`, or dead-leaves pictures where it is None.
+    """The images in `where`, or dead-leaves pictures if it is None.
 
     Args:
         where: a folder of image files (recursively, in name order), of parquet or arrow files or of WebDataset tars, or
             one such file.
-        num_images: at most that many, see `ImageSet.some`; by default all, or `DEFAULT_GENERATED`.
-        seed: of the dead-leaves pictures.
-        purpose: what those are for, in a word; pictures for another purpose are others.
-        say: is told of every broken image, once.
+        num_images: maximum number, see `ImageSet.some`; default: all, or `DEFAULT_GENERATED`.
+        seed: for the dead-leaves pictures.
+        purpose: one word for what those are used for; another purpose gives other pictures.
+        say: is told about every broken image, once.
 
     Raises:
-        UserError: nothing there, no image in it, or fewer than `MIN_IMAGES`; or a broken dataset file.
+        UserError: nothing is there, it has no image or fewer than `MIN_IMAGES`, or a dataset file is broken.
     """
     if num_images is not None and num_images < 1:
-        raise UserError(f"{num_images} images were asked for; at least one is needed")
+        raise UserError(f"{num_images} images were asked for; ask for at least one")
     if where is None:
         count = num_images or DEFAULT_GENERATED
         note = f"{count} generated dead-leaves pictures (no --images given)"
@@ -247,6 +247,6 @@ def image_set(
     if len(source) < MIN_IMAGES:
         images = "image" if len(source) == 1 else "images"
         count = f"{len(source)} {images} in it, at least {MIN_IMAGES} are needed"
-        raise UserError(f"{root}: {count}; give more, or leave --images out for generated ones")
+        raise UserError(f"{root}: {count}; give more, or leave out --images to use generated ones")
     images = ImageSet("", source, range(len(source)), say).some(num_images or len(source))
     return replace(images, note=f"{images.num_images} images of {Path(os.path.abspath(root)).name}")

@@ -11,17 +11,17 @@ KINDS = dict.fromkeys(SUFFIXES, "pictures") | {".parquet": "parquet", ".arrow": 
 
 
 def dataset_files(where: Path) -> tuple[str, tuple[Path, ...]]:
-    """The kind of the files in a file or in a folder (recursively, without hidden files), and the files, by name.
+    """The kind of a file, or of the files in a folder (recursively, without hidden files), and the files, by name.
 
-    Of several kinds of files the one with the most bytes counts: pictures have their table of labels beside them, and
-    datasets have a thumbnail.
+    If there are several kinds, the one with the most bytes counts: folders of pictures may hold a table of labels, and
+    datasets a thumbnail.
 
     Raises:
-        UserError: nothing there that holds images, and what was looked for.
+        UserError: nothing there holds images; the message says what was looked for.
     """
     if not where.exists():
         raise UserError(
-            f"{where}: no such folder of images; check the spelling, or leave --images out for generated ones"
+            f"{where}: no such folder of images; check the spelling, or leave out --images to use generated ones"
         )
     kinds: dict[str, list[Path]] = {}
     for path in sorted(filter(_is_shown_file, where.rglob("*"))) if where.is_dir() else [where]:
@@ -37,7 +37,7 @@ def open_source(where: Path) -> ImageSource:
     """The source in the `dataset_files` of `where`.
 
     Raises:
-        UserError: nothing there that holds images, and what was looked for; or a broken dataset file.
+        UserError: nothing there holds images, or a dataset file is broken; the message says what was looked for.
     """
     kind, paths = dataset_files(where)
     if kind == "pictures":
@@ -52,5 +52,5 @@ def open_source(where: Path) -> ImageSource:
 
 
 def _is_shown_file(path: Path) -> bool:
-    cached = path.suffix == ".arrow" and path.name.startswith("cache-")  # what the library datasets leaves beside data
+    cached = path.suffix == ".arrow" and path.name.startswith("cache-")  # what the library datasets leaves next to data
     return path.is_file() and not path.name.startswith(".") and not cached

@@ -23,7 +23,7 @@ BINARY = ("binary", "large_binary", "binary_view")
 class Records:
     """The image column of parquet or arrow files, streamed by the library datasets.
 
-    It is the first that holds images by the library's metadata, or whose first record is an image.
+    It is the first column that holds images by the library's metadata, or whose first record is an image.
 
     Attributes:
         stream: a `datasets.IterableDataset` whose only column `column` holds undecoded images.
@@ -50,15 +50,15 @@ class Records:
             with blamed(path, kind, *_library_errors()):
                 schema, count = _schema_and_count(path, kind)
                 found = _image_columns(schema)
-            # Only what the files have in common: one of them without images is a mistake.
+            # Only the columns that all files have: a file without images is a mistake.
             columns = [name for name in columns if name in found] if counts else found
             if not columns:
-                raise UserError(f"{path}: no column of images in it; it has {', '.join(schema.names) or 'none at all'}")
+                raise UserError(f"{path}: has no column of images; its columns are {', '.join(schema.names) or 'none'}")
             counts.append(count)
         if not sum(counts):
             raise UserError(f"{paths[0]}: no images in it")
         only: dict[str, Any] = {"columns": columns} if kind == "parquet" else {}
-        # The names are taken for patterns, and even a stream locks a file in the library's cache.
+        # The library treats the names as patterns, and even a stream locks a file in its cache.
         with blamed(paths[0], kind, *_library_errors()), tempfile.TemporaryDirectory() as cache, quiet_datasets():
             stream = datasets.load_dataset(
                 kind,
@@ -122,7 +122,7 @@ def _schema_and_count(path: Path, kind: str) -> tuple[Any, int]:
 
 
 def _image_columns(schema: Any) -> list[str]:
-    """Columns that are images by the metadata of the library datasets; without such, all that hold bytes."""
+    """Columns that are images by the metadata of the library datasets; without metadata, all that hold bytes."""
     import datasets
 
     features = datasets.Features.from_arrow_schema(schema)
@@ -134,7 +134,7 @@ def _image_columns(schema: Any) -> list[str]:
 
 
 def _content(value: Any, path: Path) -> Path | bytes:
-    """What a record of the file `path` holds; no bytes where it holds nothing."""
+    """What a record of the file `path` holds; empty bytes if it holds nothing."""
     if isinstance(value, dict):
         if value.get("bytes") is None and value.get("path"):
             return path.parent / value["path"]

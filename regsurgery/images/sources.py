@@ -1,7 +1,7 @@
 """Where images come from: undecoded items of a folder of pictures, of dataset files, or of a random generator.
 
-An **item** is small, picklable and not yet decoded, so that it can be handed to a worker process: `(name, content)`,
-where the content is a path, a stretch of a tar, the bytes of an image file, or the seed of a generated picture.
+An **item** is small, picklable and not yet decoded, so it can be handed to a worker process: `(name, content)`. The
+content is a path, a stretch of a tar, the bytes of an image file, or the seed of a generated picture.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Item = tuple[str, Content]
 
 
 class ImageSource(Protocol):
-    """Images by number, in an order that stays the same.
+    """Images by number, in a fixed order.
 
     Attributes:
         random_access: whether any image is as cheap as the first.
@@ -49,7 +49,7 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def items(self, chosen: range | tuple[int, ...]) -> Iterator[Item]:
-        """The items of those numbers, which ascend.
+        """The items with the numbers `chosen`, which ascend.
 
         Raises:
             UserError: a dataset file turns out to be broken.
@@ -57,11 +57,11 @@ class ImageSource(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """What the images are, as far as names, sizes and dates tell."""
+        """Identifies the images by names, sizes and dates."""
         ...
 
     def identity(self) -> str:
-        """As `fingerprint`, without dates: the same on every machine that has a copy."""
+        """Like `fingerprint`, without dates: the same on every machine that has a copy."""
         ...
 
 
@@ -88,7 +88,7 @@ class Pictures:
 
 @contextmanager
 def blamed(path: Path, kind: str, *errors: type[Exception]) -> Iterator[None]:
-    """`errors`, and those of reading at large, become a `UserError` that names the file."""
+    """`errors`, and general reading errors, become a `UserError` that names the file."""
     try:
         yield
     except (OSError, ValueError, *errors) as error:

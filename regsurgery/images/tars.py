@@ -1,4 +1,4 @@
-"""WebDataset tars: the images in them, by number."""
+"""Images in WebDataset tars, by number."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from regsurgery.images.sources import SUFFIXES, Item, Stretch, blamed, fingerpri
 
 
 class Members:
-    """Images in tars: of each its name and where it lies, in 40 bytes, as there may be millions."""
+    """Images in tars: the name and place of each in 40 bytes, as there may be millions."""
 
     def __init__(self, paths: tuple[Path, ...], most: int | None = None) -> None:
-        """Look them up in `paths`; in each tar the first `most`."""
+        """Look them up in `paths`; in each tar only the first `most`."""
         self.paths = paths
-        self.starts = array("q", [0])  # of each tar, and behind the last: the number of its first image
+        self.starts = array("q", [0])  # the number of each tar's first image, then the total
         self._offsets, self._sizes = array("q"), array("q")
         self._names, self._name_ends = bytearray(), array("q", [0])
         for path in paths:
@@ -42,9 +42,9 @@ class Members:
 
 @dataclass(frozen=True)
 class Tars:
-    """The first image of every sample of WebDataset tars; a sample is consecutive members alike up to the first dot.
+    """The first image of every sample of WebDataset tars; a sample is a run of members named alike up to the first dot.
 
-    Not read by the library datasets: that would decode the members beside the images, and refuse a tar because of them.
+    Not read through the library datasets: it would decode the other members too, and refuse a tar because of them.
     """
 
     paths: tuple[Path, ...]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"  # a name of the format; nothing is fetched
-COLORS = {"original": "#d1495b", "patched": "#2a9d8f"}  # on white and on black at least 3 to 1
+SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"  # identifies the format; nothing is fetched
+COLORS = {"original": "#d1495b", "patched": "#2a9d8f"}  # contrast at least 3 to 1 on white and on black
 MODEL_COLOR = {
     "field": "model",
     "type": "nominal",
@@ -48,7 +48,7 @@ def norm_curve(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Patch norms over the blocks.
 
     Args:
-        figures: one a model, block and figure: `model`, `block`, `figure` (`largest` or `median`), `norm`.
+        figures: one per model, block and figure: `model`, `block`, `figure` (`largest` or `median`), `norm`.
     """
     return _chart(
         "Median and largest patch norm of an image after every block, original and patched",
@@ -73,7 +73,7 @@ def settings_curve(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Drift by the number of registers, a line for each set of neurons.
 
     Args:
-        rows: of the search's table, see `Recipe.table`; those that fill the patches with something are left out.
+        rows: of the search's table, see `Recipe.table`; rows with a fill other than zero are left out.
     """
     kept = [row for row in rows if row["fill"] == "zero" and row["outliers_per_image"] < 1]
     return _chart(

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 Box = tuple[float, float, float, float]  # left, top, right, bottom as shares of width and height
 
 SIDES = ("original", "patched")
-MAX_NEURONS = 12  # activation maps: those of the first register neurons
-MAPS_BYTES = 4_000_000  # of attention maps in the page; heads are averaged above it
+MAX_NEURONS = 12  # activation maps are shown for this many register neurons, the first ones
+MAPS_BYTES = 4_000_000  # most bytes of attention maps in the page; above it, heads are averaged
 PHOTO_SIDE = 288  # pixels
 PHOTO_QUALITY = 80
 
@@ -45,11 +45,11 @@ class Lost:
 
 @dataclass(frozen=True)
 class Example:
-    """One example image as the models see it.
+    """One example image, as the models see it.
 
     Attributes:
         jpeg: the picture.
-        boxes: side -> where LOST finds the object; None where it was not asked for.
+        boxes: side -> where LOST finds the object; None if it was not asked for.
     """
 
     name: str
@@ -64,9 +64,9 @@ class Collected:
     Attributes:
         grid: rows and columns of patches; patch n is in row n // columns.
         norms: side -> L2 norms of the patches after every block, `[L, I, N]`.
-        attention: side -> what the class token gives to each patch, `[L, A, I, N]`, rows summing to less than 1; None
-            for a model without class token or with an attention that cannot be looked into (`attention_note` says
-            why). Heads are averaged (A = 1) where they would make the page too large.
+        attention: side -> attention of the class token to each patch, `[L, A, I, N]`, rows summing to less than 1; None
+            for a model without a class token or with attention that cannot be observed (`attention_note` says why).
+            Heads are averaged (A = 1) if they would make the page too large.
         register_attention: mean attention of the class token to the registers in the patched model, `[L]`.
         neurons: (block, index) of the register neurons shown; `activations` are theirs in the original, `[K, I, N]`.
     """
@@ -84,7 +84,7 @@ class Collected:
 def collect(
     pair: Pair, images: ImageSet, progress: Progress, lost: Lost | None = None, batch_size: int = 4
 ) -> Collected:
-    """Run both models over `images`, one forward of each a batch.
+    """Run both models over `images`, one forward of each per batch.
 
     Args:
         lost: the setting of object discovery; None leaves the boxes out.
@@ -136,7 +136,7 @@ def collect(
 
 def _why_no_attention(pair: Pair) -> str:
     if not pair.original.has_class_token:
-        return "The model has no class token, so there is no attention of it to show."
+        return "The model has no class token, so there is no attention to show."
     try:
         pair.observer(blocks=range(pair.original.num_blocks), what=("attention",))
     except UnsupportedModelError as error:
@@ -154,7 +154,7 @@ def _are_averaged(pair: Pair, num_images: int) -> bool:
 
 
 def _class_attention(observation: Observation, blocks: Sequence[int], averaged: bool) -> tuple[Tensor, Tensor]:
-    """What the first token gives to patches, `[L, A, B, N]`, and to all registers together, `[L, B]`."""
+    """Attention of the first token to patches, `[L, A, B, N]`, and to all registers together, `[L, B]`."""
     subject = observation.subject
     patches, registers = [], []
     for block in blocks:

@@ -1,4 +1,4 @@
-"""Arrays as compact text for the page: base64 of small integers, which `report.js` turns back."""
+"""Arrays as compact text for the page: base64 of small integers, which `report.js` decodes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def packed_activations(values_KIN: Tensor) -> dict[str, Any]:
 
 
 def packed_colors() -> dict[str, str]:
-    """Red, green and blue of the colours for 0 to 255: viridis, which is readable without colour, too."""
+    """Red, green and blue for values from 0 to 255: viridis, which is also readable in greyscale."""
     from matplotlib import colormaps
 
     return {"data": _base64(colormaps["viridis"](range(256), bytes=True)[:, :3].tobytes())}

@@ -83,8 +83,8 @@ def page(subject: ReportSubject, verdict: Verdict, collected: Collected, lost: L
         has_boxes=lost is not None,
         boxes_note=""
         if lost is None
-        else f"Boxes: LOST on the {lost.kind} of block {lost.block}, bias {lost.bias:g}, at the size that the model "
-        "sees; it draws one box in every image, without labels.",
+        else f"Boxes: LOST on the {lost.kind} of block {lost.block}, bias {lost.bias:g}, at the model's input size; "
+        "it draws one box in every image, without labels.",
         attention_note=collected.attention_note,
         recipe=subject.recipe.to_yaml(),
         source=subject.source,
@@ -206,5 +206,5 @@ def _text(name: str) -> str:
 
 
 def _json(value: object) -> str:
-    """JSON that may stand inside a script element."""
+    """JSON that is safe inside a script element."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

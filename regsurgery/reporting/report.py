@@ -47,9 +47,9 @@ def report(folder: str | Path, output: str | Path | None = None, *, options: Rep
     """Write an HTML report of a patched folder: figures, norms, attention, neurons, recipe.
 
     Args:
-        output: the file; by default beside the folder: `FOLDER-report.html`.
-        options: see `options.ReportOptions`; its fields are the keyword arguments. The images are also the examples
-            that the page shows.
+        output: the file; default: `FOLDER-report.html`, next to the folder.
+        options: see `options.ReportOptions`; its fields are the keyword arguments. The page shows the images as
+            examples.
 
     Raises:
         UserError: the input is at fault, a package of the extra `eval` is missing, or the page would be larger than
@@ -57,9 +57,7 @@ def report(folder: str | Path, output: str | Path | None = None, *, options: Rep
     """
     missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise UserError(
-            f"report needs {' and '.join(missing)}, not installed; install with: pip install 'regsurgery[eval]'"
-        )
+        raise UserError(f"report needs {' and '.join(missing)}; install with: pip install 'regsurgery[eval]'")
     from regsurgery.emit.run_record import fitted_of, judged
     from regsurgery.reporting.collect import Lost, collect
     from regsurgery.reporting.page import ReportSubject, page
@@ -84,8 +82,8 @@ def report(folder: str | Path, output: str | Path | None = None, *, options: Rep
     content = html.encode()
     if len(content) > MAX_BYTES:
         raise UserError(
-            f"{target}: would have {len(content) / 1e6:.1f} MB, at most {MAX_BYTES / 1e6:.0f} open well everywhere; "
-            "take fewer images with --num-images"
+            f"{target}: would have {len(content) / 1e6:.1f} MB, more than the limit of {MAX_BYTES / 1e6:.0f} MB; use "
+            "fewer images with --num-images"
         )
     replace_file(target, content)
     return Report(target, len(content), verdict.num_images, verdict)

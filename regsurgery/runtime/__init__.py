@@ -1,1 +1,1 @@
-"""What is copied into patched folders. Imports nothing of the project."""
+"""What is copied into patched folders. Imports nothing from the project."""

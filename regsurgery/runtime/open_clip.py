@@ -13,7 +13,7 @@ from regsurgery.runtime.surgery import _graft, _Grafted, operate, register_start
 
 
 class _StripsIntermediates(_Grafted):
-    """The `forward_intermediates` of open_clip's own tower, or of one from timm (`trunk`), without the registers."""
+    """`forward_intermediates` of open_clip's own tower, or of a timm tower (`trunk`), without the registers."""
 
     _start: int | None
 
@@ -41,8 +41,8 @@ class _StripsIntermediates(_Grafted):
 def stock_model(folder: str | Path, **kwargs: Any) -> nn.Module:
     """The unpatched CLIP that the folder's config describes, weights not loaded.
 
-    open_clip would load the first safetensors file it finds, whatever it holds, so weights are named by the caller; its
-    warning that none were loaded is kept back.
+    open_clip would load the first safetensors file it finds, whatever it holds, so the caller loads the weights; the
+    warning that none were loaded is suppressed.
     """
     import open_clip
 
@@ -79,8 +79,8 @@ def load(folder: str | Path = Path(__file__).parent, *, state: Any = None, **kwa
 
 
 def image_transform(model: Any, size: tuple[int, int] | None = None) -> Any:
-    """The transform for evaluation that the folder's config describes: PIL image -> `[3, height, width]`; the image
-    size is that of the config where no other one is given.
+    """The evaluation transform that the folder's config describes: PIL image -> `[3, height, width]`; the image size is
+    the config's unless another one is given.
     """
     from open_clip.transform import PreprocessCfg, image_transform_v2
 

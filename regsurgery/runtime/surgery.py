@@ -1,7 +1,7 @@
-"""What a patched checkpoint needs to run: the neuron shift and the module form of the surgery.
+"""The runtime of a patched checkpoint: the neuron shift and the module form of the surgery.
 
 This file is copied into every patched folder (as the first part of `modeling_regsurgery.py`), so it imports torch and
-nothing of regsurgery. It replaces submodules and registers no hook; state-dict names stay what they were, plus one
+nothing from regsurgery. It replaces submodules and registers no hooks; state-dict names stay the same, plus one
 parameter `register_tokens`.
 
 Shape suffixes: B batch, T tokens (prefix + patches + registers), P prefix tokens, N patches, R registers,
@@ -26,8 +26,8 @@ REGISTER_TOKENS, ATTENTION_CONSTANTS = "register_tokens", "attention_constants"
 def registers_for(num_patches: int, num_registers: int, chosen_for: int | None) -> int:
     """The number of registers of a model that sees `num_patches` patches, given `num_registers` of `chosen_for`.
 
-    It grows in proportion, a half rounded up, and is at least one; where `chosen_for` is None it is always
-    `num_registers`. Whole numbers only, symbolic ones (`torch.SymInt`) too.
+    It grows in proportion, halves rounded up, and is at least one; if `chosen_for` is None, it is always
+    `num_registers`. Works on integers only, including symbolic ones (`torch.SymInt`).
     """
     if chosen_for is None or num_registers == 0:
         return num_registers
@@ -36,27 +36,28 @@ def registers_for(num_patches: int, num_registers: int, chosen_for: int | None) 
 
 
 class RegisterCount:
-    """How many registers there are, read off the number of tokens; nothing is shared between modules.
+    """The number of registers, derived from the number of tokens; nothing is shared between modules.
 
     Args:
         num_registers, chosen_for: see `registers_for`.
-        num_prefix: prefix tokens, which are no patches.
+        num_prefix: prefix tokens, which are not patches.
     """
 
     def __init__(self, num_registers: int, chosen_for: int | None = None, num_prefix: int = 0) -> None:
         self.num_registers, self.chosen_for, self.num_prefix = num_registers, chosen_for, num_prefix
 
     def beside(self, num_tokens: int) -> int:
-        """Registers that belong to `num_tokens` tokens, which are prefix tokens and patches."""
+        """The number of registers for `num_tokens` tokens (prefix tokens and patches)."""
         if self.chosen_for is None:
             return self.num_registers
         return registers_for(_number(num_tokens) - self.num_prefix, self.num_registers, self.chosen_for)
 
     def among(self, num_tokens: int) -> int:
-        """Registers among `num_tokens` tokens, which are prefix tokens, patches and registers.
+        """The number of registers among `num_tokens` tokens (prefix tokens, patches and registers).
 
-        With N patches there are N + R(N) of the two, which grows strictly with N. The smallest N with N + r(N) of at
-        least that many, r being R without its minimum of one, is the number of patches, or where r is 0 one more.
+        N patches come with R(N) registers, and N + R(N) grows strictly with N. Let r be R without its minimum of one:
+        the smallest N for which N + r(N) reaches the number of patches and registers is the number of patches, or one
+        more if r is 0.
         """
         if self.chosen_for is None:
             return self.num_registers
@@ -67,7 +68,7 @@ class RegisterCount:
 
 
 def _number(size: int) -> int:
-    # While torch.jit.trace runs, sizes are tensors; a traced model holds for one image size all the same.
+    # While torch.jit.trace runs, sizes are tensors; a traced model is valid for one image size anyway.
     return int(size) if torch.jit.is_tracing() else size  # type: ignore[attr-defined]
 
 
@@ -81,7 +82,7 @@ def insert_registers(tokens_BTD: Tensor, register_tokens_1RD: Tensor, start: int
     """`[B, T, D]` and `[1, R, D]` to `[B, T + R, D]`, in the tokens' dtype.
 
     Args:
-        start: index of the first register; None: behind the patches.
+        start: index of the first register; None: after the patches.
     """
     registers_BRD = register_tokens_1RD.to(tokens_BTD.dtype).expand(tokens_BTD.shape[0], -1, -1)
     if start is None:
@@ -95,7 +96,7 @@ def insert_constant(tokens_BTD: Tensor, constants_LD: Tensor, index: int, start:
 
 
 def strip_registers(x: Tensor, dims: Sequence[int], num_registers: int, start: int | None) -> Tensor:
-    """`x` without `num_registers` entries from `start` on (None: the last ones, a view) along each of `dims`."""
+    """`x` without `num_registers` entries from `start` on (None: the last ones; a view) along each of `dims`."""
     for dim in dims:
         kept = x.shape[dim] - num_registers
         if start is None:
@@ -116,19 +117,19 @@ def pad_registers(x: Tensor, dims: Sequence[int], num_registers: int, start: int
 
 
 def signed_peak(values_BTK: Tensor) -> Tensor:
-    """The signed value of the largest magnitude over the tokens, `[B, 1, K]`; the positive one where two tie."""
+    """The signed value of the largest magnitude over the tokens, `[B, 1, K]`; the positive one if two tie."""
     high_B1K = values_BTK.amax(dim=1, keepdim=True)
     low_B1K = values_BTK.amin(dim=1, keepdim=True)
     return torch.where(high_B1K >= -low_B1K, high_B1K, low_B1K)
 
 
 def shared_peak(peak_B1K: Tensor) -> Tensor:
-    """One extreme for all neurons of the block, as the reference code has it, `[B, 1, K]`."""
+    """One extreme for all neurons of the block, as in the reference code, `[B, 1, K]`."""
     return signed_peak(peak_B1K.transpose(1, 2)).transpose(1, 2).expand_as(peak_B1K)
 
 
 def filled(values_BnK: Tensor, patches_BNK: Tensor, fill: str) -> Tensor:
-    """What stays of `values_BnK` (patches, or the prefix) once its extremes are moved away; see `neuron_shift`."""
+    """What remains of `values_BnK` (patches, or the prefix) once the extremes are moved away; see `neuron_shift`."""
     if fill == "keep":
         return values_BnK
     if fill == "zero":
@@ -156,25 +157,25 @@ def neuron_shift(
     """Move each register neuron's extreme value onto the register tokens and clear it on the patches.
 
     The neuron shift of Jiang et al., arXiv 2506.08010, Algorithm 2, separately for every item of the batch and for
-    every neuron. The registers are behind the patches or behind the prefix.
+    every neuron. The registers come after the patches or after the prefix.
 
     Args:
         hidden_BTH: MLP activations of one block, the input of the down projection, `[B, T, H]`.
         index_K: register neurons of that block, int64 `[K]`, on the device of `hidden_BTH`.
         num_prefix: number of prefix tokens (CLS and the like) before the patches, registers not counted.
-        inside_prefix: the registers stand between prefix tokens and patches, not at the end.
-        scale: one factor a register; register r gets `scale[r] * peak`.
+        inside_prefix: the registers are between prefix tokens and patches, not at the end.
+        scale: one factor per register; register r gets `scale[r] * peak`.
         fill: what the patches keep: `zero` 0; `mean` the mean over the patches; `outliers` only values above mean + 1
             standard deviation become the mean; `keep` unchanged.
         fill_prefix: fill the prefix tokens as well (the paper's Algorithm 2); otherwise they keep their values (the
             authors' code).
         one_peak: one signed extreme for all listed neurons of the block, as in the authors' code (`compat: reference`).
         in_place: write into `hidden_BTH`; only for a tensor that nothing else reads. Ignored while autograd records.
-        num_registers: how many tokens are registers where `scale` is one factor for all of them; by default there are
-            as many as factors.
+        num_registers: the number of registers if `scale` is one factor for all of them; by default, the number of
+            factors.
 
     Returns:
-        `[B, T, H]`: `hidden_BTH` itself where written in place, else a copy.
+        `[B, T, H]`: `hidden_BTH` itself if written in place, else a copy.
     """
     common = num_registers is not None
     num_registers = num_registers if num_registers is not None else len(scale)
@@ -229,7 +230,7 @@ class ShiftedLinear(nn.Linear):
         linear.neurons, linear.shift, linear.count, linear._index_K = neurons, shift, count, None
 
     def _index(self, device: torch.device) -> Tensor:
-        # Neither a parameter nor a buffer: a non-persistent buffer comes back uninitialised from a load on `meta`.
+        # Neither a parameter nor a buffer: a non-persistent buffer is uninitialised after a load on `meta`.
         if torch.compiler.is_compiling():
             return torch.tensor(self.neurons, device=device)
         if self._index_K is None or self._index_K.device != device:
@@ -244,7 +245,7 @@ class ShiftedLinear(nn.Linear):
 
 
 class _Grafted:
-    """Base of the classes below, each mixed in front of a stock module's own class by `_graft`."""
+    """Base of the classes below, each of which `_graft` mixes in before a stock module's own class."""
 
     def __reduce__(self) -> Any:
         mixins, stock = [], type(self)
@@ -255,14 +256,13 @@ class _Grafted:
 
 
 def _grafted_class(mixin: type, stock: type) -> type:
-    # The names stay those of the stock class: transformers keys output capturing, and accelerate and FSDP key
-    # placement, on them.
+    # The stock class's names stay: transformers keys output capturing on them, and accelerate and FSDP key placement.
     names: dict[str, Any] = {
         "__module__": stock.__module__,
         "__qualname__": stock.__qualname__,
         "__doc__": stock.__doc__,
     }
-    if "forward" in vars(mixin):  # with the signature of the stock forward, by which transformers' Trainer picks inputs
+    if "forward" in vars(mixin):  # keep the signature of the stock forward, from which the Trainer picks inputs
 
         @functools.wraps(stock.forward)  # type: ignore[attr-defined]
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -282,12 +282,12 @@ def _revive(mixins: Sequence[type], stock: type) -> nn.Module:
 def _graft(module: nn.Module, mixin: type, **attributes: Any) -> None:
     module.__class__ = _grafted_class(mixin, type(module))
     for name, value in attributes.items():
-        # Past nn.Module.__setattr__: what is shared with another module must not be registered here as a child.
+        # Bypass nn.Module.__setattr__: what is shared with another module must not be registered here as a child.
         object.__setattr__(module, name, value)
 
 
 class _Registers:
-    """Shares the parameter `register_tokens` of the tower with the module that inserts it, without a second name."""
+    """Shares the tower's parameter `register_tokens` with the module that inserts it, without a second name."""
 
     def __init__(self, tower: nn.Module, count: RegisterCount, start: int | None) -> None:
         self.tower, self.count, self.start = tower, count, start
@@ -325,7 +325,7 @@ class _StripsRegisters(_Grafted):
 
 
 class _StripsAttention(_Grafted):
-    """Strips the attention maps that an attention module returns beside its output; rows then sum to less than 1."""
+    """Strips the attention maps that an attention module also returns; their rows then sum to less than 1."""
 
     _count: RegisterCount
     _start: int | None
@@ -344,7 +344,7 @@ def _without_map(part: Any, count: RegisterCount, start: int | None) -> Any:
 
 
 class _PadsArguments(_Grafted):
-    """Attention that is given a bias or mask over pairs of tokens, `[..., T or 1, T]`, that knows of no registers."""
+    """Attention that is given a bias or mask over pairs of tokens, `[..., T or 1, T]`, without registers."""
 
     _count: RegisterCount
     _start: int | None
@@ -377,7 +377,7 @@ class _PadsBias(_Grafted):
         if kwargs.get("dim_size") is not None:  # BEiT's and Data2Vec's: the number of tokens to interpolate to
             rows, columns = args[0] if args else kwargs["window_size"]
             num_tokens = rows * columns + self._count.num_prefix
-            # Where all blocks share one bias, it is made before there are registers.
+            # A bias that all blocks share is made before there are registers.
             if kwargs["dim_size"] == num_tokens + self._count.beside(num_tokens):
                 kwargs["dim_size"] = num_tokens
         bias = super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -385,7 +385,7 @@ class _PadsBias(_Grafted):
 
 
 class _PadsOwnBias(_Grafted):
-    """The same for modules of timm that are not called for their bias."""
+    """The same for timm modules that are not called for their bias."""
 
     _count: RegisterCount
     _start: int | None
@@ -401,7 +401,7 @@ class _PadsOwnBias(_Grafted):
 
 
 class _Constants:
-    """Shares the parameter `attention_constants` of the tower with an attention module, without a second name."""
+    """Shares the tower's parameter `attention_constants` with an attention module, without a second name."""
 
     def __init__(self, tower: nn.Module, index: int, start: int | None) -> None:
         self.tower, self.index, self.start = tower, index, start
@@ -412,9 +412,9 @@ class _Constants:
 
 
 class _AttendsToConstant(_Grafted):
-    """Attention with one more row of input, whose key and value are the constants; it is stripped from what comes out.
+    """Attention with one more row of input, whose key and value are the constants; it is stripped from the output.
 
-    Query, key and value may be the same tensor or three; maps are stripped too, their rows then sum to less than 1.
+    Query, key and value may be one tensor or three; maps are stripped too, so their rows sum to less than 1.
     """
 
     _constants: _Constants
@@ -425,7 +425,7 @@ class _AttendsToConstant(_Grafted):
         def inserted(value: Any) -> Any:
             if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[-1] != self._constants.width:
                 return value
-            if id(value) not in longer:  # a query that is the key stays the key
+            if id(value) not in longer:  # a tensor that is both query and key stays one tensor
                 longer[id(value)] = self._constants.insert(value)
             return longer[id(value)]
 
@@ -442,8 +442,8 @@ class _AttendsToConstant(_Grafted):
 class _StripsHiddenStates(_Grafted):
     """Strips the hidden states that a transformers encoder collects; those not asked for are None.
 
-    How many tokens a hidden state should have is read off what left the last block, stripped, so that stripping twice
-    (in the encoder and in the model around it) changes nothing.
+    The number of tokens of a hidden state is taken from the last block's stripped output, so that stripping twice (in
+    the encoder and in the model around it) changes nothing.
     """
 
     _start: int | None
@@ -467,8 +467,8 @@ class _StripsHiddenStates(_Grafted):
 def resolve_layout(model: nn.Module, layouts: Sequence[Mapping[str, Any]]) -> tuple[nn.Module, Mapping[str, Any]]:
     """The tower of `model` and the first of `layouts` all of whose module paths exist in it.
 
-    A checkpoint lists more than one layout where library versions name the same modules differently: first by the names
-    on disk, which are the older and the more nested ones.
+    A checkpoint lists more than one layout if library versions name the same modules differently: first the one by the
+    names on disk, which are older and more nested.
 
     Raises:
         ValueError: no layout fits; the message names the first missing module of each.
@@ -486,13 +486,12 @@ def resolve_layout(model: nn.Module, layouts: Sequence[Mapping[str, Any]]) -> tu
                 continue
             return tower, layout
     raise ValueError(
-        "regsurgery: this library version lays the model out in a way the checkpoint does not know: "
-        + "; ".join(missing)
+        "regsurgery: the checkpoint does not know this library version's module layout: " + "; ".join(missing)
     )
 
 
 def register_start(surgery: Mapping[str, Any]) -> int | None:
-    """The index of the first register among the tokens; None where registers are at the end."""
+    """The index of the first register among the tokens; None if registers are at the end."""
     return int(surgery["num_prefix"]) if surgery["placement"] == "prefix" else None
 
 
@@ -502,16 +501,16 @@ def operate(model: nn.Module, surgery: Mapping[str, Any], *, keep_registers: boo
     Args:
         model: stock model, freshly built or loaded; its weights are not read.
         surgery: the `regsurgery` block of the checkpoint's config.
-        keep_registers: leave the registers at the end of the token outputs; only for a model that is nothing but the
-            tower, since a head over all tokens would take them for patches.
+        keep_registers: leave the registers at the end of the token outputs; only for a model that is just the tower,
+            since a head over all tokens would take them for patches.
 
     Returns:
         `model`, whose tower has a new parameter, zero until loaded: `register_tokens` `[1, R, D]`, or in mode `bias`
-        `attention_constants` `[L, D]`. Where the block has `num_patches`, the number of registers follows the image
-        size, see `registers_for`; R is that of `num_patches` patches.
+        `attention_constants` `[L, D]`. If the `regsurgery` block has `num_patches`, the number of registers follows the
+        image size, see `registers_for`; R is the number for `num_patches` patches.
     """
     num_registers, num_prefix = int(surgery["num_registers"]), int(surgery["num_prefix"])
-    count = RegisterCount(num_registers, surgery.get("num_patches"), num_prefix)  # older folders have no such key
+    count = RegisterCount(num_registers, surgery.get("num_patches"), num_prefix)  # older folders lack the key
     tower, layout = resolve_layout(model, surgery["layouts"])
     if keep_registers and tower is not model:
         raise ValueError(
@@ -553,7 +552,7 @@ def operate(model: nn.Module, surgery: Mapping[str, Any], *, keep_registers: boo
 
 
 def _collectors(model: nn.Module, tower: nn.Module, layout: Mapping[str, Any]) -> list[nn.Module]:
-    """The modules that may return the tower's hidden states: in it, and around it where a model takes only images."""
+    """The modules that may return the tower's hidden states: in it, and around it if a model takes only images."""
     if not layout["collectors"]:
         return []
     around = [
@@ -570,9 +569,9 @@ def _collectors(model: nn.Module, tower: nn.Module, layout: Mapping[str, Any]) -
 def _make_room(
     tower: nn.Module, attentions: Sequence[str], layout: Mapping[str, Any], count: RegisterCount, start: int | None
 ) -> None:
-    """Let attention that knows positions, or has biases over pairs of tokens, take more tokens.
+    """Make attention that uses positions, or biases over pairs of tokens, accept more tokens.
 
-    A bias is made inside the attention, or given to it.
+    A bias is either made inside the attention or given to it.
     """
     where: dict[str, Any] = {"_count": count, "_start": start}
     everywhere = layout["attentions"]

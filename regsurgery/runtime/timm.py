@@ -47,7 +47,7 @@ class _StripsIntermediates(_Grafted):
 def load(folder: str | Path = Path(__file__).parent, *, state: Any = None, **kwargs: Any) -> nn.Module:
     """The patched model of this folder, in eval mode; `kwargs` go to `timm.create_model` (`img_size`, ...).
 
-    A `state` dict is taken as it is, instead of the folder's weights.
+    A `state` dict is used as it is, instead of the folder's weights.
     """
     import timm
     from safetensors.torch import load_file

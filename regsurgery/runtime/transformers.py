@@ -15,10 +15,10 @@ FOREIGN = "regsurgery_"  # before the stock model type, on disk
 
 
 class PatchedConfig:
-    """Mixed in front of a stock config class: the stock config, under a model type of its own on disk.
+    """Mixed in before a stock config class: the stock config, with its own model type on disk.
 
-    Of a model type that it knows, transformers loads the stock model where code is not trusted: the unpatched one, with
-    a warning at best. Of one that it does not know, it refuses to, and says that it needs `trust_remote_code=True`.
+    If code is not trusted, transformers loads the stock model for a model type that it knows: the unpatched one, with
+    a warning at best. For an unknown type it refuses, and says that it needs `trust_remote_code=True`.
     """
 
     @classmethod
@@ -36,10 +36,10 @@ class PatchedConfig:
 
 
 class PatchedModel:
-    """Mixed in front of a stock transformers class: builds the stock model, then operates on it.
+    """Mixed in before a stock transformers class: builds the stock model, then operates on it.
 
-    In memory the `model_type` is the stock one, and the config class has the stock name and attributes, so that every
-    other part of transformers treats the model as what it is.
+    In memory the `model_type` is the stock one, and the config class has the stock name and attributes, so that the
+    rest of transformers treats the model like the stock one.
     """
 
     def __init__(self, config: Any, *args: Any, keep_registers: bool = False, **kwargs: Any) -> None:
@@ -57,5 +57,5 @@ class PatchedModel:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        # transformers 5 does not convert the keys of custom code and would leave its weights random.
+        # transformers 5 does not convert keys for custom code, and would leave its weights random.
         return False

@@ -1,6 +1,6 @@
-"""The decision of `find`: scores -> the smallest set of neurons -> the setting with the least drift -> a recipe.
+"""How `find` decides: scores -> the smallest set of neurons -> the setting with the least drift -> a recipe.
 
-Everything here looks at few images: neurons are found and grown on the pilot's, settings are compared on others.
+Everything here uses few images: neurons are found and grown on the pilot's images, settings are compared on others.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from regsurgery.version import __version__
 if TYPE_CHECKING:
     from regsurgery.progress import Progress
 
-TRIAL_IMAGES = 16  # of the pilot's, for every trial of a set
+TRIAL_IMAGES = 16  # of the pilot's images, for every trial of a set
 MAX_TRIED_AGAIN = 3  # settings that are tried at the second image size
 SHOWN_CANDIDATES = 10
-LISTED_IMAGES = 1024  # by their digests, in a recipe
-LARGE_IMAGE = 320  # pixels; the second resolution is half again as large below it, two thirds above it
-DIGITS = 4  # significant ones of every figure in a recipe
+LISTED_IMAGES = 1024  # a recipe lists the digests of at most this many images
+LARGE_IMAGE = 320  # pixels; below it, the second resolution is 1.5 times as large, above it two thirds
+DIGITS = 4  # significant digits of every figure in a recipe
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class SecondResolution:
 
     Attributes:
         image_size: (height, width).
-        held: the outliers are gone there too, if there are any; None where the model takes no other size.
-        note: one line that says so.
+        held: whether the outliers are gone there too, if there are any; None if the model takes no other size.
+        note: the same as a line of text.
         original, patched: outliers per image.
         drift: number of registers -> drift with it.
-        num_patches: of the model's own size, if the number of registers is to follow the number of patches.
+        num_patches: at the model's own size, if the number of registers is to follow the number of patches.
     """
 
     image_size: tuple[int, int]
@@ -85,9 +85,9 @@ class Found:
             the diagnosis.
         smallest: the smallest set that suppresses the outliers, with one register: the paper's setting.
         choice: the setting of the recipe, and the table it was chosen from.
-        num_images: images that the scores are sums over.
+        num_images: images that the scores are summed over.
         candidates: the best by contribution.
-        judged_on: the images that settings were compared on, in words.
+        judged_on: description of the images that settings were compared on.
     """
 
     recipe: Recipe
@@ -132,12 +132,12 @@ class Found:
 
 @dataclass(frozen=True)
 class Search:
-    """What a decision is made with.
+    """The inputs of a decision.
 
     Attributes:
-        share: its pilot and its images to judge on are looked at.
-        note: what all images of the search are, in words.
-        journal: remembers what was tried, so that a search that was stopped goes on.
+        share: its pilot and its judging images are used.
+        note: description of all images of the search.
+        journal: remembers what was tried, so that a stopped search continues.
         graphs: of the model with registers, for all `trials`.
     """
 
@@ -151,7 +151,7 @@ class Search:
     graphs: Graphs = field(default_factory=dict)
 
     def trials(self, name: str, images: Sequence[torch.Tensor], first_block: int) -> DriftTrials:
-        """Trials on `images`, batches; `name` keeps them apart from others."""
+        """Trials on the batches `images`; `name` distinguishes them from other trials."""
         return self.at(name, self.located, images, first_block, self.graphs)
 
     @property
@@ -170,7 +170,7 @@ class Search:
         first_block: int,
         graphs: Graphs | None = None,
     ) -> DriftTrials:
-        """As `trials`, of the model as it is at another image size."""
+        """Like `trials`, for the model at another image size."""
 
         def done() -> None:
             self.journal.write()
@@ -184,7 +184,7 @@ def decide(search: Search, diagnosis: Diagnosis, sums: Sums, ranked: Sequence[Ca
     """Choose among `ranked`, the candidates of `sums`, best first.
 
     Raises:
-        NothingToFixError: no neurons are the outliers' cause.
+        NothingToFixError: the outliers are not caused by neurons.
     """
     progress, loaded = search.progress, search.loaded
     progress.stage("search")
@@ -196,7 +196,7 @@ def decide(search: Search, diagnosis: Diagnosis, sums: Sums, ranked: Sequence[Ca
         exact.add(seen, batch)
     smallest = select(trials, ranked, seen, pilot, progress.advance)
     if not smallest.neurons:
-        reason = f"{diagnosis.reason}; but shifting MLP neurons does not reduce them: neurons are not their cause"
+        reason = f"{diagnosis.reason}; but shifting MLP neurons does not reduce them, so neurons are not their cause"
         raise NothingToFixError(replace(diagnosis, verdict="unsupported", reason=reason))
     cure = Cure(trials.original.outliers, max(GONE, smallest.glance.outliers), trials.outlier_norm)
     judging, judged_on = _judging(search, pilot)
@@ -211,7 +211,7 @@ def decide(search: Search, diagnosis: Diagnosis, sums: Sums, ranked: Sequence[Ca
 
 
 def _facts(search: Search, found: Found) -> dict[str, Any]:
-    """What a recipe says of how it was found."""
+    """What a recipe records about how it was found."""
     recipe, diagnosis, loaded = found.recipe, found.diagnosis, search.loaded
     chosen = {
         "register_neurons": {block: list(neurons) for block, neurons in recipe.register_neurons.items()},
@@ -253,8 +253,8 @@ def _facts(search: Search, found: Found) -> dict[str, Any]:
 
 
 def _images_seen(share: Share) -> list[str]:
-    """Digests of the images that had a part in the search; of more than `LISTED_IMAGES`, and of tars, which nobody may
-    have as a whole, those that decided.
+    """Digests of the images that took part in the search; for more than `LISTED_IMAGES`, and for tars, which need not
+    all be at hand, only those that decided.
     """
     sets = [share.pilot, *([share.judging] if share.judging is not None else [])]
     if share.own.num_images <= LISTED_IMAGES and not isinstance(share.own.source, Tars):
@@ -263,7 +263,7 @@ def _images_seen(share: Share) -> list[str]:
 
 
 def _judging(search: Search, pilot: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], str]:
-    """The images that settings are compared on, and what they are, in words."""
+    """The images that settings are compared on, and their description."""
     judging = search.share.judging
     if judging is not None:
         return list(judging.batches(BATCH, search.loaded.preprocess)), judging.note
@@ -299,7 +299,7 @@ def _choose(
 def _second_resolution(search: Search, cure: Cure, choice: Choice) -> tuple[Choice, SecondResolution]:
     """Try the chosen setting at another image size, and the next best ones where outliers come back there.
 
-    Then, whether as many registers as before drift less there, or a number that follows the number of patches.
+    Then decide whether the same number of registers drifts less there, or one that follows the number of patches.
     """
     loaded, sites, own = search.loaded, search.sites, search.located.traced.image_size
     num_patches = sites.num_tokens - sites.num_prefix
@@ -324,7 +324,7 @@ def _second_resolution(search: Search, cure: Cure, choice: Choice) -> tuple[Choi
     if count != setting.num_registers and sites.placement == "end" and search.options.registers_are_free:
         scaled = trials(replace(setting, num_registers=count))
         drift[count] = float(scaled.drift.mean())
-        more, _ = tried.worse_than(scaled)  # in doubt it follows: outliers grow in number with the image
+        more, _ = tried.worse_than(scaled)  # if in doubt, follow: larger images have more outliers
         follows = more > 0 and cure.gone(scaled)
         better = (
             f"{count} registers drift less than {setting.num_registers}" if follows else "no other number is better"

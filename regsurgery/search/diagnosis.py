@@ -1,6 +1,6 @@
-"""Is there anything to fix, where does it start, and is surgery the cure? Norms over images -> `Diagnosis`.
+"""Is there anything to fix, where does it start, and would surgery help? Norms over images -> `Diagnosis`.
 
-Outliers are those of `outliers.robust_outliers`.
+Outliers are defined by `outliers.robust_outliers`.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from regsurgery.compiler.taps import tap
 from regsurgery.compiler.trace import tensor_inputs
 from regsurgery.images.image_set import ImageSet
 
-MIN_OUTLIERS = 0.25  # per image; fewer than one in four images is nothing to operate on
-EMERGED_SHARE = 0.5  # of the outliers after the last but one block; from so many on they have emerged
-EMBEDDED_SHARE = 0.5  # of the last blocks' outliers that the position embedding has at the same places
+MIN_OUTLIERS = 0.25  # per image; with fewer than one in four images there is nothing to fix
+EMERGED_SHARE = 0.5  # outliers have emerged once a block has this share of those after the last but one block
+EMBEDDED_SHARE = 0.5  # share of the last blocks' outliers that the position embedding has at the same places
 
 Cause = Literal["register_neurons", "none", "already_registered", "position_embedding", "unsupported"]
 
 
 @dataclass(frozen=True)
 class BlockNorms:
-    """L2 norms of the patches after one block, or before block 0: means over the images of each image's figure."""
+    """L2 norms of the patches after one block, or before block 0: per-image figures, averaged over the images."""
 
     median: float
     p99: float
@@ -53,12 +53,12 @@ class Diagnosis:
     """What `doctor` found.
 
     Attributes:
-        verdict: the cause; `reason` says why, in words.
+        verdict: the cause; `reason` explains it as text.
         positional: whether the outliers sit at the same places in every image; None without outliers.
-        emergence_block: the first block of those, up to the last but one, after all of which there are at least half as
-            many outliers as after the last but one; None without outliers.
-        settled_block: the last block, up to the last but one, that writes to some of those outliers what would make an
-            outlier of any patch: 3 median norms. No block after it is a cause. None without outliers.
+        emergence_block: the first block from which on, up to the last but one, every block ends with at least half as
+            many outliers as the last but one does; None without outliers.
+        settled_block: the last block, up to the last but one, that writes 3 median norms or more (enough to make any
+            patch an outlier) to some of those outliers. No later block is a cause. None without outliers.
         outliers_per_image: after the last but one block.
         tokens: the norms before block 0; `blocks` those after each block. Empty for an unsupported model.
     """
@@ -91,7 +91,7 @@ class Diagnosis:
 
 
 class _NormSums:
-    """Running sums of one place in the network; constant in the number of images."""
+    """Running sums for one place in the network; their size does not depend on the number of images."""
 
     def __init__(self) -> None:
         self.figures = torch.zeros(4, dtype=torch.float64)
@@ -125,7 +125,7 @@ def diagnose(
     """Run the original over `images` and read the norms of its patches after every block.
 
     Args:
-        force: look for a cause in a model that was trained with registers, too.
+        force: look for a cause even if the model was trained with registers.
     """
     loaded, traced, sites = located.loaded, located.traced, located.sites
     nodes = {"tokens": sites.tokens, **{str(block.index): block.output for block in sites.blocks}}
@@ -144,7 +144,7 @@ def diagnose(
 
 
 def _large_writes(taps: Mapping[str, Tensor], sites: Sites) -> Tensor:
-    """For every block up to the last but one, to how many of the outliers there it writes 3 median norms or more."""
+    """For every block up to the last but one: to how many of the outliers there it writes 3 median norms or more."""
     probe = [taps["tokens"], *(taps[str(block)] for block in range(sites.probe_block + 1))]
     patches = [value[:, sites.patches] for value in probe]
     outliers_BN = robust_outliers(token_norms(patches[-1]))
@@ -173,7 +173,7 @@ def _conclude(sites: Sites, sums: dict[str, _NormSums], writes: Tensor, images: 
         emergence -= 1
     assert isinstance(last.hits_N, Tensor)
     positional = share_at_common_places(last.hits_N, last.norms().outliers) >= POSITIONAL_SHARE
-    where = "at the same places in every image" if positional else "at places that the content decides"
+    where = "at the same places in every image" if positional else "at places that depend on the content"
     settled = max([emergence, *(block for block, count in enumerate(writes.tolist()) if count)])
     facts = {"positional": positional, "emergence_block": emergence, "settled_block": settled, **common}
     if emergence == 0 and _shared_places(sums["tokens"], last) >= EMBEDDED_SHARE:
@@ -187,6 +187,6 @@ def _conclude(sites: Sites, sums: dict[str, _NormSums], writes: Tensor, images: 
 
 
 def _shared_places(early: _NormSums, late: _NormSums) -> float:
-    """Share of the late outliers that sit where early ones do in the same number of images."""
+    """Share of the late outliers at places where as many images have early ones."""
     assert isinstance(early.hits_N, Tensor) and isinstance(late.hits_N, Tensor)
     return float(torch.minimum(early.hits_N, late.hits_N).sum() / late.hits_N.sum())

@@ -8,9 +8,9 @@ from regsurgery.errors import UserError
 from regsurgery.images.image_set import MIN_IMAGES, ImageSet, image_set
 from regsurgery.search.shares import MIN_DIVIDED
 
-HELD_OUT = 30  # of the user's images, at least so many are for verification alone, where there are three times as many
-GENERATED_TO_FIT = 128  # pictures to fit on where the user gives none
-FIT, UNSEEN = "fit", "unseen"  # what generated pictures are for
+HELD_OUT = 30  # of three times as many user images, at least this many are for verification alone
+GENERATED_TO_FIT = 128  # pictures to fit on if the user gives none
+FIT, UNSEEN = "fit", "unseen"  # purposes of generated pictures
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Division:
 
     Attributes:
         every: all of them.
-        searched, unseen: those that the search saw and others; of few photos all are both, and without a search there
-            are none that were seen.
+        searched, unseen: the ones that the search sees, and others. If there are few photos, both are all of them;
+            without a search, none are seen.
     """
 
     every: ImageSet
@@ -40,7 +40,7 @@ class Division:
         return cls(images, *_held_out(images))
 
     def for_fit(self, seed: int) -> tuple[ImageSet, ImageSet]:
-        """Images to fit weights on, and others to verify them on: those of the search, if it held photos out.
+        """Images to fit weights on, and others to verify them on: the same as for the search, if it held photos out.
 
         Raises:
             UserError: there are too few for both.
@@ -51,13 +51,13 @@ class Division:
             return self.searched, self.unseen
         if self.every.num_images < 2 * MIN_IMAGES:
             raise UserError(
-                f"{self.every.note}: at least {2 * MIN_IMAGES} are needed to fit on some and verify on others"
+                f"{self.every.note}: too few to fit on some and verify on others; give at least {2 * MIN_IMAGES}"
             )
         return _held_out(self.every)
 
 
 def _held_out(images: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """Of the user's images a fifth is for verification, but at least `HELD_OUT`, and at most a third."""
+    """Hold out a fifth of the user's images for verification, but at least `HELD_OUT`, and at most a third."""
     total = images.num_images
     kept, unseen = images.hold_out(max(MIN_IMAGES, min(total // 3, max(HELD_OUT, total // 5))))
     return kept, replace(unseen, note=f"{unseen.num_images} of the {images.note}, held out")

@@ -1,7 +1,7 @@
 """Settings of the cure, tried without writing anything: are the outliers gone, and how far do the outputs drift?
 
-A trial runs from the first block on that any setting changes. What enters that block depends on the number of registers
-alone, so it is computed once for each number.
+A trial starts at the first block that any setting changes. What enters that block depends only on the number of
+registers, so it is computed once for each number.
 
 Shape suffixes: B images of a batch, I images, T tokens, D width, N patches.
 """
@@ -31,14 +31,14 @@ from regsurgery.recipe import Recipe, by_blocks
 from regsurgery.runtime.surgery import insert_registers, neuron_shift
 
 Neurons = tuple[tuple[int, int], ...]  # (block, neuron), ascending
-KEPT = 2  # numbers of registers whose streams stay in memory
+KEPT = 2  # streams of this many numbers of registers stay in memory
 Graphs = dict[int, fx.GraphModule]  # number of registers -> the model with them, and a shift in every block
 FIGURES = ("drift", "outliers", "register_norm", "cosine_output", "cosine_patches", "kl", "same_argmax")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What `find` chooses between: register neurons, how many registers, and what the patches keep."""
+    """What `find` chooses: register neurons, how many registers, and what the patches keep."""
 
     neurons: Neurons
     num_registers: int = 1
@@ -61,14 +61,14 @@ class Setting:
 
 @dataclass(frozen=True, eq=False)
 class Tried:
-    """What a setting does, one number an image, `[I]`, float64 on the CPU.
+    """What a setting does, one number per image, `[I]`, float64 on the CPU.
 
     Attributes:
-        drift: KL divergence from the original's classes in nats where the model has logits, else what is missing to 1
-            of the cosines of the main output and of the patches that were no outliers, added.
+        drift: KL divergence from the original's classes in nats if the model has logits; otherwise (1 - cosine) of the
+            main output plus that of the patches that were not outliers.
         outliers: outlier patches after the last but one block.
         register_norm: mean norm of the register tokens there.
-        cosine_output, cosine_patches: original to patched; the patches' after the last block, without the original's
+        cosine_output, cosine_patches: original to patched; for the patches after the last block, without the original's
             outliers.
         kl, same_argmax: None for models without logits.
     """
@@ -87,7 +87,7 @@ class Tried:
         return {name: None if value is None else float(value.mean()) for name, value in values.items()}
 
     def worse_than(self, other: Tried) -> tuple[float, float]:
-        """By how much more this one drifts, mean over the same images, and the standard error of that mean."""
+        """How much more this one drifts, as a mean over the same images, and the standard error of that mean."""
         difference_I = self.drift - other.drift
         return float(difference_I.mean()), float(difference_I.std() / len(difference_I) ** 0.5)
 
@@ -106,10 +106,10 @@ class DriftTrials:
     """Tries settings on `images`, batches `[B, 3, H, W]`.
 
     Args:
-        first_block: no setting has a neuron in a block before it.
-        memo: remembers trials, by text; plain data, so that it can be kept in a file.
-        graphs: keeps the graphs, which other trials of `traced` may have made and may use.
-        done: called after every trial that was run.
+        first_block: no setting has a neuron in an earlier block.
+        memo: remembers trials by text; plain data, so it can be kept in a file.
+        graphs: keeps the graphs, shared with other trials of `traced`.
+        done: called after every trial that is run.
 
     Attributes:
         num_images: I.
@@ -144,7 +144,7 @@ class DriftTrials:
 
     @cached_property
     def originals(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Of every batch the original's main output, its patches after the last block, and which were outliers."""
+        """For every batch: the original's main output, its patches after the last block, and which were outliers."""
         whole = tap(self.traced.graph_module, probe_nodes(self.sites), outputs=(self.main,))
         kept = []
         for inputs in self.inputs:
@@ -168,8 +168,8 @@ class DriftTrials:
         figures: dict[str, list[Tensor]] = {}
         for stream_BTD, inputs, original in zip(streams, self.inputs, self.originals, strict=True):
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "std", UserWarning)  # of the fill `outliers` over no neurons
-                outputs, taps = graph_module(*inputs, stream_BTD.clone())  # a graph may write into what it is given
+                warnings.filterwarnings("ignore", "std", UserWarning)  # from the fill `outliers` over no neurons
+                outputs, taps = graph_module(*inputs, stream_BTD.clone())  # a graph may write into its inputs
             for name, values_B in self._figures(original, outputs[self.main], taps).items():
                 figures.setdefault(name, []).append(values_B.double().cpu())
         return Tried(**{name: torch.cat(values) for name, values in figures.items()})
@@ -194,7 +194,7 @@ class DriftTrials:
 
     @torch.no_grad()
     def _from_first_block(self, num_registers: int) -> tuple[list[Tensor], fx.GraphModule]:
-        """What enters the first block with so many registers, and the model from there on."""
+        """What enters the first block with `num_registers` registers, and the model from there on."""
         if num_registers in self._streams:
             self._streams.move_to_end(num_registers)
             return self._streams[num_registers]
@@ -222,7 +222,7 @@ class DriftTrials:
 
 
 def _shift(graph_module: fx.GraphModule, neurons: Mapping[int, Sequence[int]]) -> None:
-    """Let the shifts of `graph_module` take these neurons, by block, and no others."""
+    """Set the neurons, by block, that the shifts of `graph_module` take."""
     for name, listed in graph_module.named_buffers():
         prefix, _, block = name.rpartition("_")
         if prefix == "register_neurons":
@@ -231,7 +231,7 @@ def _shift(graph_module: fx.GraphModule, neurons: Mapping[int, Sequence[int]]) -
 
 
 def _with_fill(graph_module: fx.GraphModule, fill: str) -> fx.GraphModule:
-    """`graph_module`, or a copy of it whose shifts fill the patches in another way."""
+    """`graph_module`, or a copy of it whose shifts fill the patches differently."""
     shifts = graph_module.graph.find_nodes(op="call_function", target=neuron_shift)
     if all(shift.kwargs["fill"] == fill for shift in shifts):
         return graph_module

@@ -1,11 +1,11 @@
 """The most faithful cure: of all settings that leave no outlier, the one whose outputs drift least from the original's.
 
-The smallest set of neurons that suppresses the outliers (`selection.select`) is where it begins. Neurons join one at a
-time, by drift: one that alone never makes an outlier may prepare what another completes. Registers are tried from 1 to
-twice the outliers per image, since each outlier is a place that attention can sink into. What is grown on a few images
-is judged on others, that took no part: of two settings whose drifts lie within one standard error of their paired
-difference, the one with fewer registers, then with fewer neurons, then with neurons that contribute more to the
-outliers, is chosen.
+The search starts from the smallest set of neurons that suppresses the outliers (`selection.select`). Neurons join one
+at a time, by drift: one that never makes an outlier alone may prepare what another completes. Registers are tried from
+1 to twice the outliers per image, since each outlier is a place that attention can sink into. Sets are grown on a few
+images and judged on others. If the drifts of two settings are within one standard error of their paired difference,
+the one with fewer registers is chosen, then the one with fewer neurons, then the one whose neurons contribute more to
+the outliers.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from regsurgery.search.selection import STARVED
 
 POOL = 6  # best candidates by contribution that may join
 MAX_JOINED = 4
-BEAM = 3  # sets of a size that are judged; which of them is nearer, a few images say less surely than more
-# A neuron joins where it takes away at least this share of the drift. What takes less is within what other images would
-# say: on the ViT-Ti 6:189 takes 80 %, 6:59 after it 10 to 20 %, on some divisions of the photos less than nothing.
+BEAM = 3  # sets per size that are judged; more images say more surely which of them is nearest
+# A neuron joins if it takes away at least this share of the drift. A smaller share is within the variation between
+# sets of images: on the ViT-Ti 6:189 takes 80 %; after it, 6:59 takes 10 to 20 %, and less than nothing on some
+# divisions of the photos.
 MIN_GAIN = 1 / 3
-MAX_DROPPED = 8  # members tried without, those that joined last first
-FILLS = ("outliers",)  # beside zero, tried at the best setting
+MAX_DROPPED = 8  # members whose removal is tried, starting with the last to join
+FILLS = ("outliers",)  # in addition to zero, tried at the best setting
 REGISTERS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -36,7 +37,7 @@ class Cure:
 
     Attributes:
         original: outliers per image of the original.
-        allowed: how many may be left.
+        allowed: how many may remain.
         outlier_norm: mean norm of the original's outliers.
     """
 
@@ -59,9 +60,9 @@ class SettingRow:
     """One row of the table: a setting, tried on the images that decide.
 
     Attributes:
-        name: what the setting is, in words.
+        name: description of the setting.
         num_images: how many images decided.
-        cost: tokens added, in per cent.
+        cost: tokens added, in percent.
         chosen: whether it is the recipe's setting; `paper`: the smallest set with one register.
     """
 
@@ -111,7 +112,7 @@ class Choice:
 
 
 def register_counts(outliers: float, fixed: int | None = None) -> tuple[int, ...]:
-    """The numbers of registers to try: from 1 to twice the outliers per image; or the one that is `fixed`."""
+    """The numbers of registers to try: from 1 to twice the outliers per image; or only `fixed`."""
     if fixed is not None:
         return (fixed,)
     most = min(MAX_REGISTERS, max(2, math.ceil(2 * outliers)))
@@ -121,8 +122,8 @@ def register_counts(outliers: float, fixed: int | None = None) -> tuple[int, ...
 def grow(
     trials: DriftTrials, smallest: Neurons, ranked: Sequence[tuple[int, int]], cure: Cure, counts: Sequence[int]
 ) -> tuple[list[Neurons], int]:
-    """Sets of neurons that each are nearer to the original than the smaller ones, and the number of registers that they
-    grew with. The smallest comes first, the nearest last.
+    """Sets of neurons, each nearer to the original than the smaller ones, and the number of registers that they grew
+    with. The smallest comes first, the nearest last.
 
     Args:
         ranked: candidates, best first.
@@ -168,11 +169,11 @@ def choose(
     """Try the settings that matter on the images of `trials`, and choose.
 
     Args:
-        sets: of `grow`; the first is the smallest.
-        count: the number of registers that they grew with; the numbers tried begin there.
-        num_tokens: of the original, for what a register costs.
-        ranked: candidates, best first: of sets as large and as near, that of better ones is taken.
-        fills: others than `zero` to try at the best setting.
+        sets: from `grow`; the first is the smallest.
+        count: the number of registers that they grew with; the numbers tried start there.
+        num_tokens: of the original, for the cost of a register.
+        ranked: candidates, best first: among equally large and near sets, the one with better candidates is taken.
+        fills: fills other than `zero` to try at the best setting.
     """
     cells: dict[Setting, Tried] = {}
     places = {neuron: place for place, neuron in enumerate(ranked)}
@@ -227,7 +228,7 @@ def _walk(tried: Callable[[Setting], Tried], neurons: Neurons, count: int, count
                 break
             best, least = at, found
             at += step
-        if best != start:  # it is a valley: what lies on the other side is higher
+        if best != start:  # a valley: the other side is higher
             break
     if best > 0:  # fewer registers, if they drift as little
         drift(best - 1)
@@ -235,8 +236,8 @@ def _walk(tried: Callable[[Setting], Tried], neurons: Neurons, count: int, count
 
 
 def _ranked(cells: Mapping[Setting, Tried], place: Callable[[Neurons], list[int]]) -> tuple[Setting, ...]:
-    """All of `cells`, the chosen one first: near the best ones those with fewer registers, then fewer neurons, then
-    those whose `place` is lowest. One register is near where several do not take away `MIN_GAIN` of its drift.
+    """All of `cells`, the chosen one first: among those near the best, fewer registers come first, then fewer neurons,
+    then the lowest `place`. One register counts as near if several do not take away `MIN_GAIN` of its drift.
     """
     if not cells:
         return ()
@@ -246,7 +247,7 @@ def _ranked(cells: Mapping[Setting, Tried], place: Callable[[Neurons], list[int]
         mean, error = found.worse_than(least)
         if mean <= error:
             return True
-        # Where one register drifts nearly as little as several, the network does not use its outliers as sinks.
+        # If one register drifts nearly as little as several, the network does not use its outliers as sinks.
         one = setting.num_registers == 1 and setting.neurons == best.neurons and setting.fill in ("zero", best.fill)
         if one and not _gains(least, found):
             return True
@@ -263,7 +264,7 @@ def _ranked(cells: Mapping[Setting, Tried], place: Callable[[Neurons], list[int]
 
 
 def _gains(new: Tried, old: Tried) -> bool:
-    """Whether a neuron more is worth it: it takes away `MIN_GAIN` of the drift, and more than one standard error."""
+    """Whether another neuron is worth it: it takes away `MIN_GAIN` of the drift, and more than one standard error."""
     more, error = old.worse_than(new)
     return more >= MIN_GAIN * float(old.drift.mean()) and more > error
 
@@ -278,7 +279,7 @@ def _order(cell: tuple[Setting, Tried]) -> tuple[Any, ...]:
 
 
 def _name(setting: Setting, smallest: Neurons) -> str:
-    """The neurons in words: the smallest set, or what joined it and what left it."""
+    """Text for the neurons: the smallest set, or what joined it and what left it."""
     joined = [f"+{block}:{neuron}" for block, neuron in setting.neurons if (block, neuron) not in smallest]
     left = [f"-{block}:{neuron}" for block, neuron in smallest if (block, neuron) not in setting.neurons]
     return " ".join(("smallest", *joined, *left))

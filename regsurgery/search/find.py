@@ -1,5 +1,5 @@
-"""`find`, aloud: pilot -> scores over all images -> the smallest set that removes the outliers -> the setting with the
-least drift -> a recipe that says how.
+"""`find` in steps: pilot -> scores over all images -> the smallest set that removes the outliers -> the setting with
+the least drift -> a recipe that records how.
 
 The scores may come from the parts of an array job: `find_part` makes the statistics of one, `find` merges them.
 """
@@ -45,15 +45,15 @@ class Task:
 
 
 def find(task: Task, journal_path: Path | None = None, parts: dict[Path, Statistics] | None = None) -> Found:
-    """Find the register neurons of the model, how many registers they need, and what patches keep.
+    """Find the register neurons of the model, how many registers they need, and what the patches keep.
 
     Args:
-        journal_path: where the sums so far are kept, so that a search that was killed continues.
-        parts: statistics to decide by, instead of a pass over the images; then the share is any part's.
+        journal_path: where the sums so far are kept, so that a killed search can continue.
+        parts: statistics to decide from, instead of a pass over the images; the share may then be any part's.
 
     Raises:
-        NothingToFixError: the pilot's verdict is not `register_neurons`, or no neurons are the outliers' cause.
-        UserError: too few of the images could be read; or `parts` are of another search.
+        NothingToFixError: the pilot's verdict is not `register_neurons`, or neurons do not cause the outliers.
+        UserError: too few of the images could be read, or `parts` belong to another search.
     """
     share, processes, progress = task.share, task.processes, task.progress
     diagnosis, scorer = _pilot(task)
@@ -79,7 +79,7 @@ def find(task: Task, journal_path: Path | None = None, parts: dict[Path, Statist
 
 
 def find_part(task: Task, part: Part, path: Path) -> FoundPart:
-    """The pilot, and the pass over the images of one part, whose sums go into the statistics file `path`.
+    """Run the pilot, and the pass over the images of one part, whose sums go into the statistics file `path`.
 
     Raises:
         NothingToFixError: the pilot's verdict is not `register_neurons`.
@@ -95,12 +95,12 @@ def find_part(task: Task, part: Part, path: Path) -> FoundPart:
         broken |= each
     statistics = Statistics(_settings(scorer, task.share), part, tried, broken)
     processes.decided_by_first(lambda: write_statistics(path, statistics, sums))
-    journal.remove()  # only now, in every process: the file is there
+    journal.remove()  # only now, in every process, that the file exists
     return FoundPart(str(path), part, sums.num_images, len(broken))
 
 
 def _pilot(task: Task) -> tuple[Diagnosis, Scorer]:
-    """Is there a cause to be found, and up to which block."""
+    """Whether there is a cause to find, and up to which block."""
     progress, pilot, force = task.progress, task.share.pilot, task.options.force
     progress.stage("pilot", pilot.num_images)
     diagnosis = task.processes.decided_by_first(
@@ -115,7 +115,7 @@ def _pilot(task: Task) -> tuple[Diagnosis, Scorer]:
 
 
 def _settings(scorer: Scorer, share: Share) -> dict[str, Any]:
-    """What sums must have in common to be added."""
+    """What sums must have in common to be added up."""
     return {
         "regsurgery": __version__,
         "torch": torch.__version__,
@@ -131,7 +131,7 @@ def _settings(scorer: Scorer, share: Share) -> dict[str, Any]:
 
 
 def _score(task: Task, scorer: Scorer, sums: Sums, path: Path | None) -> Journal:
-    """The pass over all images of the share, into `sums`, which then are those of all processes."""
+    """The pass over all images of the share, into `sums`, which afterwards are those of all processes."""
     share, processes, progress = task.share, task.processes, task.progress
     images = share.own
     key = (_settings(scorer, share), images.source.fingerprint(), repr(images.chosen), share.first, share.step)

@@ -1,4 +1,4 @@
-"""Journals of a search, so that one that was killed can be continued: sums over images so far, and trials of settings.
+"""Journals of a search, so that a killed one can continue: sums over images so far, and trials of settings.
 
 Each is one file, replaced as a whole; it belongs to exactly one model, image set and division among processes.
 """
@@ -14,19 +14,19 @@ from typing import Any
 from regsurgery.checkpoints.whole import replace_file
 from regsurgery.search.scores import Sums
 
-INTERVAL = 1.0  # seconds between two entries, at first; later a hundredth of the time that has passed
-MOST_INTERVALS = 60  # at the end that many of them; entries of large models are megabytes
+INTERVAL = 1.0  # seconds between two entries at first; later a hundredth of the time that has passed
+MOST_INTERVALS = 60  # finally this many intervals; entries of large models are megabytes
 
 
 class Journal:
-    """Journal at `path`, or none where it is None.
+    """Journal at `path`, or no journal if it is None.
 
     Args:
-        key: what the sums are of; entries of another key are ignored.
-        say: is told what became of an earlier journal.
+        key: identifies what is summed; entries with another key are ignored.
+        say: is told what happens to an earlier journal.
 
     Attributes:
-        broken: name -> reason of the images of these sums that could not be read; written with them.
+        broken: name -> reason, for the images of these sums that could not be read; written with them.
     """
 
     def __init__(self, path: Path | None, key: str, say: Callable[[str], None]) -> None:
@@ -35,7 +35,7 @@ class Journal:
         self.broken: dict[str, str] = {}
 
     def resume(self, sums: Sums) -> int:
-        """Read the last entry into `sums` and `broken`; the number of its last batch, -1 without one."""
+        """Read the last entry into `sums` and `broken`; returns the number of its last batch, -1 without one."""
         if self.path is None or not self.path.is_file():
             return -1
         from safetensors import SafetensorError, safe_open
@@ -44,12 +44,12 @@ class Journal:
             with safe_open(self.path, framework="pt") as file:
                 facts = json.loads((file.metadata() or {}).get("journal", "{}"))
                 if facts.get("key") != self.key:
-                    self.say(f"{self.path.name}: is of another model or other images; starting anew")
+                    self.say(f"{self.path.name}: belongs to another model or other images; starting from scratch")
                     return -1
                 for name, tensor in sums.tensors().items():
                     tensor.copy_(file.get_tensor(name))
         except (SafetensorError, OSError, ValueError) as error:
-            self.say(f"{self.path.name}: cannot be read ({error}); starting anew")
+            self.say(f"{self.path.name}: cannot be read ({error}); starting from scratch")
             for tensor in sums.tensors().values():
                 tensor.zero_()
             return -1
@@ -58,7 +58,7 @@ class Journal:
         return int(facts["batch"])
 
     def write(self, sums: Sums, batch: int, *, now: bool = False) -> None:
-        """Write an entry if the last is old enough, or `now`."""
+        """Write an entry if the last one is old enough, or if `now`."""
         if self.path is None:
             return
         time_now = time.monotonic()
@@ -77,10 +77,10 @@ class Journal:
 
 
 class TrialJournal:
-    """What trials of settings gave so far, in the JSON file `path`, or nowhere if it is None.
+    """Results of trials of settings so far, in the JSON file `path`, or nowhere if it is None.
 
     Args:
-        key: what the trials are of; those of another key are ignored.
+        key: identifies what is tried; trials with another key are ignored.
 
     Attributes:
         trials: plain data; the search reads and writes it.
@@ -95,12 +95,12 @@ class TrialJournal:
         try:
             facts = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError):
-            return  # written as a whole, so somebody else's; trials are run again
+            return  # it is written as a whole, so this is not ours; trials are run again
         if isinstance(facts, dict) and facts.get("key") == key and isinstance(facts.get("trials"), dict):
             self.trials = facts["trials"]
 
     def write(self) -> None:
-        """Write the trials if the last time is long enough ago."""
+        """Write the trials if the last write is long enough ago."""
         if self.path is None or time.monotonic() - self.written < INTERVAL:
             return
         replace_file(self.path, json.dumps({"key": self.key, "trials": self.trials}).encode())

@@ -13,9 +13,9 @@ Started = TypeVar("Started")
 
 
 def prefetched(batches: Iterable[tuple[int, Tensor]], device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """Numbered batches, on a GPU where `device` is one; elsewhere they are handed through as they are.
+    """Numbered batches, on the GPU if `device` is one; otherwise they pass through unchanged.
 
-    Each is copied from pinned memory, on a stream of its own, while the one before it is computed.
+    Each is copied from pinned memory, on its own stream, while the previous one is computed.
     """
     if device.type != "cuda":
         yield from batches
@@ -34,7 +34,7 @@ def prefetched(batches: Iterable[tuple[int, Tensor]], device: torch.device) -> I
 
 
 def one_ahead(given: Iterable[Given], start: Callable[[Given], Started]) -> Iterator[Started]:
-    """`start` of each; that of the next one is called before one is handed out."""
+    """Yield `start` of each; `start` of the next one is called before the current one is yielded."""
     waiting: list[Started] = []
     for each in given:
         waiting.append(start(each))

@@ -1,7 +1,7 @@
 """Several processes on one search: `torchrun` or `accelerate launch` around `regsurgery find`.
 
-The processes share out the batches; their sums are added up. What is decided on few images is decided by the first
-process and sent to the others, so that all go on alike.
+The processes share the batches; their sums are added up. Decisions that need few images are made by the first process
+and sent to the others, so that all continue alike.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Processes:
         return values  # type: ignore[return-value]
 
     def decided_by_first(self, decide: Callable[[], T]) -> T:
-        """`decide()` of the first process, in all of them; an error of its own tree is raised in all as well."""
+        """The first process's `decide()`, in all of them; one of our own errors is raised in all of them as well."""
         if self.count == 1:
             return decide()
         import torch.distributed as dist

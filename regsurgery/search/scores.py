@@ -1,9 +1,9 @@
-"""Streaming sums of every MLP neuron's activation, at outlier patches and elsewhere, and the scores made of them.
+"""Streaming sums of every MLP neuron's activation, at outlier patches and elsewhere, and the scores made from them.
 
 One forward per batch, which stops after the last block that can be a cause. Each activation is reduced to one sum per
-neuron as soon as it is made; which patches are outliers is known only at the end, so the inputs of the MLPs (a quarter
-of an activation's size) are kept until then and the activation is computed again at those few patches. Memory does not
-depend on the number of images.
+neuron as soon as it is computed. Which patches are outliers is known only at the end, so the inputs of the MLPs (a
+quarter of an activation's size) are kept until then, and the activation is computed again at those few patches. Memory
+does not depend on the number of images.
 
 Shape suffixes: B batch, T tokens, N patches, M the outlier patches of a batch, H hidden units, D width.
 """
@@ -31,8 +31,8 @@ class Sums:
 
     Attributes:
         everywhere_H, outliers_H: for every block, the sum of |activation| over all patches, and over outlier patches.
-        alone_H: for every block, to how many outlier patches each neuron writes what would make any patch an outlier.
-        counts: how many images, patches and outlier patches, and the sum of the images' outlier thresholds.
+        alone_H: for every block, to how many outlier patches each neuron writes enough to make any patch an outlier.
+        counts: the number of images, patches and outlier patches, and the sum of the images' outlier thresholds.
     """
 
     def __init__(self, hidden_sizes: Iterable[int]) -> None:
@@ -42,7 +42,7 @@ class Sums:
         self.counts = torch.zeros(4, dtype=torch.float64)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every sum by name; the tensors themselves, so that they can be written into."""
+        """Every sum by name; the tensors themselves, so they can be written into."""
         named = {f"everywhere.{block}": sums for block, sums in enumerate(self.everywhere_H)}
         named |= {f"outliers.{block}": sums for block, sums in enumerate(self.outliers_H)}
         named |= {f"alone.{block}": sums for block, sums in enumerate(self.alone_H)}
@@ -78,8 +78,8 @@ class Candidate:
         activation: mean |activation| at outlier patches (Algorithm 1).
         contribution: (mean |activation| at outlier patches - elsewhere) x L2 norm of what the neuron writes to the
             stream at activation 1, the layer scale included.
-        alone: how many of the outlier patches this neuron would have made by itself: what it writes there has 3 median
-            patch norms or more.
+        alone: how many of the outlier patches this neuron would have made by itself, writing 3 median patch norms or
+            more there.
     """
 
     block: int
@@ -124,10 +124,10 @@ def _constant(module: nn.Module, node: fx.Node) -> Tensor:
 
 
 class Scorer:
-    """A model up to block `last_block`, with sums instead of outputs: the original, or `patched`, made of its graph.
+    """A model up to block `last_block`, with sums instead of outputs: the original, or `patched`, made from its graph.
 
     The activations of a patched model are those before the shift. With `precision` `bf16` they are computed under
-    autocast; what is summed, and norms, are float32 all the same, and the sums float64.
+    autocast; summands and norms are still float32, and the sums float64.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class Scorer:
             norms_BN = token_norms(stream_BTD)[:, self.patches]
             threshold_B1 = robust_threshold(norms_BN)
             image_M, patch_M = (norms_BN > threshold_B1).nonzero(as_tuple=True)
-            totals, added = [], []  # to the CPU at once: on a GPU every transfer waits for all that came before
+            totals, added = [], []  # moved to the CPU together: on a GPU every transfer waits for all earlier work
             for index, (_, cone) in enumerate(self.cones):
                 source_MD = sources_BTD[index][:, self.patches][image_M, patch_M]
                 activation_MH = cone(source_MD[None])[0].float().abs()

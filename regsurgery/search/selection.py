@@ -2,12 +2,12 @@
 
 This is the paper's setting, and where the search for the most faithful one begins (`faithful.py`).
 
-The search needs no number set by hand. It begins with the neurons that alone have made outliers, and with those that
-come to do so once the first are shifted: outliers can mask others. While outliers are left, further candidates join in
+The search needs no number set by hand. It starts with the neurons that have made outliers by themselves, and with those
+that do so once the first are shifted, since outliers can mask others. While outliers remain, further candidates join in
 the order of their contribution, in growing groups, as long as the outliers shrink and the register takes over their
-norm. Then every member must prove itself: it stays if without it an outlier comes back or
-the former outliers grow, or if it was idle on the trial images, which then say nothing about it. Last, the parts of a
-neuron that is spread over several are put together.
+norm. Then every member must prove itself: it stays if without it an outlier comes back or the former outliers grow, or
+if it was idle on the trial images, which then say nothing about it. Finally, the parts of a neuron that is spread over
+several are put together.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ MAX_CANDIDATES = 256
 GONE = 0.05  # outliers per image that may remain; the limit of verification
 GAIN = 0.01  # share of the original excess that a group must take away to join
 MAX_ROUNDS = 8  # of looking for masked neurons
-PATIENCE = 16  # candidates in a row that bring nothing, after which the search ends
-STARVED = 0.5  # of the norm of the outliers that went; a register below it does not do their work
+PATIENCE = 16  # the search ends after this many useless candidates in a row
+STARVED = 0.5  # of the removed outliers' norm; a register with a smaller share does not do their work
 NEEDED = 0.05  # relative growth of the former outliers by which a member proves itself
-SAME = 0.99  # cosine of two neurons' activations over patches from which they are parts of one
+SAME = 0.99  # two neurons are parts of one if the cosine of their activations over patches is at least this
 PART = 0.01  # share of what its other part writes that a part must write
 
 
@@ -37,7 +37,7 @@ class Selection:
 
     Attributes:
         glance: what they do, up to the last block that can be a cause.
-        starved: the register does not take over the norm of the outliers.
+        starved: whether the register fails to take over the norm of the outliers.
     """
 
     neurons: tuple[tuple[int, int], ...]
@@ -59,7 +59,7 @@ def select(
     """Search among `ranked`, best first.
 
     Args:
-        seen: the sums over the trial images alone.
+        seen: the sums over only the trial images.
         pilot: batches of images, more than those of the trials, on which to look for masked neurons.
         progress: called with 1 after every trial.
     """
@@ -86,7 +86,7 @@ def select(
 
 
 def _makers(trials: Trials, ranked: Sequence[Candidate], pilot: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """The candidates that alone have made outliers; then those that do so where all found so far are shifted."""
+    """The candidates that have made outliers by themselves; then those that do so once all found so far are shifted."""
     makers = [(candidate.block, candidate.neuron) for candidate in ranked if candidate.alone]
     for _ in range(MAX_ROUNDS):
         scorer, sums = trials.scores(makers, pilot)
@@ -125,7 +125,7 @@ def _grow(
             chosen, current, idle = chosen + group, found, 0
             queue, size = queue[size:], 2 * size
         elif size > 1:
-            size = 1  # one of the group may still be good
+            size = 1  # one of the group may still be useful
         else:
             queue, idle = queue[1:], idle + 1
     return chosen, current

@@ -1,7 +1,7 @@
-"""Which images a process runs over where several share a search: whole tars, or every n-th batch; and the pilot.
+"""Which images a process handles if several share a search: whole tars, or every n-th batch; and the pilot.
 
-A search is shared out over the parts of an array job, and each part over the processes of a launcher. The batches are
-the same however many share them, so that their sums are, too: no batch reaches from one tar into the next.
+A search is divided among the parts of an array job, and each part among the processes of a launcher. The batches, and
+therefore their sums, are the same however many share them: no batch spans two tars.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from regsurgery.images.tars import Tars
 from regsurgery.search.processes import Processes
 
 BATCH = 8
-PILOT_IMAGES = 32  # for what is decided on few images
-JUDGING_IMAGES = 32  # on which settings are compared; they take no part in the search
-MIN_DIVIDED = 24  # of fewer images none is held out
+PILOT_IMAGES = 32  # for decisions that need few images
+JUDGING_IMAGES = 32  # to compare settings on; they take no part in the search
+MIN_DIVIDED = 24  # with fewer images, none is held out
 JUDGE = "judge"  # purpose of generated pictures
 
 
@@ -35,20 +35,20 @@ class Part(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Part:
-        """`I/N` as the command line has it.
+        """`I/N` from the command line.
 
         Raises:
-            UserError: it is none.
+            UserError: `text` does not have that form.
         """
         number, _, total = text.partition("/")
         if not (number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
-            raise UserError(f"--part {text}: not I/N with I from 1 to N; the third of eight parts is 3/8")
+            raise UserError(f"--part {text}: not I/N with I from 1 to N; give 3/8, for example, for the third of eight")
         return cls(int(number), int(total))
 
 
 @dataclass(frozen=True)
 class FoundPart:
-    """What one part did: the statistics file `stats`, which has the sums over `num_images` images.
+    """Result of one part: the statistics file `stats`, with the sums over `num_images` images.
 
     Attributes:
         num_broken: images of the part that could not be read.
@@ -75,12 +75,12 @@ class Share:
 
     Attributes:
         pilot: at most `PILOT_IMAGES`, the same in every process and part.
-        judging: images that take no part in the search, and decide between the settings that it found; None where none
-            are held out: too few images, or tars, which are read whole.
+        judging: images that take no part in the search, and decide between the settings that it found; None if none
+            are held out, because there are too few images, or tars, which are read whole.
         own, first, step: the share is the batches `first`, `first + step`, ... of `own`.
         by_file: no batch has images of two tars.
         identity: of the images of all shares; the same on every machine that has a copy of them.
-        name: what the images of all shares are called, where the pilot's note has not their number.
+        name: the name of the images of all shares, if the pilot's note does not give their number.
     """
 
     pilot: ImageSet
@@ -116,7 +116,7 @@ class Share:
         return sum(sizes[self.first :: self.step])
 
     def note(self, num_images: int) -> str:
-        """What the images of all shares are, `num_images` together; as `ImageSet.note` of one process says it."""
+        """Description of the images of all shares, `num_images` together; as `ImageSet.note` in a single process."""
         return self.own.note if self.name is None else f"{num_images} images of {self.name}"
 
 
@@ -131,12 +131,12 @@ def share_out(
 ) -> Share:
     """The share of one of `processes` in one `part` of the images that `image_set.image_set` would give.
 
-    Where there is a tar for every part, each gets whole ones, every `part.total`-th, and opens no others but for the
-    pilot. The processes of a part share its tars in the same way. All else is shared out by batches; tars too, where
-    `num_images` of them are to be spread over all.
+    If there is a tar for every part, each part gets every `part.total`-th tar, and opens others only for the pilot. The
+    processes of a part share its tars in the same way. Everything else is divided by batches; tars too, if `num_images`
+    images are to be spread over all of them.
 
     Raises:
-        UserError: as of `image_set`.
+        UserError: as for `image_set`.
     """
     part, processes = part or Part(), processes or Processes()
     if where is not None and num_images is None and not isinstance(where, ImageSet):
@@ -150,7 +150,7 @@ def share_out(
 
 
 def _held_out(images: ImageSet) -> tuple[ImageSet, ImageSet | None]:
-    """Images to search on and others to judge on, if there are enough; of generated pictures there always are."""
+    """Images to search on and others to judge on, if there are enough; for generated pictures there always are."""
     source, total = images.source, images.num_images
     if isinstance(source, Generated):
         count = JUDGING_IMAGES if total >= DEFAULT_GENERATED else total
@@ -178,7 +178,7 @@ def _tars(where: Path, paths: tuple[Path, ...], say: Callable[[str], None], part
 
 
 def _first_images(images: ImageSet, paths: tuple[Path, ...]) -> ImageSet | None:
-    """The first image of each of `PILOT_IMAGES` evenly spread tars, without a look into the others; None of fewer."""
+    """The first image of each of `PILOT_IMAGES` evenly spread tars, without opening the others; None for fewer tars."""
     if len(paths) < PILOT_IMAGES:
         return None
     source = Tars.firsts(tuple(paths[i * len(paths) // PILOT_IMAGES] for i in range(PILOT_IMAGES)))

@@ -1,6 +1,6 @@
 """Statistics files: the sums of one part of an array job, and their addition.
 
-One safetensors file each: the tensors of `scores.Sums`, and under `regsurgery` in its metadata what they are of:
+One safetensors file per part: the tensors of `scores.Sums`, and under `regsurgery` in its metadata what they describe:
 
     {"schema": 1, "settings": {name: value} that all parts must have in common, "part": I, "parts": N,
      "tried": images of the part, "broken": {name: reason} of those that could not be read}
@@ -26,10 +26,10 @@ SHOWN = 12  # numbers of missing parts that an error lists
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a statistics file says about itself.
+    """The metadata of a statistics file.
 
     Attributes:
-        settings: what all parts must have in common, by names that an error can use.
+        settings: what all parts must have in common, by names that can appear in errors.
         tried: images of the part, broken ones included.
     """
 
@@ -59,10 +59,10 @@ def write_statistics(path: Path, statistics: Statistics, sums: Sums) -> None:
 
 
 def read_statistics(path: Path) -> Statistics:
-    """What the statistics file `path` says about itself; its sums are looked at by `add_statistics`.
+    """The metadata of the statistics file `path`; its sums are read by `add_statistics`.
 
     Raises:
-        UserError: there is none, or it is damaged or something else.
+        UserError: the file is missing, damaged or something else.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such statistics file; regsurgery find --part I/N --stats FILE writes them")
@@ -74,37 +74,38 @@ def read_statistics(path: Path) -> Statistics:
         schema = facts["schema"]
     except (CheckpointError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path}: not a statistics file, or a damaged one ({' '.join(str(error).split())[:200]}); write it anew "
+            f"{path}: not a statistics file, or a damaged one ({' '.join(str(error).split())[:200]}); write it again "
             "with regsurgery find --part I/N --stats FILE"
         ) from error
     if schema != SCHEMA:
         raise UserError(
-            f"{path}: schema {str(schema)[:60]}, this regsurgery reads schema {SCHEMA}; make all parts with one version"
+            f"{path}: has schema {str(schema)[:60]}, this regsurgery reads schema {SCHEMA}; make all parts with one "
+            "version"
         )
     if not 1 <= part.number <= part.total:
-        raise UserError(f"{path}: claims to be part {part.number} of {part.total}; write it anew")
+        raise UserError(f"{path}: claims to be part {part.number} of {part.total}; write it again")
     return statistics
 
 
 def check_statistics_output(path: Path) -> None:
-    """Raise `OutputError` where `path` cannot become a statistics file; an earlier one is replaced."""
+    """Raise `OutputError` if `path` cannot become a statistics file; an earlier one is replaced."""
     check_parent(path)
     if path.exists():
         try:
             read_statistics(path)
         except UserError as error:
-            raise OutputError(f"{path}: exists and is no statistics file; choose another file with --stats") from error
+            raise OutputError(f"{path}: exists and is not a statistics file; choose another with --stats") from error
 
 
 def read_parts(paths: Sequence[Path]) -> dict[Path, Statistics]:
     """All parts of one search, in the order of their numbers.
 
     Raises:
-        UserError: one is missing, given twice, damaged, or of another search than the first.
+        UserError: a part is missing, given twice, damaged, or belongs to another search than the first.
     """
     found = {path: read_statistics(path) for path in paths}
     if not found:
-        raise UserError("--merge: no statistics files; give those of all parts behind MODEL")
+        raise UserError("--merge: no statistics files; give those of all parts after MODEL")
     first_path, first = next(iter(found.items()))
     holders: dict[int, Path] = {}
     for path in paths:
@@ -117,7 +118,7 @@ def read_parts(paths: Sequence[Path]) -> dict[Path, Statistics]:
             )
         if other.part.number in holders:
             raise UserError(
-                f"{path}: part {other.part.number} of {other.part.total}, and so is {holders[other.part.number]}; give "
+                f"{path}: is part {other.part.number} of {other.part.total}, like {holders[other.part.number]}; give "
                 "every part once"
             )
         holders[other.part.number] = path
@@ -125,7 +126,7 @@ def read_parts(paths: Sequence[Path]) -> dict[Path, Statistics]:
     if missing:
         listed = ", ".join(map(str, missing[:SHOWN])) + (", ..." if len(missing) > SHOWN else "")
         raise UserError(
-            f"--merge: of {first.part.total} parts {len(missing)} missing: {listed}; make each with regsurgery find "
+            f"--merge: {len(missing)} of {first.part.total} parts missing: {listed}; make each with regsurgery find "
             f"--part {missing[0]}/{first.part.total} --stats FILE"
         )
     return {holders[number]: found[holders[number]] for number in sorted(holders)}
@@ -135,7 +136,7 @@ def add_statistics(parts: dict[Path, Statistics], settings: dict[str, Any], sums
     """Add the sums of all `parts`, which must be of these `settings`, to `sums`.
 
     Raises:
-        UserError: they are of others, or not finite sums of that model.
+        UserError: their settings differ, or they are not finite sums of that model.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -145,11 +146,11 @@ def add_statistics(parts: dict[Path, Statistics], settings: dict[str, Any], sums
         try:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); write it anew") from error
+            raise UserError(f"{path}: cannot be read ({error}); write it again") from error
         for name, total in sums.tensors().items():
             given = tensors.get(name)
             if given is None or given.shape != total.shape or given.dtype != total.dtype or not given.isfinite().all():
-                raise UserError(f"{path}: its sums '{name}' are not those of the model; write it anew")
+                raise UserError(f"{path}: its sums '{name}' do not fit the model; write it again")
             total += given
 
 
@@ -157,6 +158,6 @@ def _check_same(settings: dict[str, Any], expected: dict[str, Any], path: Path, 
     for name in expected:
         if settings.get(name) != expected[name]:
             raise UserError(
-                f"{path}: {name} {str(settings.get(name))[:80]}, that of {other}: {str(expected[name])[:80]}; merge "
+                f"{path}: has {name} {str(settings.get(name))[:80]}, but {other} has {str(expected[name])[:80]}; merge "
                 "parts of one search, with the same MODEL, images and options"
             )

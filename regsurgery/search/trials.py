@@ -1,4 +1,4 @@
-"""Sets of neurons, shifted onto one register on a few fixed images: do the outliers go? Nothing is written."""
+"""Sets of neurons, shifted onto one register on a few fixed images: do the outliers disappear? Nothing is written."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Trials:
 
     Attributes:
         original: the glance at the original model.
-        outlier_norm: mean over the images of the mean norm of the original's outliers, 0 for an image without.
+        outlier_norm: mean over the images of the mean norm of the original's outliers; 0 for an image without outliers.
     """
 
     def __init__(self, located: Located, images: Sequence[Tensor]) -> None:
@@ -49,7 +49,7 @@ class Trials:
         traced, sites = located.traced, located.sites
         self.inputs = [tensor_inputs(located.loaded, batch) for batch in images]
         stream = {"stream": sites.blocks[sites.probe_block].output}
-        # One patched graph for every set: a shift in each block, whose list of neurons is exchanged before a run.
+        # One patched graph for all sets: a shift in each block, whose list of neurons is replaced before a run.
         everywhere = Recipe({block: (0,) for block in range(sites.probe_block + 1)})
         self.patched, _ = apply_passes(traced, plan_surgery(sites, everywhere))
         self.glancing = tap(self.patched, stream, early_exit=True)
@@ -100,7 +100,7 @@ class Trials:
         return self._token_norms(stream_BTD)[0]
 
     def _token_norms(self, stream_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Norms of patches and of registers, of which there may be none."""
+        """Norms of patches and of registers (there may be none)."""
         norms_BT = token_norms(stream_BTD)
         patches, registers = self.sites.patched(norms_BT.shape[1] - self.sites.num_tokens)
         return norms_BT[:, patches], norms_BT[:, registers]

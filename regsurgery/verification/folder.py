@@ -1,4 +1,4 @@
-"""A written folder against its original: what is run, and what it is compared with."""
+"""Verify a written folder against its original: what is run, and what it is compared with."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from regsurgery.verification.verdict import Verdict
 if TYPE_CHECKING:
     from regsurgery.progress import Progress
 
-INEXACT = 100.0  # times rounding, where a native host's norms have another eps
+INEXACT = 100.0  # times rounding, if a native host's norms have another eps
 
 
 def module_of(surgery: Surgery, folder: Path, fmt: str) -> nn.Module:
-    """What was written to `folder`, loaded as a user would for the surgery's image size."""
+    """The model in `folder`, loaded as a user would, for the surgery's image size."""
     size = surgery.traced.image_size if surgery.loaded.own else None
     return rebuilt(folder, read_patched_config(folder, fmt), fmt, stored=surgery.loaded.stored, image_size=size)
 
@@ -40,10 +40,10 @@ def module_of(surgery: Surgery, folder: Path, fmt: str) -> nn.Module:
 def verify_folder(
     surgery: Surgery, folder: Path, fmt: str, pictures: ImageSet, progress: Progress, loaded: nn.Module | None = None
 ) -> Verdict:
-    """What was written, run as a user would, against the surgery's graphs.
+    """Compare the written model, run as a user would, with the surgery's graphs.
 
     Args:
-        loaded: the folder's module, for the surgery's image size, where it is loaded already.
+        loaded: the folder's module, for the surgery's image size, if it is already loaded.
     """
     progress.stage("verify", pictures.num_images)
     config = read_patched_config(folder, fmt)
@@ -68,7 +68,7 @@ def _verify_host(
 ) -> Verdict:
     """A stock host of native mode against the edited graph.
 
-    Hosts interpolate position embeddings each in their own way, so outputs are compared at the size that needs none.
+    Each host interpolates position embeddings in its own way, so outputs are compared at the size that needs none.
     """
     host = backend(fmt, NATIVE)
     factor = 1.0 if block["exact"] else INEXACT
@@ -111,10 +111,10 @@ def _parity_at(
 
 
 def verify_pair(opened: PatchedFolder, pair: Pair, images: ImageSet, progress: Progress) -> Verdict:
-    """A patched folder that was opened again: it is run as a user would.
+    """Verify a patched folder that was opened again, running it as a user would.
 
-    One of native mode is a stock checkpoint, which was loaded, traced and matched as one; all others are held to the
-    surgery, done again.
+    A native-mode folder is a stock checkpoint, and was loaded, traced and matched as one; all others are compared with
+    the surgery, done again.
     """
     root, fmt, located = opened.root, opened.format, pair.located
     if pair.stock is None:

@@ -1,7 +1,7 @@
 """Original against patched -> `Verdict`: figures over images, and whether the surgery did what it must.
 
-Norms are read off the two graphs; the artefact that was written (the module form, a program) is run on the same
-images, and its outputs must equal the patched graph's.
+Norms are read from the two graphs; the written artefact (the module form, a program) is run on the same images, and
+its outputs must equal the patched graph's.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from regsurgery.interval import Estimate, Figures, Values
 from regsurgery.verification.side import Side
 from regsurgery.verification.verdict import BeforeAfter, NormMaps, UnusedRegister, Verdict, warnings_of
 
-# What a verdict needs. Outliers: below one in twenty images, or a tenth of what there were. Fidelity: an output that
-# keeps its direction; the real ViT-Ti keeps 0.94 (image features) to 0.96 (logits). Parity: rounding only.
+# What it takes to pass. Outliers: fewer than one in twenty images, or a tenth of the original's. Fidelity: the output
+# keeps its direction; the real ViT-Ti keeps 0.94 (image features) to 0.96 (logits). Parity: only rounding.
 MAX_OUTLIERS = 0.05
 MAX_OUTLIERS_SHARE = 0.1
 MIN_COSINE_OUTPUT = 0.8
-MIN_IMAGES_POSITIONAL = 4  # of fewer, places that are the same say little
+MIN_IMAGES_POSITIONAL = 4  # with fewer, equal places say little
 NUM_EXAMPLES = 4  # images whose norms are kept for a picture
-UNUSED_IMAGES = 32  # at most that many, evenly spread, go through the original with unused registers
+UNUSED_IMAGES = 32  # at most this many, evenly spread, go through the original with unused registers
 PARITY = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # other dtypes: 0
 
 
@@ -102,7 +102,7 @@ class _Margins:
 
 
 class _Unused:
-    """What registers that nothing uses do, on a part of the images."""
+    """The effect of unused registers, on a part of the images."""
 
     def __init__(self, graph_module: fx.GraphModule, num_batches: int, batch_size: int) -> None:
         self.graph_module = graph_module
@@ -111,7 +111,7 @@ class _Unused:
         self.means, self.figures = Means(), Figures()
 
     def add(self, number: int, inputs: list[Tensor], output: Tensor, main: str, patched: Drift) -> None:
-        """Take the batch of that number, or leave it out."""
+        """Use batch `number`, or leave it out."""
         if number % self.every or self.num_images + len(output) > max(UNUSED_IMAGES, len(output)):
             return
         self.num_images += len(output)
@@ -141,7 +141,7 @@ class _Unused:
 
 
 def _known(values_B: Tensor) -> Tensor:
-    """NaN, which `Figures` leaves out, for what is not finite."""
+    """`values_B` with NaN, which `Figures` leaves out, for what is not finite."""
     return values_B.double().masked_fill(~values_B.isfinite(), float("nan"))
 
 
@@ -152,7 +152,7 @@ def _ends(estimate: Estimate | None) -> tuple[float, float] | None:
 
 
 def _values(drift: Drift) -> dict[str, Values]:
-    """The figures of a batch that have intervals, by the names that `Verdict` has for them."""
+    """The figures of a batch that have intervals, by their names in `Verdict`."""
     found = {
         "cosine_output": Values(None, _known(drift.cosine_output)),
         "cosine_patches": Values(None, _known(drift.cosine_patches), out_of=drift.num_patches),
@@ -165,11 +165,11 @@ def _values(drift: Drift) -> dict[str, Values]:
 
 @dataclass(frozen=True)
 class Artefact:
-    """What a written model gave.
+    """The outputs of a written model.
 
     Attributes:
-        outputs: by the names of the original's outputs; not all of them where the host of native mode has not all.
-        as_graph: what must be equal to the patched graph's outputs of those names.
+        outputs: by the names of the original's outputs; a host of native mode may lack some.
+        as_graph: the values that must equal the patched graph's outputs of those names.
     """
 
     outputs: Mapping[str, Tensor]
@@ -181,8 +181,8 @@ class Parity:
     """How far the artefact may be from the patched graph.
 
     Attributes:
-        found: a difference that was measured before; `limit` is its limit.
-        factor: by how much more than rounding outputs may differ.
+        found: a difference that was measured earlier; `limit` is its limit.
+        factor: how many times rounding outputs may differ.
     """
 
     found: float = 0.0
@@ -204,7 +204,7 @@ def measure(
 
     Args:
         sides: the original's and the patched model's.
-        run_artefact: images `[B, 3, H, W]` -> what the artefact gives.
+        run_artefact: images `[B, 3, H, W]` -> the artefact's outputs.
         unused: the original with as many registers as the patched model and no neuron shifted.
         progress: called with the number of images just done.
     """
@@ -290,7 +290,7 @@ class _Comparison:
         )
 
     def failures(self) -> list[str]:
-        """What the patched model must do and does not."""
+        """The requirements that the patched model does not meet."""
         failures = [f"the output '{name}' changed its shape" for name in sorted(self.shapes)]
         if not self.finite:
             failures.append("the patched model returns NaN or infinity")
@@ -301,8 +301,8 @@ class _Comparison:
         found = self._pair("outliers")
         if found.patched > max(MAX_OUTLIERS, MAX_OUTLIERS_SHARE * found.original):
             failures.append(
-                f"{found.patched:.2f} outlier tokens per image remain of {found.original:.2f}: these are not, or not "
-                "all, of the register neurons, which regsurgery find names"
+                f"{found.patched:.2f} of {found.original:.2f} outlier tokens per image remain; search for the register "
+                "neurons again with regsurgery find"
             )
         cosine = self.means["cosine output"]
         if not cosine >= MIN_COSINE_OUTPUT:

@@ -1,7 +1,7 @@
-"""Looking into a model, original or patched: block outputs, MLP neurons, queries, keys, values and attention.
+"""Observing a model, original or patched: block outputs, MLP neurons, queries, keys, values and attention.
 
-All are read off nodes of the traced graph, batched, on the model's device; there are no hooks, and attention maps are
-made only when asked for.
+All are read from nodes of the traced graph, batched, on the model's device; there are no hooks, and attention maps are
+computed only when asked for.
 
 Shape suffixes: B images, T tokens, N patches, D width, H hidden units, A heads, C channels of a head.
 """
@@ -30,16 +30,16 @@ WHAT = ("blocks", "neurons", "queries", "keys", "values", "scores", "attention")
 
 @dataclass(frozen=True)
 class Subject:
-    """A model as a graph that can be looked into.
+    """A model as a graph that can be observed.
 
     Attributes:
-        side: its graph, its sites, and where patches and registers are in its token stream.
+        side: its graph, its sites, and the places of patches and registers in its token stream.
         mode: `original`, or the mode in which it was patched.
         image_size: (height, width) in pixels of the images that the graph takes.
-        attended_patches, attended_registers: where they are among the tokens of an attention; in mode `bias`, whose
+        attended_patches, attended_registers: their places among the tokens of an attention; in mode `bias`, whose
             stream has no registers, the constant key counts as one.
-        outputs_of: (the graph's outputs, images) -> outputs by the names of the original's; a second forward where a
-            stock host of native mode has other ones.
+        outputs_of: (the graph's outputs, images) -> outputs by the names of the original's; a second forward if a
+            stock host of native mode has other outputs.
     """
 
     side: Side
@@ -66,7 +66,7 @@ class Subject:
 
     @property
     def has_class_token(self) -> bool:
-        """Whether a token stands before the patches that is no register of ours; the class token is the first."""
+        """Whether a token that is not one of our registers precedes the patches; the class token is the first."""
         patches, registers = self.side.patches, self.side.registers
         return patches.start > max(0, min(registers.stop, patches.start) - registers.start)
 
@@ -76,9 +76,9 @@ class AttentionSite:
     """The nodes of one attention.
 
     Attributes:
-        query, key, value: nodes `[B, A, T, C]`, the key transposed where `transposed`; "" where the graph has none.
-        mask: what is added to the scores (or says where attention may be), "" for none.
-        scores, weights: nodes before and after the softmax where it stands in the graph; else both are "" and made of
+        query, key, value: nodes `[B, A, T, C]`, the key transposed if `transposed`; "" if the graph has none.
+        mask: what is added to the scores (or a boolean mask of allowed attention), "" for none.
+        scores, weights: nodes before and after the softmax if the graph has it; otherwise both are "" and computed from
             query and key.
     """
 
@@ -96,7 +96,7 @@ def attention_site(graph_module: fx.GraphModule, block: Block) -> AttentionSite:
     """The attention of `block`.
 
     Raises:
-        UnsupportedModelError: the graph computes attention in a way that is not known.
+        UnsupportedModelError: the graph computes attention in an unknown way.
     """
     node = _first(find_node(graph_module, block.attention_output), ATTENTIONS, lambda node: node.all_input_nodes)
     if node is None:
@@ -135,7 +135,7 @@ def _first(start: fx.Node, targets: Collection, neighbours: Callable[[fx.Node], 
 
 
 def _eager(softmax: fx.Node, block: Block) -> AttentionSite:
-    """The attention around a softmax that stands in the graph by itself."""
+    """The attention around an explicit softmax in the graph."""
     products = (aten.matmul.default, aten.bmm.default)
     scores = product = softmax.all_input_nodes[0]
     through = ADDS | {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.to.dtype}
@@ -144,7 +144,7 @@ def _eager(softmax: fx.Node, block: Block) -> AttentionSite:
     weighted = _first(softmax, products, lambda node: node.users)
     if product.target not in products or weighted is None:
         raise UnsupportedModelError(
-            f"block {block.index}: query, key and value of its attention are not found around node '{softmax.name}'"
+            f"block {block.index}: no query, key and value of its attention found around node '{softmax.name}'"
         )
     query, key = product.args[:2]
     assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(weighted.args[1], fx.Node)
@@ -155,10 +155,10 @@ def _eager(softmax: fx.Node, block: Block) -> AttentionSite:
 
 @dataclass(frozen=True)
 class Observation:
-    """What one batch looked like inside; tensors stay on the model's device.
+    """What was observed for one batch; tensors stay on the model's device.
 
     Attributes:
-        outputs: the model's outputs, by the names of the original's; empty where they were not asked for.
+        outputs: the model's outputs, by the names of the original's; empty if they were not asked for.
         taps: by "WHAT BLOCK".
     """
 
@@ -168,7 +168,7 @@ class Observation:
     sites: Mapping[int, AttentionSite]
 
     def tokens(self, block: int) -> Tensor:
-        """The stream after `block`, `[B, T, D]`; `subject.side` says where patches and registers are."""
+        """The stream after `block`, `[B, T, D]`; for the places of patches and registers see `subject.side`."""
         return self.taps[f"blocks {block}"]
 
     def patches(self, block: int) -> Tensor:
@@ -212,16 +212,16 @@ class Observation:
 
 
 class Observer:
-    """Runs a subject on batches and keeps what was asked for.
+    """Runs a subject on batches and records what was asked for.
 
     Args:
         blocks: of which blocks, 0-based; `what`: of `WHAT`.
-        outputs: also the model's outputs; without, nothing is computed that no tap needs.
-        streams: block outputs that are kept beside those.
+        outputs: also record the model's outputs; otherwise, only what the taps need is computed.
+        streams: further block outputs to record.
 
     Raises:
         UserError: there is no such block, or no such thing to observe.
-        UnsupportedModelError: attention was asked for, and the graph computes it in a way that is not known.
+        UnsupportedModelError: attention was asked for, and the graph computes it in an unknown way.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class Observer:
         graph_module, sites = subject.side.graph_module, subject.side.sites
         unknown = sorted(set(what) - set(WHAT))
         if unknown:
-            raise UserError(f"'{unknown[0]}' cannot be observed; what can: {', '.join(WHAT)}")
+            raise UserError(f"'{unknown[0]}' cannot be observed; choose from {', '.join(WHAT)}")
         self.blocks = tuple(check_block(subject, block) for block in blocks)
         self.sites: dict[int, AttentionSite] = {}
         nodes = {f"blocks {block}": sites.blocks[block].output for block in streams}
@@ -258,14 +258,14 @@ class Observer:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Observation:
-        """Look at images `[B, 3, H, W]`, preprocessed."""
+        """Run on preprocessed images `[B, 3, H, W]`."""
         outputs, taps = self.tapped(*tensor_inputs(self.subject.side.loaded, images))
         named = self.subject.outputs_of(outputs, images) if self.with_outputs else {}
         return Observation(self.subject, named, taps, self.sites)
 
 
 def check_block(subject: Subject, block: int) -> int:
-    """`block`, counted from the end where it is negative.
+    """`block`, counted from the end if it is negative.
 
     Raises:
         UserError: there is no such block.

@@ -1,16 +1,16 @@
-"""The original inside a patched folder: what is recorded while patching, and the one way back.
+"""The original inside a patched folder: what is recorded while patching, and how it is restored.
 
-A patched folder has all of the source's tensors, so its weight files can be put together again, byte for byte, from
-their headers. `regsurgery_original.json` holds those, and the files that were replaced (config, index, model card):
+A patched folder has all of the source's tensors, so the source's weight files can be rebuilt byte for byte from their
+headers. `regsurgery_original.json` holds these, and the files that were replaced (config, index, model card):
 
     {"schema": 1,
      "files": {NAME: {"sha256": ...,
-                      "header": what the weight file NAME began with, where its twin in the folder begins otherwise,
-                      "content": the whole file NAME, where it has no twin of the same bytes}},
-     "not_copied": [NAME of a further weight file of the source that is no part of the model],
+                      "header": the header of the weight file NAME, if its counterpart in the folder has another one,
+                      "content": the whole file NAME, if the folder has no identical counterpart}},
+     "not_copied": [NAME of a further weight file of the source that is not part of the model],
      "converted_from": null, or {"name": ..., "sha256": ...} of the pickle that "files" was converted from}
 
-`header` and `content` are deflated (zlib) and in base64. Without either the folder has the file itself.
+`header` and `content` are deflated (zlib) and in base64. Without either, the folder has the file itself.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of the source; `header` and `content` as in the record, but plain. One of them at most is given."""
+    """A file of the source; `header` and `content` as in the record, but decoded. At most one of them is given."""
 
     name: str
     sha256: str
@@ -62,7 +62,7 @@ class Record:
 
 
 def write_record(loaded: Loaded, folder: Path) -> None:
-    """Record in the patched `folder` what restoring the checkpoint `loaded` takes. Hidden files are no part of it."""
+    """Record in the patched `folder` what it takes to restore the checkpoint `loaded`. Hidden files are left out."""
     digests = {path.name: digest for path, digest in zip(loaded.weights, loaded.digests, strict=True)}
     files: dict[str, dict[str, str]] = {}
     not_copied = []
@@ -73,7 +73,7 @@ def write_record(loaded: Loaded, folder: Path) -> None:
         if path.name in digests:
             files[path.name] = {"sha256": digests[path.name]}
             header = _header(path)
-            # What begins alike and is as long was copied; the sha256 tells where it was not.
+            # A file with the same start and length was copied; otherwise the sha256 will differ.
             if not twin.is_file() or twin.stat().st_size != path.stat().st_size or _header(twin) != header:
                 files[path.name]["header"] = _pack(header)
             continue
@@ -94,18 +94,18 @@ def read_record(folder: Path) -> Record:
     """The record of a patched folder.
 
     Raises:
-        CheckpointError: there is none, or it is broken.
+        CheckpointError: the record is missing or broken.
     """
     path = folder / RECORD_NAME
     if not path.is_file():
         raise CheckpointError(
-            f"{path}: missing; a library saved this folder anew, or an earlier regsurgery wrote it, and what the "
-            "original's files were beside their tensors is not known"
+            f"{path}: missing; without this record the original's files cannot be restored from the folder (saving "
+            "the folder with a library drops it)"
         )
     try:
         data = json.loads(path.read_text("utf-8"))
         if data["schema"] != SCHEMA:
-            raise CheckpointError(f"{path}: schema {data['schema']!r}; this regsurgery reads schema {SCHEMA}")
+            raise CheckpointError(f"{path}: has schema {data['schema']!r}; this regsurgery reads schema {SCHEMA}")
         files = tuple(
             SourceFile(_plain(name), str(entry["sha256"]), *(_unpack(entry.get(key)) for key in ("header", "content")))
             for name, entry in data["files"].items()
@@ -118,11 +118,11 @@ def read_record(folder: Path) -> Record:
 
 
 def restore_original(patched: Path, target: Path, fmt: str, progress: Progress | None = None) -> Record:
-    """Write to the new folder `target` the checkpoint that was patched: of all its files the same bytes.
+    """Write to the new folder `target` the checkpoint that was patched, with identical bytes in all files.
 
     Raises:
-        CheckpointError: a file that was written differs from the source's, or the folder has not what it takes;
-            the message names every such file.
+        CheckpointError: a restored file differs from the source's, or something is missing in the folder; the message
+            names every such file.
     """
     record = read_record(patched)
     weights = weight_files(patched, WEIGHTS_NAMES[fmt])
@@ -144,9 +144,9 @@ def restore_original(patched: Path, target: Path, fmt: str, progress: Progress |
     if wrong:
         others = [file.name for file in record.files if file.name not in wrong]
         raise CheckpointError(
-            f"{patched}: restoring gives other bytes than the source had for {', '.join(wrong)}: the original's "
-            "tensors or files in the folder were changed after patching, by training perhaps"
-            + (f"; as the source had them are {', '.join(others)}" if others else "")
+            f"{patched}: restoring gives different bytes from the source's for {', '.join(wrong)}: the original's "
+            "tensors or files in the folder have changed since patching"
+            + (f"; restored correctly: {', '.join(others)}" if others else "")
         )
     return record
 
@@ -158,7 +158,7 @@ def _chunks(patched: Path, file: SourceFile, tensors: Mapping[str, LocatedTensor
     elif file.header is None:
         path = patched / file.name
         if not path.is_file():
-            raise CheckpointError(f"{path}: missing; it is a file of the original, and the folder had it when patched")
+            raise CheckpointError(f"{path}: missing; it is a file of the original, and restoring needs it")
         yield from _read(path, 0, path.stat().st_size)
     else:
         yield struct.pack("<Q", len(file.header)) + file.header
@@ -166,12 +166,12 @@ def _chunks(patched: Path, file: SourceFile, tensors: Mapping[str, LocatedTensor
             tensor = tensors.get(name)
             if tensor is None:
                 raise CheckpointError(
-                    f"{patched}: has no tensor '{name}', which the original's {file.name} has"
+                    f"{patched}: lacks the tensor '{name}' of the original's {file.name}"
                     f"{did_you_mean(name, list(tensors))}"
                 )
             if tensor.type != wanted:
                 raise CheckpointError(
-                    f"{tensor.path}: tensor '{name}' is {tensor.entry.dtype} {list(tensor.entry.shape)}, in "
+                    f"{tensor.path}: tensor '{name}' is {tensor.entry.dtype} {list(tensor.entry.shape)}, but in "
                     f"the original it is {wanted[0]} {list(wanted[1])}"
                 )
             yield from _read(tensor.path, tensor.start, tensor.num_bytes)

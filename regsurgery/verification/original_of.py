@@ -14,8 +14,8 @@ from regsurgery.verification.patched import PatchedFolder
 
 
 def original_of(patched: PatchedFolder, original: str | None, options: LoadOptions, scratch: Path) -> Loaded:
-    """The model that was patched: restored into the new folder `scratch / "original"` where `patched` has all
-    its tensors and no `original` is named, else loaded from there or from where it came.
+    """The model that was patched: restored into the new folder `scratch / "original"` if `patched` has all its tensors
+    and `original` is not given; otherwise loaded from `original`, or from its recorded source.
 
     Raises:
         CheckpointError: the folder is incomplete, or `original` is not what was patched.
@@ -29,7 +29,7 @@ def original_of(patched: PatchedFolder, original: str | None, options: LoadOptio
     loaded = load_model(original or recorded["id"], options)
     if loaded.source.sha256 != recorded["sha256"]:
         raise CheckpointError(
-            f"{loaded.source.id}: its weights are not those that were patched into {patched.root} "
+            f"{loaded.source.id}: its weights are not the ones that were patched into {patched.root} "
             "(sha256 differs); give the original with --original"
         )
     return loaded

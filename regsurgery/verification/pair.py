@@ -57,7 +57,7 @@ class Batch:
 
     Attributes:
         pixels: preprocessed, `[B, 3, H, W]`.
-        names: of each image; for image files their paths.
+        names: one per image; for image files their paths.
     """
 
     pixels: Tensor
@@ -76,7 +76,7 @@ class OutlierCount:
 
     @property
     def per_image(self) -> float | None:
-        """None before any image was seen."""
+        """Outliers per image; None before any image was seen."""
         return self.num_outliers / self.num_images if self.num_images else None
 
 
@@ -86,13 +86,13 @@ class Pair:
 
     Attributes:
         folder: the patched folder as the user gave it, or an unpatched MODEL; then `patched` is `original`.
-        original, patched: what can be observed; see `observer`.
-        located: the original; its `preprocess` is that of both.
+        original, patched: the two subjects; see `observer`.
+        located: the original; both use its `preprocess`.
         recipe: None for an unpatched model.
-        surgery: the surgery again, from which `patched` comes; None for an unpatched model, and for stock checkpoints
-            of native mode, which are traced and matched by themselves.
-        stock: the loaded stock checkpoint, there.
-        outliers: is told of every image that an observer of this pair sees.
+        surgery: the repeated surgery that `patched` comes from; None for an unpatched model, and for stock checkpoints
+            of native mode, which are traced and matched themselves.
+        stock: the loaded stock checkpoint of native mode.
+        outliers: counts over every image that an observer of this pair sees.
     """
 
     folder: str
@@ -120,11 +120,11 @@ class Pair:
 
     @property
     def is_same(self) -> bool:
-        """Whether there is one model only."""
+        """Whether there is only one model."""
         return self.patched is self.original
 
     def batches(self, images: ImageSet, size: int = BATCH) -> Iterator[Batch]:
-        """All images, preprocessed as the model wants them; names are read in the order of the source."""
+        """All images, preprocessed for the model; names are read in the order of the source."""
         items = images.source.items(images.chosen)
         groups = iter(lambda: [name for name, _ in itertools.islice(items, size)], [])
         seen = -1
@@ -134,14 +134,14 @@ class Pair:
             yield Batch(pixels, tuple(name for name in names if name not in images.broken))
 
     def observer(self, *, blocks: Sequence[int] = (), what: Sequence[str] = (), outputs: bool = False) -> PairObserver:
-        """Looks at both models; see `observing.Observer`. The images that go through it are counted in `outliers`."""
+        """An observer of both models; see `observing.Observer`. Its images are counted in `outliers`."""
         return PairObserver(self, blocks, what, outputs)
 
     def at_size(self, size: tuple[int, int]) -> Pair:
-        """The same pair for images of another size (height, width), traced anew: 2 s for a ViT-Ti.
+        """The same pair for images of another size (height, width), traced again: 2 s for a ViT-Ti.
 
         Raises:
-            UnsupportedModelError: the model takes one size only.
+            UnsupportedModelError: the model takes only one size.
         """
         if size == self.traced.image_size:
             return self
@@ -167,12 +167,12 @@ class Pair:
 
 
 class PairObserver:
-    """Looks at both models of a pair; one forward of each a batch."""
+    """Observes both models of a pair, with one forward of each per batch."""
 
     def __init__(self, pair: Pair, blocks: Sequence[int], what: Sequence[str], outputs: bool) -> None:
         self.pair = pair
         probe = pair.sites.probe_block
-        # Always looked at: whether there are outliers there says whether a difference is to be expected.
+        # Always observed: a difference is to be expected only if there are outliers there.
         self.original = Observer(pair.original, blocks=blocks, what=what, outputs=outputs, streams=(probe,))
         self.patched = (
             self.original if pair.is_same else Observer(pair.patched, blocks=blocks, what=what, outputs=outputs)
@@ -187,10 +187,10 @@ class PairObserver:
 
 @contextmanager
 def open_pair(folder: str | Path, original: str | None = None, options: LoadOptions | None = None) -> Iterator[Pair]:
-    """Both models of a folder that regsurgery wrote, in any mode and format; or a MODEL that is not patched, alone.
+    """Both models of a folder that regsurgery wrote, in any mode and format; or only a MODEL that is not patched.
 
-    Its files are checked against its SHA256SUMS. The original is restored from the folder where it has all its tensors,
-    else loaded from where it came or from `original`, as by `verify`.
+    The folder's files are checked against its SHA256SUMS. The original is restored from the folder if it has all of
+    the original's tensors; otherwise it is loaded from `original` or from its recorded source, as in `verify`.
 
     Raises:
         CheckpointError: the folder is incomplete, or `original` is not what was patched.
@@ -200,7 +200,7 @@ def open_pair(folder: str | Path, original: str | None = None, options: LoadOpti
     progress = options.progress
     if not _is_patched(folder):
         if original is not None:
-            raise UserError(f"{folder}: is not patched, so there is no original to give with --original")
+            raise UserError(f"{folder}: is not patched, so it has no original; leave out --original")
         located = open_model(str(folder), options)
         subject = _original(located)
         yield Pair(str(folder), located.loaded.library, "original", subject, subject, located)
@@ -215,16 +215,16 @@ def open_pair(folder: str | Path, original: str | None = None, options: LoadOpti
 def reopened(
     opened: PatchedFolder, name: str, original: str | None, options: LoadOptions, image_size: int | None = None
 ) -> Iterator[Pair]:
-    """Both models of a patched folder: the one way in which a folder is opened again.
+    """Both models of a patched folder: the only way to open a folder again.
 
     Args:
-        name: what the folder is called.
-        original: MODEL that was patched, where the folder cannot restore it.
-        image_size: side in pixels; by default the model's own, or that of a program.
+        name: the folder's name.
+        original: MODEL that was patched, if the folder cannot restore it.
+        image_size: side in pixels; by default the size of the model or program.
 
     Raises:
         CheckpointError: the folder is incomplete, or `original` is not what was patched.
-        UserError: the model or program takes no such images.
+        UserError: the model or program does not take such images.
     """
     fmt, recipe, root, progress = opened.format, opened.recipe, opened.root, options.progress
     with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
@@ -292,12 +292,12 @@ def _stock(opened: PatchedFolder, located: Located, options: LoadOptions, place:
 
 
 def normalisation(loaded: Loaded) -> tuple[Tensor, Tensor]:
-    """(mean, scale) `[3, 1, 1]` with which the model's preprocessing makes (pixel - mean) * scale of pixels in [0, 1].
+    """(mean, scale) `[3, 1, 1]`: the model's preprocessing maps pixels in [0, 1] to (pixel - mean) * scale.
 
-    Read off a black and a white picture, so that no library's way of writing them down is needed.
+    Measured on a black and a white picture, so it does not depend on how a library writes them down.
 
     Raises:
-        UnsupportedModelError: the preprocessing does something else than normalise.
+        UnsupportedModelError: the preprocessing does more than normalise.
     """
     import PIL.Image
 
@@ -306,7 +306,7 @@ def normalisation(loaded: Loaded) -> tuple[Tensor, Tensor]:
     black_3, white_3, grey_3 = (loaded.preprocess([picture])[0].float().mean(dim=(1, 2)) for picture in pictures)
     scale_3 = white_3 - black_3
     if not torch.allclose(grey_3, black_3 + 0.2 * scale_3, atol=2e-2) or not bool((scale_3 > 0).all()):
-        raise UnsupportedModelError(f"{loaded.source.id}: its preprocessing is no normalisation of pixels")
+        raise UnsupportedModelError(f"{loaded.source.id}: its preprocessing is not a plain normalisation of pixels")
     return (-black_3 / scale_3)[:, None, None], scale_3[:, None, None]
 
 

@@ -29,23 +29,23 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def load(folder: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> nn.Module:
     """The patched model of a folder that regsurgery wrote, or of a Hub repository, in eval mode.
 
-    Runs the folder's own loader file. One from the Hub is run where it is, byte for byte, what this regsurgery writes.
+    Runs the folder's own loader file. A loader file from the Hub is run only if this regsurgery writes the same bytes.
 
     Args:
         folder: the folder, or USER/NAME on the Hub.
         revision: Hub revision.
-        trust_remote_code: run whatever code the repository brings.
+        trust_remote_code: run any code in the repository.
 
     Raises:
-        ModelNotFoundError: there is no such folder, and no such repository or no way to it.
-        CheckpointError: the files are not those of SHA256SUMS, or the model cannot be built from them.
+        ModelNotFoundError: there is no such folder, and the repository does not exist or cannot be reached.
+        CheckpointError: the files do not match SHA256SUMS, or the model cannot be built from them.
     """
     root = at_home(folder, revision, trust_remote_code=trust_remote_code)
     return reloaded(root, folder_format(root))
 
 
 def at_home(folder: str | Path, revision: str | None = None, *, trust_remote_code: bool = False) -> Path:
-    """`folder`, or where the Hub repository of that name was downloaded to; see `load`."""
+    """`folder`, or the download of the Hub repository of that name; see `load`."""
     if isinstance(folder, Path) or Path(folder).is_dir() or not HUB_ID.fullmatch(folder):
         return existing_folder(folder)
     from regsurgery.checkpoints.download import snapshot
@@ -58,7 +58,7 @@ def at_home(folder: str | Path, revision: str | None = None, *, trust_remote_cod
 
 
 def _refuse_foreign_code(root: Path, repo: str) -> None:
-    """Raise `CheckpointError` for code from the Hub that is not this regsurgery's own."""
+    """Raise `CheckpointError` for code from the Hub that differs from what this regsurgery writes."""
     fmt = folder_format(root)
     foreign = backend_of(fmt, patched_mode(root, fmt)).foreign_code(root)
     if foreign is not None:
@@ -74,8 +74,8 @@ def rebuilt(
     """The patched model of a folder, as a user would get it.
 
     Args:
-        stored: its weights stay on disk where they can.
-        image_size: for images of this size (height, width), where it is not the model's own; a program has one size.
+        stored: keep its weights on disk if possible.
+        image_size: for images of this size (height, width), if it is not the model's own; a program has one size.
     """
     backend = backend_of(fmt, MODES[config["regsurgery"]["mode"]])
     options: dict[str, Any] = {}
@@ -105,7 +105,7 @@ def reloaded(folder: Path, fmt: str, *, stored: bool = False, image_size: tuple[
 
 
 def existing_folder(folder: str | Path) -> Path:
-    """`folder` as a path; `UserError` where there is none."""
+    """`folder` as a path; `UserError` if it does not exist."""
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give one that regsurgery patch wrote")
@@ -125,7 +125,9 @@ def folder_format(folder: Path) -> str:
         return fmt
     library, name, config = read_config(folder)
     if "regsurgery" not in config:
-        raise UserError(f"{folder / name}: has no 'regsurgery' entry; it is no patched checkpoint: patch it first")
+        raise UserError(
+            f"{folder / name}: has no 'regsurgery' entry, so it is not a patched checkpoint; patch it first"
+        )
     return library
 
 
@@ -133,7 +135,7 @@ def read_patched_config(folder: Path, fmt: str) -> dict[str, Any]:
     """The config of a patched folder; its `regsurgery` entry has a mode and a source.
 
     Raises:
-        CheckpointError: the config is missing, broken, or its `regsurgery` entry is none.
+        CheckpointError: the config is missing or broken, or its `regsurgery` entry is not valid.
     """
     path = folder / backend_of(fmt).CONFIG_NAME
     if not path.is_file():
@@ -153,7 +155,7 @@ def read_patched_config(folder: Path, fmt: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class PatchedFolder:
-    """What a patched folder says of itself.
+    """The metadata of a patched folder.
 
     Attributes:
         config: see `read_patched_config`.
@@ -170,7 +172,7 @@ def open_patched(root: Path) -> PatchedFolder:
 
     Raises:
         CheckpointError: files are missing, broken, or not those of SHA256SUMS.
-        UserError: it is no patched folder.
+        UserError: it is not a patched folder.
     """
     check_sums(root)
     fmt = folder_format(root)
@@ -189,7 +191,7 @@ def _is_ours(name: str) -> bool:
 
 
 def take_our_tensors(surgery: Surgery, folder: Path, fmt: str) -> None:
-    """Give the graph the folder's register tokens (zero unless somebody trained them) or attention constants."""
+    """Give the graph the folder's register tokens (zero unless they were trained) or attention constants."""
     import torch
     from safetensors import safe_open
 
@@ -212,17 +214,17 @@ def take_our_tensors(surgery: Surgery, folder: Path, fmt: str) -> None:
 
 
 def size_of_program(patched: PatchedFolder, wanted: int | None) -> int | None:
-    """The side of the square images that a program takes; None for others, which are of the model's own size.
+    """The side of the square images that a program takes; None for other formats, which take the model's own size.
 
     Raises:
-        UserError: `wanted`, where it is given, is another one.
+        UserError: `wanted` is given and differs.
     """
     size = patched.config.get("image_size")
     square = isinstance(size, list) and len(size) == 2 and size[0] == size[1] and type(size[0]) is int
     side: int | None = size[0] if square else None  # type: ignore[index]
     if wanted not in (None, side):
         raise UserError(
-            f"--image-size {wanted}: {patched.root} holds a program (format {patched.format}), which takes images of "
-            f"{size} (height, width) only; leave --image-size out"
+            f"--image-size {wanted}: {patched.root} holds a program (format {patched.format}), which takes only images "
+            f"of {size} (height, width); leave out --image-size"
         )
     return side

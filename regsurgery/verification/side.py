@@ -1,4 +1,4 @@
-"""The two sides of a comparison: graphs, and where their tokens lie."""
+"""The two sides of a comparison: graphs, and the places of their tokens."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from regsurgery.recipe import Recipe
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two models: its graph, and where its tokens lie.
+    """One of the two models: its graph, and the places of its tokens.
 
     Attributes:
-        loaded: what the graph was traced from; says how it is called.
+        loaded: what the graph was traced from; it knows how to call it.
         detectors: linear nodes and the unit of each that is native mode's detector of registers.
     """
 
@@ -49,7 +49,7 @@ def sides(surgery: Surgery) -> tuple[Side, Side]:
 
 
 def with_unused_registers(located: Located, num_registers: int) -> fx.GraphModule | None:
-    """The original's graph with register tokens appended and no neuron shifted; None for no registers."""
+    """The original's graph with register tokens appended and no neuron shifted; None without registers."""
     if not num_registers:
         return None
     recipe = Recipe({}, num_registers=num_registers, scale=(1.0,) * num_registers)
@@ -57,7 +57,7 @@ def with_unused_registers(located: Located, num_registers: int) -> fx.GraphModul
 
 
 def detectors(traced: Traced, sites: Sites, recipe: Recipe) -> tuple[tuple[str, int], ...]:
-    """The detector of every block: all its register neurons have the same one, but for the slope."""
+    """The detector of every block: all its register neurons share it, except for the slope."""
     found = []
     for block, neurons in recipe.register_neurons.items():
         gate = mlp_of(traced, sites.blocks[block]).gate

@@ -1,7 +1,7 @@
 """How far a patched model drifts from its original at the image size of the surgery and at larger ones.
 
-What was written is run as a user would run it, beside the original, on a few images; no graph is traced. It is a look,
-not a verification: `regsurgery verify --image-size` counts outliers and compares with the graph.
+The written model is run as a user would run it, alongside the original, on a few images; no graph is traced. This is a
+quick check, not a verification: `regsurgery verify --image-size` counts outliers and compares with the graph.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 
     from regsurgery.progress import Progress
 
-MAX_IMAGES, MIN_IMAGES = 16, 4  # photos; of generated pictures, which say less, the smaller number
-# Parameters times patches times images that one model is run on at one size. A ViT-B gets 16 images at 224 pixels, 7 at
-# 336 and 4 at 448.
+MAX_IMAGES, MIN_IMAGES = 16, 4  # most and fewest photos; for generated pictures, which say less, always the fewest
+# Limit for parameters times patches times images that one model is run on at one size. A ViT-B gets 16 images at 224
+# pixels, 7 at 336 and 4 at 448.
 MAX_WORK = 3e11
 BATCH_PATCHES = 2048
-FAR = 2.0  # times the drift at the surgery's own size, and beyond chance: told in a sentence
+FAR = 2.0  # a drift of this many times that at the surgery's own size, and beyond chance, is reported in a sentence
 KL = "KL divergence"
 
 
@@ -50,9 +50,9 @@ class SizeDrift:
 
     Attributes:
         image_size: (height, width) in pixels.
-        num_registers: how many there are at that size.
-        measure: what `drift` is the mean of: the KL divergence from the original's class distribution in nats, or 1 -
-            the cosine of the named output.
+        num_registers: number of registers at that size.
+        measure: the quantity whose mean is `drift`: the KL divergence from the original's class distribution in nats,
+            or 1 - the cosine of the named output.
         standard_error: of `drift` over the `num_images` images; None for one image.
     """
 
@@ -69,7 +69,7 @@ class SizeDrift:
 
 @dataclass(frozen=True)
 class SizeDrifts:
-    """The drift at several image sizes, the surgery's own first; `notes` say what was not measured, and what is bad."""
+    """The drift at several image sizes, the surgery's own first; `notes`: what was not measured, and what is bad."""
 
     rows: tuple[SizeDrift, ...]
     notes: tuple[str, ...]
@@ -85,8 +85,8 @@ def drift_at_sizes(
     take them.
 
     Args:
-        module: what was written, loaded for the surgery's image size.
-        pictures: at most `MAX_IMAGES` of them are used, fewer for large models and large images.
+        module: the written model, loaded for the surgery's image size.
+        pictures: at most `MAX_IMAGES` of them are used; fewer for large models and large images.
     """
     loaded, mode = surgery.loaded, surgery.recipe.kind
     own = surgery.traced.image_size
@@ -107,7 +107,7 @@ def drift_at_sizes(
             refused.append(size)
         else:
             patched = module
-            if size != own and fmt != "transformers":  # there the model interpolates, and one does for all sizes
+            if size != own and fmt != "transformers":  # transformers models interpolate: one serves all sizes
                 patched = rebuilt(folder, config, fmt, stored=loaded.stored, image_size=size)
             run = _Runs(resized, patched, fmt, mode, config["regsurgery"])
             measure, values = run.drift(images[:count], max(1, BATCH_PATCHES // num_patches))
@@ -115,16 +115,14 @@ def drift_at_sizes(
         progress.advance(1)
     notes = []
     if not any_size(fmt, mode):
-        notes.append(f"what was written takes images of {text(own)} only")
+        notes.append(f"the written model takes only images of {text(own)}")
     elif len(sizes) > 1 and mode.follows_size and surgery.sites.placement != "end":
-        notes.append(
-            f"the registers stand inside the prefix: there are {surgery.plan.num_registers} at every image size"
-        )
+        notes.append(f"the registers are inside the prefix: there are {surgery.plan.num_registers} at every image size")
     if refused:
-        notes.append(f"the model takes no images of {' and '.join(map(text, refused))}")
+        notes.append(f"the model does not take images of {' and '.join(map(text, refused))}")
     if costly:
         notes.append(
-            f"drift at {' and '.join(map(text, costly))}: more than a quick look would take; regsurgery verify "
+            f"drift at {' and '.join(map(text, costly))} was not measured, to save time; regsurgery verify "
             "--image-size measures it"
         )
     return SizeDrifts(tuple(rows), (*notes, *_far(rows)))
@@ -138,7 +136,7 @@ def _far(rows: list[SizeDrift]) -> Iterator[str]:
         if row.image_size != own.image_size and row.drift > FAR * own.drift and row.drift - own.drift > chance:
             yield (
                 f"at {text(row.image_size)} the patched model drifts much further than at {text(own.image_size)} "
-                f"({row.measure} {row.drift:.4f} after {own.drift:.4f}); for use at that size, patch with "
+                f"({row.measure} {row.drift:.4f} instead of {own.drift:.4f}); for use at that size, patch with "
                 f"--image-size {max(row.image_size)}"
             )
 
@@ -153,7 +151,7 @@ class _Runs:
 
     @torch.no_grad()
     def drift(self, images: list[Image], batch_size: int) -> tuple[str, Tensor]:
-        """What is measured, and its value for every image, `[B]`."""
+        """The name of the measure, and its value for every image, `[B]`."""
         measure, values = "", []
         for start in range(0, len(images), batch_size):
             batch = self.loaded.preprocess(images[start : start + batch_size])
@@ -177,7 +175,7 @@ class _Runs:
 
 
 def _first(pictures: ImageSet, count: int) -> Iterator[Image]:
-    """At most `count` of the images, decoded; those that cannot be read have been told of by the verification."""
+    """At most `count` of the images, decoded; the verification has already reported unreadable ones."""
     some = pictures.some(count)
     for _, content in some.source.items(some.chosen):
         try:

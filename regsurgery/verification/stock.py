@@ -1,4 +1,4 @@
-"""Stock checkpoints of native mode: how they are loaded, where their tokens lie, and what they give."""
+"""Stock checkpoints of native mode: how they are loaded, the places of their tokens, and their outputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from regsurgery.verification.side import Side, detectors
 
 
 def host_outputs(host: Any, module: nn.Module, images: Tensor, block: dict[str, Any]) -> dict[str, Tensor]:
-    """The outputs of the original, as far as a stock host of native mode has them."""
+    """Those of the original's outputs that a stock host of native mode has."""
     kinds = host.outputs(module, images, block["num_registers"])
     if "head" in kinds:
         kinds["unit_head"] = F.normalize(kinds["head"], dim=-1)
@@ -29,7 +29,7 @@ def host_outputs(host: Any, module: nn.Module, images: Tensor, block: dict[str, 
 
 
 def load_stock(root: Path, fmt: str, config: dict[str, Any], options: LoadOptions, scratch: Path) -> Loaded:
-    """The stock checkpoint that native mode wrote to `root`; `scratch`: an empty folder, needed while it is used."""
+    """The stock checkpoint that native mode wrote to `root`; `scratch`: an empty folder, needed while it is in use."""
     if fmt == "open_clip":
         native_open_clip.relocate(root, scratch, config)
     return load(str(scratch) if fmt == "open_clip" else str(root), options, native=True)
@@ -41,7 +41,7 @@ def stock_side(
     """The stock model of native mode as the patched side; `sites` are the original's.
 
     Raises:
-        CheckpointError: its tokens are not the original's and the registers.
+        CheckpointError: its tokens are not the original's plus the registers.
     """
     stock_sites = match(stock_traced)
     behind = sites.num_prefix + num_registers

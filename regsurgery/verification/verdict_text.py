@@ -1,4 +1,4 @@
-"""A verdict in words and as the rows of a table: the same in the terminal, the model card and the report."""
+"""A verdict as text and as the rows of a table: the same in the terminal, the model card and the report."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class FigureRow:
     """One figure as text.
 
     Attributes:
-        interval: the 95 % interval of the patched model's figure; "" for a figure that is no estimate.
-        images: how many images it is of, and that they were generated where they were; "" where it is not of images.
+        interval: the 95 % interval of the patched model's figure; "" for a figure that is not an estimate.
+        images: the number of images, and whether they were generated; "" for a figure that is not about images.
     """
 
     name: str
@@ -52,7 +52,7 @@ def sentence(verdict: Verdict) -> str:
 
 
 def remarks(verdict: Verdict) -> list[str]:
-    """What must be read with the sentence: its warnings, and whether the images were new to the model."""
+    """What to read with the sentence: its warnings, and whether the images were new to the model."""
     lines = [f"review: {warning}" for warning in verdict.warnings]
     if verdict.fitted_images:
         lines.append(
@@ -63,13 +63,13 @@ def remarks(verdict: Verdict) -> list[str]:
 
 
 def ends(verdict: Verdict, figure: str, digits: int) -> str:
-    """The ends of a figure's 95 % interval, or that there is none."""
+    """The ends of a figure's 95 % interval, or `NO_INTERVAL`."""
     interval = verdict.intervals[figure]
     return NO_INTERVAL if interval is None else f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
 
 
 def counted(verdict: Verdict) -> str:
-    """How many images of which kind: "175 images", "32 generated pictures"."""
+    """The number and kind of images: "175 images", "32 generated pictures"."""
     kind = "generated picture" if verdict.evidence == "generated" else "image"
     return f"{verdict.num_images} {kind}{'' if verdict.num_images == 1 else 's'}"
 
@@ -81,7 +81,7 @@ def share_text(hits: int, count: int) -> str:
 
 
 def rows(verdict: Verdict) -> list[FigureRow]:
-    """The table of before and after. Of one image there are no estimates."""
+    """The table of before and after. With a single image there are no estimates."""
     images = f"{verdict.num_images} generated" if verdict.evidence == "generated" else str(verdict.num_images)
 
     def both(name: str, pair: BeforeAfter, digits: int) -> FigureRow:
@@ -129,7 +129,7 @@ def _unused(verdict: Verdict) -> list[FigureRow]:
 
 
 def parity_row(verdict: Verdict) -> FigureRow:
-    """How far what was written is from the patched graph."""
+    """How far the written model is from the patched graph."""
     name = f"written model against graph, allowed {verdict.parity_allowed:.0e}"
     return FigureRow(name, "", f"{verdict.parity_max_abs:.1e}", "", "")
 

@@ -182,10 +182,10 @@ def test_figures_of_the_card_are_those_of_the_verdict(patched: dict[str, tuple[P
 
 
 def test_costs_are_counted(patched: dict[str, tuple[Path, PatchResult]]) -> None:
-    assert "1 more token(s) in every block: 146 where there were 145 at 96x96 pixels" in body(patched["shift"][0])
-    assert "64 parameters more, of 222,410." in body(patched["shift"][0])
+    assert "1 more token(s) in every block: 146 instead of 145 at 96x96 pixels" in body(patched["shift"][0])
+    assert "64 additional parameters, on top of 222,410." in body(patched["shift"][0])
     text = body(patched["bias"][0])
-    assert "more token(s)" not in text and "one constant key and value in 2 attentions" in text
+    assert "more token(s)" not in text and "one constant key and value in each of 2 attentions" in text
 
 
 def test_generated_pictures_are_called_so(patched: dict[str, tuple[Path, PatchResult]]) -> None:
@@ -198,7 +198,7 @@ def test_generated_pictures_are_called_so(patched: dict[str, tuple[Path, PatchRe
 def test_a_folder_that_nobody_verified_says_so(patched: dict[str, tuple[Path, PatchResult]]) -> None:
     folder, _ = patched["unverified"]
     text = body(folder)
-    assert "is **not known**" in text and "None is known because none was looked for" in text
+    assert "is **not known**" in text and "None are known, because nothing was measured" in text
     assert not (folder / "before_after.png").exists() and "![" not in text
     assert read_run_record(folder)["verify"] is None
 

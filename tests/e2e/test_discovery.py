@@ -151,7 +151,7 @@ def test_lost_names_what_is_missing(pair: Pair, voc: Path, tmp_path: Path) -> No
     folder = tell_apart(tmp_path / "JPEGImages", 2)
     with pytest.raises(UserError, match=r"Annotations/0000_0\.xml: no such annotation"):
         figures(pair, "lost", folder)
-    with pytest.raises(UserError, match="'key' is no kind of feature; there are queries, keys, values"):
+    with pytest.raises(UserError, match="'key' is not a kind of feature; choose from queries, keys, values"):
         figures(pair, "lost", voc, kind=["key"])
 
 
@@ -199,9 +199,9 @@ def test_labels_that_cannot_be_learnt_are_refused(pair: Pair, tmp_path: Path) ->
         dead_leaves(random.Random(index), 96).save(root / f"{index:04d}_x.png")
     with pytest.raises(UserError, match=r"class 0 has one image.*--train"):
         figures(pair, "probe", root)
-    with pytest.raises(UserError, match="every image is of another class"):
+    with pytest.raises(UserError, match="every image has a different class"):
         figures(pair, "knn", root)
-    with pytest.raises(UserError, match="'max' is no feature"):
+    with pytest.raises(UserError, match="'max' is not a feature"):
         figures(pair, "knn", root, features="max")
 
 

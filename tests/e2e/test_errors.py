@@ -173,7 +173,7 @@ BROKEN = {
     "config cut": (write("config.json", b'{"model_type'), "config.json: not valid JSON"),
     "config no text": (write("config.json", b"\xff\xfe"), "config.json: not valid JSON"),
     "config a list": (write("config.json", b"[]"), "config.json: not a JSON object"),
-    "config of nothing": (write("config.json", b"{}"), "config.json: neither transformers"),
+    "config of nothing": (write("config.json", b"{}"), "config.json: has neither 'model_type'"),
     "no weights": (remove("model.safetensors"), "model.safetensors is missing"),
     "weights cut": (truncate, "model.safetensors: the header describes"),
     "weights empty": (write("model.safetensors", b""), "model.safetensors: cut off"),
@@ -204,7 +204,7 @@ BROKEN = {
     ),
     "architecture code": (
         lambda model: edit_config(model, architectures=[CODE]),
-        "is no class name",
+        "is not a class name",
     ),
     "kernel": (lambda model: edit_config(model, attn_implementation="owner/code"), "'attn_implementation' names code"),
     "preprocessor's code": (processor_code, "preprocessor_config.json"),
@@ -221,8 +221,8 @@ BROKEN = {
     ),
     "weights elsewhere": (link_out("model.safetensors"), "model.safetensors: a symbolic link to"),
     "side file elsewhere": (link_out("vocab.txt"), "vocab.txt: a symbolic link to"),
-    "patched by nobody": (lambda model: edit_config(model, regsurgery=5), "is patched already"),
-    "patched already": (lambda model: edit_config(model, regsurgery={}), "is patched already"),
+    "patched by nobody": (lambda model: edit_config(model, regsurgery=5), "is already patched"),
+    "patched already": (lambda model: edit_config(model, regsurgery={}), "is already patched"),
 }
 
 

@@ -370,7 +370,7 @@ def test_plots_draw_what_was_measured(patched: Path, images: Tensor) -> None:
     attention = regsurgery.plot_attention(*both, block=2, head=1, count=1)
     (shown,) = [axes.get_images()[0].get_array() for axes in attention.axes if axes.get_title().startswith("patched")]
     torch.testing.assert_close(torch.tensor(shown).flatten(), both[1].attention[2][0, 1, 0, PATCHES])
-    with pytest.raises(UserError, match=r"block 3: its attention were not observed \(those of: 2\)"):
+    with pytest.raises(UserError, match=r"block 3: its attention were not observed \(only: 2\)"):
         regsurgery.plot_attention(*both, block=3)
 
 

@@ -209,7 +209,7 @@ def test_open_clip_over_other_timm_towers(name: str, tmp_path: Path) -> None:
         assert largest_difference(graph, loaded.call(hooked_model(planted, recipe), images)) <= 1e-6
         assert largest_difference(graph, loaded.call(loaded.model, images)) > 1e-5
     if not native:
-        with pytest.raises(UnsupportedModelError, match=r"^native mode: .* takes no reg_tokens"):
+        with pytest.raises(UnsupportedModelError, match=r"^native mode: .* does not take reg_tokens"):
             backend("open_clip", NATIVE).check(loaded, 1)
 
 

@@ -244,7 +244,7 @@ def test_models_are_placed_by_a_device_map(
 
 
 @pytest.mark.parametrize(
-    "device_map, named", [("gpu", "not a device; give auto, cpu"), ("xpu", "torch sees no xpu here")]
+    "device_map, named", [("gpu", "not a device; give auto, cpu"), ("xpu", "torch finds no xpu here")]
 )
 def test_a_device_that_is_not_there_is_refused_at_once(device_map: str, named: str) -> None:
     with pytest.raises(UserError, match=f"^device map {device_map}: {named}"):
@@ -337,7 +337,7 @@ def test_a_journal_that_does_not_fit_is_not_used(
     progress = StopsAfter(None)
     num_images = 24 if damage == "other images" else 48
     regsurgery.find(str(demo_folder), recipe, num_images=num_images, progress=progress)
-    assert any("starting anew" in line for line in progress.lines)
+    assert any("starting from scratch" in line for line in progress.lines)
     regsurgery.find(str(demo_folder), tmp_path / "plain.yaml", num_images=num_images)
     assert recipe.read_bytes() == (tmp_path / "plain.yaml").read_bytes()
 

@@ -186,7 +186,7 @@ def test_a_recipe_that_drifts_is_for_review_and_a_faithful_one_is_not(run: Run, 
         options = ("--recipe", tmp_path / f"{name}.yaml", "--images", images, "--num-images", 64, "--strict", "--json")
         done = run("patch", model, "-o", tmp_path / name, *options)
         assert done.code == code and (tmp_path / name).exists() == (code == 0)
-        assert ("times that of appending a register" in done.err) == (code == 1)
+        assert ("times that of appending an unused register" in done.err) == (code == 1)
     record = read_run_record(tmp_path / "faithful")["verify"]
     assert record["warnings"] == [] and record["unused_register"]["times"] < 4
 

@@ -127,7 +127,7 @@ def test_a_repository_is_reproduced(hub: Hub, run: Callable[..., Done], demo: Pa
     """A pushed card names its repository, and no folder of the machine that it came from."""
     assert run("push", demo, REPO).code == 0
     lost = run("reproduce", REPO)
-    assert lost.code == 2 and "say with --source where it is" in lost.err
+    assert lost.code == 2 and "give its new place with --source" in lost.err
     done = run("reproduce", REPO, "--source", demo_folder, "--json")
     told = json.loads(done.out)
     assert done.code == 0 and told["identical"] and told["differences"] == {} and told["num_files"] >= 8
@@ -170,7 +170,7 @@ def test_what_others_wrote_is_replaced_by_force_alone(
     hub.repos[REPO] = repo = Repo.new(False)
     repo.commits[repo.branches["main"]]["pytorch_model.bin"] = File(b"another model", True)
     done = run("push", demo, REPO)
-    assert done.code == 2 and "regsurgery did not write what is in it (1 files)" in done.err and "--force" in done.err
+    assert done.code == 2 and "regsurgery did not write its contents (1 files)" in done.err and "--force" in done.err
     assert hub.files(REPO) == {"pytorch_model.bin": b"another model"}
     assert run("push", demo, REPO, "--force").code == 0
     assert hub.files(REPO) == whole
@@ -192,12 +192,12 @@ REFUSED = [
     ([REPO], "hf_gone", "the Hub does not accept the token"),
     ([REPO], "hf_reader", "the token of me may only read"),
     (["me/there"], "hf_other", "no permission to write there"),
-    (["other/model"], "hf_me", "me is no member of other"),
-    (["library/model"], "hf_me", "me may only read in library"),
+    (["other/model"], "hf_me", "member of other"),
+    (["library/model"], "hf_me", "me has only read access to library"),
     (["model"], "hf_me", "it must be USER/NAME"),
-    (["me/a--b"], "hf_me", "not a repository's name"),
+    (["me/a--b"], "hf_me", "not a valid repository name"),
     (["me/there", "--private"], "hf_me", "exists and is public"),
-    ([REPO, "--create-pr"], "hf_me", "a pull request needs a repository"),
+    ([REPO, "--create-pr"], "hf_me", "nothing to open a pull request on"),
     (["me/there", "--create-pr", "--revision", "v1"], "hf_me", "give either --create-pr or --revision"),
 ]  # fmt: skip
 
@@ -214,9 +214,9 @@ def test_refused_by_name_token_or_permission(
 
 def test_patch_asks_the_hub_before_it_works(hub: Hub, run: Callable[..., Done], tmp_path: Path) -> None:
     for arguments, token, message in (
-        (["--push", "a/b/c"], "hf_me", "not a repository's name"),
+        (["--push", "a/b/c"], "hf_me", "not a valid repository name"),
         (["--push", REPO], "hf_reader", "may only read"),
-        (["--push", REPO, "--no-verify"], "hf_me", "only what was verified is pushed"),
+        (["--push", REPO, "--no-verify"], "hf_me", "only verified folders are pushed"),
     ):
         done = run("patch", "no-such-model", "-o", tmp_path / "out", *arguments, token=token)
         assert done.code == 2 and message in done.err, "the Hub is asked before the model is looked for"
@@ -362,7 +362,7 @@ def test_a_change_meanwhile_is_not_overwritten(
     hub.faults = [Fault("POST", "/preupload/", "overtaken")]
     newer = rewritten(demo, tmp_path / "newer", lambda folder: (folder / "extra.txt").write_text("new"))
     done = run("push", newer, REPO)
-    assert done.code == 2 and "somebody else changed the repository meanwhile" in done.err
+    assert done.code == 2 and "the repository has changed in the meantime" in done.err
     assert hub.files(REPO) == {**whole, "theirs.txt": b"theirs"}
 
 
@@ -407,7 +407,7 @@ def test_load_refuses_failures_changed_bytes_and_code_that_is_not_ours(
 ) -> None:
     assert run("push", demo, "me/failing").code == 0
     hub.faults = [Fault("GET", "/cdn/", "500")]
-    assert "could not be reached for it (HTTP 500)" in call(commands.load_and_run, "me/failing", pixels)
+    assert "could not be reached (HTTP 500)" in call(commands.load_and_run, "me/failing", pixels)
     assert isinstance(call(commands.load_and_run, "me/failing", pixels), Tensor), "what is missing is fetched then"
     assert run("push", demo, "me/changed").code == 0
     hub.faults = [Fault("GET", "/cdn/", "corrupt")]

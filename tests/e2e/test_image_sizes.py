@@ -87,7 +87,7 @@ def test_models_of_one_size_take_what_a_recipe_of_another_says(
         graph = surgery.graph_module(*tensor_inputs(planted.loaded, images))
         module = operate(copy.deepcopy(planted.loaded.model), surgery.config_block)
         assert largest_difference(graph, planted.loaded.call(module, images)) <= planted.pico.tolerance
-    with pytest.raises(UserError, match=r"takes images of .* pixels only"):
+    with pytest.raises(UserError, match=r"takes only images of .* pixels"):
         at_image_size(planted.loaded, 2 * planted.loaded.image_size[0])
 
 
@@ -102,7 +102,7 @@ def test_inside_the_prefix_the_number_is_fixed(
     sizes = regsurgery.patch(
         str(planted.folder), tmp_path / "out", recipe=growing(planted, 2, own // 2), num_images=8
     ).sizes
-    note = "the registers stand inside the prefix: there are 2 at every image size"
+    note = "the registers are inside the prefix: there are 2 at every image size"
     assert (note in sizes.notes) == (len(sizes.rows) > 1) and {row.num_registers for row in sizes.rows} == {2}
 
 
@@ -190,7 +190,7 @@ def test_a_program_keeps_its_size(planted_picos: Callable[[Pico], Planted], tmp_
         str(planted.folder), folder, recipe=growing(planted), format="pt2", image_size=96, num_images=8
     )
     assert [row.image_size for row in result.sizes.rows] == [(96, 96)]
-    assert result.sizes.notes == ("what was written takes images of 96x96 pixels only",)
+    assert result.sizes.notes == ("the written model takes only images of 96x96 pixels",)
     config = json.loads((folder / "regsurgery.json").read_text())
     assert config["image_size"] == [96, 96]
     assert (config["regsurgery"]["num_registers"], config["regsurgery"]["num_patches"]) == (5, None)

@@ -313,7 +313,7 @@ def test_without_photos_the_closed_form_is_written_and_that_is_said(
     done = run(
         "patch", demo_folder, "-o", tmp_path / "out", "--recipe", "demo", "--mode", "native", "--num-images", "8"
     )
-    assert done.code == 0 and "not calibrated, which needs photos; give some with --images DIR" in done.err
+    assert done.code == 0 and "not calibrated: calibration needs photos; give some with --images DIR" in done.err
     assert fit_of(tmp_path / "out")["calibration"] is None
     assert json.loads((tmp_path / "out" / RUN_RECORD_NAME).read_text())["run"]["calibrate"] is False
 
@@ -401,7 +401,7 @@ def test_too_few_images_to_fit_on_some_and_verify_on_others(demo_folder: Path, t
     (tmp_path / "images").mkdir()
     for index in range(7):
         Image.new("RGB", (64, 64), (index * 30, 0, 0)).save(tmp_path / "images" / f"{index}.png")
-    with pytest.raises(UserError, match="7 images, at least 8 are needed to fit on some and verify on others"):
+    with pytest.raises(UserError, match="7 images: too few to fit on some and verify on others; give at least 8"):
         regsurgery.patch(str(demo_folder), tmp_path / "out", recipe="demo", mode="native", images=tmp_path / "images")
 
 
@@ -415,7 +415,7 @@ def test_a_register_that_cannot_be_told_apart_is_an_error(
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2
-    assert "keeps the register apart" in capsys.readouterr().err
+    assert "separates the register" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

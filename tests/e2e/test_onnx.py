@@ -160,7 +160,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 def test_a_missing_package(demo_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     message = refused(monkeypatch, capsys, demo_folder, tmp_path / "out")
-    assert "needs onnxruntime, not installed" in message and "pip install 'regsurgery[onnx]'" in message
+    assert "needs onnxruntime; install with" in message and "pip install 'regsurgery[onnx]'" in message
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

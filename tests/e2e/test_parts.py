@@ -325,16 +325,16 @@ def edited(path: Path, target: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("chosen", "changes", "message"),
     [
-        ([0, 1], {}, r"--merge: of 3 parts 1 missing: 3; make each with regsurgery find --part 3/3 --stats FILE"),
-        ([2], {}, r"of 3 parts 2 missing: 1, 2; .* --part 1/3"),
-        ([0, 1, 1, 2], {}, r"2\.stats: part 2 of 3, and so is .*2\.stats; give every part once"),
-        ([0, 1, 2], {"part": 2}, r"changed\.stats: part 2 of 3, and so is .*2\.stats"),
+        ([0, 1], {}, r"--merge: 1 of 3 parts missing: 3; make each with regsurgery find --part 3/3 --stats FILE"),
+        ([2], {}, r"2 of 3 parts missing: 1, 2; .* --part 1/3"),
+        ([0, 1, 1, 2], {}, r"2\.stats: is part 2 of 3, like .*2\.stats; give every part once"),
+        ([0, 1, 2], {"part": 2}, r"changed\.stats: is part 2 of 3, like .*2\.stats"),
         ([0, 1, 2], {"parts": 4}, r"changed\.stats: one of 4 parts, .*1\.stats one of 3; merge parts of one division"),
         ([0, 1, 2], {"part": 0}, r"changed\.stats: claims to be part 0 of 3"),
-        ([0, 1, 2], {"schema": 2}, r"changed\.stats: schema 2, .*; make all parts with one version"),
-        ([0, 1, 2], {"settings": {"model": "abc"}}, r"changed\.stats: model abc, that of .*1\.stats: .*same MODEL"),
-        ([0, 1, 2], {"settings": {"images": "abc"}}, r"changed\.stats: images abc, that of"),
-        ([0, 1, 2], {"settings": {"regsurgery": "0.0.1"}}, r"changed\.stats: regsurgery 0\.0\.1, that of"),
+        ([0, 1, 2], {"schema": 2}, r"changed\.stats: has schema 2, .*; make all parts with one version"),
+        ([0, 1, 2], {"settings": {"model": "abc"}}, r"changed\.stats: has model abc, but .*1\.stats has .*same MODEL"),
+        ([0, 1, 2], {"settings": {"images": "abc"}}, r"changed\.stats: has images abc, but"),
+        ([0, 1, 2], {"settings": {"regsurgery": "0.0.1"}}, r"changed\.stats: has regsurgery 0\.0\.1, but"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(
@@ -361,7 +361,7 @@ def test_a_damaged_part_is_refused(
         save_file(tensors, path, metadata=dict(read_header(parts[2]).metadata))
     elif damage != "absent":
         path.write_bytes(parts[2].read_bytes()[:500] if damage == "cut" else b"garbage")
-    reason = {"absent": "no such statistics file", "sums": "its sums 'counts' are not those of the model"}
+    reason = {"absent": "no such statistics file", "sums": "its sums 'counts' do not fit the model"}
     with pytest.raises(UserError, match=f"{path.name}: {reason.get(damage, 'not a statistics file')}"):
         regsurgery.find(str(demo_folder), images=sources["files"], merge=[*parts[:2], path])
 
@@ -369,11 +369,11 @@ def test_a_damaged_part_is_refused(
 def test_parts_of_other_images_or_another_model_are_refused(
     parts: list[Path], demo_folder: Path, sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"1\.stats: images .*that of this search: "):
+    with pytest.raises(UserError, match=r"1\.stats: has images .*but this search has "):
         regsurgery.find(str(demo_folder), images=sources["tars"], merge=parts)
-    with pytest.raises(UserError, match=r"1\.stats: number of images all, that of this search: 40"):
+    with pytest.raises(UserError, match=r"1\.stats: has number of images all, but this search has 40"):
         regsurgery.find(str(demo_folder), images=sources["files"], num_images=40, merge=parts)
-    with pytest.raises(UserError, match=r"1\.stats: precision checkpoint, that of this search: bf16"):
+    with pytest.raises(UserError, match=r"1\.stats: has precision checkpoint, but this search has bf16"):
         regsurgery.find(str(demo_folder), images=sources["files"], merge=parts, precision="bf16")
     other = tmp_path / "other"
     other.mkdir()
@@ -382,14 +382,14 @@ def test_parts_of_other_images_or_another_model_are_refused(
     state = load_file(other / "model.safetensors")
     state["classifier.bias"] = state["classifier.bias"] + 1
     save_file(state, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"1\.stats: model .*that of this search: "):
+    with pytest.raises(UserError, match=r"1\.stats: has model .*but this search has "):
         regsurgery.find(str(other), images=sources["files"], merge=parts)
 
 
 def test_no_other_file_is_replaced_by_statistics(demo_folder: Path, parts: list[Path], tmp_path: Path) -> None:
     mine = tmp_path / "mine.txt"
     mine.write_text("mine")
-    with pytest.raises(OutputError, match=r"mine\.txt: exists and is no statistics file; .*--stats"):
+    with pytest.raises(OutputError, match=r"mine\.txt: exists and is not a statistics file; .*--stats"):
         regsurgery.find_part(str(demo_folder), mine, (1, 2))
     assert mine.read_text() == "mine"
     again = tmp_path / "again.stats"
@@ -436,8 +436,8 @@ def test_parts_and_merge_on_the_command_line(
     [
         (("--part", "1/2"), "go together"),
         (("--stats", "x.stats"), "go together"),
-        (("--merge",), "statistics files behind MODEL"),
-        (("a.stats",), "statistics files behind MODEL"),
+        (("--merge",), "statistics files after MODEL"),
+        (("a.stats",), "statistics files after MODEL"),
         (("--merge", "a.stats", "--part", "1/2", "--stats", "x"), "without --part"),
         (("--part", "0/2", "--stats", "x.stats"), "--part 0/2: not I/N with I from 1 to N"),
         (("--part", "3/2", "--stats", "x.stats"), "--part 3/2"),

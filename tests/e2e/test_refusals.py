@@ -64,7 +64,7 @@ REFUSED = {
     ),
     "Pixtral, all images in one sequence": (
         _transformers("PixtralVisionModel", "PixtralVisionConfig", **VIT, intermediate_size=128),
-        r"no match: all images of a batch go into one sequence of tokens \(node '.*ln_pre",
+        r"no match: all images of a batch are packed into one sequence of tokens \(node '.*ln_pre",
     ),
     "Qwen2.5-VL vision, windows that depend on the data": (
         _transformers("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig",
@@ -76,7 +76,7 @@ REFUSED = {
     "SigLIP 2 with any aspect": (
         _transformers("Siglip2VisionModel", "Siglip2VisionConfig", num_patches=64,
                       **{name: value for name, value in VIT.items() if name != "image_size"}, intermediate_size=128),
-        r"Siglip2VisionModel is not supported: .* image by image \(its input 'spatial_shapes'\)",
+        r"Siglip2VisionModel is not supported: .* for each image \(its input 'spatial_shapes'\)",
     ),
     "a text model": (
         _transformers("BertModel", "BertConfig", **TINY_TEXT),
@@ -111,7 +111,9 @@ def test_quantised_weights_are_refused_with_advice(how: str, tmp_path: Path) -> 
         state[name] = state[name].to(torch.int8)
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     reason = {"config": "bitsandbytes", "dtype": r"tensor 'encoder\..*output\.dense\.weight' is I8"}[how]
-    with pytest.raises(UnsupportedModelError, match=rf"quantised \({reason}\); patch the checkpoint it was made from"):
+    with pytest.raises(
+        UnsupportedModelError, match=rf"quantised \({reason}\); patch the checkpoint before quantisation"
+    ):
         load(str(folder))
 
 

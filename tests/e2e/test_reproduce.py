@@ -102,8 +102,8 @@ def test_what_was_changed_in_the_folder_is_named(
     (patched / "preprocessor_config.json").unlink()
     assert run(["reproduce", str(patched), "--images", str(photos)], monkeypatch) == 1
     out = capsys.readouterr().out
-    assert "model.safetensors  comes out as SHA256SUMS says; the file there was changed or lost since" in out
-    assert "preprocessor_config.json  comes out as SHA256SUMS says" in out
+    assert "model.safetensors  matches SHA256SUMS, but the file in the folder was changed or lost since" in out
+    assert "preprocessor_config.json  matches SHA256SUMS" in out
     assert "DIFFERENT in 2 of 9 files" in out
 
 
@@ -120,8 +120,8 @@ def test_other_versions_and_figures_are_told(
     assert run(["reproduce", str(patched), "--images", str(photos)], monkeypatch) == 1
     told = capsys.readouterr()
     assert f"torch was 2.0.0, here it is {versions()['torch']}" in told.err
-    assert f"{RUN_RECORD_NAME}  comes out with other content" in told.out
-    assert f"figure kl was 0.5, is {kept}" in told.out
+    assert f"{RUN_RECORD_NAME}  has different content" in told.out
+    assert f"figure kl was 0.5, now {kept}" in told.out
 
 
 def test_another_image_is_refused(patched: Path, photos: Path, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_changed_weight_of_the_source_is_refused(patched: Path, photos: Path, 
     weights[-3] ^= 1
     (other / "model.safetensors").write_bytes(weights)
     told = _with(patched, model=str(other))
-    with pytest.raises(CheckpointError, match=r"its weights have sha256 \w+, expected \w+: they were changed"):
+    with pytest.raises(CheckpointError, match=r"its weights have sha256 \w+, expected \w+; give the checkpoint"):
         regsurgery.reproduce(told, images=photos)
 
 
@@ -151,7 +151,7 @@ def test_a_source_that_is_gone_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(["reproduce", str(_with(patched, model="gone/model"))], monkeypatch) == 2
-    assert "gone/model: the folder that was patched is not there, seen from" in capsys.readouterr().err
+    assert "gone/model: the folder that was patched is not there (relative to" in capsys.readouterr().err
 
 
 def test_images_where_the_run_had_none_are_refused(patched: Path, photos: Path) -> None:
@@ -161,7 +161,7 @@ def test_images_where_the_run_had_none_are_refused(patched: Path, photos: Path) 
 
 def test_a_folder_without_a_record_is_refused(patched: Path) -> None:
     (patched / RUN_RECORD_NAME).unlink()
-    with pytest.raises(CheckpointError, match="missing; how this folder was made is not known"):
+    with pytest.raises(CheckpointError, match="missing; without it, nothing is known about how"):
         regsurgery.reproduce(patched)
 
 

@@ -92,8 +92,8 @@ def test_trained_weights_cannot_be_undone(copy: Path, demo_folder: Path, tmp_pat
     retrain(copy, "classifier.bias")
     with pytest.raises(CheckpointError) as refused:
         regsurgery.unpatch(copy, tmp_path / "restored")
-    assert f"{copy}: restoring gives other bytes than the source had for {MODEL}: " in str(refused.value)
-    assert "as the source had them are config.json, preprocessor_config.json; " in str(refused.value)
+    assert f"{copy}: restoring gives different bytes from the source's for {MODEL}: " in str(refused.value)
+    assert "restored correctly: config.json, preprocessor_config.json; " in str(refused.value)
     assert f"the source was the folder {demo_folder} (weights sha256 {sha256(demo_folder / MODEL)})" in str(
         refused.value
     )
@@ -136,7 +136,7 @@ def test_folders_at_fault(demo_folder: Path, copy: Path, tmp_path: Path) -> None
         regsurgery.unpatch(tmp_path / "no", tmp_path / "restored")
     with pytest.raises(UserError, match="has no 'regsurgery' entry"):
         regsurgery.unpatch(demo_folder, tmp_path / "restored")
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="already exists"):
         regsurgery.unpatch(copy, copy)
     (copy / RECORD_NAME).unlink()
     with pytest.raises(CheckpointError, match=rf"{RECORD_NAME}: missing.*the source was the folder"):
@@ -160,7 +160,7 @@ def test_the_command(
     assert found["files"] == sums(demo_folder) and found["changed"] == [MODEL]
     code, out, err = run("unpatch", copy, "-o", tmp_path / "b")
     assert code == 0 and "model.safetensors: changed after patching" in out, err
-    assert out.endswith(f"wrote {tmp_path / 'b'}: {demo_folder} as it was, sha256 of 3 files equal\n")
+    assert out.endswith(f"wrote {tmp_path / 'b'}: {demo_folder} restored, sha256 of 3 files equal\n")
     assert run("unpatch", copy, "-o", tmp_path / "c", "-q") == (0, "", "")
     code, out, err = run("unpatch", demo_folder, "-o", tmp_path / "d")
     assert (code, out) == (2, "") and err.startswith("error: ") and "Traceback" not in err

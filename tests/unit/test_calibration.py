@@ -266,7 +266,7 @@ def test_reasons_are_for_people(tmp_path):
     images = image_set(folder_of(tmp_path / "images", 12, {0: b"garbage", 3: cut_jpeg(), 5: huge_bmp()}))
     read(images)
     assert [reason.split("(")[0].strip() for reason in images.broken.values()] == [
-        "in no image format that Pillow knows", "image file is truncated", "Image size"]  # fmt: skip
+        "not an image format that Pillow knows", "image file is truncated", "Image size"]  # fmt: skip
 
 
 def test_an_image_that_vanishes(tmp_path):
@@ -314,7 +314,7 @@ def test_too_few_readable_images(tmp_path, count, readable):
     with pytest.raises(UserError) as raised:
         list(batches)
     assert str(raised.value).startswith(f"{readable} of {count} images can be read, at least 4 are needed: ")
-    assert f"{tmp_path}/images/{readable:03}.png: not a readable image (in no image format" in str(raised.value)
+    assert f"{tmp_path}/images/{readable:03}.png: not a readable image (not an image format" in str(raised.value)
     assert len(str(raised.value)) < 1000
     assert len(images.broken) == count - readable
 
@@ -649,9 +649,9 @@ def test_columns_without_images(tmp_path):
 
     bytes_parquet(tmp_path, [picture(number) for number in range(8)])
     pyarrow.parquet.write_table(pa.table({"text": ["x"] * 9, "label": [1] * 9}), tmp_path / "zz.parquet")
-    with pytest.raises(UserError, match=f"^{tmp_path}/zz.parquet: no column of images in it; it has text, label$"):
+    with pytest.raises(UserError, match=f"^{tmp_path}/zz.parquet: has no column of images; .* text, label$"):
         image_set(tmp_path)
-    with pytest.raises(UserError, match=f"^{tmp_path}/zz.parquet: no column of images in it; it has text, label$"):
+    with pytest.raises(UserError, match=f"^{tmp_path}/zz.parquet: has no column of images; .* text, label$"):
         image_set(tmp_path / "zz.parquet")
 
 

@@ -175,7 +175,7 @@ def test_no_additions_keep_every_tensor(good, tmp_path):
 
 
 def test_an_addition_whose_name_is_taken_is_refused(good, tmp_path):
-    with pytest.raises(CheckpointError, match="has a tensor 'odd' already"):
+    with pytest.raises(CheckpointError, match="already has a tensor 'odd'"):
         write_with_additions(read_header(good), tmp_path / "new.safetensors", {"odd": REGISTERS})
 
 
@@ -291,7 +291,7 @@ def test_shards_are_written_as_shards_and_the_index_knows_the_addition(sharded, 
 
 
 def test_a_second_addition_of_the_same_name_is_refused(sharded, tmp_path):
-    with pytest.raises(CheckpointError, match="has a tensor 'a' already"):
+    with pytest.raises(CheckpointError, match="already has a tensor 'a'"):
         write_weights([sharded / shard for shard in SHARDS], tmp_path, {"a": REGISTERS})
 
 
@@ -446,7 +446,7 @@ def test_an_unconfirmed_rename_says_that_the_folder_is_whole(tmp_path, monkeypat
             raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr("regsurgery.checkpoints.whole.sync", fsync)
-    with pytest.raises(OutputError, match="written whole"), whole_folder(tmp_path / "out") as folder:
+    with pytest.raises(OutputError, match="written completely"), whole_folder(tmp_path / "out") as folder:
         fill(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -454,7 +454,7 @@ def test_an_unconfirmed_rename_says_that_the_folder_is_whole(tmp_path, monkeypat
 @pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere")])
 def test_a_target_that_exists_is_refused(tmp_path, make):
     make(tmp_path / "out")
-    with pytest.raises(OutputError, match=r"out: exists already"), whole_folder(tmp_path / "out"):
+    with pytest.raises(OutputError, match=r"out: already exists"), whole_folder(tmp_path / "out"):
         pytest.fail("the block ran")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -491,7 +491,7 @@ def test_a_missing_file_is_named(summed):
 
 
 def test_missing_sums_are_an_error(tmp_path):
-    with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path}: no SHA256SUMS")):
+    with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path}: has no SHA256SUMS")):
         check_sums(tmp_path)
 
 

@@ -113,7 +113,7 @@ def test_the_reference_is_what_typer_generates(tmp_path, monkeypatch):
         (["doctor", "demo", "--num-images", "0"], "invalid value for '--num-images':", "see regsurgery doctor --help"),
         (["doctor", "demo", "--num-images", "x"], "invalid value for '--num-images':", "see regsurgery doctor --help"),
         (["recipes", "lst"], "no such command 'lst'. Did you mean 'list'?", "see regsurgery recipes --help"),
-        (["recipes", "-q", "list"], "--quiet: write it behind list: regsurgery recipes list --quiet", "--help"),
+        (["recipes", "-q", "list"], "--quiet: write it after list: regsurgery recipes list --quiet", "--help"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_that_says_what_next(run, args, said, what_next):
@@ -152,8 +152,8 @@ def test_a_wrong_value_is_refused_before_the_model_is_read(run, tmp_path, monkey
         ("timm:vit_tny_patch16_224", "did you mean 'vit_tiny_patch16_224'?"),
         ("timm:vit_tiny_patch16_224.augreg_in22k", "did you mean 'vit_tiny_patch16_224.augreg_in21k'?"),
         ("timm:", "timm.list_pretrained() in Python lists them"),
-        ("nobody/no-such-model", "HF_HUB_OFFLINE is set; check the spelling, unset it, or give a folder"),
-        ("", "the MODEL given is empty; give a folder, a Hub id, timm:NAME, open_clip:ARCH/TAG or demo"),
+        ("nobody/no-such-model", "HF_HUB_OFFLINE is set: unset it, check the spelling, or give a folder"),
+        ("", "MODEL is empty; give a folder, a Hub id, timm:NAME, open_clip:ARCH/TAG or demo"),
         (__file__, "a file; give the folder that holds the checkpoint"),
     ],
 )

@@ -170,7 +170,7 @@ def test_labels_come_from_file_names_or_folders(tmp_path: Path) -> None:
     assert label_list(named, 2) == label_list(named, None) == [0, 0, 1, 1]
     with pytest.raises(UserError, match="no labels"):
         label_list(named, 20)
-    with pytest.raises(UserError, match=r"0013_a\.jpg: is of class 13, but there are 10"):
+    with pytest.raises(UserError, match=r"0013_a\.jpg: has class 13, but there are 10"):
         label_list(numbered, 10)
 
 

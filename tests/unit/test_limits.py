@@ -30,7 +30,7 @@ def test_a_json_file_is_read_up_to_its_limit(tmp_path, monkeypatch):
     path.write_text('{"a": 1}')
     assert read_json(path) == {"a": 1}
     monkeypatch.setattr("regsurgery.checkpoints.limits.MAX_JSON_BYTES", 7)
-    with pytest.raises(CheckpointError, match=re.escape(f"{path}: 8 bytes, more than the 7 that are read; download")):
+    with pytest.raises(CheckpointError, match=re.escape(f"{path}: has 8 bytes, more than the limit of 7; correct")):
         read_json(path)
 
 
@@ -58,7 +58,7 @@ def folder(tmp_path) -> Path:
 def test_a_link_out_of_the_folder_or_to_nothing_is_refused(folder, target):
     link = folder / "loop"
     link.symlink_to(target.format(tmp=folder.parent))
-    with pytest.raises(CheckpointError, match=re.escape(f"{link}: a symbolic link to")):
+    with pytest.raises(CheckpointError, match=re.escape(f"{link}: a ") + "(broken )?symbolic link"):
         refuse_links_out(folder)
 
 

@@ -127,9 +127,9 @@ def test_trained_registers_do_not_matter_and_trained_weights_do(single, tmp_path
     assert restore(patched, tmp_path / "restored") == content(single)
     data[-17] ^= 1
     last.write_bytes(data)
-    with pytest.raises(CheckpointError, match="other bytes than the source had for ") as caught:
+    with pytest.raises(CheckpointError, match="different bytes from the source's for ") as caught:
         restore(patched, tmp_path / "again")
-    first, _, others = str(caught.value).partition("as the source had them are ")
+    first, _, others = str(caught.value).partition("restored correctly: ")
     assert f"for {last.name}: " in first
     assert last.name not in others and "config.json" in others and "tokenizer.json" in others
 
@@ -165,12 +165,12 @@ def test_a_tensor_that_is_gone_or_has_another_type_is_named(single, tmp_path):
     name = next(name for name in tensors if name != REGISTER)
     save_file({**tensors, name: tensors[name].half()}, last)
     with pytest.raises(
-        CheckpointError, match=rf"tensor '{name}' is F16 \[1, \d\], in the original it is F32 \[1, \d\]"
+        CheckpointError, match=rf"tensor '{name}' is F16 \[1, \d\], but in the original it is F32 \[1, \d\]"
     ):
         restore(patched, tmp_path / "half")
     del tensors[name]
     save_file(tensors, last)
-    with pytest.raises(CheckpointError, match=rf"has no tensor '{name}', which the original's {last.name} has"):
+    with pytest.raises(CheckpointError, match=rf"lacks the tensor '{name}' of the original's {last.name}"):
         restore(patched, tmp_path / "gone")
 
 

@@ -124,8 +124,8 @@ def test_places_by_mask(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "mask", "reason"),
     [
-        (None, None, "either with --where x,y,w,h or with --mask"),
-        ("0,0,0.5,0.5", "mask.png", "either with --where x,y,w,h or with --mask"),
+        (None, None, "with either --where x,y,w,h or --mask"),
+        ("0,0,0.5,0.5", "mask.png", "with either --where x,y,w,h or --mask"),
         ("0,0,1,1", None, "all patches are in 0,0,1,1"),
         ("0.01,0,0.01,0.01", None, "no patch is in"),
         (None, "absent.png", "absent.png: not a readable mask"),

@@ -82,14 +82,14 @@ def test_numbers_keep_six_digits() -> None:
     ("change", "message"),
     [
         ({"schema": 2}, "reads schema 1"),
-        ({"run": []}, "'run' is no object"),
+        ({"run": []}, "'run' is not an object"),
         ({"run": {**RUN, "model": None}}, "no valid 'model'"),
         ({"run": {key: value for key, value in RUN.items() if key != "seed"}}, "no valid 'seed'"),
         ({"run": {**RUN, "images": {"note": "x"}}}, "lacks note, count or sha256"),
-        ({"run": {**RUN, "fitted": "x"}}, "'fitted' under 'run' is no list of digests"),
-        ({"run": {**RUN, "fitted": [1]}}, "'fitted' under 'run' is no list of digests"),
-        ({"verify": {"passed": "yes"}}, "'verify' is no verdict"),
-        ({"regsurgery": 1}, "'regsurgery' is no version"),
+        ({"run": {**RUN, "fitted": "x"}}, "'fitted' under 'run' is not a list of digests"),
+        ({"run": {**RUN, "fitted": [1]}}, "'fitted' under 'run' is not a list of digests"),
+        ({"verify": {"passed": "yes"}}, "'verify' is not a verdict"),
+        ({"regsurgery": 1}, "'regsurgery' is not a version"),
     ],
 )
 def test_a_broken_record_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_what_is_no_record_is_refused(content: str, tmp_path: Path) -> None:
 
 
 def test_a_folder_without_one_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"missing; how this folder was made is not known"):
+    with pytest.raises(CheckpointError, match=r"missing; without it, nothing is known about how"):
         read_run_record(tmp_path)
 
 

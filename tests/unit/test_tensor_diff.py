@@ -73,7 +73,7 @@ def test_what_one_side_alone_has_and_what_has_another_type(tmp_path):
     assert found.only_b == (TensorInfo("new", "F32", (3, 1)),)
     assert found.retyped == (Retyped("s", "F32", "F32", (2,), (1,)), Retyped("t", "F32", "F16", (2,), (2,)))
     assert (found.changed, found.num_identical, found.identical) == ((), 1, False)
-    assert found.summary == "1 tensors identical, 1 only in A, 1 only in B, 2 of another dtype or shape"
+    assert found.summary == "1 tensors identical, 1 only in A, 1 only in B, 2 with another dtype or shape"
     assert regsurgery.diff(b, a).only_a == found.only_b
 
 
@@ -203,7 +203,7 @@ def test_exit_codes_and_lines(tmp_path, monkeypatch, capsys):
         "only in B  register_tokens  F32 [1, 1, 2]",
         "type       n                F32 [1] -> F16 [1]",
         "values     weight           F32 [2, 2]  max abs 1, 2 of 4 elements",
-        "0 tensors identical, 1 only in A, 1 only in B, 1 of another dtype or shape, 1 with other values",
+        "0 tensors identical, 1 only in A, 1 only in B, 1 with another dtype or shape, 1 with other values",
     ]  # fmt: skip
     assert run(monkeypatch, "diff", a, b, "-q") == 1
     assert capsys.readouterr().out == ""

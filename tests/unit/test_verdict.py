@@ -78,7 +78,7 @@ def test_a_faithful_cure_has_no_warning() -> None:
 def test_nine_in_ten_first_classes_are_enough_and_fewer_are_not() -> None:
     assert verdict(100, 90).warnings == ()
     (warning,) = verdict(100, 89).warnings
-    assert "89 of 100 images, a share of 0.9 or more is expected" in warning
+    assert "89 of 100 images; a share of 0.9 or more is expected" in warning
     assert "not certain on 100 images" in warning  # Wilson's interval of 89 in 100 reaches 0.94
     (sure,) = verdict(100, 70).warnings
     assert "not certain" not in sure
@@ -95,15 +95,15 @@ def test_generated_pictures_are_held_to_what_an_unused_register_keeps() -> None:
     kept = replace(UNUSED, num_same=24)
     assert verdict(32, 23, evidence="generated", unused_register=kept).warnings == ()
     (warning,) = verdict(32, 21, evidence="generated", unused_register=kept).warnings
-    assert "21 of 32 generated pictures, a share of 0.68 or more" in warning
-    assert "a register that nothing uses keeps it in 24 of 32" in warning
+    assert "21 of 32 generated pictures; a share of 0.68 or more" in warning
+    assert "an unused register keeps it in 24 of 32" in warning
     assert verdict(32, 23, unused_register=kept).warnings, "photos are held to the share itself"
 
 
 def test_drift_is_held_to_a_multiple_of_what_an_unused_register_does() -> None:
     assert drifting(MAX_TIMES).warnings == ()
     (warning,) = drifting(MAX_TIMES + 0.1).warnings
-    assert "12.1 times that of appending a register that nothing uses; up to 12 times" in warning
+    assert "12.1 times that of appending an unused register; up to 12 times" in warning
     assert "not certain on 32 images" in warning
     (sure,) = drifting(40.0, (MAX_TIMES + 1, 80.0)).warnings
     assert "not certain" not in sure
@@ -128,7 +128,7 @@ def test_strict_makes_failures_of_warnings_and_of_too_few_images() -> None:
     assert verdict().strictly() == verdict()
     strict = verdict(100, 50).strictly()
     assert not strict.passed and strict.failures == verdict(100, 50).warnings and strict.warnings == ()
-    assert sentence(strict).startswith("FAILED: the first class stays in 50 of 100 images")
+    assert sentence(strict).startswith("FAILED: the first class stays the same in 50 of 100 images")
     few = verdict(MIN_IMAGES_TO_JUDGE - 1).strictly()
     assert not few.passed and few.failures == ("too few images to judge: 3, at least 4",)
     assert verdict(MIN_IMAGES_TO_JUDGE).strictly().passed

@@ -14,15 +14,15 @@ from regsurgery.compiler.trace import tensor_inputs
 
 @torch.no_grad()
 def operate(operation: Operation) -> Surgery:
-    """The neurons cleared, and for every head one constant key and value.
+    """Clear the neurons, and give every head one constant key and value.
 
-    They are given as the row of attention input that makes them: the mean over the images of what the register has
+    They are stored as the row of attention input that produces them: the mean over the images of the register's input
     there after the exact shift. Projections are linear, so its key and value are the means of the register's. Jiang
     et al., arXiv 2506.08010, "attention bias".
 
     Raises:
         RecipeError: a block or neuron of the recipe does not exist in the model.
-        UnsupportedModelError: an attention whose projections read no common norm.
+        UnsupportedModelError: the projections of an attention do not read a common norm.
     """
     recipe, located = operation.recipe, operation.located
     sites = located.sites
@@ -41,6 +41,6 @@ def operate(operation: Operation) -> Surgery:
         constants_LD = surgery.graph_module.get_parameter(surgery.added_name)
         constants_LD.copy_(sums_LD / num_images)
     operation.progress.say(
-        f"bias: {len(blocks)} attentions with a constant key and value, means over {num_images} images"
+        f"bias: {len(blocks)} attentions with a constant key and value, averaged over {num_images} images"
     )
     return surgery

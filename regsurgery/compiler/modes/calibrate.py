@@ -1,10 +1,10 @@
-"""Calibration of native mode: a few vectors learn, without labels, to give back the original's own outputs.
+"""Calibration of native mode: a few vectors learn, without labels, to reproduce the original's own outputs.
 
-Only what the register neurons write onto the register tokens is trained, one vector for every edited block, and goes
-into their output columns; every other weight stays. Nothing before the first edited block changes, so what enters it
-is computed once. The loss is the KL divergence from the original's classes where the model has logits, else what is
-missing to 1 of the cosines of its main output and of the patches that were no outliers. Images that were held out
-decide which weights are kept, and whether anything was gained.
+Only what the register neurons write onto the register tokens is trained: one vector for every edited block, which goes
+into their output columns; every other weight stays. Nothing before the first edited block changes, so its input is
+computed once. The loss is the KL divergence from the original's classes if the model has logits, otherwise (1 - cosine)
+of its main output and of the patches that were not outliers. Held-out images decide which weights are kept, and whether
+anything was gained.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from regsurgery.compiler.outliers import outliers, token_norms
 from regsurgery.compiler.taps import tap
 from regsurgery.progress import Progress
 
-RATE = 0.03  # of Adam, in the root mean square of what a block's neurons write; falls to 0 on a cosine
+RATE = 0.03  # of Adam, in units of the root mean square of what a block's neurons write; cosine decay to 0
 STEPS = 60
-STEP_IMAGES = 24  # images behind one step
-PASS_IMAGES = 8  # of them, through the model at a time
-CHECK_EVERY = 10  # steps between two looks at the held-out images
+STEP_IMAGES = 24  # images per step
+PASS_IMAGES = 8  # images per forward pass
+CHECK_EVERY = 10  # steps between two checks on the held-out images
 HELD_OUT = 0.2  # share of the images
-# Crops of every image to train on, too. ViT-Ti, 75 images, loss while training and on unseen photos: 0.0037 and 0.0090
+# Also train on crops of every image. ViT-Ti, 75 images, loss in training and on unseen photos: 0.0037 and 0.0090
 # without, 0.0057 and 0.0076 with them (one register), 0.0029 and 0.0072, 0.0053 and 0.0060 (four).
 CROPS = 3
 SMALLEST_CROP = 0.6  # of a side
@@ -46,13 +46,13 @@ SMALLEST_CROP = 0.6  # of a side
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What calibration gained.
+    """The result of calibration.
 
     Attributes:
         native: the better of the closed form and the trained weights.
         before, after: the loss on the held-out images.
-        steps: how many steps the kept weights had; 0 where nothing was gained.
-        stopped_after: how many steps were run, where an interrupt or the caller ended it early; else None.
+        steps: training steps of the kept weights; 0 if nothing was gained.
+        stopped_after: how many steps were run, if an interrupt or the caller ended it early; else None.
     """
 
     native: Native
@@ -70,8 +70,8 @@ def divided(num_images: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def with_crops(images: Tensor, training: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """`images` `[N, 3, H, W]` and behind them `CROPS` random crops of each one numbered `training`, half of them
-    mirrored, at the size of the images; and the numbers of all that is to be trained on.
+    """`images` `[N, 3, H, W]`, followed by `CROPS` random crops of each one numbered `training`, half of them mirrored,
+    at the size of the images; and the numbers of everything to train on.
     """
     generator = torch.Generator().manual_seed(seed)
     size = images.shape[-2:]
@@ -97,14 +97,14 @@ def calibrate(
     stop_after: int | None = None,
     progress: Progress,
 ) -> Calibrated:
-    """Train on some images of `loss`; others choose the weights.
+    """Train on some images of `loss`; the others choose the weights.
 
     A KeyboardInterrupt ends the training; the best weights so far are returned.
 
     Args:
         division: the numbers of the images to train on, and of those that choose.
-        stop_after: end after that many steps, as an interrupt there would.
-        progress: told of every step; after the first one, how long it will take; and of an interrupt.
+        stop_after: end after that many steps, as an interrupt would.
+        progress: is told every step, the expected time after the first one, and an interrupt.
     """
     training, held_out = division
     generator = torch.Generator().manual_seed(seed)
@@ -140,7 +140,7 @@ def calibrate(
                 value = loss.mean(held_out, parameters)
                 if value < best.after:
                     checked = Calibrated(replace(native, parameters=parameters), before, value, step)
-            best, done = checked, step  # together: running `done` steps again must give `best`
+            best, done = checked, step  # set together: running `done` steps again must give `best`
     except KeyboardInterrupt:
         progress.say(
             f"calibration: interrupted after {done} of {last} steps; the weights after step {best.steps} are kept"
@@ -154,7 +154,7 @@ def _duration(seconds: float) -> str:
 
 
 class _Trained:
-    """What is trained, a vector `[D]` for every edited block in float32, and the parameters that it makes."""
+    """The trained vectors, float32 `[D]` for every edited block, and the parameters made from them."""
 
     def __init__(self, model: NativeModel, native: Native) -> None:
         self.model, self.native = model, native
@@ -164,7 +164,7 @@ class _Trained:
         }
 
     def groups(self) -> list[dict]:
-        """Parameter groups of an optimiser; each one's rate follows how much its block's neurons write."""
+        """Parameter groups of an optimiser; each rate is proportional to how much the block's neurons write."""
         groups = []
         for block, added_D in self.added.items():
             columns_DK = self._columns(block).double()
@@ -191,10 +191,10 @@ class _Trained:
 
 
 class Loss:
-    """Distance of the edited model's outputs from the original's, which are computed once, on `images` `[N, 3, H, W]`.
+    """Distance of the edited model's outputs from the original's (computed once), on `images` `[N, 3, H, W]`.
 
     Attributes:
-        images: what it is measured on; images are named by their number.
+        images: the images it is measured on, referred to by number.
     """
 
     def __init__(self, model: NativeModel, images: Tensor) -> None:
@@ -210,7 +210,7 @@ class Loss:
 
     @torch.no_grad()
     def behind(self, block: int, parameters: Mapping[str, Tensor]) -> Loss:
-        """The same, with what enters `block` computed once; parameters of earlier blocks stay as in `parameters`."""
+        """The same, with the input of `block` computed once; parameters of earlier blocks stay as in `parameters`."""
         if block == 0:
             return self
         entrance = self.model.sites.blocks[block - 1].output
@@ -222,7 +222,7 @@ class Loss:
         return cached
 
     def _kept(self, outputs: Mapping[str, Tensor], taps: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """What of a run the loss needs, one row an image."""
+        """The part of a run that the loss needs, one row per image."""
         if has_classes(self.main, outputs[self.main]):
             return (outputs[self.main],)
         patches = self.model.sites.patches
@@ -230,7 +230,7 @@ class Loss:
         return outputs[self.main], taps["last"][:, patches], inliers_BN
 
     def __call__(self, chosen: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Of each image numbered `chosen`, `[B]`."""
+        """The loss for each image numbered `chosen`, `[B]`."""
         images, *states = self._inputs(chosen)
         return self._distance(chosen, self.model.run(self.edited, parameters, images, *states))
 
@@ -260,12 +260,12 @@ class Loss:
         ]
 
     def mean(self, chosen: Tensor, parameters: Mapping[str, Tensor]) -> float:
-        """The mean over the images numbered `chosen`."""
+        """The mean loss over the images numbered `chosen`."""
         return self.means(chosen, [parameters])[0]
 
 
 def _frozen(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """`graph_module`, a tap, without gradients of its own parameters; those of graphs that it shares them with stay."""
+    """`graph_module`, a tap, without gradients for its parameters; graphs that share them keep their gradients."""
     for module in graph_module.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:

@@ -1,11 +1,11 @@
-"""Native mode: weights alone that do what the shift does, in a stock model that has register tokens.
+"""Native mode: edited weights that do what the shift does, in a stock model that has register tokens.
 
-Of every register neuron the input row becomes a detector: a linear discriminant between the register tokens and all
-other tokens at the MLP's input. It fires on the register tokens alone, with the constant that the shift would have
-given them, whole on every register; the output column stays. The register tokens are a marker along the discriminant.
-Its norm is a trade: a small marker is told apart by little, a large one disturbs the blocks before the edit, and with
-several registers it does so several times. So the norm is chosen by what the outputs lose. Blocks are edited in order,
-each one seeing the edits of those before it.
+The input row of every register neuron becomes a detector: a linear discriminant between the register tokens and all
+other tokens at the MLP's input. It fires only on the register tokens, with the constant that the shift would have given
+them, in full on every register; the output column stays. The register tokens are a marker along the discriminant. Its
+norm is a trade-off: a small marker is hard to tell apart, a large one disturbs the blocks before the edit, and with
+several registers does so several times. So the norm is chosen by the drift of the outputs. Blocks are edited in order,
+each one seeing the edits of earlier ones.
 
 Shape suffixes: B batch, T tokens, R registers, D width, H hidden units, K register neurons of one block.
 """
@@ -35,7 +35,7 @@ from regsurgery.errors import UnsupportedModelError
 from regsurgery.recipe import Recipe
 
 SHRINKAGE = 0.05  # of the pooled covariance towards a multiple of the identity
-# Norms of the register tokens that are tried, in mean token norms. ViT-Ti, two neurons, 88 photos, KL at 0, 1, 2, 4, 8:
+# Norms of the register tokens to try, in mean token norms. ViT-Ti, two neurons, 88 photos, KL at 0, 1, 2, 4, 8:
 # one register 0.046, 0.044, 0.027, 0.030, 0.035; three 0.039, 0.033, 0.007, 0.013, 0.081.
 MARKER_NORMS = (0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 # On the images of the fit and on those held out from it. ViT-Ti, closed form, KL on 175 other photos, at 0.4 and 0.5:
@@ -43,8 +43,8 @@ MARKER_NORMS = (0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 ENOUGH_MARGIN = 0.5
 MIN_MARGIN = 0.05
 TOGETHER = 1 / 4  # of the free memory, for activations of markers that are tried together
-CHUNK = 1 << 14  # tokens that are float64 at a time
-FLAT = 8.0  # a detector is at least that far below zero on every other token, where activations are flat
+CHUNK = 1 << 14  # tokens converted to float64 at a time
+FLAT = 8.0  # a detector is at least this far below zero, where activations are flat, on every other token
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Native:
     """What native mode changes in a model that has registers.
 
     Attributes:
-        parameters: name in the graph -> its new value, whole; the register tokens `[1, R, D]` among them.
+        parameters: name in the graph -> its complete new value, including the register tokens `[1, R, D]`.
         margin: the smallest over the blocks of (lowest register - highest other token) / (mean register - mean other
-            token), of the detectors' values on the images that they were made from and on those held out.
+            token), for the detectors' values on the images that they were made from and on the held-out ones.
         marker_norm: norm of a register token.
-        activations: block -> what its register neurons give on a register token, `[K]`.
+        activations: block -> its register neurons' activations on a register token, `[K]`.
     """
 
     parameters: dict[str, Tensor]
@@ -66,9 +66,9 @@ class Native:
 
 
 class NativeModel:
-    """The model of `traced` with register tokens and no shift: what every host of native mode computes.
+    """The model of `traced` with register tokens and no shift, as every host of native mode computes it.
 
-    In a host the registers may stand elsewhere: attention that hosts have does not depend on the order of tokens.
+    In a host the registers may be elsewhere: attention in hosts does not depend on the order of tokens.
     """
 
     def __init__(self, located: Located, recipe: Recipe) -> None:
@@ -94,7 +94,7 @@ class NativeModel:
         """Run `tapped`, a tap of `graph_module`, with the changed `parameters` on images `[B, 3, H, W]`.
 
         Args:
-            more: inputs that `tapped` has besides those of the model.
+            more: inputs of `tapped` in addition to the model's.
         """
         return _changed_call(tapped, parameters, *tensor_inputs(self.loaded, images), *more)
 
@@ -146,7 +146,7 @@ def _editable(traced: Traced, block: Block, hidden_of: fx.GraphModule) -> Mlp:
     mlp = mlp_of(traced, block)
     if any(node.target in NORMS for node in hidden_of.graph.nodes):
         raise UnsupportedModelError(
-            f"block {block.index}: its MLP normalises the activation; native mode cannot set one unit"
+            f"block {block.index}: its MLP normalises the activation, so native mode cannot edit it; use mode shift"
         )
     for projection in (mlp.gate, mlp.value):
         if projection is not None and projection.bias is None:
@@ -165,18 +165,18 @@ def closed_form(
     drift: Callable[[Sequence[Mapping[str, Tensor]]], list[float]],
     progress: Callable[[int], None] = lambda markers: None,
 ) -> Native:
-    """The edit of `model.recipe`, made from `batches` of images `[B, 3, H, W]`.
+    """The edit for `model.recipe`, made from `batches` of images `[B, 3, H, W]`.
 
-    Of the markers with a margin of `ENOUGH_MARGIN` the one with the least drift is taken; where none has as much, the
-    one with the largest margin.
+    Among the markers with a margin of at least `ENOUGH_MARGIN`, the one with the least drift is taken; if there are
+    none, the one with the largest margin.
 
     Args:
-        held_out: batches of other images, on which detectors must tell registers apart, too.
+        held_out: batches of other images, on which detectors must also tell registers apart.
         drift: sets of changed parameters -> distances of the outputs from the original's, on images not in `batches`.
-        progress: called with the number of markers just tried, `len(MARKER_NORMS)` in all.
+        progress: called with the number of markers just tried, `len(MARKER_NORMS)` in total.
 
     Raises:
-        UnsupportedModelError: no marker keeps the registers apart from all other tokens.
+        UnsupportedModelError: no marker separates the registers from all other tokens.
     """
     constants = register_constants(model, batches)
     first = min(model.recipe.register_neurons)
@@ -219,7 +219,7 @@ def _check_margin(model: NativeModel, best: Native | None) -> None:
     if best is None or best.margin < MIN_MARGIN:
         margin = float("nan") if best is None else best.margin
         raise UnsupportedModelError(
-            f"native mode: at the MLP of a target block no linear discriminant keeps the register apart from all other "
+            f"native mode: at the MLP of a target block, no linear discriminant separates the register from all other "
             f"tokens (margin {margin:.3f}, at least {MIN_MARGIN} is needed; smallest of blocks "
             f"{', '.join(map(str, model.recipe.register_neurons))}); give more images, or use mode shift or bias"
         )
@@ -233,7 +233,7 @@ def _joined(tokens: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def register_constants(model: NativeModel, batches: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Block -> what the shift gives a register, the mean over images and registers, `[K]`."""
+    """Block -> what the shift writes to a register, averaged over images and registers, `[K]`."""
     recipe = model.recipe
     shifted, results = apply_passes(model.traced, plan_surgery(model.sites, replace(recipe, mode="shift")))
     nodes = next(result.changed for result in results if "shift" in result.due)
@@ -295,15 +295,15 @@ def _edited(
 
 
 def _projected(tokens_ND: Tensor, normal_D: Tensor) -> Tensor:
-    """The tokens along a direction, float64 `[N]`."""
+    """The tokens projected onto a direction, float64 `[N]`."""
     return torch.cat([chunk.double() @ normal_D for chunk in tokens_ND.split(CHUNK)])
 
 
 def separation(registers_N: Tensor, others_N: Tensor) -> tuple[float, float, float]:
-    """The margin between a detector's values on registers and on other tokens, the lowest and the highest of them.
+    """The margin between a detector's values on registers and on other tokens; the lowest register, the highest other.
 
     The margin is (lowest register - highest other) / (mean register - mean other): it does not depend on the detector's
-    scale and offset, and is negative where the two overlap.
+    scale and offset, and is negative if the two overlap.
     """
     lowest, highest = float(registers_N.min()), float(others_N.max())
     return (lowest - highest) / float(registers_N.mean() - others_N.mean()), lowest, highest
@@ -311,11 +311,11 @@ def separation(registers_N: Tensor, others_N: Tensor) -> tuple[float, float, flo
 
 @dataclass(frozen=True)
 class _Line:
-    """Where registers and other tokens lie along a discriminant.
+    """The positions of registers and other tokens along a discriminant.
 
     Attributes:
         normal_D: its direction.
-        threshold: between the two; `mean` of the registers; `highest` of the other tokens.
+        threshold: between the two; `mean`: of the registers; `highest`: of the other tokens.
     """
 
     normal_D: Tensor
@@ -331,7 +331,7 @@ def _detectors(
     constants_K: Tensor,
     line: _Line,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """New values of the parameters of the register neurons of `block`, and what those neurons then give, `[K]`."""
+    """New values of the parameters of the register neurons of `block`, and the activations they then have, `[K]`."""
     mlp, threshold, mean = model.mlps[block], line.threshold, line.mean
     neurons = torch.tensor(model.recipe.register_neurons[block], device=constants_K.device)
     projections = [projection for projection in (mlp.gate, mlp.value) if projection is not None]
@@ -356,7 +356,7 @@ def _detectors(
 
 
 def _activation(model: NativeModel, block: int, mlp: Mlp, new: Mapping[str, Tensor], values_K: Tensor) -> Tensor:
-    """The hidden units' activations where their gates' linears give `values_K`, `[K]`."""
+    """The hidden units' activations if their gates' linears give `values_K`, `[K]`."""
     neurons = torch.tensor(model.recipe.register_neurons[block], device=values_K.device)
     assert mlp.gate.bias is not None
     changed = {
@@ -369,7 +369,7 @@ def _activation(model: NativeModel, block: int, mlp: Mlp, new: Mapping[str, Tens
 
 
 def _inverse(model: NativeModel, block: int, mlp: Mlp, new: Mapping[str, Tensor], targets_K: Tensor) -> Tensor:
-    """What a gate must be for the activations `targets_K` > 0, by bisection; every activation used rises there."""
+    """The gate values for the activations `targets_K` > 0, by bisection; every supported activation increases there."""
     low_K, high_K = torch.zeros_like(targets_K), 2 * targets_K + FLAT
     for _ in range(40):
         middle_K = (low_K + high_K) / 2

@@ -23,11 +23,11 @@ from regsurgery.recipe import Recipe
 
 
 def operate(operation: Operation) -> Surgery:
-    """The closed form, and calibration where it is wanted and pays.
+    """The closed form, plus calibration if it is wanted and helps.
 
     Raises:
         RecipeError: a block or neuron of the recipe does not exist in the model.
-        UnsupportedModelError: the model's MLPs cannot be edited so, or the register cannot be told apart.
+        UnsupportedModelError: the model's MLPs cannot be edited like this, or the register cannot be told apart.
     """
     located, recipe, progress = operation.located, operation.recipe, operation.progress
     check_fit(recipe, located.sites)
@@ -60,7 +60,7 @@ def operate(operation: Operation) -> Surgery:
 def _calibrated(
     operation: Operation, model: NativeModel, native: Native, pixels: Tensor, division: tuple[Tensor, Tensor]
 ) -> tuple[Native, dict[str, Any]]:
-    """`native` after calibration, or as it was where that does not pay; and what happened."""
+    """`native` after calibration, or unchanged if that does not help; and what happened."""
     training, held_out = division
     stop_after, progress = operation.stop_after, operation.progress
     pixels, training = with_crops(pixels, training, operation.seed)
@@ -102,7 +102,7 @@ def _checked_on(check: ImageSet, model: NativeModel, native: Native, trained: Na
 
 
 def restored_native(located: Located, recipe: Recipe, state: Mapping[str, Tensor]) -> Surgery:
-    """The surgery behind a program of native mode, whose tensors `state` has."""
+    """The surgery of a native-mode program, from its tensors `state`."""
     graph_module = NativeModel(located, recipe).graph_module
     edit = {name: state[name] for name, _ in graph_module.named_parameters() if name in state}
     return _edited_surgery(located, recipe, graph_module, edit, {})

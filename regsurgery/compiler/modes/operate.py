@@ -1,6 +1,6 @@
 """A located model and a recipe -> the surgery, in the recipe's mode.
 
-A mode is one file here with `operate(operation) -> Surgery`; what other stages need to know of it is in
+Each mode is one file here with `operate(operation) -> Surgery`; what other stages need to know about it is in
 `regsurgery.modes`.
 """
 
@@ -17,6 +17,6 @@ def operate(operation: Operation) -> Surgery:
 
     Raises:
         RecipeError: a block or neuron of the recipe does not exist in the model.
-        UnsupportedModelError: the model cannot be operated on in that mode.
+        UnsupportedModelError: the mode is not possible for the model.
     """
     return importlib.import_module(f"regsurgery.compiler.modes.{operation.recipe.mode}").operate(operation)

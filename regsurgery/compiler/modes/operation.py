@@ -1,4 +1,4 @@
-"""What a mode is given."""
+"""The input of a mode."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from regsurgery.images.image_set import ImageSet
 from regsurgery.progress import Progress
 from regsurgery.recipe import Recipe
 
-FIT_IMAGES = 128  # at most that many images, of more evenly spread ones
+FIT_IMAGES = 128  # at most this many images, evenly spread
 BATCH = 8
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One surgery to be done.
+    """One surgery to perform.
 
     Attributes:
         fit: images that fitted modes fit on.
-        calibrate: native mode: train what the closed form gives.
-        check: keep what calibration gained only where it gains on these images, of another kind than `fit`, too.
+        calibrate: native mode: train the weights of the closed form.
+        check: keep the calibrated weights only if they also help on these images, which are of another kind than `fit`.
         stop_after: end calibration after that many steps, as an interrupt does.
-        seed: of what is drawn while fitting.
+        seed: for random numbers while fitting.
     """
 
     located: Located

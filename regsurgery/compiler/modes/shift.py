@@ -1,4 +1,4 @@
-"""Shift mode: register tokens, and at every target MLP activation the shift of the register neurons onto them."""
+"""Shift mode: register tokens, and a shift of the register neurons onto them at every target MLP activation."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from regsurgery.garbage import objects_stay
 
 
 def operate(operation: Operation) -> Surgery:
-    """The passes, exact; nothing is fitted."""
+    """Run the passes; the result is exact, nothing is fitted."""
     with objects_stay():
         return perform(operation.located, operation.recipe)

@@ -1,1 +1,1 @@
-"""Graph, sites -> graph: one file a pass."""
+"""Graph, sites -> graph: one file per pass."""

@@ -1,4 +1,4 @@
-"""Put one constant row into the input of every attention: its key and value are what mode `bias` gives each head."""
+"""Add one constant row to the input of every attention: its key and value are mode `bias`'s constants for each head."""
 
 from __future__ import annotations
 

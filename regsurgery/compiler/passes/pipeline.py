@@ -1,4 +1,4 @@
-"""Graph, sites -> graph: the surgery on the fx graph, one file a pass.
+"""Graph, sites -> graph: the surgery on the fx graph, one file per pass.
 
 A pass is a function `(graph_module, plan) -> PassResult`. It edits the graph in place and reports what it changed;
 changing nothing where something was due is an error. The graph spec (`spec.py`) is checked after every pass.
@@ -23,10 +23,10 @@ from regsurgery.compiler.trace import Traced
 from regsurgery.errors import PassError
 from regsurgery.runtime.surgery import pad_registers
 
-# Registers, or constants, first, since the regions of longer tensors begin at them. Then the token counts that export
-# wrote as literals into a region, so that every node in it has its true shape. The shift needs those shapes and leaves
-# them as they are. Strips last: they sit on the edges that leave a region, which only then have a value of the wrong
-# length.
+# Registers (or constants) come first, since the regions of longer tensors begin at them. Next, the token counts that
+# export wrote as literals into a region, so that every node in it has its true shape. The shift needs those shapes and
+# does not change them. Strips come last: they sit on the edges that leave a region, which only then have a value of the
+# wrong length.
 PIPELINE = (insert_registers, insert_constants, resize_tokens, shift_neurons, strip_registers)
 
 __all__ = ["PIPELINE", "PassResult", "Plan", "apply_passes", "padded_modules"]
@@ -46,7 +46,7 @@ def apply_passes(traced: Traced, plan: Plan) -> tuple[fx.GraphModule, tuple[Pass
     for step in PIPELINE:
         result = step(patched, plan)
         if result.due and not result.changed:
-            raise PassError(f"pass {step.__name__}: changed nothing where {result.due} was due")
+            raise PassError(f"pass {step.__name__}: changed nothing, but {result.due} was due")
         check_spec(patched, plan, step.__name__, final=step is PIPELINE[-1])
         results.append(result)
     patched.graph.eliminate_dead_code()
@@ -60,7 +60,7 @@ def padded_modules(graph_module: fx.GraphModule) -> list[str]:
     paths: dict[str, None] = {}
     for node in work:
         assert isinstance(node, fx.Node)
-        if node.target in ADDS:  # of a block's own bias and one that all blocks share
+        if node.target in ADDS:  # the sum of a block's own bias and a shared one
             work.extend(node.all_input_nodes)
         else:
             paths[module_path(node)] = None

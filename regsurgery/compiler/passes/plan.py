@@ -1,4 +1,4 @@
-"""What the passes share: the plan of one surgery, and the region of the graph where tensors hold registers."""
+"""Shared by the passes: the plan of one surgery, and the region of the graph where tensors hold registers."""
 
 from __future__ import annotations
 
@@ -49,22 +49,22 @@ class Plan:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass changed (node names), and what was due, in words ("" where nothing was)."""
+    """What a pass changed (node names), and a description of what was due ("" if nothing was)."""
 
     changed: tuple[str, ...]
     due: str
 
 
 def follows_size(sites: Sites, recipe: Recipe) -> int | None:
-    """The number of patches for which the recipe's registers were chosen, or None: there are as many at every size.
+    """The number of patches for which the recipe's registers were chosen, or None if the number is fixed.
 
-    Inside the prefix their number is fixed: attention there counts the prefix tokens, once.
+    Inside the prefix it is always fixed: attention there counts the prefix tokens only once.
     """
     return recipe.num_patches if sites.placement == "end" else None
 
 
 def plan_surgery(sites: Sites, recipe: Recipe) -> Plan:
-    """The plan of `recipe` at `sites`; its registers are those of the traced image size."""
+    """The plan of `recipe` at `sites`, with the number of registers for the traced image size."""
     bias = recipe.kind.constants
     num_patches = follows_size(sites, recipe)
     num_registers = registers_for(sites.num_tokens - sites.num_prefix, recipe.num_registers, num_patches)
@@ -79,7 +79,7 @@ def plan_surgery(sites: Sites, recipe: Recipe) -> Plan:
 
 
 def constant_start(recipe: Recipe) -> int:
-    """The first block whose attention gets a constant in mode `bias`: the first one that saw a filled register."""
+    """The first block whose attention gets a constant in mode `bias`: the first to see a filled register."""
     return min(recipe.register_neurons) + 1
 
 

@@ -1,4 +1,4 @@
-"""What a reshape gives once axes of its input have grown; axes are told by where they lie, not by their sizes."""
+"""The result of a reshape after axes of its input have grown; axes are identified by position, not by size."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ Shape = tuple[int, ...]
 
 
 def reshaped(old_in: Shape, new_in: Shape, old_out: Shape) -> Shape | None:
-    """The output shape of a reshape for `new_in`, where `old_in` gave `old_out`; None where axes that grew are taken
-    apart. Axes are matched in groups of equal volume.
+    """The output shape of a reshape for `new_in`, given that `old_in` led to `old_out`; None if axes that grew are
+    split. Axes are matched in groups of equal volume.
     """
     new_out = list(old_out)
     for axes_in, axes_out in _groups(old_in, old_out):

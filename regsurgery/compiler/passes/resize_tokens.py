@@ -1,10 +1,10 @@
 """Give every node between the registers and the last residual add its true shape.
 
-`torch.export` writes the token count as a literal into views, expands, slices and splits. Shapes are propagated anew,
-node by node; the token axis of a tensor is where its shape changed, never where a size happens to equal the token
-count. Biases and masks over pairs of tokens get entries for the registers. Where an operator takes the tokens apart by
-their position, registers that stand inside the prefix are prefix; registers at the end would be taken for the patches
-that they follow, so that is refused (`PositionError`).
+`torch.export` writes the token count as a literal into views, expands, slices and splits. Shapes are propagated again,
+node by node; the token axis of a tensor is the one whose size changed, never one whose size happens to equal the token
+count. Biases and masks over pairs of tokens get entries for the registers. If an operator splits the tokens by
+position, registers inside the prefix count as prefix; registers at the end would be taken for the patches that they
+follow, so that is refused (`PositionError`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Part = tuple[int, int]  # a run of the original's tokens, end excluded
 
 @dataclass(frozen=True)
 class _Region:
-    """What the rules need to know.
+    """The state that the rules share.
 
     Attributes:
         before: node -> its value with the original's shape.
@@ -106,7 +106,7 @@ def _propagate(node: fx.Node, fake: Any) -> None:
         with fake, torch.no_grad():
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
     except (RuntimeError, ValueError, IndexError) as error:
-        _refuse(node, f"shapes do not fit any more ({str(error).splitlines()[0]})")
+        _refuse(node, f"shapes no longer fit ({str(error).splitlines()[0]})")
     node.meta.pop("tensor_meta", None)
 
 
@@ -134,7 +134,7 @@ def _patch_reshape(node: fx.Node, region: _Region) -> None:
     old_out = shape_of(region.before[node])
     new_out = reshaped(old_in, new_in, old_out)
     if new_out is None:
-        _refuse(node, f"a view from {list(old_in)} to {list(old_out)} takes the token axis apart")
+        _refuse(node, f"a view from {list(old_in)} to {list(old_out)} splits the token axis")
     patched = list(sizes)
     for axis, (old, new) in enumerate(zip(old_out, new_out, strict=True)):
         if old == new or sizes[axis] == -1:
@@ -209,7 +209,7 @@ def _patch_split(node: fx.Node, region: _Region) -> None:
 
 
 def _inherit_part(node: fx.Node, region: _Region) -> None:
-    """Which of the tokens a node has: those of its sources; tokens that were taken apart do not meet but in a `cat`."""
+    """Which of the tokens a node has: those of its sources; tokens that were split may only meet in a `cat`."""
     parts = set()
     for source in node.all_input_nodes:
         part = region.parts.get(source)
@@ -217,7 +217,7 @@ def _inherit_part(node: fx.Node, region: _Region) -> None:
             if node.target is operator.getitem:
                 region.parts[node] = part[node.args[1]]  # type: ignore[index]
                 return
-            _refuse(node, "tokens that a split took apart are used in a way that is not understood")
+            _refuse(node, "the parts of a token split are used in an unknown way")
         if part is not None:
             parts.add(part)
         elif _token_axes(source, region):
@@ -225,11 +225,11 @@ def _inherit_part(node: fx.Node, region: _Region) -> None:
     if len(parts) == 1:
         region.parts[node] = parts.pop()
     elif parts and node.target is not aten.cat.default:
-        _refuse(node, "different parts of the tokens meet")
+        _refuse(node, "different parts of the tokens are combined")
 
 
 def _join_parts(node: fx.Node, region: _Region) -> None:
-    """A `cat` of parts of the tokens must put them back in their order."""
+    """A `cat` of parts of the tokens must restore their order."""
     sources: Any = node.args[0]
     rank = len(shape_of(region.before.get(node)))
     dim = _argument(node, 1, 0) % max(rank, 1)
@@ -241,13 +241,13 @@ def _join_parts(node: fx.Node, region: _Region) -> None:
     for source in sources:
         part = region.part(source)
         if part[0] != stop:
-            _refuse(node, "tokens inside a block are put into another order")
+            _refuse(node, "tokens inside a block are reordered")
         stop = part[1]
     region.parts[node] = (begin, stop)
 
 
 def _pad_mask(node: fx.Node, region: _Region) -> None:
-    """A mask or bias of attention that does not know of the registers."""
+    """An attention mask or bias that does not include the registers."""
     mask = _argument(node, 3, node.kwargs.get("attn_mask"))
     query, key = node.args[0], node.args[1]
     if not isinstance(mask, fx.Node) or mask in region.before:
@@ -262,7 +262,7 @@ def _pad_mask(node: fx.Node, region: _Region) -> None:
 
 
 def _pad_bias(node: fx.Node, region: _Region) -> None:
-    """A bias from outside that is added to scores of attention."""
+    """A bias from outside that is added to attention scores."""
     left, right = node.args[0], node.args[1]
     for tokens, bias in ((left, right), (right, left)):
         if isinstance(tokens, fx.Node) and isinstance(bias, fx.Node) and bias not in region.before:
@@ -273,7 +273,7 @@ def _pad_bias(node: fx.Node, region: _Region) -> None:
 
 
 def _pad(node: fx.Node, bias: fx.Node, axes: list[int], region: _Region) -> None:
-    """Pad `bias` along those of `axes` along which it is no constant."""
+    """Pad `bias` along those of `axes` on which it is not constant."""
     value = bias.meta["val"]
     if region.parts.get(node) not in (None, (0, region.num_tokens)):
         return
@@ -290,7 +290,7 @@ def _pad(node: fx.Node, bias: fx.Node, axes: list[int], region: _Region) -> None
 
 
 def _check_positions(node: fx.Node, region: _Region, what: str) -> None:
-    """Only a prefix that has tokens can take registers where tokens are told apart."""
+    """Where tokens are told apart, only a non-empty prefix can take registers."""
     if not region.start:
         _refuse(node, f"{what} tells them apart by their position", PositionError)
 
@@ -317,7 +317,7 @@ def _argument(node: fx.Node, position: int, default: Any) -> Any:
 
 
 Rule = Callable[[fx.Node, _Region], None]
-# What is done to a node of the region, by its operator; all others take the longer tensors as they are.
+# What to do with a node of the region, by its operator; all other operators take the longer tensors unchanged.
 RULES: dict[Any, Rule] = {
     **dict.fromkeys(RESHAPES, _patch_reshape),
     **dict.fromkeys(EXPANDS, _patch_expand),

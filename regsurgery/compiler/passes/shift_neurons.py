@@ -13,8 +13,8 @@ from regsurgery.runtime.surgery import neuron_shift
 def shift_neurons(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
     """Insert `runtime.surgery.neuron_shift` before the down projection of every block that has register neurons.
 
-    In place where the activation is freshly made, has one consumer and is no view. The node stays one call of a Python
-    function; the `.pt2` back end lowers it to ATen.
+    It works in place if the activation is fresh, has one consumer and is not a view. The node stays one call of a
+    Python function; the `.pt2` back end lowers it to ATen.
     """
     graph = graph_module.graph
     shifted = []

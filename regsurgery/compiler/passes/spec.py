@@ -1,4 +1,4 @@
-"""What must hold of the graph after every pass: the spec of the intermediate form, as code."""
+"""What must hold for the graph after every pass: the spec of the intermediate form, as code."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from regsurgery.runtime.surgery import insert_constant, insert_registers, neuron
 
 CALLABLES = {insert_registers, insert_constant, pad_registers, neuron_shift,
              strip_registers}  # fmt: skip
-# What export leaves of arithmetic on symbolic sizes, and the selection of one of several results.
+# What export leaves in the graph for arithmetic on symbolic sizes and for selecting one of several results.
 SIZE_ARITHMETIC = {operator.getitem, operator.mul, operator.add, operator.sub, operator.floordiv, operator.mod,
                    operator.eq, operator.ge, operator.le, operator.gt, operator.lt, operator.ne,
                    torch.sym_max, torch.sym_min, torch.sym_int, torch.sym_not}  # fmt: skip
 
 
 def check_spec(graph_module: fx.GraphModule, plan: Plan, after: str, *, final: bool) -> None:
-    """Raise `PassError`, naming the pass, where the graph breaks the spec.
+    """Raise `PassError`, naming the pass, if the graph breaks the spec.
 
     Always: the graph is well formed; only placeholders, parameters, ATen operators, arithmetic on sizes and the
     inserted functions are in it; every inserted node is used and has a module of origin. From `resize_tokens` on: every
-    three-dimensional residual node in the region holds exactly T + R tokens. At the end: no edge leaves the region but
+    three-dimensional residual node in the region holds exactly T + R tokens. At the end: edges leave the region only
     through a strip.
     """
 
@@ -59,4 +59,4 @@ def check_spec(graph_module: fx.GraphModule, plan: Plan, after: str, *, final: b
                     raise fail(f"registers leave the region to '{user.name}' without a strip", node)
         for node in graph_module.graph.nodes:
             if node.op == "placeholder" and not isinstance(node.meta.get("val"), Tensor):
-                raise fail("an input that is no tensor", node)
+                raise fail("an input that is not a tensor", node)

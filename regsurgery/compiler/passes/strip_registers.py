@@ -1,4 +1,4 @@
-"""Take the registers out on every edge that leaves the region, so that all outputs have the original's shapes."""
+"""Remove the registers on every edge that leaves the region, so that all outputs have the original's shapes."""
 
 from __future__ import annotations
 
