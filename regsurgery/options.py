@@ -204,7 +204,7 @@ class PatchOptions(SearchOptions):
         calibrate: native mode: train the register neurons' output columns on the images; by default if photos are
             given. On generated pictures the result is kept only if it also helps on pictures of another kind.
         stop_after: native mode: end calibration after that many steps, to repeat a run that was interrupted there.
-        searched: although `recipe` is given, hold out of the verification what a search on these images would have seen.
+        searched: although `recipe` is given, verify only on images that a search would have held out.
         format: one of `formats.FORMATS`; by default the format of the model's library, or in native mode that of a
             stock host.
         link: hard-link unchanged shards, if the file system can.
