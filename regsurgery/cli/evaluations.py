@@ -25,7 +25,7 @@ Folder = Annotated[
 
 
 def _command(task: Task) -> Callable[..., Any]:
-    @takes(task.options)
+    @takes(task.options, () if task.draws else ("png",))
     def evaluate(folder: Folder, options: EvaluateOptions, as_json: bool, quiet: bool) -> None:
         from dataclasses import replace
 

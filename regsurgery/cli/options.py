@@ -36,7 +36,7 @@ TYPES = {"bool": bool, "int": int, "float": float, "str": str, "Path": Path, "li
 METAVARS = {"int": "N", "float": "X", "Path": "PATH", "list[float]": "X"}  # texts: `Flag.metavar`, or the field's name
 
 
-def takes(options: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def takes(options: type[Any], hide: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command the flags of the dataclass `options`, and `--json` and `--quiet`.
 
     The command receives an object of that class as its parameter `options`, and `as_json` and `quiet` by name.
@@ -44,7 +44,7 @@ def takes(options: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., An
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         own = inspect.signature(command, eval_str=True).parameters
-        flags = list(_flags(options))
+        flags = [flag for flag in _flags(options) if flag.name not in hide]
         names = {one.name for one in flags}
 
         @functools.wraps(command)
