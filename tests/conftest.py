@@ -19,13 +19,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from regsurgery.cli.app import main
-from regsurgery.compiler.located import Located
+from regsurgery.compiler.located import Located, OfLocated
 from regsurgery.compiler.planting import plant
-from regsurgery.compiler.sites import Sites
-from regsurgery.compiler.trace import Traced, tensor_inputs
+from regsurgery.compiler.trace import tensor_inputs
 from regsurgery.demo import write_demo
 from regsurgery.frontends.load import load
-from regsurgery.frontends.loaded import Loaded
 from regsurgery.images.image_set import image_set
 from regsurgery.models import locate
 from regsurgery.progress import Progress
@@ -128,25 +126,13 @@ def shared(*parts: str) -> Path:
 
 
 @dataclass(frozen=True)
-class Planted:
+class Planted(OfLocated):
     """A pico checkpoint on disk with planted register neurons."""
 
     pico: Pico
     folder: Path
     located: Located
     neurons: dict[int, list[int]]
-
-    @property
-    def loaded(self) -> Loaded:
-        return self.located.loaded
-
-    @property
-    def traced(self) -> Traced:
-        return self.located.traced
-
-    @property
-    def sites(self) -> Sites:
-        return self.located.sites
 
 
 @pytest.fixture(scope="session")

@@ -25,3 +25,21 @@ class Located:
     def as_written(self) -> Located:
         """The same graph and sites with the checkpoint as on disk, for writing."""
         return replace(self, loaded=self.own)
+
+
+class OfLocated:
+    """What has a `located`, and its parts under their own names."""
+
+    located: Located
+
+    @property
+    def loaded(self) -> Loaded:
+        return self.located.loaded
+
+    @property
+    def traced(self) -> Traced:
+        return self.located.traced
+
+    @property
+    def sites(self) -> Sites:
+        return self.located.sites

@@ -11,11 +11,10 @@ from torch import Tensor, fx
 from regsurgery.checkpoints.copying import copy_file
 from regsurgery.checkpoints.writing import Place
 from regsurgery.compiler.graph import common_path
-from regsurgery.compiler.located import Located
+from regsurgery.compiler.located import Located, OfLocated
 from regsurgery.compiler.passes.pipeline import apply_passes, padded_modules
 from regsurgery.compiler.passes.plan import Plan, follows_size, plan_surgery
 from regsurgery.compiler.sites import Block, Sites
-from regsurgery.compiler.trace import Traced
 from regsurgery.errors import RecipeError
 from regsurgery.frontends.loaded import Loaded
 from regsurgery.recipe import Recipe
@@ -24,7 +23,7 @@ from regsurgery.version import __version__
 
 
 @dataclass(frozen=True)
-class Surgery:
+class Surgery(OfLocated):
     """Everything that verification and the back ends need.
 
     Attributes:
@@ -42,18 +41,6 @@ class Surgery:
     config_block: dict[str, Any]
     edit: Mapping[str, Tensor] = field(default_factory=dict)
     place: Place = copy_file
-
-    @property
-    def loaded(self) -> Loaded:
-        return self.located.loaded
-
-    @property
-    def traced(self) -> Traced:
-        return self.located.traced
-
-    @property
-    def sites(self) -> Sites:
-        return self.located.sites
 
     def as_written(self) -> Surgery:
         """The surgery as written: on the checkpoint as it was, whatever image size was traced."""

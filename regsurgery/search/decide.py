@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from regsurgery.compiler.located import Located
+from regsurgery.compiler.located import Located, OfLocated
 from regsurgery.compiler.match import match
-from regsurgery.compiler.sites import Sites
 from regsurgery.compiler.trace import trace
 from regsurgery.errors import NothingToFixError, UnsupportedModelError
 from regsurgery.frontends.image_size import text
 from regsurgery.frontends.libraries import frontend
-from regsurgery.frontends.loaded import Loaded
 from regsurgery.images.digests import image_digests
 from regsurgery.images.tars import Tars
 from regsurgery.options import PRECISIONS, SearchOptions
@@ -131,7 +129,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Search:
+class Search(OfLocated):
     """The inputs of a decision.
 
     Attributes:
@@ -153,14 +151,6 @@ class Search:
     def trials(self, name: str, images: Sequence[torch.Tensor], first_block: int) -> DriftTrials:
         """Trials on the batches `images`; `name` distinguishes them from other trials."""
         return self.at(name, self.located, images, first_block, self.graphs)
-
-    @property
-    def sites(self) -> Sites:
-        return self.located.sites
-
-    @property
-    def loaded(self) -> Loaded:
-        return self.located.loaded
 
     def at(
         self,

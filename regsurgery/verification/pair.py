@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from regsurgery.backends.formats import backend
-from regsurgery.compiler.located import Located
+from regsurgery.compiler.located import Located, OfLocated
 from regsurgery.compiler.modes.native import restored_native
 from regsurgery.compiler.outliers import robust_outliers, token_norms
 from regsurgery.compiler.sites import Sites
 from regsurgery.compiler.surgery import Surgery, perform
-from regsurgery.compiler.trace import Traced, trace
+from regsurgery.compiler.trace import trace
 from regsurgery.errors import UnsupportedModelError, UserError
 from regsurgery.formats import LIBRARIES, PROGRAM_CONFIG, PROGRAMS
 from regsurgery.frontends.image_size import at_image_size
@@ -81,7 +81,7 @@ class OutlierCount:
 
 
 @dataclass(frozen=True)
-class Pair:
+class Pair(OfLocated):
     """The original and the patched model of one folder, as graphs.
 
     Attributes:
@@ -105,18 +105,6 @@ class Pair:
     surgery: Surgery | None = None
     stock: Loaded | None = None
     outliers: OutlierCount = field(default_factory=OutlierCount)
-
-    @property
-    def loaded(self) -> Loaded:
-        return self.located.loaded
-
-    @property
-    def traced(self) -> Traced:
-        return self.located.traced
-
-    @property
-    def sites(self) -> Sites:
-        return self.located.sites
 
     @property
     def is_same(self) -> bool:

@@ -76,7 +76,7 @@ def whole(demo: Path) -> dict[str, bytes]:
 def error_line(done: Done) -> str:
     """The error, which is one line, the last; before it stages and what the demo's path is published as."""
     *notes, line = done.err.splitlines()
-    told = re.compile("checksums|published without .*|(upload|download|commit|verify|images|load|trace|match)(:.*)?")
+    told = re.compile("checksums|local path .*|(upload|download|commit|verify|images|load|trace|match)(:.*)?")
     assert line.startswith("error: ") and all(told.fullmatch(note) for note in notes), done.err
     return line
 
