@@ -197,10 +197,10 @@ BROKEN = {
     "far too deep": (lambda model: edit_config(model, num_hidden_layers=10**9), "'num_hidden_layers' is 1000000000"),
     "image too large": (lambda model: edit_config(model, image_size=10**6), "'image_size' is 1000000"),
     "image of nothing": (lambda model: edit_config(model, image_size=0), "model"),
-    "config too long": (write("config.json", b" " * (17 << 20)), "config.json: 17825792 bytes"),
+    "config too long": (write("config.json", b" " * (17 << 20)), "config.json: has 17825792 bytes"),
     "architecture no model": (
         lambda model: edit_config(model, architectures=["pipeline"]),
-        "'pipeline' is not a model",
+        "'pipeline' is not a transformers model class",
     ),
     "architecture code": (
         lambda model: edit_config(model, architectures=[CODE]),
