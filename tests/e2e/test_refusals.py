@@ -80,7 +80,7 @@ REFUSED = {
     ),
     "a text model": (
         _transformers("BertModel", "BertConfig", **TINY_TEXT),
-        r"BertModel takes no pixel_values, it is no vision model; give one that takes images",
+        r"BertModel takes no pixel_values, so it is not a vision model; give one that takes images",
     ),
 }  # fmt: skip
 
