@@ -49,6 +49,7 @@ def test_the_negative_control_has_nothing_to_fix(
     assert len(found["max_over_median"]) == 12 and max(found["max_over_median"]) < 2.3
 
 
+@pytest.mark.slow
 def test_planted_neurons_are_content_driven_and_emerge_where_they_were_planted(
     planted_picos: Callable[[Pico], Planted],
 ) -> None:

@@ -387,6 +387,7 @@ def test_a_disk_that_is_full_at_the_end(run, demo, tmp_path, monkeypatch):
     assert everything(tmp_path) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["transformers", "pt2", "onnx"])
 def test_a_file_that_may_not_grow_to_its_size(demo, tmp_path, fmt):
     done = program("patch", demo, "--recipe", "demo", "--format", fmt, "-q", "-o", tmp_path / "out", *FEW,

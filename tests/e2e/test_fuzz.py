@@ -19,6 +19,7 @@ def run(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.slow
 def test_damaged_input_ends_in_an_error_of_the_projects_own_or_is_accepted(tmp_path):
     done = run("--inputs", INPUTS, "--seed", 1, "--keep", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr[-8000:]

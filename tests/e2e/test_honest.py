@@ -148,6 +148,7 @@ def test_the_figures_and_their_intervals_are_those_of_the_images(of_the_fit: Pat
     assert high - low == pytest.approx(2 * half, rel=0.25, abs=2e-7)
 
 
+@pytest.mark.slow
 def test_a_few_images_are_too_few(run: Run, tmp_path: Path) -> None:
     done = run("patch", "demo", "-o", tmp_path / "out", "--num-images", 3)
     assert done.code == 0

@@ -123,6 +123,7 @@ def test_a_push_is_one_commit_of_the_folder(
     assert len(hub.repos[REPO].commits) == 2, "the same content makes no new commit"
 
 
+@pytest.mark.slow
 def test_a_repository_is_reproduced(hub: Hub, run: Callable[..., Done], demo: Path, demo_folder: Path) -> None:
     """A pushed card names its repository, and no folder of the machine that it came from."""
     assert run("push", demo, REPO).code == 0
@@ -326,6 +327,7 @@ def test_a_broken_push_leaves_nothing_that_loads_and_the_next_finishes(
         assert len([request for request in hub.requests if request.startswith("PUT")]) == sent, "sent twice"
 
 
+@pytest.mark.slow
 def test_a_killed_push_leaves_nothing_and_the_next_finishes(
     hub: Hub, run: Callable[..., Done], demo: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -441,6 +443,7 @@ def in_a_fresh_process(hub: Hub, tmp_path: Path, repos: dict[str, str], pixels: 
     return torch.load(tmp_path / "manifest.results")
 
 
+@pytest.mark.slow
 def test_the_demo_in_a_fresh_process(
     hub: Hub, run: Callable[..., Done], demo: Path, pixels: Tensor, tmp_path: Path
 ) -> None:

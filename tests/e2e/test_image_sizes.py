@@ -140,6 +140,7 @@ def test_shapes_gradients_and_hosts_at_another_size(planted_picos: Callable[[Pic
             assert tokens.shape[1] == 1 + size[0] * size[1] // 64 + num_registers
 
 
+@pytest.mark.slow
 def test_compiled_exported_and_traced(planted_picos: Callable[[Pico], Planted]) -> None:
     planted = planted_picos(by_id("timm-vit"))
     block = perform(planted.located, growing(planted)).config_block
@@ -158,6 +159,7 @@ def test_compiled_exported_and_traced(planted_picos: Callable[[Pico], Planted]) 
             torch.testing.assert_close(compiled(other), model(other), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hf-vit-classes", "timm-vit", "open-clip"])
 def test_patched_at_another_size(name: str, planted_picos: Callable[[Pico], Planted], tmp_path: Path) -> None:
     planted = planted_picos(by_id(name))
@@ -210,6 +212,7 @@ def test_a_folder_without_the_key_is_fixed(planted_picos: Callable[[Pico], Plant
     assert largest_difference(*outputs) == 0
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_it_at_another_size(
     planted_picos: Callable[[Pico], Planted], tmp_path: Path
 ) -> None:  # fmt: skip

@@ -74,6 +74,7 @@ def durations(sharded: Path, tmp_path: Path) -> tuple[float, float]:
     return time.monotonic() - began, time.monotonic() - writing
 
 
+@pytest.mark.slow
 def test_no_half_folder_is_taken_for_a_whole_one(sharded: Path, durations: tuple[float, float], tmp_path: Path) -> None:
     whole, writing = durations
     out, rng, left = tmp_path / "out", random.Random(0), Counter()

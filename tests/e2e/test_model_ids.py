@@ -39,6 +39,7 @@ def patch(model: str, home: Path, cwd: Path, *arguments: str) -> subprocess.Comp
     )
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_patched_from_the_cache(demo_folder: Path, tmp_path: Path) -> None:
     cached(tmp_path / "home", "someone/pico-vit", demo_folder)
     done = patch("someone/pico-vit", tmp_path / "home", tmp_path, "--recipe", "demo")
@@ -47,6 +48,7 @@ def test_a_hub_id_is_patched_from_the_cache(demo_folder: Path, tmp_path: Path) -
     assert f"Source: `someone/pico-vit`, revision `{COMMIT}`" in card
 
 
+@pytest.mark.slow
 def test_the_neurons_of_a_hub_id_without_a_bundled_recipe_are_found(demo_folder: Path, tmp_path: Path) -> None:
     cached(tmp_path / "home", "someone/pico-vit", demo_folder)
     done = patch("someone/pico-vit", tmp_path / "home", tmp_path)

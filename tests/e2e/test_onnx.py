@@ -66,7 +66,9 @@ def assert_as_graph(folder: Path, surgery: Surgery) -> None:
         assert moved > 2  # times what may differ
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize(
+    "name", [name if name == "hf-clip" else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLES]
+)
 def test_onnxruntime_gives_what_the_patched_graph_gives(
     name: str, planted_picos: Callable[[Pico], Planted], tmp_path: Path
 ) -> None:
@@ -79,12 +81,14 @@ def test_onnxruntime_gives_what_the_patched_graph_gives(
     assert "register_tokens" in state or any(name.endswith(".register_tokens") for name in state)
 
 
+@pytest.mark.slow
 def test_every_kind_of_fill(planted_picos: Callable[[Pico], Planted], tmp_path: Path) -> None:
     surgery = surgery_of(planted_picos(by_id("hf-vit")), fill="outliers", prefix="fill", compat="reference")
     emit(surgery, tmp_path, tmp_path)
     assert_as_graph(tmp_path, surgery)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["native", "bias"])
 def test_the_other_modes_patch_and_verify(
     mode: str, planted_picos: Callable[[Pico], Planted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -113,6 +117,7 @@ def demo_onnx(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
+@pytest.mark.slow
 def test_the_same_surgery_twice_is_the_same_folder_without_paths(
     demo_folder: Path, demo_onnx: Path, tmp_path: Path
 ) -> None:
@@ -128,6 +133,7 @@ def test_the_same_surgery_twice_is_the_same_folder_without_paths(
     assert [dims[0].dim_param for dims in sizes] == ["batch", "batch"]
 
 
+@pytest.mark.slow
 def test_large_weights_lie_in_a_file_of_their_own(
     planted_picos: Callable[[Pico], Planted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +246,7 @@ def node_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_node_gives_what_the_patched_graph_gives(
     planted_picos: Callable[[Pico], Planted], node_client: Path, tmp_path: Path
 ) -> None:

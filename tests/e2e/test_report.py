@@ -22,6 +22,8 @@ from regsurgery.reporting.report import Report, report
 from regsurgery.verification.pair import open_pair
 from tests.conftest import shared
 
+pytestmark = pytest.mark.slow  # a report takes 30 s to make, and a browser
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 

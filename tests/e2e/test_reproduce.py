@@ -64,6 +64,7 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     return int(ended.value.code or 0)
 
 
+@pytest.mark.slow
 def test_the_demo_with_what_find_found_comes_out_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,6 +78,7 @@ def test_the_demo_with_what_find_found_comes_out_the_same(
     check_sums(tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_what_was_found_on_some_photos_is_verified_on_the_others_again(source: Path, tmp_path: Path) -> None:
     """The recipe is given the second time, and still the images that it was found on take no part."""
     photos = write_pictures(tmp_path / "photos", 24)

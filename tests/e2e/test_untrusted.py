@@ -71,6 +71,7 @@ def attempts(
     return list(json.loads(done.stdout[done.stdout.index('{"') :]).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["auto", "auto for classes", "nothing said", "config"])
 def test_auto_classes_refuse(way: str, attempts: list[dict[str, Any]]) -> None:
     for attempt in attempts:

@@ -848,6 +848,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_a_process_that_is_killed() -> None:
     import psutil
 

@@ -53,6 +53,7 @@ def fake_ray() -> Any:
     return types.SimpleNamespace(remote=remote, init=lambda: None, get=list)
 
 
+@pytest.mark.slow
 def test_the_ray_snippet_and_the_size_of_statistics(
     demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

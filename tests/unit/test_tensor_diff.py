@@ -228,6 +228,7 @@ print(f"{found.changed[0].max_abs} {found.changed[0].num_different} {peak() - be
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_tensors(tmp_path):
     """One bfloat16 tensor of 600 MB, of zeros that take no room on disk, 64 MB of which differ in the other."""
