@@ -340,7 +340,7 @@ def planted(args: argparse.Namespace) -> dict[str, Any]:
     images = torch.cat([before.preprocess([Image.open(path).convert("RGB")]) for path in paths]).float()
     truth_BND = _patches(before.model.float(), images)
     found: dict[str, Any] = {}
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         rng = random.Random(seed)
         blocks = sorted(rng.sample(range(4, 9), rng.randint(1, 3)))
         count = max(1, rng.randint(1, 12) // len(blocks))  # the tool plants as many in every block
@@ -414,7 +414,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, required=True, help="photos to measure on; none of the others")
     parser.add_argument("--voc", type=Path, help="VOC images and boxes, for LOST")
     parser.add_argument("--plant", type=Path, help="planted: the script that plants")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="planted: how many")
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(SEEDS), help="planted: which (default: 0 to 9)")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the figures there, beside those of other parts"
     )
@@ -422,7 +422,8 @@ def main() -> None:
     kept = json.loads(args.json.read_text("utf-8")) if args.json and args.json.is_file() else {}
     with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
         args.scratch = Path(scratch)
-        kept[args.part] = PARTS[args.part](args)
+        found = PARTS[args.part](args)
+        kept[args.part] = {**kept.get(args.part, {}), **found}  # seeds may be run one by one
     if args.json:
         args.json.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
 
