@@ -185,7 +185,9 @@ class Screen(Progress):
             print(json.dumps(evaluation.as_dict(), indent=2))
         self.out.print(caption(evaluation), soft_wrap=True, markup=False)
         head, body = cells(evaluation)
-        table = Table(*(name for name in head if name != INTERVAL), box=box.SIMPLE_HEAD)
+        table = Table(
+            *(name for name in head if name != INTERVAL), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+        )
         table.columns[0].overflow = "fold"
         for column in table.columns[1:]:  # if it is too wide, the names are what wraps
             column.no_wrap = True
@@ -218,7 +220,17 @@ class Screen(Progress):
         )
         logits = any(row.tried.kl is not None for row in found.choice.rows)
         drift = ("KL", "same class") if logits else ("drift",)
-        table = Table("neurons", "R", "outliers", "norm", *drift, "cost, %", box=box.SIMPLE_HEAD)
+        table = Table(
+            "neurons",
+            "R",
+            "outliers",
+            "norm",
+            *drift,
+            "cost, %",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+        )
         table.columns[0].overflow = "fold"
         for column in table.columns[1:]:  # if it is too wide, the names are what wraps
             column.justify, column.no_wrap = "right", True

@@ -246,7 +246,7 @@ def test_segment_names_what_is_missing(pair: Pair, halves: Path, tmp_path: Path)
     for index in range(6):
         mask = PIL.Image.new("L", (192, 192) if index != 3 else (9, 9), 5)
         mask.save(tmp_path / f"{index}.png")
-    with pytest.raises(UserError, match=r"3\.png: 9x9 pixels"):
+    with pytest.raises(UserError, match=r"3\.png: has 9x9 pixels"):
         figures(pair, "segment", halves, masks=tmp_path)
     PIL.Image.new("L", (192, 192), 5).save(tmp_path / "3.png")
     with pytest.raises(UserError, match="have 1 class"):
