@@ -129,7 +129,7 @@ WIDE = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "im
 SMALL = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 112, "patch_size": 14}
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 20))])
 def test_planted_neurons_are_found_among_distractors(seed: int, tmp_path: Path) -> None:
     _transformers("ViTModel", "ViTConfig", **WIDE, intermediate_size=256)(tmp_path / "model")
     truth = plant_model(tmp_path / "model", random_counts(seed, 6), seed)
