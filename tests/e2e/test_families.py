@@ -237,7 +237,7 @@ def test_without_padding_a_relative_bias_has_no_room(name: str, planted_picos: C
     planted = planted_picos(by_id(name))
     with (
         mock.patch.object(sys.modules["regsurgery.compiler.passes.resize_tokens"], "_pad", lambda *args: []),
-        pytest.raises(UnsupportedModelError, match="no room for a register: shapes do not fit"),
+        pytest.raises(UnsupportedModelError, match="no room for a register: shapes no longer fit"),
     ):
         perform(planted.located, recipe_for(planted, 1))
 
