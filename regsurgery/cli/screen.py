@@ -220,17 +220,8 @@ class Screen(Progress):
         )
         logits = any(row.tried.kl is not None for row in found.choice.rows)
         drift = ("KL", "same class") if logits else ("drift",)
-        table = Table(
-            "neurons",
-            "R",
-            "outliers",
-            "norm",
-            *drift,
-            "cost, %",
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-            collapse_padding=True,
-        )
+        columns = ("neurons", "R", "outliers", "norm", *drift, "cost, %")
+        table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         table.columns[0].overflow = "fold"
         for column in table.columns[1:]:  # if it is too wide, the names are what wraps
             column.justify, column.no_wrap = "right", True

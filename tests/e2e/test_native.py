@@ -401,7 +401,9 @@ def test_too_few_images_to_fit_on_some_and_verify_on_others(demo_folder: Path, t
     (tmp_path / "images").mkdir()
     for index in range(7):
         Image.new("RGB", (64, 64), (index * 30, 0, 0)).save(tmp_path / "images" / f"{index}.png")
-    with pytest.raises(UserError, match="7 images of images: too few to fit on some and verify on others; give at least 8"):
+    with pytest.raises(
+        UserError, match="7 images of images: too few to fit on some and verify on others; give at least 8"
+    ):
         regsurgery.patch(str(demo_folder), tmp_path / "out", recipe="demo", mode="native", images=tmp_path / "images")
 
 
