@@ -9,7 +9,13 @@ from regsurgery.options import LoadOptions
 
 
 class FrontEnd(Protocol):
-    """How checkpoints of a library are read."""
+    """How checkpoints of a library are read.
+
+    Attributes:
+        UNLOADABLE: what the library raises on broken configs and weights.
+    """
+
+    UNLOADABLE: tuple[type[Exception], ...]
 
     def load(self, checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         """The stock model of a checkpoint whose files are checked, in eval mode, and what later stages need of it.

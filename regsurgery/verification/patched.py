@@ -15,6 +15,7 @@ from regsurgery.checkpoints.sums import check_sums
 from regsurgery.errors import CheckpointError, UserError
 from regsurgery.formats import LIBRARIES, PROGRAM_CONFIG, PROGRAMS, WEIGHTS_NAMES
 from regsurgery.frontends.bounds import bounded_model
+from regsurgery.frontends.libraries import frontend
 from regsurgery.modes import MODES, Mode
 from regsurgery.recipe import RECIPE_NAME, Recipe, find_recipe
 
@@ -94,12 +95,13 @@ def reloaded(folder: Path, fmt: str, *, stored: bool = False, image_size: tuple[
     backend = backend_of(fmt, MODES[config["regsurgery"]["mode"]])
     name = WEIGHTS_NAMES.get(fmt)
     headers = [read_header(path) for path in weight_files(folder, name)] if name else []
+    unloadable = frontend(fmt).UNLOADABLE if fmt in LIBRARIES else BROKEN
     try:
         if not headers:
             return rebuilt(folder, config, fmt, stored=stored, image_size=image_size)
         with bounded_model(folder / backend.CONFIG_NAME, headers):
             return rebuilt(folder, config, fmt, stored=stored, image_size=image_size)
-    except getattr(backend, "UNLOADABLE", BROKEN) as error:
+    except unloadable as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(f"{folder}: its model cannot be built: {reason}; patch the model again") from error
 

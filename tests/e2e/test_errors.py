@@ -434,6 +434,7 @@ BROKEN_PATCHED = {
     "layouts of nothing": (edit_block(layouts=[]), "its model cannot be built"),
     "width of gigabytes": (edit_block(width=10**10), "config.json: describes a model of"),
     "registers of nothing": (edit_block(num_registers="many"), "its model cannot be built"),
+    "dropout no number": (lambda folder: edit_config(folder, hidden_dropout_prob="much"), "its model cannot be built"),
     "no recipe": (no_recipe, "recipe.yaml"),
     "recipe no text": (lambda folder: (folder / "recipe.yaml").write_bytes(b"\xff\xfe"), "recipe.yaml"),
 }
