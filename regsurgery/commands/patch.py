@@ -21,6 +21,7 @@ from regsurgery.families import family_of
 from regsurgery.formats import LIBRARIES, PROGRAMS, any_size
 from regsurgery.frontends.loaded import Loaded
 from regsurgery.models import open_model
+from regsurgery.modes import MODES
 from regsurgery.options import PatchOptions, takes
 from regsurgery.progress import Progress
 from regsurgery.recipe import Recipe, find_recipe, recipe_for_model
@@ -242,8 +243,9 @@ def _copy_early(copies: CopiesAhead, given: Recipe | None, options: PatchOptions
 
     Without a recipe there may be nothing to fix; other formats and native mode have files of their own.
     """
-    stays = given is not None and not _adapted(given, options).kind.stock and options.format not in PROGRAMS
-    if stays and not options.links and index_of(weights) is not None:
+    if given is None or MODES[options.mode or given.mode].stock or options.format in PROGRAMS:
+        return
+    if not options.links and index_of(weights) is not None:
         copies.start(weights)
 
 
