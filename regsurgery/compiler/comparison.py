@@ -69,18 +69,17 @@ class Drift:
         return 2 - self.cosine_output - self.mean_cosine_patches if self.kl is None else self.kl
 
 
-def moved(main: str, output: Tensor, new_output: Tensor, patches: tuple[Tensor, Tensor], inlier_BN: Tensor) -> Drift:
+def moved(main: str, output: Tensor, new_output: Tensor, cosine_BN: Tensor, inlier_BN: Tensor) -> Drift:
     """How far one batch moved.
 
     Args:
         output, new_output: the main output of the original and of the patched model.
-        patches: the patches of both after the last block, `[B, N, D]`.
+        cosine_BN: `patch_cosines` of the two after the last block.
         inlier_BN: which patches of the original were no outliers.
     """
     kl_B, same_B = None, None
     if has_classes(main, output):
         kl_B, same_B = kl_divergence(output, new_output), output.argmax(-1) == new_output.argmax(-1)
-    cosine_BN = patch_cosines(*patches)
     cosine_B = (cosine_BN * inlier_BN).sum(dim=1)
     return Drift(kl_B, same_B, output_cosine(output, new_output), cosine_B, inlier_BN.sum(dim=1))
 
@@ -136,9 +135,9 @@ def compare(
     register_norms_BR = token_norms(new_taps["probe"])[:, registers]
     means.add("register", register_norms_BR)
     means.add("register squared", register_norms_BR.double() ** 2)
-    last = taps["last"][:, sites.patches], new_taps["last"][:, new_patches]
-    means.add("cosine patches", patch_cosines(*last)[~was_outlier_BN])
-    drift = moved(main, outputs[main], new_outputs[main], last, ~was_outlier_BN)
+    cosine_BN = patch_cosines(taps["last"][:, sites.patches], new_taps["last"][:, new_patches])
+    means.add("cosine patches", cosine_BN[~was_outlier_BN])
+    drift = moved(main, outputs[main], new_outputs[main], cosine_BN, ~was_outlier_BN)
     means.add("cosine output", drift.cosine_output)
     if drift.kl is not None and drift.same is not None:
         means.add("kl", drift.kl)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from regsurgery.compiler.comparison import main_output, moved, probe_nodes
+from regsurgery.compiler.comparison import main_output, moved, patch_cosines, probe_nodes
 from regsurgery.compiler.graph import starting_at
 from regsurgery.compiler.located import Located
 from regsurgery.compiler.outliers import robust_outliers, token_norms
@@ -180,7 +180,8 @@ class DriftTrials:
         was, last_BND, outlier_BN = original
         patches, registers = self.sites.patched(taps["probe"].shape[1] - self.sites.num_tokens)
         norms_BT = token_norms(taps["probe"])
-        drift = moved(self.main, was, output, (last_BND, taps["last"][:, patches]), ~outlier_BN)
+        cosine_BN = patch_cosines(last_BND, taps["last"][:, patches])
+        drift = moved(self.main, was, output, cosine_BN, ~outlier_BN)
         figures = {
             "outliers": robust_outliers(norms_BT[:, patches]).sum(dim=1),
             "register_norm": norms_BT[:, registers].mean(dim=1),

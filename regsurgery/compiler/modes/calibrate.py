@@ -24,6 +24,7 @@ from regsurgery.compiler.comparison import (
     kl_divergence,
     main_output,
     moved,
+    patch_cosines,
     probe_nodes,
 )
 from regsurgery.compiler.graph import starting_at
@@ -245,7 +246,8 @@ class Loss:
             return kl_divergence(original[0], new_output)
         output, patches_BND, inliers_BN = original
         patches, _ = self.model.sites.patched(self.model.recipe.num_registers)
-        return moved(self.main, output, new_output, (patches_BND, run[1]["last"][:, patches]), inliers_BN).value
+        cosine_BN = patch_cosines(patches_BND, run[1]["last"][:, patches])
+        return moved(self.main, output, new_output, cosine_BN, inliers_BN).value
 
     @torch.no_grad()
     def means(self, chosen: Tensor, changes: Sequence[Mapping[str, Tensor]]) -> list[float]:

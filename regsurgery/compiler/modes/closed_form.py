@@ -189,15 +189,14 @@ def closed_form(
     best, least = None, float("inf")
     for start in range(0, len(markers), size):
         trials = _edited(model, constants, markers[start : start + size], batches, held_out)
-        tried = [trial for trial in trials if trial.margin >= ENOUGH_MARGIN]
-        losses = dict(zip(map(id, tried), drift([trial.parameters for trial in tried]), strict=True))
+        losses = iter(drift([trial.parameters for trial in trials if trial.margin >= ENOUGH_MARGIN]))
         progress(len(trials))
         for trial in trials:
-            lost = losses.get(id(trial), float("inf"))
+            lost = next(losses) if trial.margin >= ENOUGH_MARGIN else float("inf")
             if best is None or lost < least or (least == float("inf") and trial.margin > best.margin):
                 best, least = trial, lost
-    _check_margin(model, best)
     assert best is not None
+    _check_margin(model, best)
     return best
 
 
@@ -215,12 +214,11 @@ def _num_together(model: NativeModel, num_images: int) -> int:
     return min(len(MARKER_NORMS), max(1, int(TOGETHER * psutil.virtual_memory().available / size)))
 
 
-def _check_margin(model: NativeModel, best: Native | None) -> None:
-    if best is None or best.margin < MIN_MARGIN:
-        margin = float("nan") if best is None else best.margin
+def _check_margin(model: NativeModel, best: Native) -> None:
+    if best.margin < MIN_MARGIN:
         raise UnsupportedModelError(
             f"native mode: at the MLP of a target block, no linear discriminant separates the register from all other "
-            f"tokens (margin {margin:.3f}, at least {MIN_MARGIN} is needed; smallest of blocks "
+            f"tokens (margin {best.margin:.3f}, at least {MIN_MARGIN} is needed; smallest of blocks "
             f"{', '.join(map(str, model.recipe.register_neurons))}); give more images, or use mode shift or bias"
         )
 
