@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
-from torch._subclasses import FakeTensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -89,6 +89,24 @@ def test_the_graph_grows_by_what_the_mode_is_made_of(mode: str, surgeries: dict[
     constants = dict.fromkeys(("attention_constants", insert_constant, strip_registers), attentions)
     expected = {"shift": stream | shifts, "native": stream, "bias": shifts | constants}[mode]
     assert added_nodes(surgery.traced.graph_module.graph, surgery.graph_module.graph) == expected
+
+
+def test_shapes_are_propagated_through_one_block_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks ask the same of the same shapes, so twice the blocks take as many runs on fake tensors."""
+    counts = []
+    dispatch = FakeTensorMode.dispatch
+    for blocks in (4, 8):
+        build = _transformers("ViTModel", "ViTConfig", hidden_size=32, num_hidden_layers=blocks, image_size=32)
+        build(tmp_path / str(blocks))
+        located = locate(load(str(tmp_path / str(blocks))), Progress())
+        seen: list[Any] = []
+        monkeypatch.setattr(
+            FakeTensorMode, "dispatch", lambda *args, seen=seen, **kw: (seen.append(args[1]), dispatch(*args, **kw))[1]
+        )
+        perform(located, Recipe({1: (3,)}))
+        monkeypatch.undo()
+        counts.append(len(seen))
+    assert counts[0] == counts[1] > 10
 
 
 # --- tensors --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ follow, so that is refused (`PositionError`).
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -40,6 +40,7 @@ class _Region:
         before: node -> its value with the original's shape.
         start, num_added: index of the first register (None: at the end), and how many there are.
         parts: node -> which of the original's tokens it has; for a split, one part for each result.
+        results: what operators gave, by what `_key` says of their arguments. Blocks ask the same of the same shapes.
     """
 
     before: dict[fx.Node, Any]
@@ -47,6 +48,7 @@ class _Region:
     num_added: int
     num_tokens: int
     parts: dict[fx.Node, Part | list[Part]] = field(default_factory=dict)
+    results: dict[Hashable, Any] = field(default_factory=dict)
 
     def moved(self, index: int) -> int:
         """A boundary between tokens of the original, in the patched model."""
@@ -84,7 +86,7 @@ def resize_tokens(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
         _inherit_part(node, region)
         if node.target in RULES:
             RULES[node.target](node, region)
-        _propagate(node, fake)
+        _propagate(node, fake, region)
         if _token_axes(node, region):
             changed.append(node.name)
     for node in nodes:
@@ -100,14 +102,26 @@ def _refuse(node: fx.Node, reason: str, error: type[UnsupportedModelError] = Uns
     raise error(f"no room for a register: {reason} (node '{node.name}', {node.target}{where})")
 
 
-def _propagate(node: fx.Node, fake: Any) -> None:
+def _propagate(node: fx.Node, fake: Any, region: _Region) -> None:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-    try:
-        with fake, torch.no_grad():
-            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
-    except (RuntimeError, ValueError, IndexError) as error:
-        _refuse(node, f"shapes no longer fit ({str(error).splitlines()[0]})")
+    key = node.target, _key(args), _key(tuple(kwargs.items()))
+    if key not in region.results:
+        try:
+            with fake, torch.no_grad():
+                region.results[key] = node.target(*args, **kwargs)  # type: ignore[operator]
+        except (RuntimeError, ValueError, IndexError) as error:
+            _refuse(node, f"shapes no longer fit ({str(error).splitlines()[0]})")
+    node.meta["val"] = region.results[key]
     node.meta.pop("tensor_meta", None)
+
+
+def _key(value: Any) -> Hashable:
+    """All that the shape of an operator's result can depend on."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.device, *map(_key, value.shape), *map(_key, value.stride())
+    if isinstance(value, list | tuple):
+        return tuple(map(_key, value))
+    return value.node.expr if isinstance(value, torch.SymInt) else (type(value), value)
 
 
 def _token_axes(node: fx.Node, region: _Region) -> list[int]:
