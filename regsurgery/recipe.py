@@ -5,6 +5,7 @@ Blocks and neurons are counted from 0.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -390,7 +391,8 @@ def _checked(recipe: Recipe, where: str) -> Recipe:
 # --- where recipes come from ----------------------------------------------------------------------------------------
 
 
-def bundled_recipes() -> dict[str, Recipe]:
+@functools.cache
+def bundled_recipes() -> Mapping[str, Recipe]:
     """Every recipe that ships with regsurgery, by name, in alphabetical order."""
     found = {}
     for entry in sorted(_bundled_folder().iterdir(), key=lambda entry: entry.name.removesuffix(".yaml")):

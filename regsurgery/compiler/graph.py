@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -112,12 +113,37 @@ def starting_at(graph_module: fx.GraphModule, name: str) -> fx.GraphModule:
 
 def set_parameter(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Set a parameter by its dotted name without touching modules that `root` shares with other graphs."""
+    holder, leaf = _own_holder(root, name)
+    holder.register_parameter(leaf, parameter)
+
+
+def with_parameters(graph_module: fx.GraphModule, values: Mapping[str, Tensor]) -> fx.GraphModule:
+    """`graph_module` with other `values` for those of its parameters that are named; gradients reach them.
+
+    Everything else is shared, the generated code too. As `torch.func.functional_call`, which for small models spends
+    most of the time on exchanging parameters at every call.
+    """
+    own = {name for name, _ in graph_module.named_parameters(remove_duplicate=False)}
+    twin = object.__new__(type(graph_module))
+    _share(graph_module, twin)
+    for name, value in values.items():
+        if name in own:
+            holder, leaf = _own_holder(twin, name)
+            holder._parameters[leaf] = value  # type: ignore[assignment]
+    return twin
+
+
+def _own_holder(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds the parameter `name`, and its name there; modules on the way become copies of their own."""
     *path, leaf = name.split(".")
     module = root
     for part in path:
-        child = getattr(module, part)
         own = nn.Module()
-        own.__dict__.update({k: dict(v) if isinstance(v, dict) else v for k, v in child.__dict__.items()})
+        _share(getattr(module, part), own)
         module._modules[part] = own
         module = own
-    module.register_parameter(leaf, parameter)
+    return module, leaf
+
+
+def _share(module: nn.Module, twin: nn.Module) -> None:
+    twin.__dict__.update({k: dict(v) if isinstance(v, dict) else v for k, v in module.__dict__.items()})

@@ -5,6 +5,7 @@ Everything in it comes from the surgery, the verdict and the source's own card; 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,7 @@ def model_card(
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}", ignore_metadata_errors=False))
 
 
+@functools.cache
 def _template() -> Any:
     import jinja2
 

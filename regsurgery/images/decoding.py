@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import random
 import warnings
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+@functools.lru_cache(maxsize=64)  # 13 MB; a command looks at the same few pictures several times
+def _generated(seed: str) -> Image:
+    return (noise_texture if seed.startswith(NOISE) else dead_leaves)(random.Random(seed))
+
+
 def decode(content: Content) -> Image:
     """The picture of an item, RGB.
 
@@ -23,7 +29,7 @@ def decode(content: Content) -> Image:
     import PIL.Image
 
     if isinstance(content, str):
-        return (noise_texture if content.startswith(NOISE) else dead_leaves)(random.Random(content))
+        return _generated(content).copy()
     if isinstance(content, Stretch):
         content = content.read()
     with warnings.catch_warnings():

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.func import functional_call
 
-from regsurgery.compiler.graph import between, find_node
+from regsurgery.compiler.graph import between, find_node, with_parameters
 from regsurgery.compiler.located import Located
 from regsurgery.compiler.mlp import Mlp, mlp_of
 from regsurgery.compiler.ops import NORMS
@@ -96,7 +94,7 @@ class NativeModel:
         Args:
             more: inputs of `tapped` in addition to the model's.
         """
-        return _changed_call(tapped, parameters, *tensor_inputs(self.loaded, images), *more)
+        return with_parameters(tapped, parameters)(*tensor_inputs(self.loaded, images), *more)
 
     def run_all(
         self, tapped: fx.GraphModule, changes: Sequence[Mapping[str, Tensor]], batches: Sequence[Sequence[Tensor]]
@@ -108,7 +106,8 @@ class NativeModel:
         """
         inputs = [(*tensor_inputs(self.loaded, images), *more) for images, *more in batches]
         if not self.loaded.stored:
-            return [[_changed_call(tapped, parameters, *one) for one in inputs] for parameters in changes]
+            changed = (with_parameters(tapped, parameters) for parameters in changes)
+            return [[module(*one) for one in inputs] for module in changed]
         given = iter(run_together(tapped, [(parameters, one) for parameters in changes for one in inputs]))
         return [[next(given) for _ in inputs] for _ in changes]
 
@@ -126,12 +125,6 @@ class NativeModel:
         is_register_T = torch.zeros(tokens_BTD.shape[1], dtype=torch.bool)
         is_register_T[registers] = True
         return tokens_BTD[:, is_register_T].flatten(0, 1), tokens_BTD[:, ~is_register_T].flatten(0, 1)
-
-
-def _changed_call(module: fx.GraphModule, parameters: Mapping[str, Tensor], *inputs: Any) -> Any:
-    """Call `module` with those of `parameters` that it has."""
-    own = {name for name, _ in module.named_parameters()}
-    return functional_call(module, {name: value for name, value in parameters.items() if name in own}, inputs)
 
 
 def _activation_of(traced: Traced, block: Block) -> fx.GraphModule:
@@ -362,7 +355,7 @@ def _activation(model: NativeModel, block: int, mlp: Mlp, new: Mapping[str, Tens
         mlp.gate.bias: new[mlp.gate.bias].index_copy(0, mlp.gate.offset + neurons, values_K.to(new[mlp.gate.bias])),
     }
     zeros_11D = torch.zeros(1, 1, model.sites.width, dtype=new[mlp.gate.bias].dtype, device=values_K.device)
-    hidden_11H = _changed_call(model.hidden_of[block], changed, zeros_11D)
+    hidden_11H = with_parameters(model.hidden_of[block], changed)(zeros_11D)
     return hidden_11H[0, 0, neurons].double()
 
 

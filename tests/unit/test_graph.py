@@ -1,0 +1,49 @@
+"""Graphs that share parameters with others."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from regsurgery.compiler.graph import set_parameter, with_parameters
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x, self.first.weight), self.second.weight)  # as in exported graphs: no module calls
+
+
+def traced() -> fx.GraphModule:
+    return fx.symbolic_trace(Two())
+
+
+def test_other_values_reach_the_output_and_gradients_reach_them() -> None:
+    module, x = traced(), torch.ones(1, 2)
+    before = module(x)
+    value = torch.eye(2, requires_grad=True)
+    changed = with_parameters(module, {"first.weight": value, "third.weight": value})
+    expected = F.linear(x, module.get_parameter("second.weight"))
+    assert torch.equal(changed(x), expected)
+    changed(x).sum().backward()
+    assert value.grad is not None and float(value.grad.abs().sum()) > 0
+    assert torch.equal(module(x), before), "the graph itself keeps its values"
+
+
+def test_all_else_is_shared() -> None:
+    module = traced()
+    changed = with_parameters(module, {"first.weight": torch.eye(2)})
+    assert changed.get_parameter("second.weight") is module.get_parameter("second.weight")
+    assert type(changed) is type(module), "nothing is compiled"
+
+
+def test_a_parameter_is_set_in_one_graph_alone() -> None:
+    module = traced()
+    other = fx.GraphModule(module, module.graph)
+    set_parameter(other, "first.weight", nn.Parameter(torch.eye(2)))
+    assert torch.equal(other.get_parameter("first.weight"), torch.eye(2))
+    assert not torch.equal(module.get_parameter("first.weight"), torch.eye(2))
