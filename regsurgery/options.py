@@ -202,7 +202,8 @@ class PatchOptions(SearchOptions):
             there is one and its verification passes; otherwise the neurons are found.
         mode: one of `modes.MODES`; by default the recipe's.
         calibrate: native mode: train the register neurons' output columns on the images; by default if photos are
-            given. On generated pictures the result is kept only if it also helps on pictures of another kind.
+            given and all weights are in memory. On generated pictures the result is kept only if it also helps on
+            pictures of another kind.
         stop_after: native mode: end calibration after that many steps, to repeat a run that was interrupted there.
         searched: although `recipe` is given, verify only on images that a search would have held out.
         format: one of `formats.FORMATS`; by default the format of the model's library, or in native mode that of a
@@ -220,7 +221,7 @@ class PatchOptions(SearchOptions):
     mode: str | None = option(None, "shift, native or bias (default: the recipe's).", complete="modes")
     calibrate: bool | None = option(
         None,
-        "Native mode: train what the registers hold (default: if --images gives photos).",
+        "Native mode: train what the registers hold (default: if --images gives photos and the weights fit in memory).",
         "--calibrate/--no-calibrate",
         shown=False,
     )

@@ -35,8 +35,12 @@ if TYPE_CHECKING:
     from regsurgery.verification.verdict import Verdict
 
 GENERATED_TO_CHECK = 32  # pictures of another kind, to check calibration on
-NOT_CALIBRATED = (
+NEEDS_PHOTOS = (
     "native: not calibrated: calibration needs photos; give some with --images DIR (generated pictures mislead it)"
+)
+NEEDS_MEMORY = (
+    "native: not calibrated: weights stay on disk, and calibration reads them at every step; give more memory with "
+    "--max-memory, or --calibrate to do it all the same"
 )
 
 
@@ -191,12 +195,13 @@ def _apply(
     progress.stage("surgery")
     fit, unseen = images.for_fit(options.seed) if recipe.kind.fitted else (None, images.unseen)
     photos = images.every.evidence == "photos"
-    calibrate = photos if options.calibrate is None else options.calibrate
+    obstacle = NEEDS_PHOTOS if not photos else NEEDS_MEMORY if located.loaded.stored else None
+    calibrate = obstacle is None if options.calibrate is None else options.calibrate
     check = None if photos else another_kind(GENERATED_TO_CHECK, seed=options.seed)
     operation = Operation(located, recipe, fit, calibrate, check, options.stop_after, options.seed, progress)
     surgery = replace(operate(operation), place=partial(copy_file, link=True) if options.links else copies.place)
-    if recipe.kind.stock and options.calibrate is None and not photos:
-        progress.say(NOT_CALIBRATED)
+    if recipe.kind.stock and options.calibrate is None and obstacle is not None:
+        progress.say(obstacle)
     run = run_of(surgery, fmt, images.every, None if fit is None else operation.fit_images, options, calibrate)
     if images.searched is not None:
         run["searched"] = True

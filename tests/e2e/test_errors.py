@@ -17,9 +17,8 @@ from PIL import Image
 
 from regsurgery.checkpoints.sums import write_sums
 from regsurgery.demo import write_demo
-from regsurgery.images.decoding import decode
-from regsurgery.images.image_set import image_set
 from tests.commands import PROGRAM, Done
+from tests.photos import write_photos
 
 PARTS = ["README.md", "SHA256SUMS", "before_after.png", "config.json", "model.safetensors", "modeling_regsurgery.py",
          "preprocessor_config.json", "recipe.yaml", "regsurgery_original.json", "regsurgery_run.json"]  # fmt: skip
@@ -309,19 +308,13 @@ def test_an_option_that_makes_no_sense(run, demo, tmp_path, args, named):
     assert everything(tmp_path) == set()
 
 
-def write_pictures(folder: Path, count: int) -> None:
-    pictures = image_set(None, count)
-    for number, (_, content) in enumerate(pictures.source.items(pictures.chosen)):
-        decode(content).save(folder / f"{number}.png")
-
-
 def cut_jpeg(path: Path) -> None:
     Image.effect_noise((200, 200), 90).save(path)
     path.write_bytes(path.read_bytes()[:-2000])
 
 
 def too_few(folder: Path) -> None:
-    write_pictures(folder, 3)
+    write_photos(folder, 3)
     (folder / "a.png").write_bytes(b"garbage")
     cut_jpeg(folder / "b.jpg")
 
@@ -332,7 +325,7 @@ def a_few_bytes(folder: Path, name: str) -> None:
 
 IMAGES = {
     "empty": (lambda folder: (folder / "readme.txt").write_text("none"), "images: no images in it"),
-    "too small": (lambda folder: write_pictures(folder, 3), "images: 3 images in it, at least 4 are needed"),
+    "too small": (lambda folder: write_photos(folder, 3), "images: 3 images in it, at least 4 are needed"),
     "too few readable": (too_few, "3 of 5 images can be read, at least 4 are needed", "images/a.png: not a readable",
                          "images/b.jpg: not a readable image"),
     "parquet": (lambda folder: a_few_bytes(folder, "a.parquet"), "images/a.parquet: cannot be read as parquet"),
@@ -358,7 +351,7 @@ def test_images_that_cannot_be_read(run, demo, patched, tmp_path, command, make,
 def test_broken_images_among_others_are_skipped(run, demo, patched, tmp_path, command, quiet):
     images = tmp_path / "images"
     images.mkdir()
-    write_pictures(images, 4)
+    write_photos(images, 4)
     (images / "1a.png").write_bytes(b"garbage")
     cut_jpeg(images / "9.jpg")
     args = (demo, "--recipe", "demo", "-o", tmp_path / "out") if command == "patch" else (patched,)

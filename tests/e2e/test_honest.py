@@ -12,7 +12,6 @@ import torch
 import regsurgery
 from regsurgery.checkpoints.sums import write_sums
 from regsurgery.emit.run_record import RUN_RECORD_NAME, read_run_record
-from regsurgery.images.decoding import decode
 from regsurgery.images.digests import image_digests
 from regsurgery.images.image_set import image_set
 from regsurgery.models import open_model
@@ -20,28 +19,20 @@ from regsurgery.options import LoadOptions
 from regsurgery.recipe import Recipe
 from tests.commands import Done
 from tests.conftest import shared
+from tests.photos import write_photos
 
 Run = Callable[..., Done]
 NEW_KEYS = {"evidence", "num_same", "intervals", "unused_register", "warnings", "fitted_images", "judged"}
 
 
-def photos(folder: Path, seed: int, count: int) -> Path:
-    """Files that the product takes for photos."""
-    folder.mkdir()
-    pictures = image_set(None, count, seed=seed)
-    for number, (_, content) in enumerate(pictures.source.items(pictures.chosen)):
-        decode(content).save(folder / f"{number:02}.png")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def of_the_fit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return photos(tmp_path_factory.mktemp("fit") / "photos", 3, 20)
+    return write_photos(tmp_path_factory.mktemp("fit") / "photos", 20, 3)
 
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return photos(tmp_path_factory.mktemp("others") / "photos", 4, 8)
+    return write_photos(tmp_path_factory.mktemp("others") / "photos", 8, 4)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from regsurgery.compiler.modes.native import _checked_on
 from regsurgery.emit.run_record import RUN_RECORD_NAME
 from regsurgery.errors import CheckpointError, RecipeError, UnsupportedModelError, UserError, VerificationError
 from regsurgery.frontends.load import load
-from regsurgery.images.decoding import decode
 from regsurgery.images.image_set import ImageSet, image_set
 from regsurgery.progress import Progress
 from regsurgery.recipe import Recipe, find_recipe, parse_recipe
@@ -27,6 +26,7 @@ from tests.conftest import Done, Planted, build_planted
 from tests.e2e.test_families import hosts_of
 from tests.e2e.test_native_real import in_stock_libraries
 from tests.e2e.test_reload import transformers_4_python
+from tests.photos import write_photos
 from tests.picos import CLIP_VISION, CORE, PICOS, VIT, Pico, _open_clip, _timm, _transformers
 from tests.planting import plant_only, random_counts
 
@@ -173,12 +173,7 @@ def test_a_host_that_computes_something_else_fails_verification(
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of image files, which count as photos."""
-    folder = tmp_path_factory.mktemp("pictures")
-    leaves = image_set(None, 32, seed=7)
-    for number, (_, content) in enumerate(leaves.source.items(leaves.chosen)):
-        decode(content).save(folder / f"{number:02}.png")
-    return folder
+    return write_photos(tmp_path_factory.mktemp("pictures") / "photos", 32, 7)
 
 
 @pytest.fixture(scope="module")

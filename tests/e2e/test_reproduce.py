@@ -19,6 +19,7 @@ from regsurgery.emit.published import published
 from regsurgery.emit.run_record import RUN_RECORD_NAME, read_run_record, versions
 from regsurgery.errors import CheckpointError, ModelNotFoundError, UserError
 from tests.conftest import shared
+from tests.photos import write_photos
 
 REPO, COMMIT = "someone/patched", "0123456789abcdef0123456789abcdef01234567"
 
@@ -30,18 +31,7 @@ def source(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("photos") / "photos", 8)
-
-
-def write_pictures(folder: Path, count: int) -> Path:
-    from regsurgery.images.decoding import decode
-    from regsurgery.images.image_set import image_set
-
-    folder.mkdir()
-    pictures = image_set(None, count, seed=3)
-    for number, (_, content) in enumerate(pictures.source.items(pictures.chosen)):
-        decode(content).save(folder / f"{number}.png")
-    return folder
+    return write_photos(tmp_path_factory.mktemp("photos") / "photos", 8, 3)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +71,7 @@ def test_the_demo_with_what_find_found_comes_out_the_same(
 @pytest.mark.slow
 def test_what_was_found_on_some_photos_is_verified_on_the_others_again(source: Path, tmp_path: Path) -> None:
     """The recipe is given the second time, and still the images that it was found on take no part."""
-    photos = write_pictures(tmp_path / "photos", 24)
+    photos = write_photos(tmp_path / "photos", 24, 3)
     made = regsurgery.patch(str(source), tmp_path / "out", images=photos)
     assert made.verdict is not None and made.verdict.num_images == 8 and made.verdict.fitted_images == 0
     result = regsurgery.reproduce(tmp_path / "out", images=photos)

@@ -27,6 +27,7 @@ from regsurgery.progress import Progress
 from regsurgery.recipe import Recipe
 from tests.conftest import Planted
 from tests.e2e.test_parity import recipe_for
+from tests.photos import write_photos
 from tests.picos import Pico, by_id
 
 # Every library; a tower below a language model; renamed keys, fused ones, biases, rotary positions, another dtype.
@@ -112,6 +113,32 @@ def test_native_mode_of_shards_writes_shards(planted_picos: Callable[[Pico], Pla
     assert len(shards) > 1 and all(path.stat().st_size <= largest + 10_000 for path in shards)
     _, info = Dinov2WithRegistersModel.from_pretrained(tmp_path / "disk", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+class Listens(Progress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def test_weights_on_disk_are_not_calibrated_unless_asked(demo_folder: Path, tmp_path: Path) -> None:
+    """Every step of calibration would read them twice."""
+    files = write_photos(tmp_path / "photos", 20, 3)
+    said: dict[bool | None, str] = {}
+    for calibrate in (None, True):
+        progress = Listens()
+        result = regsurgery.patch(
+            str(demo_folder), tmp_path / str(calibrate), recipe="demo", mode="native", images=files, max_memory=0,
+            calibrate=calibrate, stop_after=1, verification=False, progress=progress,
+        )  # fmt: skip
+        assert result.verdict is None
+        said[calibrate] = "\n".join(progress.lines)
+        fit = json.loads((tmp_path / str(calibrate) / "config.json").read_text())["regsurgery"]["fit"]
+        assert (fit["calibration"] is None) == (calibrate is None)
+    assert "native: not calibrated: weights stay on disk" in said[None]
+    assert "not calibrated" not in said[True]
 
 
 def test_find_reads_from_disk(planted_picos: Callable[[Pico], Planted]) -> None:
