@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +54,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | 
 # inside the prefix, a prefix that modules count, a bias, a mask, a collector of hidden states, no pre-norm.
 CHOSEN = ("hf-vit-classes", "hf-dinov2-swiglu", "hf-clip", "timm-vit-mean", "timm-eva02", "open-clip-no-ln-pre",
           "hf-beit-relative", "hf-idefics3", "hf-dinov2-backbone", "hf-dinov3-gated")  # fmt: skip
+
+
+def tiered(values: Iterable[Any], default: Container[Any]) -> list[Any]:
+    """Values of a parameter, or tuples for several; tests of those not in `default` are of the tier `slow`."""
+
+    def param(value: Any) -> Any:
+        return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+
+    return [value if value in default else param(value) for value in values]
 
 
 def pico_of(nodeid: str) -> str | None:

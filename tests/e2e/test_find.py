@@ -27,7 +27,7 @@ from regsurgery.recipe import find_recipe
 from regsurgery.search.decide import Found
 from regsurgery.search.drift import Setting
 from regsurgery.search.scores import Scorer, Sums
-from tests.conftest import Planted, shared
+from tests.conftest import Planted, shared, tiered
 from tests.e2e.test_model_ids import TINY, cached, patch
 from tests.picos import CORE, Pico, _transformers
 from tests.planting import plant_model, random_counts, split_real_neuron
@@ -129,7 +129,7 @@ WIDE = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "im
 SMALL = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 112, "patch_size": 14}
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 20))])
+@pytest.mark.parametrize("seed", tiered(range(20), [0]))
 def test_planted_neurons_are_found_among_distractors(seed: int, tmp_path: Path) -> None:
     _transformers("ViTModel", "ViTConfig", **WIDE, intermediate_size=256)(tmp_path / "model")
     truth = plant_model(tmp_path / "model", random_counts(seed, 6), seed)
@@ -147,6 +147,7 @@ def test_what_is_chosen_has_the_planted_neurons_and_drifts_less(seed: int, tmp_p
     assert found.suppressed
 
 
+@pytest.mark.slow
 def test_planted_neurons_are_found_in_a_model_of_dinov2_small_size(tmp_path: Path) -> None:
     _transformers("Dinov2Model", "Dinov2Config", **SMALL)(tmp_path / "model")
     truth = plant_model(tmp_path / "model", {1: 2, 4: 3}, 0)
@@ -174,7 +175,7 @@ def test_the_same_model_images_and_seed_give_the_same_bytes(demo_folder: Path, t
 def test_a_found_recipe_is_replaced_and_any_other_file_is_not(demo_folder: Path, tmp_path: Path) -> None:
     recipe, mine = tmp_path / "recipe.yaml", tmp_path / "mine.yaml"
     for _ in range(2):
-        regsurgery.find(str(demo_folder), recipe, num_images=8)
+        regsurgery.find(str(demo_folder), recipe, num_images=8, smallest=True)
     mine.write_text("schema: 1\nregister_neurons: {1: [2]}\n")
     with pytest.raises(OutputError, match=r"mine\.yaml: exists and was not written by regsurgery find"):
         regsurgery.find(str(demo_folder), mine, num_images=8)
@@ -331,14 +332,14 @@ def test_a_journal_that_does_not_fit_is_not_used(
     monkeypatch.setattr("regsurgery.search.journal.INTERVAL", 0.0)
     recipe, journal = tmp_path / "recipe.yaml", tmp_path / "recipe.yaml.journal"
     with pytest.raises(Stop):
-        regsurgery.find(str(demo_folder), recipe, num_images=48, progress=StopsAfter(16))
+        regsurgery.find(str(demo_folder), recipe, num_images=48, smallest=True, progress=StopsAfter(16))
     if damage != "other images":
         journal.write_bytes(journal.read_bytes()[:100] if damage == "cut" else b"garbage")
     progress = StopsAfter(None)
     num_images = 24 if damage == "other images" else 48
-    regsurgery.find(str(demo_folder), recipe, num_images=num_images, progress=progress)
+    regsurgery.find(str(demo_folder), recipe, num_images=num_images, smallest=True, progress=progress)
     assert any("starting from scratch" in line for line in progress.lines)
-    regsurgery.find(str(demo_folder), tmp_path / "plain.yaml", num_images=num_images)
+    regsurgery.find(str(demo_folder), tmp_path / "plain.yaml", num_images=num_images, smallest=True)
     assert recipe.read_bytes() == (tmp_path / "plain.yaml").read_bytes()
 
 
@@ -387,6 +388,7 @@ def test_killed_at_any_moment_it_gives_the_same_recipe(demo_folder: Path, whole:
     assert output.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same_as_one(demo_folder: Path, whole: Path, tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "regsurgery")
     command = [sys.executable, *launcher, "find", str(demo_folder), "-o", str(tmp_path / "two.yaml"), "-q"]

@@ -27,10 +27,11 @@ from regsurgery.progress import Progress
 from regsurgery.recipe import Recipe
 from regsurgery.runtime.surgery import operate
 from regsurgery.verification.pair import open_pair
-from tests.conftest import Planted
+from tests.conftest import Planted, tiered
 from tests.e2e.test_parity import hooked_model, largest_difference, pictures
 from tests.picos import Pico, by_id
 
+DEFAULT = ("hf-vit-classes", "hf-beit-relative")
 GROWING = ("hf-vit", "hf-vit-classes", "hf-dinov2", "hf-beit-relative", "hf-beit-shared", "hf-data2vec", "hf-clip",
            "hf-idefics3", "timm-vit", "timm-dinov2", "open-clip")  # fmt: skip
 ONE_SIZE = ("timm-relpos", "timm-beit", "hf-aimv2", "open-clip-over-timm")
@@ -45,7 +46,7 @@ def growing(planted: Planted, num_registers: int = 2, num_patches: int | None = 
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", GROWING)
+@pytest.mark.parametrize("name", tiered(GROWING, DEFAULT))
 def test_module_form_equals_the_graph_of_every_size(name: str, planted_picos: Callable[[Pico], Planted]) -> None:
     planted = planted_picos(by_id(name))
     recipe, tolerance = growing(planted), planted.pico.tolerance

@@ -22,7 +22,7 @@ from regsurgery.frontends.load import load
 from regsurgery.images.image_set import ImageSet, image_set
 from regsurgery.progress import Progress
 from regsurgery.recipe import Recipe, find_recipe, parse_recipe
-from tests.conftest import Done, Planted, build_planted
+from tests.conftest import Done, Planted, build_planted, tiered
 from tests.e2e.test_families import hosts_of
 from tests.e2e.test_native_real import in_stock_libraries
 from tests.e2e.test_reload import transformers_4_python
@@ -78,7 +78,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", tiered(range(3), [0]))
 def test_planted_sets_are_gone_or_the_margin_is_too_small(kind: str, seed: int, tmp_path: Path) -> None:
     architecture, config_class, config = KINDS[kind]
     _transformers(architecture, config_class, **config)(tmp_path / "model")
@@ -94,8 +94,10 @@ def test_planted_sets_are_gone_or_the_margin_is_too_small(kind: str, seed: int, 
     assert result.verdict.outliers_per_image.patched <= 0.05
 
 
-@pytest.mark.parametrize("architecture", ["DeiTModel", "DeiTForImageClassification"])
-@pytest.mark.parametrize("fmt", ["transformers", "timm"])
+@pytest.mark.parametrize(
+    "architecture", tiered(["DeiTModel", "DeiTForImageClassification"], ["DeiTForImageClassification"])
+)
+@pytest.mark.parametrize("fmt", tiered(["transformers", "timm"], ["timm"]))
 def test_a_distillation_token_becomes_a_register_of_its_own(architecture: str, fmt: str, tmp_path: Path) -> None:
     # Its class token starts as zeros, whose norm is all eps: timm has no 1e-12.
     config = {**WIDE, "image_size": 64, "num_labels": 10, "layer_norm_eps": 1e-6}
@@ -120,7 +122,7 @@ TOWERS = {
 }
 
 
-@pytest.mark.parametrize("name", list(TOWERS))
+@pytest.mark.parametrize("name", tiered(TOWERS, ["siglip"]))
 def test_other_towers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("regsurgery.verification.measure.MIN_COSINE_OUTPUT", -1.0)
     build, hosts = TOWERS[name]
@@ -135,7 +137,7 @@ def test_other_towers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert regsurgery.verify(tmp_path / fmt, num_images=8).passed
 
 
-@pytest.mark.parametrize("fmt", ["transformers", "timm"])
+@pytest.mark.parametrize("fmt", tiered(["transformers", "timm"], ["timm"]))
 def test_a_position_embedding_of_another_size_than_the_images(fmt: str, tmp_path: Path) -> None:
     """As DINOv2 has it: made for 518 px, run at 224; hosts interpolate differently, but keep the embedding whole."""
     _transformers("Dinov2Model", "Dinov2Config", **WIDE)(tmp_path / "model")
@@ -265,7 +267,7 @@ def test_other_image_sizes_work_in_the_host(fmt: str, demo_folder: Path, tmp_pat
     assert (norms[0][:, 1] > 5 * patches.median(dim=1).values).all()
 
 
-@pytest.mark.parametrize("num_registers", [2, 4])
+@pytest.mark.parametrize("num_registers", tiered([2, 4], [2]))
 def test_each_of_several_registers_gets_the_whole_constants(
     num_registers: int, demo_folder: Path, tmp_path: Path
 ) -> None:

@@ -25,7 +25,7 @@ from regsurgery.compiler.trace import tensor_inputs
 from regsurgery.recipe import Recipe
 from regsurgery.verification.measure import rounding
 from regsurgery.verification.patched import folder_format
-from tests.conftest import Planted, shared
+from tests.conftest import Planted, shared, tiered
 from tests.e2e.test_parity import pictures, recipe_for
 from tests.picos import PICOS, Pico, by_id
 
@@ -66,9 +66,7 @@ def assert_as_graph(folder: Path, surgery: Surgery) -> None:
         assert moved > 2  # times what may differ
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "hf-clip" else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLES]
-)
+@pytest.mark.parametrize("name", tiered(SAMPLES, ["hf-clip"]))
 def test_onnxruntime_gives_what_the_patched_graph_gives(
     name: str, planted_picos: Callable[[Pico], Planted], tmp_path: Path
 ) -> None:

@@ -235,6 +235,7 @@ print(json.dumps({"before": before, "after": memory("VmHWM")}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["shift", "native"])
 def test_a_model_of_many_blocks_needs_the_memory_of_few(mode: str, tmp_path: Path) -> None:
     import transformers
