@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping
 
+import torch
 from torch import fx
 
 from regsurgery.compiler.graph import drop_unused
@@ -16,11 +17,13 @@ def tap(
     *,
     early_exit: bool = False,
     outputs: Collection[str] | None = None,
+    copied: Collection[str] = (),
 ) -> fx.GraphModule:
     """A graph module that returns `(outputs, taps)`, where `taps[key]` is the value of the node `nodes[key]`.
 
     With `outputs`, only those are returned as outputs; with `early_exit` none, and only what the taps need is computed.
-    Parameters are shared; the original graph is not touched.
+    Taps named in `copied` are copied where they are made, as later operators may write into them. Parameters are
+    shared; the original graph is not touched.
     """
     graph = copy.deepcopy(graph_module.graph)
     by_name = {node.name: node for node in graph.nodes}
@@ -28,7 +31,11 @@ def tap(
     kept = {
         name: node for name, node in output.args[0].items() if not early_exit and (outputs is None or name in outputs)
     }
-    output.args = ((kept, {key: by_name[name] for key, name in nodes.items()}),)
+    tapped = {key: by_name[name] for key, name in nodes.items()}
+    for key in copied:
+        with graph.inserting_after(tapped[key]):
+            tapped[key] = graph.call_function(torch.ops.aten.clone.default, (tapped[key],))
+    output.args = ((kept, tapped),)
     if early_exit:
         drop_unused(graph)
     return fx.GraphModule(graph_module, graph)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from regsurgery.compiler.graph import set_parameter, with_parameters
+from regsurgery.compiler.taps import tap
 
 
 class Two(nn.Module):
@@ -47,3 +48,17 @@ def test_a_parameter_is_set_in_one_graph_alone() -> None:
     set_parameter(other, "first.weight", nn.Parameter(torch.eye(2)))
     assert torch.equal(other.get_parameter("first.weight"), torch.eye(2))
     assert not torch.equal(module.get_parameter("first.weight"), torch.eye(2))
+
+
+def test_a_copied_tap_is_not_written_into_by_later_operators() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    stream = graph.call_function(torch.ops.aten.mul.Tensor, (x, 2.0))
+    stream.name = "stream"
+    later = graph.call_function(torch.ops.aten.add_.Tensor, (stream, 1.0))
+    graph.output({"y": later})
+    module = fx.GraphModule(nn.Module(), graph)
+    x = torch.ones(1)
+    for copied, expected in (((), 3.0), (("tapped",), 2.0)):
+        outputs, taps = tap(module, {"tapped": "stream"}, copied=copied)(x)
+        assert (float(outputs["y"]), float(taps["tapped"])) == (3.0, expected)

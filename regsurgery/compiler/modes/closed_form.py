@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
 
-from regsurgery.compiler.graph import between, find_node, with_parameters
+from regsurgery.compiler.graph import between, find_node, starting_at, with_parameters
 from regsurgery.compiler.located import Located
 from regsurgery.compiler.mlp import Mlp, mlp_of
 from regsurgery.compiler.ops import NORMS
@@ -63,6 +64,20 @@ class Native:
     activations: dict[int, Tensor]
 
 
+# Changed parameters, and the batches to run them on: images `[B, 3, H, W]`, and further inputs that the graph has.
+Trial = tuple[Mapping[str, Tensor], Sequence[Sequence[Tensor]]]
+
+
+class MlpInput(NamedTuple):
+    """What an MLP reads for a batch: registers and all other tokens, `[N, D]` each; and what enters its block, if there
+    are blocks before it.
+    """
+
+    registers_ND: Tensor
+    others_ND: Tensor
+    entering: tuple[Tensor, ...]
+
+
 class NativeModel:
     """The model of `traced` with register tokens and no shift, as every host of native mode computes it.
 
@@ -78,9 +93,17 @@ class NativeModel:
         plan = plan_surgery(sites, registers_only)
         self.graph_module, _ = apply_passes(traced, plan)
         self.register_name = plan.register_name
-        self.up_to = {
-            block: tap(self.graph_module, {"mlp": mlp.source}, early_exit=True) for block, mlp in self.mlps.items()
+        blocks = sorted(self.mlps)
+        self.stretches = {
+            block: self._stretch(block, start) for block, start in zip(blocks, (0, *blocks), strict=False)
         }
+
+    def _stretch(self, block: int, start: int) -> fx.GraphModule:
+        """From what enters block `start`, or from the images if that is 0, to the input of the MLP of `block`."""
+        blocks = self.sites.blocks
+        nodes = {"mlp": self.mlps[block].source} | ({"entering": blocks[block - 1].output} if block else {})
+        tapped = tap(self.graph_module, nodes, early_exit=True, copied=nodes.keys() - {"mlp"})
+        return starting_at(tapped, blocks[start - 1].output) if start else tapped
 
     def parameter(self, parameters: Mapping[str, Tensor], name: str) -> Tensor:
         """The value of a parameter under the changes `parameters`."""
@@ -96,35 +119,37 @@ class NativeModel:
         """
         return with_parameters(tapped, parameters)(*tensor_inputs(self.loaded, images), *more)
 
-    def run_all(
-        self, tapped: fx.GraphModule, changes: Sequence[Mapping[str, Tensor]], batches: Sequence[Sequence[Tensor]]
-    ) -> list[list[tuple[dict, dict]]]:
-        """Run `tapped` with each of `changes`, sets of changed parameters, on each of `batches`.
-
-        Args:
-            batches: images `[B, 3, H, W]`, and further inputs that `tapped` has.
-        """
-        inputs = [(*tensor_inputs(self.loaded, images), *more) for images, *more in batches]
+    def run_all(self, tapped: fx.GraphModule, trials: Sequence[Trial]) -> list[list[tuple[dict, dict]]]:
+        """Run `tapped` for each of `trials` on each of its batches."""
+        inputs = [[(*tensor_inputs(self.loaded, images), *more) for images, *more in batches] for _, batches in trials]
+        changes = [parameters for parameters, _ in trials]
         if not self.loaded.stored:
             changed = (with_parameters(tapped, parameters) for parameters in changes)
-            return [[module(*one) for one in inputs] for module in changed]
-        given = iter(run_together(tapped, [(parameters, one) for parameters in changes for one in inputs]))
-        return [[next(given) for _ in inputs] for _ in changes]
+            return [[module(*one) for one in own] for module, own in zip(changed, inputs, strict=True)]
+        calls = [(parameters, one) for parameters, own in zip(changes, inputs, strict=True) for one in own]
+        given = iter(run_together(tapped, calls))
+        return [[next(given) for _ in own] for own in inputs]
 
-    def mlp_inputs(
-        self, block: int, changes: Sequence[Mapping[str, Tensor]], batches: Sequence[Tensor]
-    ) -> list[list[tuple[Tensor, Tensor]]]:
-        """Inputs of the MLP of `block` at the registers and at all other tokens, `[N, D]` each, for every set of
-        changed parameters and every one of `batches`.
+    def mlp_inputs(self, block: int, trials: Sequence[Trial]) -> list[list[MlpInput]]:
+        """Inputs of the MLP of `block`, for every one of `trials` and each of its batches.
+
+        Args:
+            trials: batches hold images, and what enters the previous edited block, if there are blocks before that.
         """
-        runs = self.run_all(self.up_to[block], changes, [(batch,) for batch in batches])
-        return [[self._divided(taps["mlp"].float()) for _, taps in each] for each in runs]
+        return [
+            [self._divided(taps["mlp"].float(), taps.get("entering")) for _, taps in runs]
+            for runs in self.run_all(self.stretches[block], trials)
+        ]
 
-    def _divided(self, tokens_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def _divided(self, tokens_BTD: Tensor, entering: Tensor | None) -> MlpInput:
         _, registers = self.sites.patched(self.recipe.num_registers)
         is_register_T = torch.zeros(tokens_BTD.shape[1], dtype=torch.bool)
         is_register_T[registers] = True
-        return tokens_BTD[:, is_register_T].flatten(0, 1), tokens_BTD[:, ~is_register_T].flatten(0, 1)
+        return MlpInput(
+            tokens_BTD[:, is_register_T].flatten(0, 1),
+            tokens_BTD[:, ~is_register_T].flatten(0, 1),
+            () if entering is None else (entering,),
+        )
 
 
 def _activation_of(traced: Traced, block: Block) -> fx.GraphModule:
@@ -174,7 +199,7 @@ def closed_form(
     constants = register_constants(model, batches)
     first = min(model.recipe.register_neurons)
     zeros_1RD = torch.zeros_like(model.graph_module.get_parameter(model.register_name))
-    (tokens,) = model.mlp_inputs(first, [{model.register_name: zeros_1RD}], batches)
+    (tokens,) = model.mlp_inputs(first, [({model.register_name: zeros_1RD}, alone(batches))])
     direction_D = _discriminant(*_joined(tokens))
     unit = _mean_token_norm(model, batches)
     markers = [(factor * unit * direction_D).to(zeros_1RD).expand_as(zeros_1RD) for factor in MARKER_NORMS]
@@ -216,10 +241,14 @@ def _check_margin(model: NativeModel, best: Native) -> None:
         )
 
 
-def _joined(tokens: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def alone(batches: Sequence[Tensor]) -> list[tuple[Tensor]]:
+    """Batches of images without further inputs."""
+    return [(batch,) for batch in batches]
+
+
+def _joined(inputs: Sequence[MlpInput]) -> tuple[Tensor, Tensor]:
     """Registers and other tokens of several batches, `[N, D]` each."""
-    registers, others = zip(*tokens, strict=True)
-    return torch.cat(registers), torch.cat(others)
+    return torch.cat([each.registers_ND for each in inputs]), torch.cat([each.others_ND for each in inputs])
 
 
 @torch.no_grad()
@@ -232,7 +261,7 @@ def register_constants(model: NativeModel, batches: Sequence[Tensor]) -> dict[in
     _, registers = model.sites.patched(recipe.num_registers)
     sums: dict[int, Tensor] = {}
     num_images = 0
-    (runs,) = model.run_all(tapped, [{}], [(batch,) for batch in batches])
+    (runs,) = model.run_all(tapped, [({}, alone(batches))])
     for batch, (_, taps) in zip(batches, runs, strict=True):
         num_images += len(batch)
         for block, neurons in recipe.register_neurons.items():
@@ -269,8 +298,15 @@ def _edited(
     changes = [{model.register_name: marker.contiguous()} for marker in markers]
     margins: list[list[float]] = [[] for _ in markers]
     activations: list[dict[int, Tensor]] = [{} for _ in markers]
-    for block in model.mlps:
-        for number, tokens in enumerate(model.mlp_inputs(block, changes, [*batches, *held_out])):
+    every = [*batches, *held_out]
+    entering: list[list[tuple[Tensor, ...]]] = [[() for _ in every] for _ in markers]
+    for block in sorted(model.mlps):
+        trials = [
+            (change, [(batch, *state) for batch, state in zip(every, states, strict=True)])
+            for change, states in zip(changes, entering, strict=True)
+        ]
+        for number, tokens in enumerate(model.mlp_inputs(block, trials)):
+            entering[number] = [each.entering for each in tokens]
             registers_ND, others_ND = _joined(tokens[: len(batches)])
             normal_D = _discriminant(registers_ND, others_ND)
             registers_N, others_N = _projected(registers_ND, normal_D), _projected(others_ND, normal_D)
@@ -371,6 +407,6 @@ def _inverse(model: NativeModel, block: int, mlp: Mlp, new: Mapping[str, Tensor]
 
 def _mean_token_norm(model: NativeModel, batches: Sequence[Tensor]) -> float:
     tapped = tap(model.traced.graph_module, {"tokens": model.sites.tokens}, early_exit=True)
-    (runs,) = model.run_all(tapped, [{}], [(batch,) for batch in batches])
+    (runs,) = model.run_all(tapped, [({}, alone(batches))])
     norms = [token_norms(taps["tokens"]).flatten() for _, taps in runs]
     return float(torch.cat(norms).mean())
