@@ -28,6 +28,7 @@ from regsurgery.frontends.load import load
 from regsurgery.images.image_set import image_set
 from regsurgery.models import locate
 from regsurgery.progress import Progress
+from regsurgery.verification import size_drift
 from tests.commands import Done
 from tests.picos import PICOS, Pico
 
@@ -36,6 +37,8 @@ PLANTED = {1: 2, 2: 1}
 IDS = {pico.id for pico in PICOS}
 
 torch.set_num_threads(1)
+# Drift at three image sizes, on 16 photos, takes half of a real model's `patch`; tests of it set their own number.
+size_drift.MAX_IMAGES = 4
 
 
 @pytest.hookimpl(optionalhook=True)

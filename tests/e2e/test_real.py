@@ -32,6 +32,7 @@ pytestmark = pytest.mark.real
 
 FOLDERS = {"transformers": "vit-tiny-transformers", "timm": "vit-tiny-timm", "open_clip": "vit-tiny-openclip"}
 BLOCK_10 = {"transformers": "vit.layers.10", "timm": "blocks.10", "open_clip": "visual.transformer.resblocks.10"}
+FIRST = 40  # photos that the models of transformers and open_clip are compared on with timm's
 LIBRARIES = pytest.mark.parametrize("library", list(FOLDERS))
 
 
@@ -85,10 +86,12 @@ def run(library: str, model: nn.Module, photos: Tensor) -> tuple[Tensor, Tensor]
 
 @pytest.fixture(scope="module")
 def measured(patched: dict[str, tuple[Path, PatchResult]], photos: Tensor) -> dict[str, dict[str, Any]]:
+    """All photos in timm; the first ones in the other libraries, which must agree on them."""
     results = {}
     for library, name in FOLDERS.items():
-        logits, norms = run(library, load(str(shared("models", name))).model, photos)
-        new_logits, new_norms = run(library, regsurgery.load(patched[library][0]), photos)
+        own = photos if library == "timm" else photos[:FIRST]
+        logits, norms = run(library, load(str(shared("models", name))).model, own)
+        new_logits, new_norms = run(library, regsurgery.load(patched[library][0]), own)
         results[library] = {"logits": logits, "new_logits": new_logits, "norms": norms, "new_norms": new_norms}
     return results
 
@@ -97,14 +100,13 @@ def outliers_per_image(norms: Tensor) -> float:
     return float((norms > 5 * norms.median(dim=1, keepdim=True).values).float().sum(dim=1).mean())
 
 
-@LIBRARIES
-def test_outliers_are_gone_and_the_classes_stay(library: str, measured: dict[str, dict[str, Any]]) -> None:
-    m = measured[library]
+def test_outliers_are_gone_and_the_classes_stay(measured: dict[str, dict[str, Any]]) -> None:
+    m = measured["timm"]
     kl = F.kl_div(m["new_logits"].log_softmax(-1), m["logits"].log_softmax(-1), reduction="batchmean", log_target=True)
     same = (m["new_logits"].argmax(-1) == m["logits"].argmax(-1)).float().mean()
     largest, new_largest = m["norms"].amax(dim=1).mean(), m["new_norms"].amax(dim=1).mean()
     print(
-        f"{library}: outliers {outliers_per_image(m['norms']):.2f} -> {outliers_per_image(m['new_norms']):.2f}, "
+        f"outliers {outliers_per_image(m['norms']):.2f} -> {outliers_per_image(m['new_norms']):.2f}, "
         f"max norm {largest:.0f} -> {new_largest:.0f}, KL {kl:.4f}, same argmax {same:.3f}"
     )
     assert len(m["logits"]) == 175
@@ -125,11 +127,15 @@ def test_top_1_is_that_of_the_reference(measured: dict[str, dict[str, Any]]) -> 
     assert top_1["new_logits"] >= 0.795
 
 
-def test_the_three_patched_models_agree(measured: dict[str, dict[str, Any]]) -> None:
-    for library in ("transformers", "open_clip"):
-        difference = float((measured[library]["new_logits"] - measured["timm"]["new_logits"]).abs().max())
-        print(f"{library} - timm: {difference:.1e}")
-        assert difference <= 1e-4
+@pytest.mark.parametrize("library", ["transformers", "open_clip"])
+def test_the_other_libraries_models_agree(library: str, measured: dict[str, dict[str, Any]]) -> None:
+    m, timm = measured[library], measured["timm"]
+    assert outliers_per_image(m["norms"]) > 3 and outliers_per_image(m["new_norms"]) < 0.05
+    difference = float((m["new_logits"] - timm["new_logits"][:FIRST]).abs().max())
+    print(f"{library} - timm: {difference:.1e}")
+    assert difference <= 1e-4
+    torch.testing.assert_close(m["norms"], timm["norms"][:FIRST], rtol=1e-3, atol=0)
+    torch.testing.assert_close(m["new_norms"], timm["new_norms"][:FIRST], rtol=1e-3, atol=0)
 
 
 @LIBRARIES

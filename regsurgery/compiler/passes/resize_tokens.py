@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from regsurgery.compiler.graph import hint, module_path, shape_of
 from regsurgery.compiler.ops import ADDS, DIM_ARGUMENT, EXPANDS, POSITIONAL, RESHAPES, SLICES, aten
@@ -40,6 +42,8 @@ class _Region:
         before: node -> its value with the original's shape.
         start, num_added: index of the first register (None: at the end), and how many there are.
         parts: node -> which of the original's tokens it has; for a split, one part for each result.
+        fake: where shapes are propagated, with an example of the batch: symbolic sizes take most of the time.
+        values: node -> its value there.
         results: what operators gave, by what `_key` says of their arguments. Blocks ask the same of the same shapes.
     """
 
@@ -48,6 +52,8 @@ class _Region:
     num_added: int
     num_tokens: int
     parts: dict[fx.Node, Part | list[Part]] = field(default_factory=dict)
+    fake: FakeTensorMode = field(default_factory=FakeTensorMode)
+    values: dict[fx.Node, Any] = field(default_factory=dict)
     results: dict[Hashable, Any] = field(default_factory=dict)
 
     def moved(self, index: int) -> int:
@@ -77,7 +83,6 @@ def resize_tokens(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
         plan.num_added,
         plan.sites.num_tokens,
     )
-    fake = starts[0].meta["val"].fake_mode
     changed: list[str] = []
     for node in nodes:
         if node in starts:
@@ -86,7 +91,7 @@ def resize_tokens(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
         _inherit_part(node, region)
         if node.target in RULES:
             RULES[node.target](node, region)
-        _propagate(node, fake, region)
+        _propagate(node, region)
         if _token_axes(node, region):
             changed.append(node.name)
     for node in nodes:
@@ -102,26 +107,41 @@ def _refuse(node: fx.Node, reason: str, error: type[UnsupportedModelError] = Uns
     raise error(f"no room for a register: {reason} (node '{node.name}', {node.target}{where})")
 
 
-def _propagate(node: fx.Node, fake: Any, region: _Region) -> None:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+def _propagate(node: fx.Node, region: _Region) -> None:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: _example(source, region))
     key = node.target, _key(args), _key(tuple(kwargs.items()))
     if key not in region.results:
         try:
-            with fake, torch.no_grad():
+            with region.fake, torch.no_grad():
                 region.results[key] = node.target(*args, **kwargs)  # type: ignore[operator]
         except (RuntimeError, ValueError, IndexError) as error:
             _refuse(node, f"shapes no longer fit ({str(error).splitlines()[0]})")
-    node.meta["val"] = region.results[key]
+    node.meta["val"] = region.values[node] = region.results[key]
     node.meta.pop("tensor_meta", None)
+
+
+def _example(node: fx.Node, region: _Region) -> Any:
+    """The value of `node` in `region.fake`."""
+
+    def concrete(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return hint(value) if isinstance(value, torch.SymInt) else value
+        sizes, strides = (tuple(map(hint, each)) for each in (value.shape, value.stride()))
+        return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+
+    if node not in region.values:
+        with region.fake:
+            region.values[node] = pytree.tree_map(concrete, node.meta.get("val"))
+    return region.values[node]
 
 
 def _key(value: Any) -> Hashable:
     """All that the shape of an operator's result can depend on."""
     if isinstance(value, Tensor):
-        return value.dtype, value.device, *map(_key, value.shape), *map(_key, value.stride())
+        return value.dtype, value.device, *value.shape, *value.stride()
     if isinstance(value, list | tuple):
         return tuple(map(_key, value))
-    return value.node.expr if isinstance(value, torch.SymInt) else (type(value), value)
+    return type(value), value
 
 
 def _token_axes(node: fx.Node, region: _Region) -> list[int]:
