@@ -138,7 +138,7 @@ def shared(*parts: str) -> Path:
     return path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Planted(OfLocated):
     """A pico checkpoint on disk with planted register neurons."""
 

@@ -92,7 +92,7 @@ def test_the_graph_grows_by_what_the_mode_is_made_of(mode: str, surgeries: dict[
 
 
 def test_shapes_are_propagated_through_one_block_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All blocks ask the same of the same shapes, so twice the blocks take as many runs on fake tensors."""
+    """All blocks ask the same of the same shapes, so twice the blocks take no more runs on fake tensors."""
     counts = []
     dispatch = FakeTensorMode.dispatch
     for blocks in (4, 8):
@@ -106,7 +106,7 @@ def test_shapes_are_propagated_through_one_block_for_all(tmp_path: Path, monkeyp
         perform(located, Recipe({1: (3,)}))
         monkeypatch.undo()
         counts.append(len(seen))
-    assert counts[0] == counts[1] > 10
+    assert 10 < counts[1] <= counts[0]  # torch caches some of the first model's
 
 
 # --- tensors --------------------------------------------------------------------------------------------------------

@@ -16,23 +16,29 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import fx
 
 import regsurgery
 from regsurgery.backends import pt2
 from regsurgery.backends.formats import backend
 from regsurgery.cli.app import main
 from regsurgery.compiler import trace
+from regsurgery.compiler.comparison import probe_nodes
 from regsurgery.compiler.located import Located
 from regsurgery.compiler.match import NORMS
 from regsurgery.compiler.match import match as find_sites
+from regsurgery.compiler.modes.operate import operate as operate_mode
+from regsurgery.compiler.modes.operation import Operation
 from regsurgery.compiler.sites import Sites
 from regsurgery.compiler.surgery import perform
+from regsurgery.compiler.taps import tap
 from regsurgery.compiler.trace import Traced, tensor_inputs
 from regsurgery.errors import UnsupportedModelError
 from regsurgery.families import FAMILIES, REFUSED, Family, family_of
 from regsurgery.formats import LIBRARIES
 from regsurgery.frontends.libraries import frontend
 from regsurgery.frontends.load import load
+from regsurgery.images.image_set import image_set
 from regsurgery.modes import NATIVE
 from regsurgery.recipe import Recipe
 from regsurgery.runtime.surgery import operate
@@ -128,6 +134,33 @@ SAMPLES = ("metaclip2-vision", "mae", "msn", "ijepa", "beit-relative", "data2vec
 
 @pytest.mark.parametrize("mode", ["bias", "native"])
 @pytest.mark.parametrize("pico", [p for p in OTHERS if p.id.endswith(SAMPLES)], ids=lambda pico: pico.id)
+def test_pt2_of_the_other_modes_graphs(pico: Pico, mode: str, planted_picos: Callable[[Pico], Planted]) -> None:
+    planted = planted_picos(pico)
+    recipe = Recipe({block: tuple(neurons) for block, neurons in planted.neurons.items()}, mode=mode)
+    surgery = operate_mode(Operation(planted.located, recipe, image_set(None, 8)))
+    images = pictures(5, planted.loaded.image_size)
+    inputs = tensor_inputs(planted.loaded, images)
+    with torch.no_grad():
+        assert largest_difference(pt2.lower(surgery).module()(*inputs), surgery.graph_module(*inputs)) <= 1e-5
+    counts = [outlier_patches(graph, planted, inputs) for graph in (planted.traced.graph_module, surgery.graph_module)]
+    assert counts[0] > 0.5 * len(images) and counts[1] <= 0.1 * counts[0]
+
+
+def outlier_patches(graph_module: fx.GraphModule, planted: Planted, inputs: list[torch.Tensor]) -> int:
+    """Patches above 5 times the median norm of their image, after the last but one block."""
+    with torch.no_grad():
+        _, taps = tap(graph_module, {"probe": probe_nodes(planted.sites)["probe"]}, early_exit=True)(*inputs)
+    num_added = taps["probe"].shape[1] - planted.sites.num_tokens
+    norms_BN = taps["probe"][:, planted.sites.patched(num_added)[0]].norm(dim=-1)
+    return int((norms_BN > 5 * norms_BN.median(dim=1, keepdim=True).values).sum())
+
+
+# A gated MLP inside the prefix, a tower below a language model, a bias over pairs of tokens.
+WRITTEN = ("eva02", "llava", "beit-relative")
+
+
+@pytest.mark.parametrize("mode", ["bias", "native"])
+@pytest.mark.parametrize("pico", [p for p in OTHERS if p.id.endswith(WRITTEN)], ids=lambda pico: pico.id)
 def test_pt2_in_the_other_modes(
     pico: Pico, mode: str, planted_picos: Callable[[Pico], Planted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,6 +81,16 @@ def hooked_model(planted: Planted, recipe: Recipe) -> torch.nn.Module:
     return model
 
 
+@functools.lru_cache(maxsize=3)
+def located_at(planted: Planted, size: tuple[int, int]) -> Located:
+    """The planted model traced at `size`, once for all tests of it that follow one another."""
+    loaded = planted.loaded
+    if size == loaded.image_size:
+        return planted.located
+    traced = trace(loaded, size)
+    return Located(loaded, traced, match(traced))
+
+
 def sizes(planted: Planted) -> tuple[tuple[int, int], ...]:
     own = planted.loaded.image_size
     return (own, *OTHER_SIZES) if planted.pico.any_size else (own,)
@@ -92,10 +102,7 @@ def test_graph_equals_module_form_equals_hooked_reference(planted: Planted, num_
     recipe = recipe_for(planted, num_registers)
     hooked = hooked_model(planted, recipe)
     for size in sizes(planted):
-        traced = planted.traced if size == loaded.image_size else trace(loaded, size)
-        surgery = perform(
-            Located(loaded, traced, planted.sites if size == loaded.image_size else match(traced)), recipe
-        )
+        surgery = perform(located_at(planted, size), recipe)
         patched = module_form(planted, surgery)
         images = pictures(3, size)
         with torch.no_grad():

@@ -44,7 +44,8 @@ class _Region:
         parts: node -> which of the original's tokens it has; for a split, one part for each result.
         fake: where shapes are propagated, with an example of the batch: symbolic sizes take most of the time.
         values: node -> its value there.
-        results: what operators gave, by what `_key` says of their arguments. Blocks ask the same of the same shapes.
+        results: tensors by their sizes, and what operators gave, by what `_key` says of their arguments: blocks ask the
+            same of the same shapes.
     """
 
     before: dict[fx.Node, Any]
@@ -127,7 +128,10 @@ def _example(node: fx.Node, region: _Region) -> Any:
         if not isinstance(value, Tensor):
             return hint(value) if isinstance(value, torch.SymInt) else value
         sizes, strides = (tuple(map(hint, each)) for each in (value.shape, value.stride()))
-        return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+        key = sizes, strides, value.dtype, value.device
+        if key not in region.results:
+            region.results[key] = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+        return region.results[key]
 
     if node not in region.values:
         with region.fake:
