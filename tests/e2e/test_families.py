@@ -42,7 +42,7 @@ from regsurgery.images.image_set import image_set
 from regsurgery.modes import NATIVE
 from regsurgery.recipe import Recipe
 from regsurgery.runtime.surgery import operate
-from tests.conftest import Planted, build_planted
+from tests.conftest import Planted, build_planted, tiered
 from tests.e2e.test_parity import hooked_model, largest_difference, module_form, pictures, recipe_for
 from tests.e2e.test_reload import transformers_4_python
 from tests.picos import OTHERS, PICOS, SIZE, Pico, _open_clip, by_id
@@ -413,7 +413,7 @@ def write_llava(folder: Path) -> Planted:
     return planted
 
 
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("shards", tiered([1, 3], [3]))
 def test_llava(shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, out = tmp_path / "llava", tmp_path / "patched"
     planted = write_llava(folder)

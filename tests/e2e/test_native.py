@@ -315,7 +315,7 @@ def test_without_photos_the_closed_form_is_written_and_that_is_said(
     assert json.loads((tmp_path / "out" / RUN_RECORD_NAME).read_text())["run"]["calibrate"] is False
 
 
-@pytest.mark.parametrize("gains", [True, False])
+@pytest.mark.parametrize("gains", tiered([True, False], [False]))
 def test_calibration_on_generated_pictures_counts_where_pictures_of_another_kind_confirm_it(
     gains: bool, demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
