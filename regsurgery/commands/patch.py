@@ -202,9 +202,8 @@ def _apply(
     surgery = replace(operate(operation), place=partial(copy_file, link=True) if options.links else copies.place)
     if recipe.kind.stock and options.calibrate is None and obstacle is not None:
         progress.say(obstacle)
-    run = run_of(surgery, fmt, images.every, None if fit is None else operation.fit_images, options, calibrate)
-    if images.searched is not None:
-        run["searched"] = True
+    fitted_on = None if fit is None else operation.fit_images
+    run = run_of(surgery, fmt, images.every, fitted_on, images.searched is not None, options, calibrate)
     verdict = sizes = None
     with _target(output, options) as target, emit(surgery.as_written(), target, fmt) as folder:
         if options.verification:

@@ -122,13 +122,20 @@ def _problem(record: dict[str, Any]) -> str | None:
 
 
 def run_of(
-    surgery: Surgery, fmt: str, images: ImageSet, fit: ImageSet | None, options: PatchOptions, calibrate: bool
+    surgery: Surgery,
+    fmt: str,
+    images: ImageSet,
+    fit: ImageSet | None,
+    searched: bool,
+    options: PatchOptions,
+    calibrate: bool,
 ) -> dict[str, Any]:
     """The `run` entry of a record.
 
     Args:
         images: the images of the run, if any were used.
         fit: the images that weights were fitted on.
+        searched: whether neurons were found on images of the run.
         calibrate: whether calibration was requested, if the mode has it.
     """
     recipe, source = surgery.recipe, surgery.loaded.source
@@ -147,6 +154,7 @@ def run_of(
         "images": images_of(images) if options.verification or recipe.kind.fitted else None,
         "fitted": sorted(fitted_digests(recipe, fit)),
         "versions": versions(),
+        **({"searched": True} if searched else {}),
     }
 
 

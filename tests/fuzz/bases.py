@@ -82,7 +82,7 @@ def build(root: Path) -> Bases:
         surgery = perform(found, recipe)
         with emit(surgery, root / f"patched-{name}", loaded.library) as folder:
             options = PatchOptions(verification=False)
-            run = run_of(surgery, loaded.library, options.image_set(), None, options, False)
+            run = run_of(surgery, loaded.library, options.image_set(), None, False, options, False)
             complete(surgery, folder, loaded.library, None, run)
     return Bases({path.name: path for path in root.iterdir()}, found.traced, found.sites)
 
