@@ -39,8 +39,8 @@ NEEDS_PHOTOS = (
     "native: not calibrated: calibration needs photos; give some with --images DIR (generated pictures mislead it)"
 )
 NEEDS_MEMORY = (
-    "native: not calibrated: weights stay on disk, and calibration reads them at every step; give more memory with "
-    "--max-memory, or --calibrate to do it all the same"
+    "native: not calibrated: weights stay on disk, and calibration reads them at every step; raise --max-memory, or "
+    "pass --calibrate to calibrate anyway"
 )
 
 

@@ -63,6 +63,11 @@ def common_path(paths: list[str]) -> str:
     return ".".join(common)
 
 
+def writes(node: fx.Node) -> bool:
+    """Whether `node` is an operator that writes into its first argument."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
 def drop_unused(graph: fx.Graph) -> None:
     """Erase every node that the output does not need.
 
@@ -71,9 +76,8 @@ def drop_unused(graph: fx.Graph) -> None:
     """
 
     def needed(node: fx.Node) -> bool:
-        writes = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
         return node.op in ("placeholder", "output") or (
-            writes and any(len(source.users) > 1 for source in node.all_input_nodes[:1])
+            writes(node) and any(len(source.users) > 1 for source in node.all_input_nodes[:1])
         )
 
     graph.eliminate_dead_code(needed)
@@ -121,7 +125,7 @@ def with_parameters(graph_module: fx.GraphModule, values: Mapping[str, Tensor]) 
     """`graph_module` with other `values` for those of its parameters that are named; gradients reach them.
 
     Everything else is shared, the generated code too. As `torch.func.functional_call`, which for small models spends
-    most of the time on exchanging parameters at every call.
+    most of the time on exchanging parameters at every call; but parameters tied to a named one keep their value.
     """
     own = {name for name, _ in graph_module.named_parameters(remove_duplicate=False)}
     twin = object.__new__(type(graph_module))

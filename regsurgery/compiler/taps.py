@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import fx
 
-from regsurgery.compiler.graph import drop_unused
+from regsurgery.compiler.graph import drop_unused, writes
 
 
 def tap(
@@ -17,13 +17,12 @@ def tap(
     *,
     early_exit: bool = False,
     outputs: Collection[str] | None = None,
-    copied: Collection[str] = (),
 ) -> fx.GraphModule:
     """A graph module that returns `(outputs, taps)`, where `taps[key]` is the value of the node `nodes[key]`.
 
     With `outputs`, only those are returned as outputs; with `early_exit` none, and only what the taps need is computed.
-    Taps named in `copied` are copied where they are made, as later operators may write into them. Parameters are
-    shared; the original graph is not touched.
+    A value that a later operator writes into is copied where it is made. Parameters are shared; the original graph is
+    not touched.
     """
     graph = copy.deepcopy(graph_module.graph)
     by_name = {node.name: node for node in graph.nodes}
@@ -32,9 +31,10 @@ def tap(
         name: node for name, node in output.args[0].items() if not early_exit and (outputs is None or name in outputs)
     }
     tapped = {key: by_name[name] for key, name in nodes.items()}
-    for key in copied:
-        with graph.inserting_after(tapped[key]):
-            tapped[key] = graph.call_function(torch.ops.aten.clone.default, (tapped[key],))
+    for key, node in tapped.items():
+        if any(writes(user) and user.args[0] is node for user in node.users):
+            with graph.inserting_after(node):
+                tapped[key] = graph.call_function(torch.ops.aten.clone.default, (node,))
     output.args = ((kept, tapped),)
     if early_exit:
         drop_unused(graph)

@@ -131,6 +131,7 @@ def test_top_1_is_that_of_the_reference(measured: dict[str, dict[str, Any]]) -> 
 def test_the_other_libraries_models_agree(library: str, measured: dict[str, dict[str, Any]]) -> None:
     m, timm = measured[library], measured["timm"]
     assert outliers_per_image(m["norms"]) > 3 and outliers_per_image(m["new_norms"]) < 0.05
+    assert float((m["logits"] - timm["logits"][:FIRST]).abs().max()) <= 1e-4
     difference = float((m["new_logits"] - timm["new_logits"][:FIRST]).abs().max())
     print(f"{library} - timm: {difference:.1e}")
     assert difference <= 1e-4

@@ -28,7 +28,7 @@ from regsurgery.compiler.comparison import (
     probe_nodes,
 )
 from regsurgery.compiler.graph import starting_at
-from regsurgery.compiler.modes.closed_form import Native, NativeModel, alone
+from regsurgery.compiler.modes.closed_form import Native, NativeModel, without_states
 from regsurgery.compiler.outliers import outliers, token_norms
 from regsurgery.compiler.taps import tap
 from regsurgery.progress import Progress
@@ -205,7 +205,7 @@ class Loss:
         self.entering: Tensor | None = None
         original = tap(model.traced.graph_module, probe_nodes(model.sites))
         with torch.no_grad():
-            (runs,) = model.run_all(original, [({}, alone(images.split(PASS_IMAGES)))])
+            (runs,) = model.run_all(original, [({}, without_states(images.split(PASS_IMAGES)))])
             parts = [self._kept(*run) for run in runs]
         self.original = [torch.cat(part) for part in zip(*parts, strict=True)]
 
@@ -218,7 +218,7 @@ class Loss:
         head = tap(self.model.graph_module, {"entering": entrance}, early_exit=True)
         cached = copy.copy(self)
         cached.edited = starting_at(self.edited, entrance)
-        (runs,) = self.model.run_all(head, [(parameters, alone(self.images.split(PASS_IMAGES)))])
+        (runs,) = self.model.run_all(head, [(parameters, without_states(self.images.split(PASS_IMAGES)))])
         cached.entering = torch.cat([taps["entering"] for _, taps in runs])
         return cached
 

@@ -65,7 +65,7 @@ class Native:
 
 
 # Changed parameters, and the batches to run them on: images `[B, 3, H, W]`, and further inputs that the graph has.
-Trial = tuple[Mapping[str, Tensor], Sequence[Sequence[Tensor]]]
+Job = tuple[Mapping[str, Tensor], Sequence[Sequence[Tensor]]]
 
 
 class MlpInput(NamedTuple):
@@ -102,7 +102,7 @@ class NativeModel:
         """From what enters block `start`, or from the images if that is 0, to the input of the MLP of `block`."""
         blocks = self.sites.blocks
         nodes = {"mlp": self.mlps[block].source} | ({"entering": blocks[block - 1].output} if block else {})
-        tapped = tap(self.graph_module, nodes, early_exit=True, copied=nodes.keys() - {"mlp"})
+        tapped = tap(self.graph_module, nodes, early_exit=True)
         return starting_at(tapped, blocks[start - 1].output) if start else tapped
 
     def parameter(self, parameters: Mapping[str, Tensor], name: str) -> Tensor:
@@ -119,10 +119,10 @@ class NativeModel:
         """
         return with_parameters(tapped, parameters)(*tensor_inputs(self.loaded, images), *more)
 
-    def run_all(self, tapped: fx.GraphModule, trials: Sequence[Trial]) -> list[list[tuple[dict, dict]]]:
-        """Run `tapped` for each of `trials` on each of its batches."""
-        inputs = [[(*tensor_inputs(self.loaded, images), *more) for images, *more in batches] for _, batches in trials]
-        changes = [parameters for parameters, _ in trials]
+    def run_all(self, tapped: fx.GraphModule, jobs: Sequence[Job]) -> list[list[tuple[dict, dict]]]:
+        """Run `tapped` for each of `jobs` on each of its batches."""
+        inputs = [[(*tensor_inputs(self.loaded, images), *more) for images, *more in batches] for _, batches in jobs]
+        changes = [parameters for parameters, _ in jobs]
         if not self.loaded.stored:
             changed = (with_parameters(tapped, parameters) for parameters in changes)
             return [[module(*one) for one in own] for module, own in zip(changed, inputs, strict=True)]
@@ -130,15 +130,15 @@ class NativeModel:
         given = iter(run_together(tapped, calls))
         return [[next(given) for _ in own] for own in inputs]
 
-    def mlp_inputs(self, block: int, trials: Sequence[Trial]) -> list[list[MlpInput]]:
-        """Inputs of the MLP of `block`, for every one of `trials` and each of its batches.
+    def mlp_inputs(self, block: int, jobs: Sequence[Job]) -> list[list[MlpInput]]:
+        """Inputs of the MLP of `block`, for every one of `jobs` and each of its batches.
 
         Args:
-            trials: batches hold images, and what enters the previous edited block, if there are blocks before that.
+            jobs: batches hold images, and what enters the previous edited block, if there are blocks before that.
         """
         return [
             [self._divided(taps["mlp"].float(), taps.get("entering")) for _, taps in runs]
-            for runs in self.run_all(self.stretches[block], trials)
+            for runs in self.run_all(self.stretches[block], jobs)
         ]
 
     def _divided(self, tokens_BTD: Tensor, entering: Tensor | None) -> MlpInput:
@@ -199,8 +199,9 @@ def closed_form(
     constants = register_constants(model, batches)
     first = min(model.recipe.register_neurons)
     zeros_1RD = torch.zeros_like(model.graph_module.get_parameter(model.register_name))
-    (tokens,) = model.mlp_inputs(first, [({model.register_name: zeros_1RD}, alone(batches))])
-    direction_D = _discriminant(*_joined(tokens))
+    direction_D = _discriminant(
+        *_joined(*model.mlp_inputs(first, [({model.register_name: zeros_1RD}, without_states(batches))]))
+    )
     unit = _mean_token_norm(model, batches)
     markers = [(factor * unit * direction_D).to(zeros_1RD).expand_as(zeros_1RD) for factor in MARKER_NORMS]
     size = _num_together(model, sum(map(len, (*batches, *held_out))))
@@ -221,14 +222,15 @@ def closed_form(
 def _num_together(model: NativeModel, num_images: int) -> int:
     """How many markers are tried together: one reading of weights on disk serves as many as memory has room for.
 
-    The widest moment is an activation of an MLP, before and after.
+    The widest moment is an activation of an MLP, before and after, beside what enters two edited blocks.
     """
     if not model.loaded.stored:
         return 1
     import psutil
 
     width = max(block.hidden_size for block in model.sites.blocks)
-    size = 2 * num_images * (model.sites.num_tokens + model.recipe.num_registers) * width * torch.float32.itemsize
+    num_tokens = num_images * (model.sites.num_tokens + model.recipe.num_registers)
+    size = 2 * num_tokens * (width + model.sites.width) * torch.float32.itemsize
     return min(len(MARKER_NORMS), max(1, int(TOGETHER * psutil.virtual_memory().available / size)))
 
 
@@ -241,7 +243,7 @@ def _check_margin(model: NativeModel, best: Native) -> None:
         )
 
 
-def alone(batches: Sequence[Tensor]) -> list[tuple[Tensor]]:
+def without_states(batches: Sequence[Tensor]) -> list[tuple[Tensor]]:
     """Batches of images without further inputs."""
     return [(batch,) for batch in batches]
 
@@ -261,7 +263,7 @@ def register_constants(model: NativeModel, batches: Sequence[Tensor]) -> dict[in
     _, registers = model.sites.patched(recipe.num_registers)
     sums: dict[int, Tensor] = {}
     num_images = 0
-    (runs,) = model.run_all(tapped, [({}, alone(batches))])
+    (runs,) = model.run_all(tapped, [({}, without_states(batches))])
     for batch, (_, taps) in zip(batches, runs, strict=True):
         num_images += len(batch)
         for block, neurons in recipe.register_neurons.items():
@@ -301,11 +303,11 @@ def _edited(
     every = [*batches, *held_out]
     entering: list[list[tuple[Tensor, ...]]] = [[() for _ in every] for _ in markers]
     for block in sorted(model.mlps):
-        trials = [
+        jobs = [
             (change, [(batch, *state) for batch, state in zip(every, states, strict=True)])
             for change, states in zip(changes, entering, strict=True)
         ]
-        for number, tokens in enumerate(model.mlp_inputs(block, trials)):
+        for number, tokens in enumerate(model.mlp_inputs(block, jobs)):
             entering[number] = [each.entering for each in tokens]
             registers_ND, others_ND = _joined(tokens[: len(batches)])
             normal_D = _discriminant(registers_ND, others_ND)
@@ -407,6 +409,6 @@ def _inverse(model: NativeModel, block: int, mlp: Mlp, new: Mapping[str, Tensor]
 
 def _mean_token_norm(model: NativeModel, batches: Sequence[Tensor]) -> float:
     tapped = tap(model.traced.graph_module, {"tokens": model.sites.tokens}, early_exit=True)
-    (runs,) = model.run_all(tapped, [({}, alone(batches))])
+    (runs,) = model.run_all(tapped, [({}, without_states(batches))])
     norms = [token_norms(taps["tokens"]).flatten() for _, taps in runs]
     return float(torch.cat(norms).mean())

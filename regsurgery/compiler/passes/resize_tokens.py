@@ -44,8 +44,8 @@ class _Region:
         parts: node -> which of the original's tokens it has; for a split, one part for each result.
         fake: where shapes are propagated, with an example of the batch: symbolic sizes take most of the time.
         values: node -> its value there.
-        results: tensors by their sizes, and what operators gave, by what `_key` says of their arguments: blocks ask the
-            same of the same shapes.
+        results: what an operator gave, by the operator and `_key` of its arguments: blocks ask the same of the same
+            shapes; also example tensors, by size, stride, dtype and device.
     """
 
     before: dict[fx.Node, Any]
