@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,13 +23,16 @@ from regsurgery.emit.run_record import read_run_record
 from regsurgery.errors import UserError
 from regsurgery.frontends.image_size import at_image_size
 from regsurgery.frontends.libraries import frontend
+from regsurgery.frontends.load import load
 from regsurgery.models import locate
 from regsurgery.progress import Progress
 from regsurgery.recipe import Recipe
 from regsurgery.runtime.surgery import operate
+from regsurgery.verification import size_drift
 from regsurgery.verification.pair import open_pair
 from tests.conftest import Planted, tiered
 from tests.e2e.test_parity import hooked_model, largest_difference, pictures
+from tests.photos import write_photos
 from tests.picos import Pico, by_id
 
 DEFAULT = ("hf-vit-classes", "hf-beit-relative")
@@ -249,3 +253,21 @@ def test_a_size_that_cannot_be(size: int, said: str, planted_picos: Callable[[Pi
     with pytest.raises(UserError, match=said):
         regsurgery.patch(str(planted.folder), tmp_path / "out", recipe=growing(planted), image_size=size)
     assert not (tmp_path / "out").exists()
+
+
+def test_drift_at_sizes_uses_up_to_16_photos_and_fewer_for_costly_sizes(
+    demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(size_drift, "MAX_IMAGES", 16)
+    files = write_photos(tmp_path / "photos", 20)
+
+    def counts(name: str, **options: Any) -> list[int]:
+        result = regsurgery.patch(str(demo_folder), tmp_path / name, recipe="demo", **options)
+        assert result.sizes is not None and len(result.sizes.rows) == 3
+        return [row.num_images for row in result.sizes.rows]
+
+    assert counts("a", images=files) == [16, 16, 16]
+    assert counts("b", num_images=20) == [4, 4, 4], "generated pictures say less"
+    num_parameters = sum(parameter.numel() for parameter in load(str(demo_folder)).model.parameters())
+    monkeypatch.setattr(size_drift, "MAX_WORK", 5.5 * num_parameters * (192 // 8) ** 2)
+    assert counts("c", images=files) == [16, 9, 5]

@@ -17,7 +17,9 @@ import regsurgery
 from regsurgery.checkpoints import stored
 from regsurgery.checkpoints.stored import StoredTensor, is_stored, stored_state
 from regsurgery.compiler.modes import native
+from regsurgery.compiler.modes.closed_form import NativeModel
 from regsurgery.compiler.modes.operation import Operation
+from regsurgery.compiler.taps import tap
 from regsurgery.errors import CheckpointError, UserError
 from regsurgery.frontends.load import load
 from regsurgery.images.image_set import image_set
@@ -26,7 +28,7 @@ from regsurgery.options import LoadOptions, parse_size
 from regsurgery.progress import Progress
 from regsurgery.recipe import Recipe
 from tests.conftest import Planted
-from tests.e2e.test_parity import recipe_for
+from tests.e2e.test_parity import pictures, recipe_for
 from tests.photos import write_photos
 from tests.picos import Pico, by_id
 
@@ -261,6 +263,32 @@ def test_a_model_of_many_blocks_needs_the_memory_of_few(mode: str, tmp_path: Pat
     assert more > 450
     few, many, loaded = grown(2, 0), grown(12, 0), grown(12, 10**12)
     assert many - few < 0.25 * more < more < loaded - few, (few, many, loaded)
+
+
+@pytest.mark.parametrize("max_memory", [None, 0])
+def test_a_stretch_gives_what_the_images_give(max_memory: int | None, planted_picos: Callable[[Pico], Planted]) -> None:
+    """From the previous edited block as from the images: the first block, its neighbour, and one after a gap."""
+    planted = planted_picos(by_id("hf-vit-classes"))
+    loaded = load(str(planted.folder), LoadOptions(max_memory=max_memory))
+    model = NativeModel(locate(loaded, Progress()), Recipe({0: (1,), 1: (3,), 3: (5,)}, mode="native"))
+    changed: dict[str, torch.Tensor] = {}
+    images = pictures(2, loaded.image_size)
+    entering: tuple[torch.Tensor, ...] = ()
+    for block, mlp in model.mlps.items():
+        ((found,),) = model.mlp_inputs(block, [(changed, [(images, *entering)])])
+        whole = tap(model.graph_module, {"mlp": mlp.source}, early_exit=True)
+        ((run,),) = model.run_all(whole, [(changed, [(images,)])])
+        registers_ND, others_ND = split(run[1]["mlp"], model)
+        assert torch.equal(found.registers_ND, registers_ND) and torch.equal(found.others_ND, others_ND)
+        entering = found.entering
+        changed[mlp.down] = 1.5 * model.parameter({}, mlp.down) + 0
+    assert len(entering) == 1
+
+
+def split(tokens_BTD: torch.Tensor, model: NativeModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """The register, which is the last token, and all others."""
+    assert model.sites.placement == "end"
+    return tokens_BTD[:, -1:].flatten(0, 1), tokens_BTD[:, :-1].flatten(0, 1)
 
 
 def test_native_mode_reads_weights_on_disk_a_few_times(
