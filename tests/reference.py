@@ -11,6 +11,11 @@ import torch
 from torch import Tensor, nn
 
 
+def outlier_patches(norms_BN: Tensor) -> Tensor:
+    """Which patches have more than 5 times the median norm of their image, `[B, N]`."""
+    return norms_BN > 5 * norms_BN.median(dim=1, keepdim=True).values
+
+
 def naive_shift(
     hidden: Tensor,
     neurons: Sequence[int],

@@ -28,7 +28,7 @@ from regsurgery.recipe import Recipe, find_recipe
 from regsurgery.verification.pair import open_pair
 from tests.conftest import Planted, shared, tiered
 from tests.picos import OTHERS
-from tests.reference import naive_shift
+from tests.reference import naive_shift, outlier_patches
 
 NUM_IMAGES = 12
 BLOCKS, HEADS, GRID, NUM_TOKENS = 4, 4, 12, 145  # of the demo
@@ -117,7 +117,7 @@ def test_norms(patched: Path, looked: tuple[Looked, Looked]) -> None:
             "median": [n.median(dim=1).values.mean() for n in norms],
             "p99": [n.quantile(0.99, dim=1).mean() for n in norms],
             "max": [n.amax(dim=1).mean() for n in norms],
-            "outliers per image": [(n > 5 * n.median(dim=1, keepdim=True).values).sum() / NUM_IMAGES for n in norms],
+            "outliers per image": [outlier_patches(n).sum() / NUM_IMAGES for n in norms],
         }
         for name, both in expected.items():
             assert values(found, name, block=block) == pytest.approx(list(map(float, both)), rel=1e-5), (name, block)
@@ -155,7 +155,7 @@ def test_fidelity(patched: Path, looked: tuple[Looked, Looked]) -> None:
     logits, new_logits = before.logits, after.logits
     kl = F.kl_div(new_logits.log_softmax(-1), logits.log_softmax(-1), reduction="batchmean", log_target=True)
     norms = before.blocks[2][:, PATCHES].norm(dim=-1)
-    kept = norms <= 5 * norms.median(dim=1, keepdim=True).values
+    kept = ~outlier_patches(norms)
     cosines = F.cosine_similarity(before.blocks[3][:, :NUM_TOKENS], after.blocks[3][:, :NUM_TOKENS], dim=-1)
     assert 0 < float(kl) == pytest.approx(patched_value(found, "KL divergence"), rel=1e-2)
     assert patched_value(found, "same first class") == float(

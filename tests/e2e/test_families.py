@@ -47,6 +47,7 @@ from tests.conftest import Planted, build_planted, tiered
 from tests.e2e.test_parity import hooked_model, largest_difference, module_form, pictures, recipe_for
 from tests.e2e.test_reload import transformers_4_python
 from tests.picos import OTHERS, PICOS, SIZE, Pico, _open_clip, by_id
+from tests.reference import outlier_patches
 
 
 def sites_of(planted: Planted, traced: Traced) -> Sites:
@@ -147,17 +148,17 @@ def test_pt2_of_the_other_modes_graphs(pico: Pico, mode: str, planted_picos: Cal
     with torch.no_grad():
         program = torch.export.load(archive).module()
         assert largest_difference(program(*inputs), surgery.graph_module(*inputs)) <= 1e-5
-    counts = [outlier_patches(graph, planted, inputs) for graph in (planted.traced.graph_module, surgery.graph_module)]
+    counts = [num_outliers(graph, planted, inputs) for graph in (planted.traced.graph_module, surgery.graph_module)]
     assert counts[0] > 0.5 * len(images) and counts[1] <= 0.1 * counts[0]
 
 
-def outlier_patches(graph_module: fx.GraphModule, planted: Planted, inputs: list[torch.Tensor]) -> int:
-    """Patches above 5 times the median norm of their image, after the last but one block."""
+def num_outliers(graph_module: fx.GraphModule, planted: Planted, inputs: list[torch.Tensor]) -> int:
+    """Outlier patches after the last but one block."""
     with torch.no_grad():
         _, taps = tap(graph_module, {"probe": probe_nodes(planted.sites)["probe"]}, early_exit=True)(*inputs)
     num_added = taps["probe"].shape[1] - planted.sites.num_tokens
     norms_BN = taps["probe"][:, planted.sites.patched(num_added)[0]].norm(dim=-1)
-    return int((norms_BN > 5 * norms_BN.median(dim=1, keepdim=True).values).sum())
+    return int(outlier_patches(norms_BN).sum())
 
 
 # A gated MLP inside the prefix, a tower below a language model, a bias over pairs of tokens.

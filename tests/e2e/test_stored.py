@@ -28,6 +28,7 @@ from regsurgery.options import LoadOptions, parse_size
 from regsurgery.progress import Progress
 from regsurgery.recipe import Recipe
 from tests.conftest import Planted
+from tests.e2e.test_find import StopsAfter
 from tests.e2e.test_parity import pictures, recipe_for
 from tests.photos import write_photos
 from tests.picos import Pico, by_id
@@ -117,20 +118,12 @@ def test_native_mode_of_shards_writes_shards(planted_picos: Callable[[Pico], Pla
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
-class Listens(Progress):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-
 def test_weights_on_disk_are_not_calibrated_unless_asked(demo_folder: Path, tmp_path: Path) -> None:
     """Every step of calibration would read them twice."""
     files = write_photos(tmp_path / "photos", 20, 3)
     said: dict[bool | None, str] = {}
     for calibrate in (None, True):
-        progress = Listens()
+        progress = StopsAfter(None)
         result = regsurgery.patch(
             str(demo_folder), tmp_path / str(calibrate), recipe="demo", mode="native", images=files, max_memory=0,
             calibrate=calibrate, stop_after=1, verification=False, progress=progress,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -93,10 +94,12 @@ class NativeModel:
         plan = plan_surgery(sites, registers_only)
         self.graph_module, _ = apply_passes(traced, plan)
         self.register_name = plan.register_name
+
+    @cached_property
+    def stretches(self) -> dict[int, fx.GraphModule]:
+        """Edited block -> the graph from the previous edited block, or from the images, to the input of its MLP."""
         blocks = sorted(self.mlps)
-        self.stretches = {
-            block: self._stretch(block, start) for block, start in zip(blocks, (0, *blocks), strict=False)
-        }
+        return {block: self._stretch(block, start) for block, start in zip(blocks, (0, *blocks), strict=False)}
 
     def _stretch(self, block: int, start: int) -> fx.GraphModule:
         """From what enters block `start`, or from the images if that is 0, to the input of the MLP of `block`."""

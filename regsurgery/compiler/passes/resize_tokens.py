@@ -43,7 +43,6 @@ class _Region:
         start, num_added: index of the first register (None: at the end), and how many there are.
         parts: node -> which of the original's tokens it has; for a split, one part for each result.
         fake: where shapes are propagated, with an example of the batch: symbolic sizes take most of the time.
-        values: node -> its value there.
         results: what an operator gave, by the operator and `_key` of its arguments: blocks ask the same of the same
             shapes; also example tensors, by size, stride, dtype and device.
     """
@@ -54,7 +53,6 @@ class _Region:
     num_tokens: int
     parts: dict[fx.Node, Part | list[Part]] = field(default_factory=dict)
     fake: FakeTensorMode = field(default_factory=FakeTensorMode)
-    values: dict[fx.Node, Any] = field(default_factory=dict)
     results: dict[Hashable, Any] = field(default_factory=dict)
 
     def moved(self, index: int) -> int:
@@ -117,7 +115,7 @@ def _propagate(node: fx.Node, region: _Region) -> None:
                 region.results[key] = node.target(*args, **kwargs)  # type: ignore[operator]
         except (RuntimeError, ValueError, IndexError) as error:
             _refuse(node, f"shapes no longer fit ({str(error).splitlines()[0]})")
-    node.meta["val"] = region.values[node] = region.results[key]
+    node.meta["val"] = region.results[key]
     node.meta.pop("tensor_meta", None)
 
 
@@ -133,10 +131,8 @@ def _example(node: fx.Node, region: _Region) -> Any:
             region.results[key] = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
         return region.results[key]
 
-    if node not in region.values:
-        with region.fake:
-            region.values[node] = pytree.tree_map(concrete, node.meta.get("val"))
-    return region.values[node]
+    with region.fake:
+        return pytree.tree_map(concrete, node.meta.get("val"))
 
 
 def _key(value: Any) -> Hashable:
