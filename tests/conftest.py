@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pickle
 import sys
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
@@ -18,8 +19,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from filelock import FileLock
 
+import regsurgery
 from regsurgery.cli.app import main
+from regsurgery.commands.patch import PatchResult
+from regsurgery.compiler import trace
 from regsurgery.compiler.located import Located, OfLocated
 from regsurgery.compiler.planting import plant
 from regsurgery.compiler.trace import tensor_inputs
@@ -30,6 +35,7 @@ from regsurgery.models import locate
 from regsurgery.progress import Progress
 from regsurgery.verification import size_drift
 from tests.commands import Done
+from tests.exported import exported_once
 from tests.picos import PICOS, Pico
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -39,6 +45,8 @@ IDS = {pico.id for pico in PICOS}
 torch.set_num_threads(1)
 # Drift at three image sizes, on 16 photos, takes half of a real model's `patch`; tests of it set their own number.
 size_drift.MAX_IMAGES = 4
+# torch.export takes half of a small model's `patch`, and tests patch the same models again and again.
+trace.exported = exported_once(trace.exported)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -182,3 +190,40 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "demo"
     write_demo(folder)
     return folder
+
+
+@dataclass(frozen=True)
+class Job:
+    """A `patch` of the real ViT-Ti with its bundled recipe, native mode not calibrated, verified on labelled photos."""
+
+    library: str
+    mode: str
+
+    NUM_IMAGES = 20
+
+    @property
+    def source(self) -> Path:
+        return shared("models", f"vit-tiny-{self.library.replace('_', '')}")
+
+    def run(self, folder: Path) -> PatchResult:
+        return regsurgery.patch(
+            str(self.source), folder, recipe="vit-tiny", mode=self.mode, calibrate=False, format=self.library,
+            images=shared("images", "labelled"), num_images=self.NUM_IMAGES,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def patched_real(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[Path, PatchResult]]:
+    """(library, mode) -> what a `Job` wrote and returned: made once for all workers, so not to be changed."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "real"
+    root.mkdir(exist_ok=True)
+
+    def patched(library: str, mode: str) -> tuple[Path, PatchResult]:
+        folder, result = root / f"{library}-{mode}", root / f"{library}-{mode}.pickle"
+        with FileLock(root / f"{folder.name}.lock"):
+            if not result.exists():
+                result.write_bytes(pickle.dumps(Job(library, mode).run(folder)))
+        return folder, pickle.loads(result.read_bytes())
+
+    return patched

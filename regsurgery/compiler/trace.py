@@ -67,21 +67,7 @@ def trace(loaded: Loaded, image_size: tuple[int, int] | None = None) -> Traced:
     parameter = next(loaded.model.parameters())
     images = torch.zeros(EXAMPLE_BATCH, 3, height, width, dtype=parameter.dtype, device=parameter.device)
     args, kwargs = loaded.inputs(images)
-    dynamic = pytree.tree_map(
-        lambda leaf: {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) else None, (args, kwargs)
-    )
-    try:
-        with torch.no_grad(), _export_settings(), _entered(loaded), as_shapes(loaded.model) as mode:
-            empty_args, empty_kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
-            program = torch.export.export(
-                loaded.model, empty_args, empty_kwargs, dynamic_shapes=_by_signature(*dynamic), strict=False
-            )
-    except UNTRACEABLE as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnsupportedModelError(
-            f"{loaded.source.id}: torch.export cannot trace {loaded.architecture}: {reason}"
-        ) from error
-
+    program = exported(loaded, args, kwargs)
     names = _output_names(loaded, program)
     graph_module = _plain(program, names)
     fill_shapes(graph_module, loaded.model)
@@ -91,6 +77,28 @@ def trace(loaded: Loaded, image_size: tuple[int, int] | None = None) -> Traced:
     assert len(placeholders) == len(example), "one placeholder for every tensor input"
     image = next(node.name for node, leaf in zip(placeholders, example, strict=True) if leaf is images)
     return Traced(graph_module, image, (height, width), example, names)
+
+
+def exported(loaded: Loaded, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+    """`loaded.model` as torch.export sees it, its parameters without data, the first axis of all tensors dynamic.
+
+    Raises:
+        UnsupportedModelError: torch.export cannot trace the model; the message has its reason.
+    """
+    dynamic = pytree.tree_map(
+        lambda leaf: {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) else None, (args, kwargs)
+    )
+    try:
+        with torch.no_grad(), _export_settings(), _entered(loaded), as_shapes(loaded.model) as mode:
+            empty_args, empty_kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+            return torch.export.export(
+                loaded.model, empty_args, empty_kwargs, dynamic_shapes=_by_signature(*dynamic), strict=False
+            )
+    except UNTRACEABLE as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedModelError(
+            f"{loaded.source.id}: torch.export cannot trace {loaded.architecture}: {reason}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from regsurgery.commands.patch import PatchResult
 from regsurgery.emit.run_record import read_run_record
 from regsurgery.recipe import find_recipe
 from regsurgery.verification.verdict_text import rows, sentence, title
-from tests.conftest import shared
 
 REPO, COMMIT = "someone/pico-vit", "0123456789abcdef0123456789abcdef01234567"
 SOURCE_CARD = """\
@@ -46,8 +46,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "onnx": {"recipe": "demo", "format": "onnx"},
     "unverified": {"recipe": "demo", "verification": False},
 }
-FOLDERS = {"transformers": "vit-tiny-transformers", "timm": "vit-tiny-timm", "open_clip": "vit-tiny-openclip"}
-REAL = [f"{library} {mode}" for library in FOLDERS for mode in ("shift", "native")]
+REAL = [f"{library} {mode}" for library in ("transformers", "timm", "open_clip") for mode in ("shift", "native")]
 
 
 def cached(home: Path, folder: Path) -> None:
@@ -75,19 +74,8 @@ def patched(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, PatchResult]]:
-    root, images = tmp_path_factory.mktemp("real cards"), shared("images", "labelled")
-    found = {}
-    for name in REAL:
-        library, mode = name.split()
-        model, out = str(shared("models", FOLDERS[library])), root / name
-        found[name] = (
-            out,
-            regsurgery.patch(
-                model, out, recipe="vit-tiny", mode=mode, calibrate=False, format=library, images=images, num_images=20
-            ),
-        )
-    return found
+def real(patched_real: Callable[[str, str], tuple[Path, PatchResult]]) -> dict[str, tuple[Path, PatchResult]]:
+    return {name: patched_real(*name.split()) for name in REAL}
 
 
 def body(folder: Path) -> str:

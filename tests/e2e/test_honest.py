@@ -11,6 +11,7 @@ import torch
 
 import regsurgery
 from regsurgery.checkpoints.sums import write_sums
+from regsurgery.commands.patch import PatchResult
 from regsurgery.emit.run_record import RUN_RECORD_NAME, read_run_record
 from regsurgery.images.digests import image_digests
 from regsurgery.images.image_set import image_set
@@ -18,7 +19,7 @@ from regsurgery.models import open_model
 from regsurgery.options import LoadOptions
 from regsurgery.recipe import Recipe
 from tests.commands import Done
-from tests.conftest import shared
+from tests.conftest import Job, shared
 from tests.photos import write_photos
 
 Run = Callable[..., Done]
@@ -184,12 +185,13 @@ def test_a_recipe_that_drifts_is_for_review_and_a_faithful_one_is_not(run: Run, 
 
 
 @pytest.mark.real
-def test_the_real_models_verdict_knows_the_images_of_its_fit(run: Run, tmp_path: Path) -> None:
-    model, calibration = shared("models", "vit-tiny-timm"), shared("images", "calibration")
-    few = ("--num-images", 40)
-    options = ("--recipe", "vit-tiny", "--mode", "native", "--no-calibrate", "--images", calibration, *few)
-    assert run("patch", model, "-o", tmp_path / "out", *options).code == 0
-    seen = run("verify", tmp_path / "out", "--images", calibration, *few)
-    assert "40 of 40 images took part in the search or the fit" in seen.out
-    unseen = run("verify", tmp_path / "out", "--images", shared("images", "labelled"), "--num-images", 8)
+def test_the_real_models_verdict_knows_the_images_of_its_fit(
+    run: Run, patched_real: Callable[[str, str], tuple[Path, PatchResult]]
+) -> None:
+    folder, few = patched_real("timm", "native")[0], Job.NUM_IMAGES
+    seen = run("verify", folder, "--images", shared("images", "labelled"), "--num-images", few)
+    assert f"{few - few // 3} of {few} images took part in the search or the fit" in seen.out
+    searched = run("verify", folder, "--images", shared("images", "calibration"), "--num-images", 8)
+    assert "8 of 8 images took part" in searched.out
+    unseen = run("verify", folder, "--images", shared("images", "voc2007-subset", "JPEGImages"), "--num-images", 8)
     assert "took part" not in unseen.out and "8 predictions changed" in unseen.out

@@ -20,9 +20,10 @@ from torch import Tensor
 
 import regsurgery
 from regsurgery.checkpoints.sums import check_sums, write_sums
+from regsurgery.commands.patch import PatchResult
 from regsurgery.emit.run_record import RUN_RECORD_NAME, read_run_record
 from regsurgery.errors import HubError
-from tests.conftest import shared
+from tests.conftest import Job
 from tests.hub import commands
 from tests.hub.commands import Done, environment
 from tests.hub.server import Fault, File, Hub, Repo
@@ -456,25 +457,25 @@ def test_the_demo_in_a_fresh_process(
 HOWS = {
     ("timm", "shift"): "card alone",
     ("transformers", "shift"): "auto",
-    ("openclip", "shift"): "card alone",
+    ("open_clip", "shift"): "card alone",
     ("timm", "native"): "timm native",
     ("transformers", "native"): "auto",
-    ("openclip", "native"): "open_clip native",
+    ("open_clip", "native"): "open_clip native",
 }
 
 
 @pytest.mark.real
-def test_every_real_folder_in_a_fresh_process(hub: Hub, run: Callable[..., Done], tmp_path: Path) -> None:
+def test_every_real_folder_in_a_fresh_process(
+    hub: Hub,
+    run: Callable[..., Done],
+    patched_real: Callable[[str, str], tuple[Path, PatchResult]],
+    tmp_path: Path,
+) -> None:
     """The ViT-Ti of three libraries, in two modes: pushed, and loaded by its library's own line and by its card."""
-    images = shared("images", "calibration")
     expected = {}
     pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     for library, mode in HOWS:
-        folder = tmp_path / f"{library}-{mode}"
-        source = shared("models", f"vit-tiny-{library}")
-        options = {"recipe": "vit-tiny", "mode": mode, "images": images, "num_images": 10, "calibrate": False}
-        format = "transformers" if (library, mode) == ("transformers", "native") else None
-        regsurgery.patch(str(source), folder, format=format, **options)
+        (folder, _), source = patched_real(library, mode), Job(library, mode).source
         done = run("push", folder, f"me/{library}-{mode}", "-q")
         assert done == (0, "", "")
         expected[f"me/{library}-{mode}"] = local_output(folder, pixels)

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from regsurgery.checkpoints.sums import sha256
 from regsurgery.cli.app import main
 from regsurgery.commands.patch import PatchResult
 from regsurgery.frontends.load import load
-from tests.conftest import shared
+from tests.conftest import Job, shared
 from tests.e2e.test_reload import EVERYTHING, run_fresh, transformers_4_python
 from tests.reference import outlier_patches
 
@@ -38,21 +39,8 @@ LIBRARIES = pytest.mark.parametrize("library", list(FOLDERS))
 
 
 @pytest.fixture(scope="module")
-def patched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, PatchResult]]:
-    root = tmp_path_factory.mktemp("real")
-    return {
-        library: (
-            root / library,
-            regsurgery.patch(
-                str(shared("models", name)),
-                root / library,
-                recipe="vit-tiny",
-                images=shared("images", "labelled"),
-                num_images=24,
-            ),
-        )
-        for library, name in FOLDERS.items()
-    }
+def patched(patched_real: Callable[[str, str], tuple[Path, PatchResult]]) -> dict[str, tuple[Path, PatchResult]]:
+    return {library: patched_real(library, "shift") for library in FOLDERS}
 
 
 @pytest.fixture(scope="module")
@@ -203,13 +191,7 @@ def test_the_same_input_gives_the_same_bytes(
     library: str, patched: dict[str, tuple[Path, PatchResult]], tmp_path: Path
 ) -> None:
     again = tmp_path / library
-    regsurgery.patch(
-        str(shared("models", FOLDERS[library])),
-        again,
-        recipe="vit-tiny",
-        images=shared("images", "labelled"),
-        num_images=24,
-    )
+    Job(library, "shift").run(again)
     assert (again / "SHA256SUMS").read_text() == (patched[library][0] / "SHA256SUMS").read_text()
 
 
@@ -339,7 +321,7 @@ def test_verify_repeats_the_figures_of_patch(
         "--images",
         str(shared("images", "labelled")),
         "--num-images",
-        "24",
+        str(Job.NUM_IMAGES),
     ]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as stopped:
