@@ -18,26 +18,47 @@ NUMBERED = re.compile(r"(\d+)_")
 def labels_of(
     images: ImageSet, num_classes: int | None, names_of_classes: Mapping[str, int] | None = None
 ) -> dict[str, int]:
-    """Class index of every image, by its name in the source.
+    """Class index of every image, by its name in the source; the rule that gave it is said.
 
-    The number before `_` in the file name; otherwise the name of its folder: a number, a class of `names_of_classes`,
-    or, if there are `num_classes` folders (or that number is not known), the folder's place in their order.
+    The first of these rules that applies:
+
+    - folders named by a class each: by numbers, or by classes of `names_of_classes`;
+    - as many folders as there are classes (`num_classes`): a folder's place in their order;
+    - the number before `_` in the file name;
+    - if the number of classes is not known, the folder's place.
+
+    Where the file names have numbers, one folder alone says nothing, nor do numbers that are no classes (2012).
 
     Raises:
         UserError: neither gives the class, or a number is not a class of the model.
     """
     names = [name for name, _ in images.source.items(images.chosen)]
-    labels = _by_file_name(names) or _by_folder(names, num_classes, names_of_classes or {})
+    named = _by_folder_name(names, names_of_classes or {})
+    placed = _by_folder_place(names, num_classes)
+    numbered = _by_file_name(names)
+    if numbered and named and (len(_folders(names)) == 1 or _too_large(named, num_classes)):
+        named = None
+    rules = {
+        "the names of the folders": named,
+        "the folders in their order": placed if num_classes is not None else None,
+        "the number before _ in the file names": numbered,
+        "the folders, in their order": placed,
+    }
+    rule, labels = next(((rule, found) for rule, found in rules.items() if found is not None), ("", None))
     if labels is None:
         raise UserError(
             f"{images.note}: no labels; put the class index before _ in the file names (0013_junco.jpg), or the "
             "images of each class in a folder named by its index"
         )
-    too_large = [name for name, label in labels.items() if num_classes is not None and label >= num_classes]
-    if too_large:
-        name = too_large[0]
+    for name in _too_large(labels, num_classes):
         raise UserError(f"{name}: has class {labels[name]}, but there are {num_classes} classes, counted from 0")
+    against = "; the numbers in the file names are others" if numbered is not None and numbered != labels else ""
+    images.say(f"classes: {rule}{against}")
     return labels
+
+
+def _too_large(labels: Mapping[str, int], num_classes: int | None) -> list[str]:
+    return [name for name, label in labels.items() if num_classes is not None and label >= num_classes]
 
 
 def _by_file_name(names: Sequence[str]) -> dict[str, int] | None:
@@ -45,17 +66,27 @@ def _by_file_name(names: Sequence[str]) -> dict[str, int] | None:
     return None if None in found.values() else {name: int(match[1]) for name, match in found.items() if match}
 
 
-def _by_folder(
-    names: Sequence[str], num_classes: int | None, names_of_classes: Mapping[str, int]
-) -> dict[str, int] | None:
-    folder_of = {name: Path(name).parent.name for name in names}
-    folders = sorted(set(folder_of.values()))
+def _by_folder_name(names: Sequence[str], names_of_classes: Mapping[str, int]) -> dict[str, int] | None:
+    folders = _folders(names)
     if all(folder.isdecimal() for folder in folders):
         index = {folder: int(folder) for folder in folders}
     elif all(folder in names_of_classes for folder in folders):
         index = {folder: names_of_classes[folder] for folder in folders}
-    elif len(folders) > 1 and num_classes in (None, len(folders)):
-        index = {folder: place for place, folder in enumerate(folders)}
     else:
         return None
-    return {name: index[folder] for name, folder in folder_of.items()}
+    return {name: index[_folder(name)] for name in names}
+
+
+def _by_folder_place(names: Sequence[str], num_classes: int | None) -> dict[str, int] | None:
+    folders = _folders(names)
+    if len(folders) == 1 or num_classes not in (None, len(folders)):
+        return None
+    return {name: folders.index(_folder(name)) for name in names}
+
+
+def _folder(name: str) -> str:
+    return Path(name).parent.name
+
+
+def _folders(names: Sequence[str]) -> list[str]:
+    return sorted({_folder(name) for name in names})

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from regsurgery.errors import UserError
-from regsurgery.images.decoding import decode
+from regsurgery.images.decoding import decode, orientation
 from regsurgery.images.image_set import ImageSet
 from regsurgery.images.sources import UNREADABLE
 from regsurgery.verification.pair import Pair, normalisation, pixels_of
@@ -20,6 +20,13 @@ from regsurgery.verification.pair import Pair, normalisation, pixels_of
 FOLDERS = ("SegmentationClass", "masks")
 IGNORED = 255
 BATCH = 8
+# EXIF orientations that swap width and height, as in `PIL.ImageOps.exif_transpose`.
+TURNS = {
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -68,18 +75,38 @@ def batches(pair: Pair, images: ImageSet, paths: Mapping[str, Path]) -> Iterator
                 images.broken[name] = " ".join(str(error).split())
                 images.say(f"skipped {name}: {images.broken[name]}")
                 continue
-            mask = read_mask(paths[name])
-            if mask.size != image.size:
-                raise UserError(
-                    f"{paths[name]}: has {mask.size[0]}x{mask.size[1]} pixels, but its image has "
-                    f"{image.size[0]}x{image.size[1]}; give a mask of the same size"
-                )
+            mask = upright_mask(paths[name], image, orientation(content))
             numbers.append(number)
             squeezed = image.resize((width, height), Image.Resampling.BICUBIC)
             pixels.append((pixels_of(squeezed) - mean_311) * scale_311)
             masks.append(np.asarray(mask.resize((width, height), Image.Resampling.NEAREST)))
         if numbers:
             yield MaskedBatch(numbers, torch.stack(pixels).to(pair.traced.example[0].dtype), np.stack(masks))
+
+
+def upright_mask(path: Path, image: Image.Image, turned: int) -> Image.Image:
+    """The mask of an upright `image`, whose EXIF orientation was `turned` (1: none); turned alike where it must be.
+
+    Raises:
+        UserError: it is no mask, has another size, or its size does not tell which of the two it was drawn on.
+    """
+    mask = read_mask(path)
+    own = mask.getexif().get(ExifTags.Base.Orientation, 1)
+    if turned == 1 or own != 1:
+        mask = ImageOps.exif_transpose(mask)
+    elif turned <= 4 or image.width == image.height:
+        raise UserError(
+            f"{path}: its image is turned by EXIF (orientation {turned}), and nothing tells whether the mask was drawn "
+            "before or after that; save the image upright, without an orientation"
+        )
+    elif mask.size == (image.height, image.width):
+        mask = mask.transpose(TURNS[turned])
+    if mask.size != image.size:
+        raise UserError(
+            f"{path}: has {mask.width}x{mask.height} pixels, but its image has {image.width}x{image.height}; give a "
+            "mask of the same size"
+        )
+    return mask
 
 
 def read_mask(path: Path) -> Image.Image:

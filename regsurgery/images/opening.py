@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from regsurgery.errors import UserError
-from regsurgery.images.sources import SUFFIXES, ImageSource, Pictures
+from regsurgery.images.sources import SUFFIXES, UNREADABLE, ImageSource, Pictures
 
 KINDS = dict.fromkeys(SUFFIXES, "pictures") | {".parquet": "parquet", ".arrow": "arrow", ".tar": "tar"}
 
 
 def dataset_files(where: Path) -> tuple[str, tuple[Path, ...]]:
-    """The kind of a file, or of the files in a folder (recursively, without hidden files), and the files, by name.
+    """The kind of a file, or of the files in a folder (see `_shown_files`), and the files, by name.
 
     If there are several kinds, the one with the most bytes counts: folders of pictures may hold a table of labels, and
-    datasets a thumbnail.
+    datasets a thumbnail. Files without a suffix are pictures if they begin as one; those with an unknown suffix if
+    nothing else is there.
 
     Raises:
         UserError: nothing there holds images; the message says what was looked for.
@@ -24,9 +27,15 @@ def dataset_files(where: Path) -> tuple[str, tuple[Path, ...]]:
             f"{where}: no such folder of images; check the spelling, or leave out --images to use generated ones"
         )
     kinds: dict[str, list[Path]] = {}
-    for path in sorted(filter(_is_shown_file, where.rglob("*"))) if where.is_dir() else [where]:
+    others: list[Path] = []
+    for path in sorted(_shown_files(where)) if where.is_dir() else [where]:
         if kind := KINDS.get(path.suffix.lower()):
             kinds.setdefault(kind, []).append(path)
+        else:
+            others.append(path)
+    by_content = [path for path in others if not (path.suffix and kinds) and _begins_as_picture(path)]
+    if by_content:
+        kinds["pictures"] = sorted(kinds.get("pictures", []) + by_content)
     if not kinds:
         raise UserError(f"{where}: no images in it (looked for {', '.join(KINDS)})")
     kind = max(kinds, key=lambda kind: sum(path.stat().st_size for path in kinds[kind]))
@@ -51,6 +60,29 @@ def open_source(where: Path) -> ImageSource:
     return Records.open(paths, kind)
 
 
-def _is_shown_file(path: Path) -> bool:
-    cached = path.suffix == ".arrow" and path.name.startswith("cache-")  # what the library datasets leaves next to data
-    return path.is_file() and not path.name.startswith(".") and not cached
+def _shown_files(folder: Path) -> Iterator[Path]:
+    """The files below `folder`, without hidden files and folders; links are followed, into each folder once."""
+    entered = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        stat = os.stat(place)
+        if (stat.st_dev, stat.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((stat.st_dev, stat.st_ino))
+        for name in files:
+            # What the library datasets leaves next to data.
+            cached = name.startswith("cache-") and name.endswith(".arrow")
+            path = Path(place, name)
+            if not name.startswith(".") and not cached and path.is_file():
+                yield path
+
+
+def _begins_as_picture(path: Path) -> bool:
+    import PIL.Image
+
+    try:
+        with PIL.Image.open(path):
+            return True
+    except UNREADABLE:
+        return False
