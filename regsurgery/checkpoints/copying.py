@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
+from regsurgery.checkpoints.owned import OwnedFolder
 from regsurgery.errors import CheckpointError
 
 CHUNK_BYTES = 1 << 22
@@ -70,21 +70,27 @@ def copy_bytes(reader: FileIO, writer: BinaryIO, num_bytes: int) -> None:
 
 
 class CopiesAhead:
-    """Copies made in the background, in a folder next to the one they are for."""
+    """Copies made in the background, in a folder next to the one they are for.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    Args:
+        make_folder: is called for that folder when the first copy starts.
+    """
+
+    def __init__(self, make_folder: Callable[[], OwnedFolder]) -> None:
+        self._make_folder = make_folder
+        self._folder: OwnedFolder | None = None
         self._pool = ThreadPoolExecutor(2)  # one copies while the other waits for the disk
-        self._copies: dict[Path, Future[None]] = {}
+        self._copies: dict[Path, tuple[Path, Future[None]]] = {}
 
     def start(self, sources: Sequence[Path]) -> None:
         """Start copying `sources`, files with different names; an error of the disk shows up again in `place`."""
         try:
-            self._folder.mkdir()
+            self._folder = self._folder or self._make_folder()
         except OSError:
             return
         for source in sources:
-            self._copies[source] = self._pool.submit(_copy_to_disk, source, self._folder / source.name)
+            copy = self._folder.path / source.name
+            self._copies[source] = copy, self._pool.submit(_copy_to_disk, source, copy)
 
     def place(self, source: Path, target: Path) -> None:
         """Make `target` a copy of `source`: the one already started, if there is one.
@@ -92,17 +98,18 @@ class CopiesAhead:
         Raises:
             OSError: it could not be written.
         """
-        copy = self._copies.pop(source, None)
-        if copy is None:
+        if source not in self._copies:
             copy_file(source, target)
-        else:
-            copy.result()
-            (self._folder / source.name).rename(target)
+            return
+        copy, copied = self._copies.pop(source)
+        copied.result()
+        copy.rename(target)
 
     def close(self) -> None:
         """Stop, and remove what was not placed."""
         self._pool.shutdown(cancel_futures=True)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None:
+            self._folder.remove()
 
 
 def _copy_to_disk(source: Path, target: Path) -> None:

@@ -235,7 +235,7 @@ def test_no_folder_for_temporary_files(run, tmp_path, monkeypatch):
     def none(*args: object, **how: object) -> None:
         raise FileNotFoundError(2, "No usable temporary directory found")
 
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", none)
+    monkeypatch.setattr(tempfile, "gettempdir", none)
     done = run("patch", "demo", "-q", "-o", tmp_path / "out", "--num-images", "4")
     assert (done.code, done.out) == (2, "")
     assert re.fullmatch("error: temporary files .*No usable temporary directory.*set TMPDIR.*\n", done.err)
