@@ -40,14 +40,16 @@ def open_model(
 
     options.progress.stage("load")
     with objects_stay():
-        loaded = at_image_size(load_model(model, options, **how), image_size)
-        check(loaded)
-        try:
-            return locate(loaded, options.progress)
-        except UnsupportedModelError as error:
-            raise UnsupportedModelError(
-                f"{loaded.source.id}: {error}; regsurgery families lists what is supported"
-            ) from error
+        loaded = load_model(model, options, **how)
+        with loaded.files.blamed():
+            loaded = at_image_size(loaded, image_size)
+            check(loaded)
+            try:
+                return locate(loaded, options.progress)
+            except UnsupportedModelError as error:
+                raise UnsupportedModelError(
+                    f"{loaded.source.id}: {error}; regsurgery families lists what is supported"
+                ) from error
 
 
 def load_model(model: str, options: LoadOptions, **how: Any) -> Loaded:

@@ -84,6 +84,7 @@ def patch(model: str, output: str | Path, options: PatchOptions) -> PatchResult:
     Raises:
         NothingToFixError: no recipe was given, and surgery would not help.
         UserError: the input is at fault; see `errors`.
+        CheckpointError: among these, a source that changes while it is read; `output` is not created.
         VerificationError: the patched model fails verification; `output` is not created.
     """
     started, output, progress = time.monotonic(), Path(output), options.progress
@@ -97,7 +98,8 @@ def patch(model: str, output: str | Path, options: PatchOptions) -> PatchResult:
         _say_what_is_patched(located.loaded, images, progress)
         for attempt in _attempts(located, output, given, images, options):
             try:
-                fmt, verdict, sizes = _apply(located, attempt, output, copies, options)
+                with located.loaded.files.blamed():
+                    fmt, verdict, sizes = _apply(located, attempt, output, copies, options)
             except (RecipeError, VerificationError) as error:
                 if attempt.is_last:
                     raise attempt.named(error) from None

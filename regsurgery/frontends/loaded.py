@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regsurgery.checkpoints.owned import OwnedFolder
+from regsurgery.checkpoints.watched import Watched
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,6 +53,8 @@ class Checkpoint:
         pickled: the pickle that `weights` were converted from, if they were.
         config: the library's own config file, parsed; `config_name` is that file's name.
         stored: whether the weights stay on disk, see `stored.py`.
+        files: the source's files, as they were before they were read; a command that has read the last of them calls
+            `files.check`.
     """
 
     source: Source
@@ -64,6 +67,7 @@ class Checkpoint:
     config_name: str
     stored: bool
     scratch: OwnedFolder | None
+    files: Watched
 
 
 @dataclass(frozen=True)
