@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from regsurgery.checkpoints.owned import OwnedFolder
 from regsurgery.checkpoints.sums import check_sums
 from tests.drills import Row, drill
 from tests.drills.running import ended, patch, wait
@@ -123,19 +124,16 @@ def process_ids_that_repeat(place: Path) -> Row:
     target, tmp, tries = place / "target", place / "tmp", 3
     target.mkdir()
     tmp.mkdir()
-    for _ in range(tries):
-        process, living = (patch("demo", target / "out", before=before, env={"TMPDIR": str(tmp)}) for _ in range(2))
-        assert wait(lambda: len(list(target.iterdir())) == 2, living), living.communicate()
-        process.send_signal(signal.SIGKILL)  # `unshare` takes its child with it
-        process.communicate()
-        assert ended(living)[0] == 0
-        check_sums(target / "out")
-        shutil.rmtree(target / "out")
-        assert len(list(target.iterdir())) == 1, "the killed run left its folder"
-        assert ended(patch("demo", target / "out", before=before, env={"TMPDIR": str(tmp)}))[0] == 0
-        check_sums(target / "out")
-        assert os.listdir(target) == ["out"] and not os.listdir(tmp)
-        shutil.rmtree(target / "out")
-    return Row(
-        tries, f"removed, the living run's kept ({'pid namespaces' if allowed else 'no namespaces allowed here'})"
-    )
+    with OwnedFolder(target, ".out.partial-") as living:
+        for _ in range(tries):
+            process = patch("demo", target / "out", before=before, env={"TMPDIR": str(tmp)})
+            assert wait(lambda: len(os.listdir(target)) == 2, process), process.communicate()
+            process.send_signal(signal.SIGKILL)  # `unshare` takes its child with it
+            process.communicate()
+            assert len(os.listdir(target)) == 2, "the killed run left its folder"
+            assert ended(patch("demo", target / "out", before=before, env={"TMPDIR": str(tmp)}))[0] == 0
+            check_sums(target / "out")
+            assert sorted(os.listdir(target)) == [living.name, "out"] and not os.listdir(tmp)
+            shutil.rmtree(target / "out")
+    how = "pid namespaces" if allowed else "no namespaces allowed here"
+    return Row(tries, f"removed; the living run's was kept ({how})")
