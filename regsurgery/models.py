@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regsurgery.checkpoints.whole import scratch_folder
@@ -41,14 +40,16 @@ def open_model(
 
     options.progress.stage("load")
     with objects_stay():
-        loaded = at_image_size(load_model(model, options, **how), image_size)
-        check(loaded)
-        try:
-            return locate(loaded, options.progress)
-        except UnsupportedModelError as error:
-            raise UnsupportedModelError(
-                f"{loaded.source.id}: {error}; regsurgery families lists what is supported"
-            ) from error
+        loaded = load_model(model, options, **how)
+        with loaded.files.blamed():
+            loaded = at_image_size(loaded, image_size)
+            check(loaded)
+            try:
+                return locate(loaded, options.progress)
+            except UnsupportedModelError as error:
+                raise UnsupportedModelError(
+                    f"{loaded.source.id}: {error}; regsurgery families lists what is supported"
+                ) from error
 
 
 def load_model(model: str, options: LoadOptions, **how: Any) -> Loaded:
@@ -58,7 +59,7 @@ def load_model(model: str, options: LoadOptions, **how: Any) -> Loaded:
     from regsurgery.demo import write_demo
 
     with scratch_folder() as scratch:
-        folder = Path(scratch.name) / DEMO
+        folder = scratch.path / DEMO
         write_demo(folder)
     named = replace(options, called=options.called or DEMO, revision=None)
     return load(str(folder), named, scratch=scratch, **how)

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import sys
 from collections.abc import Callable
-from typing import TextIO
 
 import typer
 
+from regsurgery.cli.signals import EndedBySignal, ended_by_signals, forget
 from regsurgery.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, RegsurgeryError
 
-INTERRUPTED = (
-    "interrupted; nothing is left half written: run the same command again (a search for neurons continues where it "
-    "stopped)"
+NOTHING_LEFT = (
+    "nothing is left half written: run the same command again (a search for neurons continues where it stopped)"
 )
 
 
 def exit_code_of(command: Callable[[], int | None]) -> int:
-    """Run `command`, which returns its exit code or raises; print one line for a user's error.
+    """Run `command`, which returns its exit code or raises; print one line for a user's error, or for a signal.
 
     Any other exception is a bug and passes through.
     """
     try:
-        code = command() or EXIT_OK
-        sys.stdout.flush()
+        with ended_by_signals():
+            code = command() or EXIT_OK
+            sys.stdout.flush()
     except RegsurgeryError as error:
         _print_error(str(error))
         return error.exit_code
@@ -43,17 +42,20 @@ def exit_code_of(command: Callable[[], int | None]) -> int:
             raise
         where = error.filename or "the output, or a temporary file"
         _print_error(f"{where}: {error.strerror}; free some space, or set TMPDIR to a folder that has it")
-        _forget(sys.stdout)
+        forget(sys.stdout)
         return EXIT_USER_ERROR
+    except EndedBySignal as end:
+        _print_error(f"ended by {end.signal.name}; {NOTHING_LEFT}")
+        return end.exit_code
     except SystemExit as end:
         if not isinstance(end.__context__, BrokenPipeError):
             raise
         code = EXIT_BROKEN_PIPE  # typer and rich exit with 1, which means a failed verification here
     if code == EXIT_INTERRUPTED:
-        _print_error(INTERRUPTED)
+        _print_error(f"interrupted; {NOTHING_LEFT}")
     if code == EXIT_BROKEN_PIPE:
-        _forget(sys.stdout)
-        _forget(sys.stderr)
+        forget(sys.stdout)
+        forget(sys.stderr)
     return code
 
 
@@ -70,8 +72,3 @@ def _usage(error: typer.TyperException) -> str:
     if context is None:  # typer's parser does not say which command it was parsing
         return f"regsurgery: {message} see --help of the command"
     return f"{context.command_path}: {message} see {context.command_path} --help"
-
-
-def _forget(stream: TextIO) -> None:
-    """Discard what is still to be written to `stream`, without a message when the process ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from regsurgery.checkpoints.copying import CHUNK_BYTES
 from regsurgery.checkpoints.reading import weight_files
 from regsurgery.checkpoints.safetensors_file import DTYPE_BYTES, LocatedTensor, locate
+from regsurgery.checkpoints.watched import Watched
 from regsurgery.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
@@ -114,12 +115,19 @@ def diff(a: str | Path, b: str | Path, *, progress: Progress | None = None) -> D
 
     Raises:
         UserError: there is nothing to compare at `a` or `b`.
-        CheckpointError: a file is broken, or a name is given twice.
+        CheckpointError: a file is broken, a name is given twice, or a file changed while it was read.
     """
     from regsurgery.progress import Progress
 
     progress = progress or Progress()
-    ours, theirs = locate(_files(Path(a))), locate(_files(Path(b)))
+    files_a, files_b = _files(Path(a)), _files(Path(b))
+    with Watched.of([*files_a, *files_b]).unchanged():
+        return _difference(str(a), str(b), locate(files_a), locate(files_b), progress)
+
+
+def _difference(
+    a: str, b: str, ours: Mapping[str, LocatedTensor], theirs: Mapping[str, LocatedTensor], progress: Progress
+) -> Difference:
     both = sorted(ours.keys() & theirs.keys())
     retyped = [
         Retyped(name, one.entry.dtype, other.entry.dtype, one.entry.shape, other.entry.shape)
@@ -130,8 +138,8 @@ def diff(a: str | Path, b: str | Path, *, progress: Progress | None = None) -> D
     progress.stage("compare", sum(ours[name].num_bytes for name in alike), in_bytes=True)
     changed = [found for name in alike if (found := _compare(ours[name], theirs[name], progress)) is not None]
     return Difference(
-        str(a),
-        str(b),
+        a,
+        b,
         only_a=_only(ours, theirs),
         only_b=_only(theirs, ours),
         retyped=tuple(retyped),

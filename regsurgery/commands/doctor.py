@@ -32,4 +32,5 @@ def doctor(model: str, options: DoctorOptions) -> Diagnosis:
         return Diagnosis("unsupported", str(error), images.note, images.num_images)
     progress.say(f"preprocessing: {located.loaded.preprocess_note}; images: {images.note}")
     progress.stage("norms", images.num_images)
-    return diagnose(located, images, progress=progress.advance)
+    with located.loaded.files.unchanged():
+        return diagnose(located, images, progress=progress.advance)

@@ -85,7 +85,8 @@ def search_for(task: Task, journal: Path | None, parts: dict[Path, Statistics] |
     """`search.find.find`, and one line that says what was found."""
     from regsurgery.search.find import find as search
 
-    found = search(task, journal, parts)
+    with task.located.loaded.files.unchanged():
+        found = search(task, journal, parts)
     recipe = found.recipe
     neurons = ", ".join(f"{b}:{n}" for b, listed in recipe.register_neurons.items() for n in listed)
     tokens = "1 register token" if recipe.num_registers == 1 else f"{recipe.num_registers} register tokens"

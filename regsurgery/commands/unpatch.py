@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regsurgery.checkpoints.sums import read_sums, sha256
+from regsurgery.checkpoints.watched import Watched
 from regsurgery.checkpoints.whole import check_output, whole_folder
 from regsurgery.errors import CheckpointError, UserError
 from regsurgery.formats import PROGRAMS
@@ -54,10 +55,16 @@ def unpatch(folder: str | Path, output: str | Path, *, progress: Progress | None
     Raises:
         UserError: the original is not in the folder (native mode, `.pt2`, a source that was a pickle); the message says
             where the source is and how to fetch it.
-        CheckpointError: the folder is broken, or the original's tensors were trained on.
+        CheckpointError: the folder is broken, changes meanwhile, or the original's tensors were trained on.
     """
-    root, target = existing_folder(folder), Path(output)
-    fmt = folder_format(root)
+    root = existing_folder(folder)
+    files = Watched.folder(root)
+    with files.blamed():
+        return _restored(root, output, files, progress)
+
+
+def _restored(root: Path, output: str | Path, watched: Watched, progress: Progress | None) -> Restored:
+    fmt, target = folder_format(root), Path(output)
     block = read_patched_config(root, fmt)["regsurgery"]
     source = block["source"]
     check_output(target)
@@ -78,6 +85,7 @@ def unpatch(folder: str | Path, output: str | Path, *, progress: Progress | None
             record = restore_original(root, partial, fmt, progress)
             files = {file.name: file.sha256 for file in record.files}
             changed = _changed(root, files)
+            watched.check()
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {where_to_fetch(source)}") from error
     return Restored(str(output), source, files, record.not_copied, changed)

@@ -17,6 +17,7 @@ from regsurgery.emit.card import model_card
 from regsurgery.emit.picture import before_after
 from regsurgery.emit.run_record import RUN_RECORD_NAME, write_run_record
 from regsurgery.emit.source_card import CARD_NAME
+from regsurgery.frontends.loaded import Loaded
 from regsurgery.recipe import RECIPE_NAME
 from regsurgery.verification.original import RECORD_NAME, write_record
 from regsurgery.verification.size_drift import SizeDrifts
@@ -31,7 +32,7 @@ def emit(surgery: Surgery, target: Path, fmt: str) -> Iterator[Path]:
     """
     with whole_folder(target) as folder:
         if fmt == surgery.loaded.library:
-            _copy_side_files(surgery.loaded.folder, folder)
+            _copy_side_files(surgery.loaded, folder)
         backend(fmt, surgery.recipe.kind).emit(surgery, folder, target)
         (folder / RECIPE_NAME).write_text(surgery.recipe.to_yaml(), "utf-8")
         yield folder
@@ -47,6 +48,9 @@ def complete(
 ) -> None:
     """Write the model card and its picture, which have the verdict's figures, the record of the `run` (see
     `run_record.py`), what undoing takes, and last SHA256SUMS.
+
+    Raises:
+        CheckpointError: the source changed since it was first read.
     """
     picture = None if verdict is None else before_after(verdict, folder)
     (folder / CARD_NAME).write_text(model_card(surgery, fmt, verdict, run, picture, sizes), "utf-8")
@@ -57,18 +61,21 @@ def complete(
         if index_of(loaded.weights) is not None:  # shards are copied whole
             known = {path.name: digest for path, digest in zip(loaded.weights, loaded.digests, strict=True)}
     write_sums(folder, known)
+    loaded.files.check()  # nothing of the source is read after this
 
 
-def _copy_side_files(source: Path, folder: Path) -> None:
+def _copy_side_files(loaded: Loaded, folder: Path) -> None:
     """Tokenizer, preprocessor, label and licence files: everything in the source except weights and card.
 
-    Further safetensors files that are not part of the model (a zero-shot head) are copied too.
+    Further safetensors files that are not part of the model (a zero-shot head) are copied too. Files that appeared
+    since the source was first read are not part of it.
     """
+    source = loaded.folder
     weights = {path.name for path in source.glob("*.safetensors.index.json")}
     for path in sorted(source.iterdir()):
         if (
             not path.is_file()
-            or path.name.startswith(".")
+            or path.name not in loaded.files.names
             or path.name in weights | {CARD_NAME, RECIPE_NAME, RECORD_NAME, RUN_RECORD_NAME}
         ):
             continue

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from regsurgery.checkpoints.download import published_sha256
 from regsurgery.checkpoints.limits import refuse_links_out
+from regsurgery.checkpoints.owned import OwnedFolder
 from regsurgery.checkpoints.reading import weight_files
 from regsurgery.checkpoints.safetensors_file import SafetensorsFile, read_header
+from regsurgery.checkpoints.watched import Watched
 from regsurgery.checkpoints.weights_check import check_shards, finite_digests
 from regsurgery.checkpoints.whole import scratch_folder
 from regsurgery.errors import CheckpointError, UnsupportedModelError
@@ -30,7 +31,7 @@ def load(
     model_id: str,
     options: LoadOptions | None = None,
     *,
-    scratch: tempfile.TemporaryDirectory[str] | None = None,
+    scratch: OwnedFolder | None = None,
     native: bool = False,
     look_through: bool = True,
     known: Mapping[str, str] | None = None,
@@ -49,43 +50,57 @@ def load(
 
     Raises:
         ModelNotFoundError: nothing has this id, or it cannot be reached.
-        CheckpointError: the folder has no config, no (allowed) weights, or broken weights.
+        CheckpointError: the folder has no config, no (allowed) weights, or broken weights, or changes meanwhile.
         UnsupportedModelError: the library does not know the architecture, or the weights are quantised.
     """
     options = options or LoadOptions()
     check_device(options.device_map)
-    repo = None
+    folder, revision, repo = _found(model_id, options)
+    files = Watched.folder(folder)
+    with files.unchanged():
+        library, config_name, config = read_config(folder)
+        if not native:  # a native folder is a patched one, already checked, or our own link to it
+            _refuse_patched(folder, config)
+        check_numbers(folder / config_name, config)
+        given = model_id if scratch is None else options.called
+        weights, folder, scratch, pickled = _weights(folder, library, options, scratch)
+        headers = [read_header(path) for path in weights]
+        check_shards(folder, WEIGHTS_NAMES[library], headers)
+        _refuse_quantised(folder, config, headers)
+        if use_meanwhile is not None:
+            use_meanwhile(weights)
+        digests = _known(weights, known) or (None if look_through else _published(weights)) or finite_digests(headers)
+        source = Source(options.called or model_id, revision, _combined(digests), repo)
+        _check_sha256(source, given, options)
+        files = files.knowing(dict(zip(weights, digests, strict=True)))
+        stored = sum(path.stat().st_size for path in weights) > _memory(options)
+        checkpoint = Checkpoint(
+            source, library, folder, weights, digests, pickled, config, config_name, stored, scratch, files
+        )
+        with bounded_model(folder / config_name, headers):
+            loaded = frontend(library).load(checkpoint, options)
+        tried(loaded.preprocess, folder)
+    return loaded
+
+
+def _found(model_id: str, options: LoadOptions) -> tuple[Path, str | None, str | None]:
+    """The folder of MODEL, its Hub commit, and its repository on the Hub."""
     if model_id and Path(model_id).is_dir():
-        folder, revision = Path(model_id), options.revision
+        folder, revision, repo = Path(model_id), options.revision, None
     else:
         repo = repository_of(model_id)
         folder, revision = downloaded(repo, model_id, options)
-    library, config_name, config = read_config(folder)
-    if not native:  # a native folder is a patched one, already checked, or our own link to it
-        _refuse_patched(folder, config)
-    check_numbers(folder / config_name, config)
-    given = model_id if scratch is None else options.called
-    weights, folder, scratch, pickled = _weights(folder, library, options, scratch)
-    headers = [read_header(path) for path in weights]
-    check_shards(folder, WEIGHTS_NAMES[library], headers)
-    _refuse_quantised(folder, config, headers)
-    if use_meanwhile is not None:
-        use_meanwhile(weights)
-    digests = _known(weights, known) or (None if look_through else _published(weights)) or finite_digests(headers)
     if options.called is not None:
         repo = None if revision is None else repository_of(options.called)
-    source = Source(options.called or model_id, revision, _combined(digests), repo)
+    return folder, revision, repo
+
+
+def _check_sha256(source: Source, given: str | None, options: LoadOptions) -> None:
     if options.sha256 not in (None, source.sha256):
         raise CheckpointError(
             f"{given}: its weights have sha256 {source.sha256}, expected {options.sha256}; give the checkpoint with "
             "the expected weights"
         )
-    stored = sum(path.stat().st_size for path in weights) > _memory(options)
-    checkpoint = Checkpoint(source, library, folder, weights, digests, pickled, config, config_name, stored, scratch)
-    with bounded_model(folder / config_name, headers):
-        loaded = frontend(library).load(checkpoint, options)
-    tried(loaded.preprocess, folder)
-    return loaded
 
 
 def _known(weights: Sequence[Path], known: Mapping[str, str] | None) -> tuple[str, ...] | None:
@@ -143,8 +158,8 @@ def _refuse_quantised(folder: Path, config: Mapping[str, Any], headers: Sequence
 
 
 def _weights(
-    folder: Path, library: str, options: LoadOptions, scratch: tempfile.TemporaryDirectory[str] | None
-) -> tuple[tuple[Path, ...], Path, tempfile.TemporaryDirectory[str] | None, Path | None]:
+    folder: Path, library: str, options: LoadOptions, scratch: OwnedFolder | None
+) -> tuple[tuple[Path, ...], Path, OwnedFolder | None, Path | None]:
     """The safetensors files of a checkpoint, their folder, its `scratch`, and the pickle they were converted from."""
     from regsurgery.formats import WEIGHTS_NAMES
 
@@ -165,7 +180,7 @@ def _weights(
             f"{folder}: has {len(pickled)} pickled weight files; merge them into one safetensors file"
         )
     with scratch_folder() as scratch:
-        converted = Path(scratch.name) / "converted"
+        converted = scratch.path / "converted"
         _convert_pickle(pickled[0], folder, converted, single)
     return (converted / single,), converted, scratch, pickled[0]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from regsurgery.checkpoints.owned import OwnedFolder
+from regsurgery.checkpoints.watched import Watched
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,6 +53,8 @@ class Checkpoint:
         pickled: the pickle that `weights` were converted from, if they were.
         config: the library's own config file, parsed; `config_name` is that file's name.
         stored: whether the weights stay on disk, see `stored.py`.
+        files: the source's files, as they were before they were read; a command that has read the last of them calls
+            `files.check`.
     """
 
     source: Source
@@ -62,7 +66,8 @@ class Checkpoint:
     config: Mapping[str, Any]
     config_name: str
     stored: bool
-    scratch: tempfile.TemporaryDirectory[str] | None
+    scratch: OwnedFolder | None
+    files: Watched
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,8 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
             )
     except UNLOADABLE as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
+    if not checkpoint.stored:
+        _into_memory(model)
     _check_complete(checkpoint, model, info)
     entry, feature_layer = ENTRIES.get(architecture, ("", None))
     parameters = inspect.signature(model.get_submodule(entry).forward).parameters
@@ -105,6 +107,15 @@ def _check_complete(checkpoint: Checkpoint, model: Any, info: Mapping[str, Any])
                 f"{checkpoint.weights[0]}: tensor '{name}' {problem} ({len(info[kind])} in all); "
                 "give a config and weights that belong together"
             )
+
+
+def _into_memory(model: nn.Module) -> None:
+    """Copy tensors on the CPU, which are the mapped file itself: who writes to it would write into the model, and who
+    makes it shorter would kill the process (SIGBUS).
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def _check_inputs(folder: Path, architecture: str, parameters: Mapping[str, Any]) -> None:

@@ -83,7 +83,7 @@ def find_part(task: Task, part: Part, path: Path) -> FoundPart:
 
     Raises:
         NothingToFixError: the pilot's verdict is not `register_neurons`.
-        UserError: too few of the pilot's images could be read.
+        UserError: too few of the pilot's images could be read, or the model's files changed meanwhile.
     """
     processes = task.processes
     _, scorer = _pilot(task)
@@ -94,6 +94,7 @@ def find_part(task: Task, part: Part, path: Path) -> FoundPart:
     for each in processes.gathered(journal.broken):
         broken |= each
     statistics = Statistics(_settings(scorer, task.share), part, tried, broken)
+    task.located.loaded.files.check()
     processes.decided_by_first(lambda: write_statistics(path, statistics, sums))
     journal.remove()  # only now, in every process, that the file exists
     return FoundPart(str(path), part, sums.num_images, len(broken))

@@ -62,12 +62,12 @@ class Record:
 
 
 def write_record(loaded: Loaded, folder: Path) -> None:
-    """Record in the patched `folder` what it takes to restore the checkpoint `loaded`. Hidden files are left out."""
+    """Record in the patched `folder` what it takes to restore the checkpoint `loaded`, without hidden files."""
     digests = {path.name: digest for path, digest in zip(loaded.weights, loaded.digests, strict=True)}
     files: dict[str, dict[str, str]] = {}
     not_copied = []
     for path in sorted(loaded.folder.iterdir()):
-        if not path.is_file() or path.name.startswith("."):
+        if not path.is_file() or path.name not in digests.keys() | loaded.files.names:
             continue
         twin = folder / path.name
         if path.name in digests:

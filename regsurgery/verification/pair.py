@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from regsurgery.backends.formats import backend
+from regsurgery.checkpoints.whole import temporary_folder
 from regsurgery.compiler.located import Located, OfLocated
 from regsurgery.compiler.modes.native import restored_native
 from regsurgery.compiler.outliers import robust_outliers, token_norms
@@ -191,7 +191,8 @@ def open_pair(folder: str | Path, original: str | None = None, options: LoadOpti
             raise UserError(f"{folder}: is not patched, so it has no original; leave out --original")
         located = open_model(str(folder), options)
         subject = _original(located)
-        yield Pair(str(folder), located.loaded.library, "original", subject, subject, located)
+        with located.loaded.files.unchanged():
+            yield Pair(str(folder), located.loaded.library, "original", subject, subject, located)
         return
     root = existing_folder(folder)
     progress.stage("checksums")
@@ -211,18 +212,18 @@ def reopened(
         image_size: side in pixels; by default the size of the model or program.
 
     Raises:
-        CheckpointError: the folder is incomplete, or `original` is not what was patched.
+        CheckpointError: the folder is incomplete, `original` is not what was patched, or files changed meanwhile.
         UserError: the model or program does not take such images.
     """
     fmt, recipe, root, progress = opened.format, opened.recipe, opened.root, options.progress
-    with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
+    with temporary_folder() as scratch, opened.files.unchanged():
         progress.stage("load")
-        loaded = original_of(opened, original, options, Path(scratch))
+        loaded = original_of(opened, original, options, scratch)
         side = size_of_program(opened, image_size) if fmt in PROGRAMS else image_size
         located = locate(at_image_size(loaded, side), progress)
         surgery = stock = None
         if recipe.kind.stock and fmt in LIBRARIES:
-            stock, patched = _stock(opened, located, options, Path(scratch) / "stock")
+            stock, patched = _stock(opened, located, options, scratch / "stock")
         else:
             if recipe.kind.stock:
                 surgery = restored_native(located, recipe, backend(fmt).state(root))
@@ -231,7 +232,8 @@ def reopened(
                 surgery = perform(located, recipe)
                 take_our_tensors(surgery, root, fmt)
             patched = _patched(sides(surgery)[1], recipe.mode, located.traced.image_size, located.sites)
-        yield Pair(name, fmt, recipe.mode, _original(located), patched, located, recipe, surgery, stock)
+        with loaded.files.unchanged():
+            yield Pair(name, fmt, recipe.mode, _original(located), patched, located, recipe, surgery, stock)
 
 
 def _is_patched(folder: str | Path) -> bool:

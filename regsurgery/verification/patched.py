@@ -11,7 +11,8 @@ from regsurgery.backends.formats import backend as backend_of
 from regsurgery.checkpoints.limits import BROKEN, read_json, refuse_links_out
 from regsurgery.checkpoints.reading import weight_files
 from regsurgery.checkpoints.safetensors_file import read_header
-from regsurgery.checkpoints.sums import check_sums
+from regsurgery.checkpoints.sums import SUMS_NAME, check_sums, read_sums
+from regsurgery.checkpoints.watched import Watched
 from regsurgery.errors import CheckpointError, UserError
 from regsurgery.formats import LIBRARIES, PROGRAM_CONFIG, PROGRAMS, WEIGHTS_NAMES
 from regsurgery.frontends.bounds import bounded_model
@@ -161,12 +162,14 @@ class PatchedFolder:
 
     Attributes:
         config: see `read_patched_config`.
+        files: those that SHA256SUMS lists, as they were before they were read.
     """
 
     root: Path
     format: str
     config: dict[str, Any]
     recipe: Recipe
+    files: Watched
 
 
 def open_patched(root: Path) -> PatchedFolder:
@@ -176,9 +179,12 @@ def open_patched(root: Path) -> PatchedFolder:
         CheckpointError: files are missing, broken, or not those of SHA256SUMS.
         UserError: it is not a patched folder.
     """
-    check_sums(root)
-    fmt = folder_format(root)
-    return PatchedFolder(root, fmt, read_patched_config(root, fmt), find_recipe(str(root / RECIPE_NAME)))
+    files = Watched.of([root / SUMS_NAME, *(root / name for name in read_sums(root))])
+    with files.blamed():
+        check_sums(root)
+        fmt = folder_format(root)
+        config, recipe = read_patched_config(root, fmt), find_recipe(str(root / RECIPE_NAME))
+    return PatchedFolder(root, fmt, config, recipe, files)
 
 
 def patched_mode(folder: Path, fmt: str) -> Mode:

@@ -17,6 +17,7 @@ import torch
 
 from regsurgery.checkpoints.reading import weight_files
 from regsurgery.checkpoints.sums import sha256
+from regsurgery.checkpoints.watched import Watched
 from regsurgery.checkpoints.writing import write_json, write_weights
 from regsurgery.errors import CheckpointError
 from regsurgery.verification.original import RECORD_NAME, read_record, restore_original, write_record
@@ -78,7 +79,13 @@ def patch(source: Path, folder: Path) -> Path:
     write_json(folder / "config.json", {"model_type": "vit", "regsurgery": {"mode": "shift"}})
     (folder / "README.md").write_text("ours")
     shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
-    loaded: Any = SimpleNamespace(folder=source, weights=weights, digests=tuple(map(sha256, weights)), pickled=None)
+    loaded: Any = SimpleNamespace(
+        folder=source,
+        weights=weights,
+        digests=tuple(map(sha256, weights)),
+        pickled=None,
+        files=Watched.folder(source),
+    )
     write_record(loaded, folder)
     return folder
 
