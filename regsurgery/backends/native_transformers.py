@@ -233,7 +233,12 @@ def snippets(surgery: Surgery, folder: str) -> Snippets:
 
 
 def reload(
-    folder: Path, config: dict[str, Any], *, stored: bool = False, image_size: tuple[int, int] | None = None
+    folder: Path,
+    config: dict[str, Any],
+    *,
+    trusted: bool = False,
+    stored: bool = False,
+    image_size: tuple[int, int] | None = None,
 ) -> nn.Module:
     """The model of `folder` as stock transformers loads it; `stored`: its weights stay on disk."""
     import transformers
