@@ -1,4 +1,4 @@
-"""`kill -9` at any moment of `patch` leaves the whole folder, or none and a partial one that the next run removes."""
+"""`kill -9` at any moment of `patch`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from collections import Counter
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import pytest
-
 from regsurgery.checkpoints.sums import check_sums
+from regsurgery.demo import write_demo
+from tests.drills import Row, drill
 
 KILLS = int(os.environ.get("REGSURGERY_KILLS", "10"))
 PARTIAL = ".out.partial-*"
@@ -44,14 +44,12 @@ def wait_for_partial(process: BaseProcess, folder: Path) -> None:
         time.sleep(0.002)
 
 
-@pytest.fixture
-def sharded(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sharded_demo(folder: Path) -> Path:
     """The demo in shards, whose copies begin before the model is built."""
     from huggingface_hub import save_torch_state_dict
     from safetensors.torch import load_file
 
-    folder = tmp_path_factory.mktemp("sharded") / "demo"
-    shutil.copytree(demo_folder, folder)
+    write_demo(folder)
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     save_torch_state_dict(state, folder, max_shard_size=sum(t.nbytes for t in state.values()) // 4)
@@ -59,29 +57,31 @@ def sharded(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.fixture
-def durations(sharded: Path, tmp_path: Path) -> tuple[float, float]:
+def durations(source: Path, out: Path) -> tuple[float, float]:
     """Seconds of a whole run, and of the part from the first byte written."""
-    start(sharded, tmp_path / "out").join(120)  # the server imports
-    shutil.rmtree(tmp_path / "out")
+    start(source, out).join(120)  # the server imports
+    shutil.rmtree(out)
     began = time.monotonic()
-    process = start(sharded, tmp_path / "out")
-    wait_for_partial(process, tmp_path)
+    process = start(source, out)
+    wait_for_partial(process, out.parent)
     writing = time.monotonic()
     process.join(120)
-    check_sums(tmp_path / "out")
-    shutil.rmtree(tmp_path / "out")
+    check_sums(out)
+    shutil.rmtree(out)
     return time.monotonic() - began, time.monotonic() - writing
 
 
-@pytest.mark.slow
-def test_no_half_folder_is_taken_for_a_whole_one(sharded: Path, durations: tuple[float, float], tmp_path: Path) -> None:
-    whole, writing = durations
-    out, rng, left = tmp_path / "out", random.Random(0), Counter()
+@drill
+def killed_while_writing(place: Path) -> Row:
+    """`kill -9` leaves the whole folder, or none and a partial one that the next run removes."""
+    source, target = sharded_demo(place / "sharded"), place / "target"
+    target.mkdir()
+    out, rng, left = target / "out", random.Random(0), Counter()
+    whole, writing = durations(source, out)
     for kill in range(KILLS):
-        process = start(sharded, out)
+        process = start(source, out)
         if kill % 2:  # half of the kills fall while something is written
-            wait_for_partial(process, tmp_path)
+            wait_for_partial(process, target)
         process.join(rng.uniform(0, writing if kill % 2 else whole))
         process.kill()
         process.join(30)
@@ -89,13 +89,14 @@ def test_no_half_folder_is_taken_for_a_whole_one(sharded: Path, durations: tuple
             check_sums(out)
             shutil.rmtree(out)
             left["a whole folder"] += 1
-        partial = list(tmp_path.iterdir())
-        assert sorted(partial) == sorted(tmp_path.glob(PARTIAL)) and len(partial) <= 2  # copies, and the folder
+        partial = list(target.iterdir())
+        assert sorted(partial) == sorted(target.glob(PARTIAL)) and len(partial) <= 2  # copies, and the folder
         left["a partial folder"] += bool(partial)
     assert left["a partial folder"] >= KILLS // 4, left
-    process = start(sharded, out)
+    process = start(source, out)
     process.join(120)
     assert process.exitcode == 0
     check_sums(out)
-    assert list(tmp_path.iterdir()) == [out]
-    print(f"{KILLS} kills: {dict(left)}")
+    assert list(target.iterdir()) == [out]
+    outcome = ", ".join(f"{what} {count} times" for what, count in left.items())
+    return Row(KILLS, f"left {outcome or 'nothing'}; the next run removed what was left and wrote its folder")
