@@ -16,6 +16,7 @@ from typing import Protocol
 from regsurgery.errors import UserError
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+MAX_PICTURE_BYTES = 256 << 20
 UNREADABLE = (OSError, SyntaxError, ValueError)  # what `decode` raises on broken files
 
 
@@ -28,6 +29,14 @@ class Stretch:
     size: int
 
     def read(self) -> bytes:
+        """The bytes.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: there are more than any picture has; a tar may claim what it likes.
+        """
+        if self.size > MAX_PICTURE_BYTES:
+            raise ValueError(f"has {self.size} bytes, more than a picture takes")
         with self.path.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
