@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-MARKDOWN = re.compile(r"[\\`*_\[\]<>|~&$]|^(?=[#+-])")
+MARKDOWN = re.compile(r"[\\`*\[\]<|~$]|(?<!\w)_|_(?!\w)|&(?=[#\w]+;)|^(?=[#>+-])")
 
 
 def plain(text: str) -> str:
@@ -26,7 +26,7 @@ def line(text: str) -> str:
 
 def markdown(text: str) -> str:
     """`text` in one line of Markdown that shows it as it is: no HTML, link, table cell, heading or emphasis."""
-    return MARKDOWN.sub(lambda found: f"\\{found[0]}", line(text))
+    return MARKDOWN.sub(lambda found: "&lt;" if found[0] == "<" else f"\\{found[0]}", line(text))
 
 
 def code(text: str) -> str:

@@ -162,6 +162,6 @@ def test_an_error_does_not_act_on_the_terminal(run: Callable[..., Done], tmp_pat
 
 def test_text_for_markdown() -> None:
     assert plain("a\nb\x1b") == "a\nb\\x1b"
-    assert markdown("<img src=x>|[a](b)\n# _b_ `c`") == "\\<img src=x\\>\\|\\[a\\](b) # \\_b\\_ \\`c\\`"
-    assert markdown("# head") == "\\# head" and markdown("plain (95 %), 0.1 to 0.2") == "plain (95 %), 0.1 to 0.2"
+    assert markdown("<img src=x>|[a](b)\n# _b_ `c`") == "&lt;img src=x>\\|\\[a\\](b) # \\_b\\_ \\`c\\`"
+    assert markdown("# head") == "\\# head" and markdown("2 -> 4 of a_b & c (95 %)") == "2 -> 4 of a_b & c (95 %)"
     assert code("a`b|c\n\x1b") == "a'b¦c \\x1b"
