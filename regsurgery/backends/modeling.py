@@ -119,7 +119,7 @@ def import_modeling(folder: Path, own: str, *, trusted: bool) -> ModuleType:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"{path}: not Python ({str(error)[:300]}); patch the model again") from error
     try:
-        exec(compiled, module.__dict__)
+        exec(compiled, module.__dict__)  # nosec B102 # checked above
     except Exception as error:  # trusted code of others may raise anything
         raise CheckpointError(f"{path}: fails with {type(error).__name__}: {str(error)[:300]}") from error
     return module

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
+import pickle  # nosec B403 # its error
 import re
 import zipfile
 from collections.abc import Iterator

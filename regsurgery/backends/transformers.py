@@ -134,7 +134,7 @@ def reload(
     loader = modeling.import_modeling(folder, loader_digest(), trusted=trusted)
     cls = getattr(loader, config["architectures"][0])
     with quiet_transformers():
-        model, info = from_pretrained(cls, folder, weight_files(folder, WEIGHTS_NAME) if stored else None)
+        model, info = from_pretrained(cls, folder, weight_files(folder, WEIGHTS_NAME) if stored else None)  # nosec B615 # a folder
     if info["missing_keys"] or info["unexpected_keys"]:
         names = sorted([*info["missing_keys"], *info["unexpected_keys"]])
         raise CheckpointError(f"{folder}: tensor '{names[0]}' is missing or unknown; patch the model again")

@@ -111,7 +111,7 @@ def model_card(
 def _template() -> Any:
     import jinja2
 
-    environment = jinja2.Environment(
+    environment = jinja2.Environment(  # nosec B701 # Markdown, escaped by `finalize`
         loader=jinja2.PackageLoader("regsurgery"),
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,

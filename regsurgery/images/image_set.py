@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
-import pickle
+import pickle  # nosec B403 # see `_unpacked`
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -186,7 +186,7 @@ def _packed(read: list[Tensor | tuple[str, str]]) -> bytes:
 def _unpacked(packed: bytes) -> tuple[Tensor, dict[str, str]]:
     import torch
 
-    shape, dtype, block, broken = pickle.loads(packed)
+    shape, dtype, block, broken = pickle.loads(packed)  # nosec B301 # from our own worker
     return torch.frombuffer(block, dtype=dtype).reshape(shape) if block else torch.empty(0), broken
 
 

@@ -283,3 +283,15 @@ def test_a_member_of_a_tar_that_claims_more_than_a_picture_has_is_not_read(tmp_p
     (tmp_path / "x.tar").touch()
     with pytest.raises(ValueError, match="has 1099511627776 bytes, more than a picture takes"):
         Stretch(tmp_path / "x.tar", 0, 1 << 40).read()
+
+
+@pytest.mark.parametrize(
+    "text", ['<!DOCTYPE a [<!ENTITY b "x">]><annotation>&b;</annotation>', "<a>" + " " * (1 << 20)]
+)
+def test_an_annotation_cannot_multiply(tmp_path, text):
+    from regsurgery.evaluation.voc import MAX_ANNOTATION_BYTES, read_boxes
+
+    assert MAX_ANNOTATION_BYTES == 1 << 20
+    (tmp_path / "a.xml").write_text(text)
+    with pytest.raises(UserError, match="declares types or entities, or is larger than an annotation"):
+        read_boxes(tmp_path / "a.xml")
