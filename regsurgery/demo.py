@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
-import tempfile
 from pathlib import Path
 
 import torch
 
+from regsurgery.checkpoints.whole import temporary_folder
 from regsurgery.compiler.planting import plant
 from regsurgery.images.image_set import image_set
 from regsurgery.settings import quiet_transformers
@@ -29,8 +29,8 @@ def write_demo(folder: Path) -> dict[int, list[int]]:
 @functools.cache
 def _made() -> tuple[dict[int, list[int]], dict[str, bytes]]:
     """The planted neurons, and the checkpoint's files by name; made once in a process, where it takes 2 s."""
-    with quiet_transformers(), tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
-        folder = Path(scratch) / "demo"
+    with quiet_transformers(), temporary_folder() as scratch:
+        folder = scratch / "demo"
         planted = _make(folder)
         return planted, {path.name: path.read_bytes() for path in folder.iterdir()}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regsurgery.checkpoints.whole import scratch_folder
@@ -58,7 +57,7 @@ def load_model(model: str, options: LoadOptions, **how: Any) -> Loaded:
     from regsurgery.demo import write_demo
 
     with scratch_folder() as scratch:
-        folder = Path(scratch.name) / DEMO
+        folder = scratch.path / DEMO
         write_demo(folder)
     named = replace(options, called=options.called or DEMO, revision=None)
     return load(str(folder), named, scratch=scratch, **how)

@@ -7,7 +7,6 @@ repository after a push), where timm's config.json defines the tower.
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from regsurgery.backends import native_timm
 from regsurgery.backends.canonical import TRUNK, canonical, config_block
 from regsurgery.backends.native_timm import tower_tensors, write_config
 from regsurgery.checkpoints.reading import weight_files
+from regsurgery.checkpoints.whole import temporary_folder
 from regsurgery.checkpoints.writing import write_json, write_tensors
 from regsurgery.errors import CheckpointError, UnsupportedModelError
 from regsurgery.formats import WEIGHTS_NAMES, Snippets
@@ -87,8 +87,8 @@ def reload(folder: Path, config: dict[str, Any], *, trusted: bool = False, store
     """The model of `folder` as stock open_clip loads it, wherever it has moved; `stored`: its weights stay on disk."""
     import open_clip
 
-    with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
-        relocate(folder, Path(scratch), config)
+    with temporary_folder() as scratch:
+        relocate(folder, scratch, config)
         try:
             if stored:
                 return stored_model(scratch, weight_files(folder, WEIGHTS_NAME)).eval()

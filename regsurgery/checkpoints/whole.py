@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import glob
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from regsurgery.checkpoints.copying import CopiesAhead, sync
 from regsurgery.checkpoints.limits import check_name
+from regsurgery.checkpoints.owned import OwnedFolder
 from regsurgery.errors import OutputError
 
 
@@ -38,22 +38,30 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises:
         OutputError: the disk is full or not writable.
     """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        partial.write_bytes(content)
-        sync(partial)
-        partial.replace(path)
+        with _partial(path) as own:
+            written = own / path.name
+            written.write_bytes(content)
+            sync(written)
+            written.replace(path)
     except OSError as error:
         raise OutputError(
             f"{path}: cannot be written ({error.strerror or error}); choose another file with -o, or make room there"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def temporary_folder() -> OwnedFolder:
+    """A folder for temporary files, in TMPDIR; the next run removes what a killed one left there.
+
+    Raises:
+        OSError: there is no room for it.
+    """
+    return OwnedFolder(Path(tempfile.gettempdir()), "regsurgery-scratch-")
 
 
 @contextmanager
-def scratch_folder() -> Iterator[tempfile.TemporaryDirectory[str]]:
-    """A folder for temporary files, which stays after the block for as long as it is referenced.
+def scratch_folder() -> Iterator[OwnedFolder]:
+    """`temporary_folder`, which stays after the block for as long as it is referenced.
 
     Raises:
         OutputError: there is no room for it, or for what the block writes there.
@@ -61,7 +69,7 @@ def scratch_folder() -> Iterator[tempfile.TemporaryDirectory[str]]:
     from safetensors import SafetensorError
 
     try:
-        yield tempfile.TemporaryDirectory(prefix="regsurgery-")
+        yield temporary_folder()
     except (OSError, SafetensorError) as error:
         raise OutputError(
             f"temporary files cannot be written ({getattr(error, 'strerror', None) or error}); free some space, or set "
@@ -73,28 +81,31 @@ def scratch_folder() -> Iterator[tempfile.TemporaryDirectory[str]]:
 def whole_folder(target: Path) -> Iterator[Path]:
     """A new folder next to `target` that becomes `target` if the block succeeds, and is removed if it does not.
 
-    Every file is on disk (fsync) before the single rename, so `target` is either complete or absent.
+    Every file is on disk (fsync) before the single rename, so `target` is either complete or absent. Of two runs that
+    write one `target`, the first to end has it.
 
     Raises:
         OutputError: `target` exists, or the disk is full or not writable.
     """
     check_output(target)
-    _remove_abandoned(target)
-    partial = _partial(target)
     try:
-        partial.mkdir()
-        yield partial
-        for path in sorted(partial.rglob("*")):
-            sync(path)
-        sync(partial)
-        partial.rename(target.absolute())
+        with _partial(target) as own:
+            folder = own / target.name
+            folder.mkdir()
+            yield folder
+            for path in sorted(folder.rglob("*")):
+                sync(path)
+            sync(folder)
+            folder.rename(target.absolute())
     except OSError as error:
+        if target.exists() or target.is_symlink():
+            raise OutputError(
+                f"{target}: another run has written it meanwhile; choose another folder with -o, or remove it first"
+            ) from error
         raise OutputError(
             f"{target}: cannot be written ({error.strerror or error}), and nothing is left behind; choose another "
             "folder with -o, or make room there"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     try:
         sync(target.absolute().parent)
     except OSError as error:
@@ -107,24 +118,13 @@ def whole_folder(target: Path) -> Iterator[Path]:
 @contextmanager
 def copies_ahead(target: Path) -> Iterator[CopiesAhead]:
     """Copies for the folder `target`, made during the block; those that are not placed are removed at its end."""
-    _remove_abandoned(target)
-    copies = CopiesAhead(_partial(target, "-copies"))
+    copies = CopiesAhead(partial(_partial, target))
     try:
         yield copies
     finally:
         copies.close()
 
 
-def _partial(target: Path, what: str = "") -> Path:
-    """Where this process writes the future `target`."""
-    return target.absolute().parent / f".{target.name}.partial{what}-{os.getpid()}"
-
-
-def _remove_abandoned(target: Path) -> None:
-    """Remove what killed processes left next to `target`; files of a running process are kept."""
-    import psutil
-
-    for partial in target.absolute().parent.glob(f".{glob.escape(target.name)}.partial-*"):
-        process = partial.name.rpartition("-")[2]
-        if not process.isdecimal() or not psutil.pid_exists(int(process)):
-            shutil.rmtree(partial, ignore_errors=True)
+def _partial(target: Path) -> OwnedFolder:
+    """Where this run writes the future `target`: next to it."""
+    return OwnedFolder(target.absolute().parent, f".{target.name}.partial-")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import sys
 from collections.abc import Callable
-from typing import TextIO
 
 import typer
 
+from regsurgery.cli.signals import EndedBySignal, ended_by_signals, forget
 from regsurgery.errors import (
     EXIT_BROKEN_PIPE,
     EXIT_INTERRUPTED,
@@ -22,20 +21,20 @@ from regsurgery.errors import (
 from regsurgery.memory import shortage
 from regsurgery.plain import line
 
-INTERRUPTED = (
-    "interrupted; nothing is left half written: run the same command again (a search for neurons continues where it "
-    "stopped)"
+NOTHING_LEFT = (
+    "nothing is left half written: run the same command again (a search for neurons continues where it stopped)"
 )
 
 
 def exit_code_of(command: Callable[[], int | None]) -> int:
-    """Run `command`, which returns its exit code or raises; print one line for a user's error or too little memory.
+    """Run `command`, which returns its exit code or raises; print one line for an error, little memory or a signal.
 
     Any other exception is a bug and passes through; see `__main__.run`.
     """
     try:
-        code = command() or EXIT_OK
-        sys.stdout.flush()
+        with ended_by_signals():
+            code = command() or EXIT_OK
+            sys.stdout.flush()
     except RegsurgeryError as error:
         short = shortage(error)
         print_error(str(error) if short is None else f"{short} ({error})")
@@ -53,8 +52,11 @@ def exit_code_of(command: Callable[[], int | None]) -> int:
             return _short_of_memory(error)
         where = error.filename or "the output, or a temporary file"
         print_error(f"{where}: {error.strerror}; free some space, or set TMPDIR to a folder that has it")
-        _forget(sys.stdout)
+        forget(sys.stdout)
         return EXIT_USER_ERROR
+    except EndedBySignal as end:
+        print_error(f"ended by {end.signal.name}; {NOTHING_LEFT}")
+        return end.exit_code
     except SystemExit as end:
         if not isinstance(end.__context__, BrokenPipeError):
             raise
@@ -62,10 +64,10 @@ def exit_code_of(command: Callable[[], int | None]) -> int:
     except (ImportError, MemoryError, RuntimeError) as error:
         return _short_of_memory(error)
     if code == EXIT_INTERRUPTED:
-        print_error(INTERRUPTED)
+        print_error(f"interrupted; {NOTHING_LEFT}")
     if code == EXIT_BROKEN_PIPE:
-        _forget(sys.stdout)
-        _forget(sys.stderr)
+        forget(sys.stdout)
+        forget(sys.stderr)
     return code
 
 
@@ -92,8 +94,3 @@ def _usage(error: typer.TyperException) -> str:
     if context is None:  # typer's parser does not say which command it was parsing
         return f"regsurgery: {message} see --help of the command"
     return f"{context.command_path}: {message} see {context.command_path} --help"
-
-
-def _forget(stream: TextIO) -> None:
-    """Discard what is still to be written to `stream`, without a message when the process ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from regsurgery.checkpoints.copying import CopiesAhead, copy_file
 from regsurgery.checkpoints.reading import index_of
-from regsurgery.checkpoints.whole import check_output, copies_ahead
+from regsurgery.checkpoints.whole import check_output, copies_ahead, temporary_folder
 from regsurgery.errors import RecipeError, UserError, VerificationError
 from regsurgery.families import family_of
 from regsurgery.formats import LIBRARIES, PROGRAMS, any_size
@@ -235,8 +234,11 @@ def _verified(
 @contextmanager
 def _target(output: Path, options: PatchOptions) -> Iterator[Path]:
     """Where to write: `output`, or in a dry run a place that is thrown away."""
-    with tempfile.TemporaryDirectory() as nowhere:
-        yield Path(nowhere) / "dry-run" if options.dry_run else output
+    if not options.dry_run:
+        yield output
+        return
+    with temporary_folder() as nowhere:
+        yield nowhere / "dry-run"
 
 
 # --- what can be written ----------------------------------------------------------------------------------------------
@@ -245,9 +247,10 @@ def _target(output: Path, options: PatchOptions) -> Iterator[Path]:
 def _copy_early(copies: CopiesAhead, given: Recipe | None, options: PatchOptions, weights: Sequence[Path]) -> None:
     """Start copying the shards if they will certainly be needed unchanged.
 
-    Without a recipe there may be nothing to fix; other formats and native mode have files of their own.
+    Without a recipe there may be nothing to fix; other formats and native mode have files of their own; what a dry run
+    writes goes elsewhere.
     """
-    if given is None or MODES[options.mode or given.mode].stock or options.format in PROGRAMS:
+    if given is None or options.dry_run or MODES[options.mode or given.mode].stock or options.format in PROGRAMS:
         return
     if not options.links and index_of(weights) is not None:
         copies.start(weights)

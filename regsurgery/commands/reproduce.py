@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from regsurgery.checkpoints.download import snapshot
 from regsurgery.checkpoints.limits import read_json, refuse_links_out
 from regsurgery.checkpoints.sums import SUMS_NAME, read_sums, sha256
+from regsurgery.checkpoints.whole import temporary_folder
 from regsurgery.emit import run_record
 from regsurgery.emit.published import published
 from regsurgery.emit.run_record import AS_GIVEN, read_run_record
@@ -90,8 +90,8 @@ def reproduce(where: str | Path, output: str | Path | None = None, *, options: R
     versions = _other_versions(record)
     for package, (then, now) in versions.items():
         progress.say(f"note: {package} was {then}, here it is {now}; figures and fitted weights may differ as a result")
-    with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
-        target = Path(scratch) / "reproduced" if output is None else Path(output)
+    with temporary_folder() as scratch:
+        target = scratch / "reproduced" if output is None else Path(output)
         patch(options.source or run["model"], target, again)
         progress.stage("checksums")
         found = read_sums(target) if is_folder else published(target, str(where)).digests

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from regsurgery.checkpoints.download import published_sha256
 from regsurgery.checkpoints.limits import refuse_links_out
+from regsurgery.checkpoints.owned import OwnedFolder
 from regsurgery.checkpoints.reading import weight_files
 from regsurgery.checkpoints.safetensors_file import SafetensorsFile, read_header
 from regsurgery.checkpoints.weights_check import check_shards, finite_digests
@@ -30,7 +30,7 @@ def load(
     model_id: str,
     options: LoadOptions | None = None,
     *,
-    scratch: tempfile.TemporaryDirectory[str] | None = None,
+    scratch: OwnedFolder | None = None,
     native: bool = False,
     look_through: bool = True,
     known: Mapping[str, str] | None = None,
@@ -143,8 +143,8 @@ def _refuse_quantised(folder: Path, config: Mapping[str, Any], headers: Sequence
 
 
 def _weights(
-    folder: Path, library: str, options: LoadOptions, scratch: tempfile.TemporaryDirectory[str] | None
-) -> tuple[tuple[Path, ...], Path, tempfile.TemporaryDirectory[str] | None, Path | None]:
+    folder: Path, library: str, options: LoadOptions, scratch: OwnedFolder | None
+) -> tuple[tuple[Path, ...], Path, OwnedFolder | None, Path | None]:
     """The safetensors files of a checkpoint, their folder, its `scratch`, and the pickle they were converted from."""
     from regsurgery.formats import WEIGHTS_NAMES
 
@@ -165,7 +165,7 @@ def _weights(
             f"{folder}: has {len(pickled)} pickled weight files; merge them into one safetensors file"
         )
     with scratch_folder() as scratch:
-        converted = Path(scratch.name) / "converted"
+        converted = scratch.path / "converted"
         _convert_pickle(pickled[0], folder, converted, single)
     return (converted / single,), converted, scratch, pickled[0]
 

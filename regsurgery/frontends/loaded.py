@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from regsurgery.checkpoints.owned import OwnedFolder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -62,7 +63,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     config_name: str
     stored: bool
-    scratch: tempfile.TemporaryDirectory[str] | None
+    scratch: OwnedFolder | None
 
 
 @dataclass(frozen=True)

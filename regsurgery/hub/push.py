@@ -7,13 +7,13 @@ repository holds the whole folder or none of it, and after a broken upload the n
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regsurgery.checkpoints.reading import WEIGHT_SUFFIXES
 from regsurgery.checkpoints.sums import SUMS_NAME, check_sums, read_sums
+from regsurgery.checkpoints.whole import temporary_folder
 from regsurgery.emit.run_record import RUN_RECORD_NAME, read_run_record
 from regsurgery.errors import CheckpointError, HubError
 from regsurgery.hub.client import check_name, client, told
@@ -201,9 +201,9 @@ def _outdated(api: HfApi, place: Destination) -> set[str]:
     """Files of the previous push, or of whatever else is replaced by force, that are no longer needed."""
     if not place.is_ours:
         return set(place.files - KEPT)
-    with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
+    with temporary_folder() as scratch:
         api.hf_hub_download(place.repo, SUMS_NAME, revision=place.head, local_dir=scratch)
-        return (read_sums(Path(scratch)).keys() | {SUMS_NAME}) & place.files
+        return (read_sums(scratch).keys() | {SUMS_NAME}) & place.files
 
 
 def _commit(

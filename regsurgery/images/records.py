@@ -5,12 +5,12 @@ from __future__ import annotations
 import bisect
 import glob
 import itertools
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regsurgery.checkpoints.whole import temporary_folder
 from regsurgery.errors import UserError
 from regsurgery.images.decoding import decode
 from regsurgery.images.sources import UNREADABLE, Item, blamed, fingerprint_of
@@ -59,13 +59,13 @@ class Records:
             raise UserError(f"{paths[0]}: no images in it")
         only: dict[str, Any] = {"columns": columns} if kind == "parquet" else {}
         # The library treats the names as patterns, and even a stream locks a file in its cache.
-        with blamed(paths[0], kind, *_library_errors()), tempfile.TemporaryDirectory() as cache, quiet_datasets():
+        with blamed(paths[0], kind, *_library_errors()), temporary_folder() as cache, quiet_datasets():
             stream = datasets.load_dataset(  # nosec B615 # files
                 kind,
                 data_files=[glob.escape(str(path.absolute())) for path in paths],
                 split="train",
                 streaming=True,
-                cache_dir=cache,
+                cache_dir=str(cache),
                 **only,
             )
             assert isinstance(stream, datasets.IterableDataset)

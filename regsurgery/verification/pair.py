@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from regsurgery.backends.formats import backend
+from regsurgery.checkpoints.whole import temporary_folder
 from regsurgery.compiler.located import Located, OfLocated
 from regsurgery.compiler.modes.native import restored_native
 from regsurgery.compiler.outliers import robust_outliers, token_norms
@@ -217,14 +217,14 @@ def reopened(
         UserError: the model or program does not take such images.
     """
     fmt, recipe, root, progress = opened.format, opened.recipe, opened.root, options.progress
-    with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
+    with temporary_folder() as scratch:
         progress.stage("load")
-        loaded = original_of(opened, original, options, Path(scratch))
+        loaded = original_of(opened, original, options, scratch)
         side = size_of_program(opened, image_size) if fmt in PROGRAMS else image_size
         located = locate(at_image_size(loaded, side), progress)
         surgery = stock = None
         if recipe.kind.stock and fmt in LIBRARIES:
-            stock, patched = _stock(opened, located, options, Path(scratch) / "stock")
+            stock, patched = _stock(opened, located, options, scratch / "stock")
         else:
             if recipe.kind.stock:
                 surgery = restored_native(located, recipe, backend(fmt).state(root))

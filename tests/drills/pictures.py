@@ -73,7 +73,8 @@ def millions_of_pictures(place: Path) -> Row:
         env=dict(os.environ),
     )
     time.sleep(30)
-    peak_mb = sum(one.memory_info().rss for one in (own := psutil.Process(process.pid), *own.children())) >> 20
+    own = psutil.Process(process.pid)
+    peak_mb = sum(one.memory_info().rss for one in (own, *own.children())) >> 20
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and b"Traceback" not in error, error

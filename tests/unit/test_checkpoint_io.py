@@ -7,6 +7,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,11 +16,12 @@ import safetensors.torch
 import torch
 
 from regsurgery.checkpoints.copying import CopiesAhead, copy_bytes, copy_file
+from regsurgery.checkpoints.owned import OwnedFolder
 from regsurgery.checkpoints.reading import weight_files
 from regsurgery.checkpoints.safetensors_file import read_header
 from regsurgery.checkpoints.stored import NotInMemory, StoredTensor, stored_state
 from regsurgery.checkpoints.sums import SUMS_NAME, check_sums, sha256, write_sums
-from regsurgery.checkpoints.whole import check_output, copies_ahead, whole_folder
+from regsurgery.checkpoints.whole import check_output, copies_ahead, replace_file, whole_folder
 from regsurgery.checkpoints.writing import write_tensors, write_weights, write_with_additions
 from regsurgery.errors import CheckpointError, OutputError
 
@@ -341,7 +343,7 @@ def test_copies_that_were_begun_are_moved_to_their_place(sharded, tmp_path):
 def test_copies_that_were_not_needed_vanish(sharded, tmp_path):
     with pytest.raises(KeyError), copies_ahead(tmp_path / "out") as copies:
         copies.start([sharded / shard for shard in SHARDS])
-        assert len(list(tmp_path.glob(".out.partial-copies-*"))) == 1
+        assert len(list(tmp_path.glob(".out.partial-*"))) == 1
         raise KeyError
     assert not list(tmp_path.glob(".out*"))
 
@@ -371,18 +373,30 @@ def test_a_source_that_shrinks_while_it_is_copied_is_an_error(tmp_path):
         copy_bytes(reader, writer, 101)
 
 
-def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(tmp_path):
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    left, other = tmp_path / f".out.partial-{dead.pid}", tmp_path / f".another.partial-{dead.pid}"
-    copies, living = tmp_path / f".out.partial-copies-{dead.pid}", tmp_path / f".out.partial-{os.getppid()}"
-    for folder in (left, copies, other, living):
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(b"half")
-    with whole_folder(tmp_path / "out") as folder:
-        (folder / "a").write_text("a")
-    assert not left.exists() and not copies.exists() and other.exists() and living.exists()
-    assert (tmp_path / "out" / "a").read_text() == "a"
+def test_a_folder_that_another_run_wrote_meanwhile_is_kept(tmp_path):
+    with (
+        pytest.raises(OutputError, match="out: another run has written it meanwhile"),
+        whole_folder(tmp_path / "out") as second,
+    ):
+        fill(second)
+        with whole_folder(tmp_path / "out") as first:
+            (first / "a").write_text("the first")
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path("out"), Path("out/a")]
+
+
+def test_a_file_that_a_killed_run_left_half_written_goes_with_the_next(tmp_path):
+    kill = """
+import os, sys
+from pathlib import Path
+from regsurgery.checkpoints import whole
+whole.sync = lambda path: os._exit(9)
+whole.replace_file(Path(sys.argv[1]), b"x" * 1000)
+"""
+    subprocess.run([sys.executable, "-c", kill, str(tmp_path / "recipe.yaml")], check=False)
+    assert [path.name for path in tmp_path.rglob("recipe.yaml")] == ["recipe.yaml"]
+    assert not (tmp_path / "recipe.yaml").exists()
+    replace_file(tmp_path / "recipe.yaml", b"new")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("recipe.yaml", b"new")]
 
 
 def test_known_digests_are_not_measured_again(tmp_path):
@@ -425,7 +439,7 @@ def test_a_full_disk_while_writing_is_an_output_error_and_leaves_nothing(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("fails_on", [".out.partial-", "a b"])
+@pytest.mark.parametrize("fails_on", ["out", "a b"])
 def test_an_fsync_that_fails_is_an_output_error_and_leaves_nothing(tmp_path, monkeypatch, fails_on):
     parent = tmp_path / "parent"
     parent.mkdir()
@@ -524,7 +538,7 @@ def test_copies_that_cannot_begin_are_made_when_they_are_placed(tmp_path):
     source, taken = tmp_path / "source", tmp_path / "copies"
     source.write_bytes(b"bytes")
     taken.write_bytes(b"no folder")
-    copies = CopiesAhead(taken)
+    copies = CopiesAhead(partial(OwnedFolder, taken, ".out.partial-"))
     copies.start([source])
     copies.place(source, tmp_path / "target")
     copies.close()

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from regsurgery.cli.app import app, main
 from regsurgery.cli.screen import Screen
+from regsurgery.errors import OutputError
 from regsurgery.formats import FORMATS
 from regsurgery.recipe import MODES, bundled_recipes, find_recipe, parse_recipe
 from tests.commands import PROGRAM, Done
@@ -206,6 +207,50 @@ def test_ctrl_c_while_a_folder_is_verified_leaves_nothing(run, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+ENDING = pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+
+
+@pytest.fixture
+def handlers():
+    """The handlers of the signals that end the command line are as they were, afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@ENDING
+@pytest.mark.usefixtures("handlers")
+def test_a_signal_that_ends_a_run_leaves_nothing(name, code, run, tmp_path, monkeypatch):
+    def end(*args: object, **how: object) -> None:
+        assert list(tmp_path.iterdir()) != []
+        try:
+            signal.raise_signal(getattr(signal, name))
+        finally:
+            signal.raise_signal(getattr(signal, name))  # the second of `timeout` comes while things are removed
+
+    monkeypatch.setattr("regsurgery.verification.folder.verify_folder", end)
+    done = run("patch", "demo", "-q", "-o", tmp_path / "out", "--num-images", "4")
+    assert (done.code, done.out) == (code, "")
+    assert done.err.startswith(f"error: ended by {name}; nothing is left half written") and done.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_that_ends_by_itself_leaves_the_handlers_as_they_were(run, handlers):
+    assert run("families", "-q").code == 0
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+
+
+def test_a_signal_that_was_ignored_stays_ignored(run, handlers, monkeypatch):
+    """`nohup`."""
+    heard = []
+    monkeypatch.setattr("regsurgery.commands.doctor.doctor", lambda *args, **how: heard.append(signal.raise_signal(1)))
+    monkeypatch.setattr("regsurgery.cli.screen.Screen.diagnosed", ends_with(OutputError("done")))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    done = run("doctor", "demo")
+    assert heard == [None] and done.err == "error: done\n"
+
+
 def test_no_room_for_output_and_temporary_files(tmp_path):
     with open("/dev/full", "w") as full:
         done = subprocess.run([PROGRAM, "families"], stdout=full, stderr=subprocess.PIPE, text=True)
@@ -216,7 +261,7 @@ def test_no_room_for_output_and_temporary_files(tmp_path):
 @pytest.mark.parametrize("number, end", [(2, "No usable temporary directory found in ['/tmp']"), (28, "No space left")])
 def test_a_library_without_room_for_its_files(run, monkeypatch, number, end):
     monkeypatch.setattr("regsurgery.commands.doctor.doctor", ends_with(OSError(number, end)))
-    monkeypatch.setattr("regsurgery.cli.ending._forget", lambda stream: None)  # pytest has its own streams
+    monkeypatch.setattr("regsurgery.cli.ending.forget", lambda stream: None)  # pytest has its own streams
     done = run("doctor", "demo")
     assert (done.code, done.out) == (2, "")
     assert end in done.err and "set TMPDIR" in done.err and done.err.count("\n") == 1
@@ -235,7 +280,7 @@ def test_no_folder_for_temporary_files(run, tmp_path, monkeypatch):
     def none(*args: object, **how: object) -> None:
         raise FileNotFoundError(2, "No usable temporary directory found")
 
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", none)
+    monkeypatch.setattr(tempfile, "gettempdir", none)
     done = run("patch", "demo", "-q", "-o", tmp_path / "out", "--num-images", "4")
     assert (done.code, done.out) == (2, "")
     assert re.fullmatch("error: temporary files .*No usable temporary directory.*set TMPDIR.*\n", done.err)
