@@ -65,7 +65,7 @@ MODELS: dict[Callable[[Path], None], tuple[str, ...]] = {name: OF_MODEL, link: O
 
 @drill
 def hostile_folders(place: Path) -> Row:
-    """A hostile folder is refused in one line by every command that uses it; no code runs, nothing is left, memory stays."""
+    """A hostile folder is refused in one line by every command that uses it: no code, nothing left, little memory."""
     write_demo(place / "model")
     regsurgery.patch(str(place / "model"), place / "patched", recipe="demo", num_images=2)
     tries = 0
