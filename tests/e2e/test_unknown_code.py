@@ -93,6 +93,17 @@ def test_what_a_library_saved_after_training_loads(folders: dict[str, Path], tmp
         regsurgery.load(saved)
 
 
+def test_an_annotation_that_transformers_cannot_resolve_is_one_line(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **how: Any) -> None:
+        raise NameError("name 'BeitConfig' is not defined")
+
+    monkeypatch.setattr("regsurgery.backends.transformers.from_pretrained", fail)
+    with pytest.raises(CheckpointError, match="its model cannot be built: name 'BeitConfig'"):
+        regsurgery.load(folders["transformers"])
+
+
 class Payload:
     """Pickled, it writes the marker when it is read."""
 
