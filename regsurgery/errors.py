@@ -1,7 +1,8 @@
 """The exception tree and its exit codes.
 
 Every error that a user can cause or act on is a `UserError`: one line that says what went wrong, where, and what to
-do next. The command line prints it without a traceback. Anything else is a bug and keeps its traceback.
+do next. The command line prints it without a traceback. Anything else is a bug: it keeps its traceback, and the process
+ends with `EXIT_BUG`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ EXIT_VERIFICATION_FAILED = 1
 EXIT_DIFFERENT = 1  # for `diff`, as for the Unix tool
 EXIT_USER_ERROR = 2
 EXIT_NOTHING_TO_FIX = 3
+EXIT_BUG = 70  # as in sysexits.h: EX_SOFTWARE
+EXIT_NO_MEMORY = 71  # EX_OSERR
 EXIT_INTERRUPTED = 130  # as in shells: 128 plus the number of the signal
 EXIT_BROKEN_PIPE = 141
 

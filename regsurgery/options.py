@@ -285,7 +285,7 @@ class EvaluateOptions(ImageOptions):
         own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in common}
         return {name: value for name, value in own.items() if value is not None and value != []}
 
-    HIDDEN = ("allow_pickle", "trust_remote_code", "revision", "image_size")
+    HIDDEN = ("allow_pickle", "revision", "image_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -387,7 +387,7 @@ class ReportOptions(ImageOptions):
     kind: str = option("keys", "LOST's features: keys, queries or values.")
     bias: float = option(-0.2, "Number added to LOST's similarities.")
 
-    HIDDEN = ("allow_pickle", "trust_remote_code", "revision", "image_size", "seed")
+    HIDDEN = ("allow_pickle", "revision", "image_size", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -284,7 +284,7 @@ def _mapping(text: str, where: str) -> dict[Any, Any]:
     if len(text) > MAX_BYTES:
         raise RecipeError(f"{where}: has {len(text)} characters, a recipe may have at most {MAX_BYTES}; shorten it")
     try:
-        data = yaml.load(text, Loader=_StrictLoader)
+        data = yaml.load(text, Loader=_StrictLoader)  # nosec B506 # a SafeLoader
     except NOT_YAML as error:
         what = str(error).replace('in "<unicode string>", ', "at ")  # PyYAML's name for a text
         raise RecipeError(f"{where}: not valid YAML: {' '.join(what.split())[:400]}; correct it") from error

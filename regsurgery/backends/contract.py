@@ -28,14 +28,15 @@ class BackEnd(Protocol):
         """Write the format's own files into `folder`, which becomes `target`. The same surgery gives the same bytes."""
         ...
 
-    def reload(self, folder: Path, config: dict[str, Any], **how: Any) -> nn.Module:
+    def reload(self, folder: Path, config: dict[str, Any], *, trusted: bool = False, **how: Any) -> nn.Module:
         """What a user would load from `folder`.
 
         Args:
+            trusted: run whatever code the folder has; otherwise none that `foreign_code` names.
             how: of a library's format `stored` (weights stay on disk) and `image_size` (height, width).
 
         Raises:
-            CheckpointError: a file is missing or broken.
+            CheckpointError: a file is missing or broken, or not trusted.
         """
         ...
 
@@ -44,7 +45,9 @@ class BackEnd(Protocol):
         ...
 
     def foreign_code(self, folder: Path) -> str | None:
-        """Name of a file of `folder` that `reload` runs and that this regsurgery did not write; None if it has none."""
+        """The file of `folder` whose code `reload` would run although no regsurgery writes such code; None if there is
+        none.
+        """
         ...
 
 

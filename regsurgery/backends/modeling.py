@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from regsurgery.backends.released import RELEASED
+from regsurgery.checkpoints.limits import MAX_JSON_BYTES
 from regsurgery.checkpoints.safetensors_file import weights_dtype
 from regsurgery.checkpoints.writing import write_json, write_weights
 from regsurgery.errors import CheckpointError
@@ -18,6 +20,11 @@ if TYPE_CHECKING:
     from regsurgery.compiler.surgery import Surgery
 
 FILE_NAME = "modeling_regsurgery.py"
+UNKNOWN_CODE = (
+    "neither this regsurgery nor a released one writes this file, so loading it would run unknown code; read it and "
+    "allow it with --trust-remote-code (trust_remote_code=True), or patch the source again"
+)
+CLASS_OF_MODEL = re.compile(r"(?<=\n)\n\n(?=class (\w+)\(Patched\w+, transformers\.\1\):\n)")
 
 
 def modeling_source(host: ModuleType, tail: str = "") -> str:
@@ -37,17 +44,48 @@ def modeling_source(host: ModuleType, tail: str = "") -> str:
     return f"{runtime.rstrip()}\n\n\n{chr(10).join(lines).strip()}\n{tail}"
 
 
-def is_source(text: str, host: ModuleType, *tails: str) -> bool:
-    """Whether `text` is `modeling_source(host)`, followed by any of `tails`, with a name in place of each `{...}`."""
-    plain = modeling_source(host)
-    templates = "|".join(r"\w+".join(re.escape(part) for part in re.split(r"\{\w+\}", tail)) for tail in tails)
-    return text.startswith(plain) and re.fullmatch(f"({templates})*", text[len(plain) :]) is not None
+def loader_digest(text: str) -> str:
+    """The sha256 of a loader file with `{name}` and `{config}` for its model's class names, and equal classes once.
+
+    So it is the same for all models, and two files have the same only if their bytes are equal but for these names.
+    """
+    plain, *rest = CLASS_OF_MODEL.split(text)
+    classes: dict[str, None] = {}
+    for name, source in zip(rest[::2], rest[1::2], strict=True):
+        names = {name: "{name}", rest[0]: "{config}"}
+        classes[re.sub(r"\w+", lambda word, names=names: names.get(word[0], word[0]), source)] = None
+    return hashlib.sha256("\n\n".join([plain, *classes]).encode()).hexdigest()
 
 
-def foreign_loader(folder: Path, is_own: Callable[[str], bool]) -> str | None:
-    """The name of the folder's loader file, if it has one that is not our own."""
-    file = folder / FILE_NAME
-    return FILE_NAME if file.is_file() and not is_own(file.read_text("utf-8", "replace")) else None
+def known_loader(folder: Path, own: str) -> str | None:
+    """The text of the folder's loader file, if its digest is `own` or that of a released version.
+
+    Raises:
+        CheckpointError: there is no such file, or it is too large to be one.
+    """
+    content = _loader(folder)
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+    known = {own, *(digest for digests in RELEASED.values() for digest in digests)}
+    return text if loader_digest(text) in known else None
+
+
+def foreign_loader(folder: Path, own: str) -> str | None:
+    """The name of the folder's loader file, if it has one that neither this nor a released regsurgery writes."""
+    return FILE_NAME if (folder / FILE_NAME).exists() and known_loader(folder, own) is None else None
+
+
+def _loader(folder: Path) -> bytes:
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; {folder} is not a folder that regsurgery wrote")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(
+            f"{path}: has {path.stat().st_size} bytes, which is no loader file; patch the model again"
+        )
+    return path.read_bytes()
 
 
 def write_folder(surgery: Surgery, folder: Path, config_name: str, source: str, **entries: Any) -> None:
@@ -60,13 +98,28 @@ def write_folder(surgery: Surgery, folder: Path, config_name: str, source: str, 
     write_weights(surgery.loaded.weights, folder, added, surgery.place)
 
 
-def import_modeling(folder: Path) -> ModuleType:
-    """Import a patched folder's own loader file; this runs code, so the user must trust the folder."""
+def import_modeling(folder: Path, own: str, *, trusted: bool) -> ModuleType:
+    """Import a patched folder's own loader file: the only place where code of a patched folder is run.
+
+    Args:
+        own: the `loader_digest` that this version's loader for the folder's library has.
+        trusted: run any file; otherwise only one that this or a released version writes.
+
+    Raises:
+        CheckpointError: the file is missing, not trusted, not Python, or fails.
+    """
     path = folder / FILE_NAME
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; {folder} is not a folder that regsurgery wrote")
+    code: str | bytes | None = _loader(folder) if trusted else known_loader(folder, own)
+    if code is None:
+        raise CheckpointError(f"{path}: {UNKNOWN_CODE}")
     module = ModuleType(path.stem)
     module.__file__ = str(path)
-    # Compiled here instead of imported: an import would leave __pycache__ in the folder.
-    exec(compile(path.read_text("utf-8"), str(path), "exec"), module.__dict__)
+    try:  # compiled here instead of imported: an import would leave __pycache__ in the folder
+        compiled = compile(code, str(path), "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise CheckpointError(f"{path}: not Python ({str(error)[:300]}); patch the model again") from error
+    try:
+        exec(compiled, module.__dict__)  # nosec B102 # checked above
+    except Exception as error:  # trusted code of others may raise anything
+        raise CheckpointError(f"{path}: fails with {type(error).__name__}: {str(error)[:300]}") from error
     return module

@@ -83,7 +83,7 @@ def snippets(surgery: Surgery, folder: str) -> Snippets:
     )
 
 
-def reload(folder: Path, config: dict[str, Any], *, stored: bool = False) -> nn.Module:
+def reload(folder: Path, config: dict[str, Any], *, trusted: bool = False, stored: bool = False) -> nn.Module:
     """The model of `folder` as stock open_clip loads it, wherever it has moved; `stored`: its weights stay on disk."""
     import open_clip
 

@@ -116,7 +116,12 @@ def snippets(surgery: Surgery, folder: str) -> Snippets:
 
 
 def reload(
-    folder: Path, config: dict[str, Any], *, stored: bool = False, image_size: tuple[int, int] | None = None
+    folder: Path,
+    config: dict[str, Any],
+    *,
+    trusted: bool = False,
+    stored: bool = False,
+    image_size: tuple[int, int] | None = None,
 ) -> nn.Module:
     """The model of `folder` as stock timm loads it, in the dtype of its weights; `stored`: they stay on disk."""
     options: dict[str, Any] = {} if image_size is None else {"dynamic_img_size": True}

@@ -233,7 +233,12 @@ def snippets(surgery: Surgery, folder: str) -> Snippets:
 
 
 def reload(
-    folder: Path, config: dict[str, Any], *, stored: bool = False, image_size: tuple[int, int] | None = None
+    folder: Path,
+    config: dict[str, Any],
+    *,
+    trusted: bool = False,
+    stored: bool = False,
+    image_size: tuple[int, int] | None = None,
 ) -> nn.Module:
     """The model of `folder` as stock transformers loads it; `stored`: its weights stay on disk."""
     import transformers
@@ -241,7 +246,7 @@ def reload(
     cls = getattr(transformers, config["architectures"][0])
     try:
         with quiet_transformers():
-            model, info = from_pretrained(cls, folder, weight_files(folder, WEIGHTS_NAME) if stored else None)
+            model, info = from_pretrained(cls, folder, weight_files(folder, WEIGHTS_NAME) if stored else None)  # nosec B615 # a folder
     except UNLOADABLE as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
     problems = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]

@@ -116,7 +116,7 @@ def state(folder: Path) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
 
 
-def reload(folder: Path, config: dict[str, Any]) -> nn.Module:
+def reload(folder: Path, config: dict[str, Any], *, trusted: bool = False) -> nn.Module:
     """The program in onnxruntime on the CPU, as a module: positional tensors in, a dict of tensors out."""
     require("onnx")
     return _Session(folder / PROGRAM_NAME).eval()

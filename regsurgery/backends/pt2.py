@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from regsurgery.backends.modeling import UNKNOWN_CODE
+from regsurgery.backends.pt2_archive import foreign_part
 from regsurgery.checkpoints.writing import write_json
 from regsurgery.compiler.passes.spec import CALLABLES
 from regsurgery.compiler.trace import EXAMPLE_BATCH
@@ -101,8 +103,10 @@ def state(folder: Path) -> dict[str, Any]:
     return dict(_load(folder).state_dict)
 
 
-def reload(folder: Path, config: dict[str, Any]) -> nn.Module:
+def reload(folder: Path, config: dict[str, Any], *, trusted: bool = False) -> nn.Module:
     """The program as a module: positional tensors in, a dict of tensors out."""
+    if not trusted and (foreign := foreign_code(folder)) is not None:
+        raise CheckpointError(f"{folder / foreign}: {UNKNOWN_CODE}")
     return _load(folder).module()
 
 
@@ -114,5 +118,7 @@ def _load(folder: Path) -> torch.export.ExportedProgram:
 
 
 def foreign_code(folder: Path) -> str | None:
-    """The program, whoever wrote it: torch unpickles parts of it."""
-    return PROGRAM_NAME
+    """The program, if loading it would run more than operators; see `pt2_archive.py`."""
+    path = folder / PROGRAM_NAME
+    part = foreign_part(path) if path.is_file() else None
+    return None if part is None else f"{PROGRAM_NAME} ({part})"

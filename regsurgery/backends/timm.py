@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from regsurgery.backends.modeling import foreign_loader, import_modeling, is_source, modeling_source, write_folder
+from regsurgery.backends import modeling
+from regsurgery.backends.modeling import modeling_source, write_folder
 from regsurgery.checkpoints.reading import weight_files
 from regsurgery.checkpoints.stored import stored_state, without_memory
 from regsurgery.formats import WEIGHTS_NAMES, Snippets
@@ -41,9 +42,9 @@ def emit(surgery: Surgery, folder: Path, target: Path) -> None:
     write_folder(surgery, folder, CONFIG_NAME, modeling_source(host_timm))
 
 
-def is_own_source(text: str) -> bool:
-    """Whether `text` is a `modeling_regsurgery.py` that this version writes, for any model."""
-    return is_source(text, host_timm)
+def loader_digest() -> str:
+    """The digest of the loader file that this version writes."""
+    return modeling.loader_digest(modeling_source(host_timm))
 
 
 def snippets(surgery: Surgery, folder: str) -> Snippets:
@@ -55,17 +56,23 @@ def snippets(surgery: Surgery, folder: str) -> Snippets:
 
 
 def reload(
-    folder: Path, config: dict[str, Any], *, stored: bool = False, image_size: tuple[int, int] | None = None
+    folder: Path,
+    config: dict[str, Any],
+    *,
+    trusted: bool = False,
+    stored: bool = False,
+    image_size: tuple[int, int] | None = None,
 ) -> nn.Module:
     """The patched model of `folder`, built by the folder's own file; `stored`: its weights stay on disk."""
     options: dict[str, Any] = {} if image_size is None else {"dynamic_img_size": True}
+    loader = modeling.import_modeling(folder, loader_digest(), trusted=trusted)
     if not stored:
-        return import_modeling(folder).load(folder, **options)
+        return loader.load(folder, **options)
     with without_memory():
         state = stored_state(weight_files(folder, WEIGHTS_NAME))
-        return import_modeling(folder).load(folder, state=state, **options)
+        return loader.load(folder, state=state, **options)
 
 
 def foreign_code(folder: Path) -> str | None:
-    """The folder's loader file, if it is not one that this regsurgery writes."""
-    return foreign_loader(folder, is_own_source)
+    """The folder's loader file, if neither this regsurgery nor a released one writes it."""
+    return modeling.foreign_loader(folder, loader_digest())

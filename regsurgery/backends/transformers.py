@@ -7,14 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from regsurgery.backends.modeling import (
-    FILE_NAME,
-    foreign_loader,
-    import_modeling,
-    is_source,
-    modeling_source,
-    write_folder,
-)
+from regsurgery.backends import modeling
+from regsurgery.backends.modeling import FILE_NAME, modeling_source, write_folder
 from regsurgery.checkpoints.reading import weight_files
 from regsurgery.errors import CheckpointError
 from regsurgery.formats import WEIGHTS_NAMES, Snippets
@@ -103,9 +97,10 @@ def auto_class(loaded: Loaded) -> str:
     return next(auto for auto, name in _auto_classes(loaded).items() if name == loaded.architecture)
 
 
-def is_own_source(text: str) -> bool:
-    """Whether `text` is a `modeling_regsurgery.py` that this version writes, for any model."""
-    return is_source(text, host_transformers, CLASS, CONFIG_CLASS)
+def loader_digest() -> str:
+    """The digest of the loader file that this version writes, for any model."""
+    names = CONFIG_CLASS.format(name="{config}") + CLASS.format(name="{name}", config="{config}")
+    return modeling.loader_digest(modeling_source(host_transformers, names))
 
 
 def snippets(surgery: Surgery, folder: str) -> Snippets:
@@ -128,12 +123,18 @@ def _shows_registers(surgery: Surgery) -> bool:
 
 
 def reload(
-    folder: Path, config: dict[str, Any], *, stored: bool = False, image_size: tuple[int, int] | None = None
+    folder: Path,
+    config: dict[str, Any],
+    *,
+    trusted: bool = False,
+    stored: bool = False,
+    image_size: tuple[int, int] | None = None,
 ) -> nn.Module:
     """The patched model of `folder`, built by the folder's own file; `stored`: its weights stay on disk."""
-    cls = getattr(import_modeling(folder), config["architectures"][0])
+    loader = modeling.import_modeling(folder, loader_digest(), trusted=trusted)
+    cls = getattr(loader, config["architectures"][0])
     with quiet_transformers():
-        model, info = from_pretrained(cls, folder, weight_files(folder, WEIGHTS_NAME) if stored else None)
+        model, info = from_pretrained(cls, folder, weight_files(folder, WEIGHTS_NAME) if stored else None)  # nosec B615 # a folder
     if info["missing_keys"] or info["unexpected_keys"]:
         names = sorted([*info["missing_keys"], *info["unexpected_keys"]])
         raise CheckpointError(f"{folder}: tensor '{names[0]}' is missing or unknown; patch the model again")
@@ -141,5 +142,5 @@ def reload(
 
 
 def foreign_code(folder: Path) -> str | None:
-    """The folder's loader file, if it is not one that this regsurgery writes."""
-    return foreign_loader(folder, is_own_source)
+    """The folder's loader file, if neither this regsurgery nor a released one writes it."""
+    return modeling.foreign_loader(folder, loader_digest())

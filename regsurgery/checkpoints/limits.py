@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from regsurgery.errors import CheckpointError
+from regsurgery.errors import CheckpointError, UserError
 
 # What libraries raise on broken configs and weights, in addition to their own exceptions.
 BROKEN = (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError,
-          AssertionError, MemoryError, StopIteration, EOFError)  # fmt: skip
+          AssertionError, MemoryError, NameError, StopIteration, EOFError)  # fmt: skip
 
 MAX_JSON_BYTES = 16 << 20  # the labels of ImageNet-21k with their descriptions are 3 MB
 
@@ -39,13 +39,26 @@ def places_of(folder: Path) -> tuple[Path, ...]:
     return (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
 
 
+def check_name(path: Path) -> None:
+    """Raise `UserError` for a path that is not UTF-8: safetensors, SHA256SUMS and JSON cannot hold it."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path}: not UTF-8, which weights and checksums need; give it another name") from error
+
+
 def refuse_links_out(folder: Path) -> None:
-    """Raise `CheckpointError` for a symbolic link out of `folder`, whose target would be copied along.
+    """Raise `CheckpointError` for a symbolic link out of `folder`, whose target would be copied along, and `UserError`
+    for a file whose name is not UTF-8, or does not print: a line feed in it would end its line of SHA256SUMS.
 
     The Hub's cache is the exception, see `places_of`.
     """
     allowed = places_of(folder)
+    check_name(folder)
     for path in sorted(folder.iterdir()):
+        check_name(path)
+        if not path.name.isprintable():
+            raise UserError(f"{path}: its name has characters that do not print; give the file another name")
         if not path.is_symlink():
             continue
         try:

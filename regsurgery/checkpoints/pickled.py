@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import pickle  # nosec B403 # its error
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from regsurgery.checkpoints.copying import CopiesAhead, sync
+from regsurgery.checkpoints.limits import check_name
 from regsurgery.checkpoints.owned import OwnedFolder
 from regsurgery.errors import OutputError
 
@@ -22,7 +23,8 @@ def check_output(target: Path) -> None:
 
 
 def check_parent(target: Path) -> None:
-    """Raise `OutputError` if nothing can be written next to `target`."""
+    """Raise `OutputError` if nothing can be written next to `target`, or `UserError` for a name that is not UTF-8."""
+    check_name(target)
     parent = target.absolute().parent
     if not parent.is_dir():
         raise OutputError(f"{parent}: no such folder to write {target.name} into; create it first")

@@ -145,4 +145,11 @@ def write_sharded(folder: Path, single: str, tensors: Mapping[str, Tensor], larg
 
 
 def write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    if not _is_unicode(text):  # half of a surrogate pair, which JSON can only escape
+        text = json.dumps(data, indent=2)
+    path.write_text(f"{text}\n", "utf-8")
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in text)

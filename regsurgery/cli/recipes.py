@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from regsurgery.cli.completion import recipes
+from regsurgery.cli.ending import print_error
 from regsurgery.cli.options import AsJson, Quiet
 from regsurgery.errors import EXIT_USER_ERROR, RecipeError
+from regsurgery.plain import plain
 
 app = typer.Typer(
     name="recipes",
@@ -66,7 +67,7 @@ def show(
     if as_json:
         print(json.dumps(found.as_dict(), indent=2))
     elif not quiet:
-        print(found.to_yaml(), end="")
+        print(plain(found.to_yaml()), end="")
 
 
 @app.command(epilog="Example: regsurgery recipes validate mine.yaml")
@@ -87,12 +88,13 @@ def validate(
             recipe = read_recipe(file)
         except RecipeError as error:
             problems[str(file)] = str(error)
-            print(f"error: {error}", file=sys.stderr)
+            print_error(str(error))
         else:
             problems[str(file)] = None
             if not (as_json or quiet):
                 blocks = ", ".join(map(str, recipe.register_neurons))
-                print(f"{file}: valid; {recipe.num_neurons} register neurons in block(s) {blocks}, mode {recipe.mode}")
+                name = plain(str(file))
+                print(f"{name}: valid; {recipe.num_neurons} register neurons in block(s) {blocks}, mode {recipe.mode}")
     valid = not any(problems.values())
     if as_json:
         each = [{"file": file, "valid": problem is None, "error": problem} for file, problem in problems.items()]

@@ -25,6 +25,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
+from regsurgery.cli.console import console
 from regsurgery.progress import Progress
 from regsurgery.verification.verdict_text import parity_row, remarks, rows, sentence, title
 
@@ -104,7 +105,7 @@ class _PlainLines:
         return decimal(number) if self.in_bytes else str(number)
 
     def _print(self, line: str) -> None:
-        self.console.print(line, soft_wrap=True, markup=False)
+        self.console.print(line, soft_wrap=True)
 
 
 class Screen(Progress):
@@ -112,8 +113,8 @@ class Screen(Progress):
 
     def __init__(self, *, as_json: bool, quiet: bool) -> None:
         self.as_json, self.quiet = as_json, quiet
-        self.errors = Console(stderr=True, quiet=quiet or as_json, highlight=False)
-        self.out = Console(quiet=quiet or as_json, highlight=False)
+        self.errors = console(stderr=True, quiet=quiet or as_json)
+        self.out = console(quiet=quiet or as_json)
         self.bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -147,7 +148,7 @@ class Screen(Progress):
             self.lines.advance(number)
 
     def say(self, line: str) -> None:
-        self.errors.print(line, soft_wrap=True, markup=False)
+        self.errors.print(line, soft_wrap=True)
 
     def patched(self, result: PatchResult, pushed: Pushed | None = None) -> None:
         if self.as_json:
@@ -163,7 +164,6 @@ class Screen(Progress):
             f"{where} ({result.format}, mode {result.mode}) in {result.seconds:.1f} s, "
             f"peak memory {result.peak_rss_mb:.0f} MB",
             soft_wrap=True,
-            markup=False,
         )
         if pushed is not None:
             self._pushed(pushed)
@@ -183,7 +183,7 @@ class Screen(Progress):
 
         if self.as_json:
             print(json.dumps(evaluation.as_dict(), indent=2))
-        self.out.print(caption(evaluation), soft_wrap=True, markup=False)
+        self.out.print(caption(evaluation), soft_wrap=True)
         head, body = cells(evaluation)
         table = Table(
             *(name for name in head if name != INTERVAL), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
@@ -204,20 +204,18 @@ class Screen(Progress):
         self.out.print(table)
         for line in (evaluation.expectation, *evaluation.notes):
             if line:
-                self.out.print(line, soft_wrap=True, markup=False)
+                self.out.print(line, soft_wrap=True)
 
     def reported(self, report: Report) -> None:
         if self.as_json:
             print(json.dumps(report.as_dict(), indent=2))
         size = f"{report.size / 1e6:.1f} MB"
-        self.out.print(f"wrote {report.path}: {report.num_images} images, {size}", soft_wrap=True, markup=False)
+        self.out.print(f"wrote {report.path}: {report.num_images} images, {size}", soft_wrap=True)
 
     def found(self, found: Found, output: Path) -> None:
         if self.as_json:
             print(json.dumps(found.as_dict(), indent=2))
-        self.out.print(
-            f"{found.num_images} images searched; settings compared on {found.judged_on}", soft_wrap=True, markup=False
-        )
+        self.out.print(f"{found.num_images} images searched; settings compared on {found.judged_on}", soft_wrap=True)
         logits = any(row.tried.kl is not None for row in found.choice.rows)
         drift = ("KL", "same class") if logits else ("drift",)
         columns = ("neurons", "R", "outliers", "norm", *drift, "cost, %")
@@ -230,31 +228,29 @@ class Screen(Progress):
         self.out.print(table)
         self.out.print(
             "R: register tokens; norm: of a register; cost: tokens added\n* chosen; (p) the paper's setting",
-            markup=False,
         )
         first, second = (*found.candidates, None, None)[:2]
         if first is not None and second is not None:
             self.out.print(
                 f"best candidate {first.block}:{first.neuron}, contribution {first.contribution:.3g}; "
                 f"next {second.block}:{second.neuron}, {second.contribution:.3g}",
-                markup=False,
             )
         self._neurons(found.recipe)
-        self.out.print(found.second_resolution.note, soft_wrap=True, markup=False)
+        self.out.print(found.second_resolution.note, soft_wrap=True)
         if not found.suppressed:
-            self.out.print("NOT suppressed: outlier tokens remain, or the register is starved", markup=False)
-        self.out.print(f"wrote {output}", soft_wrap=True, markup=False)
+            self.out.print("NOT suppressed: outlier tokens remain, or the register is starved")
+        self.out.print(f"wrote {output}", soft_wrap=True)
 
     def found_part(self, found: FoundPart) -> None:
         if self.as_json:
             print(json.dumps(found.as_dict(), indent=2))
         part, broken = found.part, f", {found.num_broken} could not be read" if found.num_broken else ""
-        self.out.print(f"part {part.number} of {part.total}: {found.num_images} images{broken}", markup=False)
-        self.out.print(f"wrote {found.stats}", soft_wrap=True, markup=False)
+        self.out.print(f"part {part.number} of {part.total}: {found.num_images} images{broken}")
+        self.out.print(f"wrote {found.stats}", soft_wrap=True)
 
     def _neurons(self, recipe: Recipe) -> None:
         neurons = ", ".join(f"{b}:{n}" for b, listed in recipe.register_neurons.items() for n in listed)
-        self.out.print(f"register neurons (block:neuron): {neurons or 'none'}", soft_wrap=True, markup=False)
+        self.out.print(f"register neurons (block:neuron): {neurons or 'none'}", soft_wrap=True)
 
     def diagnosed(self, diagnosis: Diagnosis) -> None:
         if self.as_json:
@@ -276,7 +272,7 @@ class Screen(Progress):
                     f"{norms.outliers:.2f}",
                     bar,
                 )
-            self.out.print(f"patch norms after each block, {diagnosis.images}", soft_wrap=True, markup=False)
+            self.out.print(f"patch norms after each block, {diagnosis.images}", soft_wrap=True)
             self.out.print(table)
         if diagnosis.verdict == "none":
             line = f"Healthy: no outlier tokens, nothing to patch ({diagnosis.reason})"
@@ -285,13 +281,13 @@ class Screen(Progress):
                 diagnosis.verdict, "nothing to fix: "
             )
             line = f"{diagnosis.verdict}: {fix}{diagnosis.reason}"
-        self.out.print(line, soft_wrap=True, markup=False)
+        self.out.print(line, soft_wrap=True)
 
     def unpatched(self, restored: Restored) -> None:
         if self.as_json:
             print(json.dumps(restored.as_dict(), indent=2))
         for name, digest in restored.files.items():
-            self.out.print(f"{digest}  {name}", soft_wrap=True, markup=False)
+            self.out.print(f"{digest}  {name}", soft_wrap=True)
         for names, what in (
             (
                 restored.changed,
@@ -300,11 +296,10 @@ class Screen(Progress):
             (restored.not_copied, "weight files of the source that patching did not copy; they are not restored"),
         ):
             if names:
-                self.out.print(f"{', '.join(names)}: {what}", soft_wrap=True, markup=False)
+                self.out.print(f"{', '.join(names)}: {what}", soft_wrap=True)
         self.out.print(
             f"wrote {restored.output}: {restored.source['id']} restored, sha256 of {len(restored.files)} files equal",
             soft_wrap=True,
-            markup=False,
         )
 
     def pushed(self, pushed: Pushed) -> None:
@@ -316,11 +311,11 @@ class Screen(Progress):
             table.add_row(Text(name), f"{size:,}")
         self.out.print(table)
         for name in pushed.removed:
-            self.out.print(f"removed {name}", soft_wrap=True, markup=False)
+            self.out.print(f"removed {name}", soft_wrap=True)
         total = sum(pushed.files.values()) / 1e6
         what = f"{len(pushed.files)} files, {total:.1f} MB"
         if pushed.url is None:
-            self.out.print(f"dry run: {what} would go to {pushed.repo}", soft_wrap=True, markup=False)
+            self.out.print(f"dry run: {what} would go to {pushed.repo}", soft_wrap=True)
         else:
             self._pushed(pushed)
 
@@ -329,28 +324,27 @@ class Screen(Progress):
         self.out.print(
             f"pushed {len(pushed.files)} files to {where} (commit {(pushed.commit or '')[:12]})",
             soft_wrap=True,
-            markup=False,
         )
 
     def reproduced(self, reproduction: Reproduction) -> None:
         if self.as_json:
             print(json.dumps(reproduction.as_dict(), indent=2))
         for name, difference in reproduction.differences.items():
-            self.out.print(f"{name}  {difference}", soft_wrap=True, markup=False)
+            self.out.print(f"{name}  {difference}", soft_wrap=True)
         for name, (then, now) in reproduction.figures.items():
-            self.out.print(f"figure {name} was {then}, now {now}", soft_wrap=True, markup=False)
+            self.out.print(f"figure {name} was {then}, now {now}", soft_wrap=True)
         if reproduction.note:
-            self.out.print(reproduction.note, soft_wrap=True, markup=False)
+            self.out.print(reproduction.note, soft_wrap=True)
         number, files = len(reproduction.differences), reproduction.num_files
         outcome = f"DIFFERENT in {number} of {files} files" if number else f"all {files} files identical"
         where = f"; wrote {reproduction.output}" if reproduction.output else ""
-        self.out.print(f"{reproduction.source} patched again: {outcome}{where}", soft_wrap=True, markup=False)
+        self.out.print(f"{reproduction.source} patched again: {outcome}{where}", soft_wrap=True)
 
     def compared(self, difference: Difference) -> None:
         if self.as_json:
             print(json.dumps(difference.as_dict(), indent=2))
         for line in difference_lines(difference):
-            self.out.print(line, soft_wrap=True, markup=False)
+            self.out.print(line, soft_wrap=True)
 
     def _figures(self, verdict: Verdict) -> None:
         table = Table(
@@ -370,7 +364,7 @@ class Screen(Progress):
 
     def _outcome(self, verdict: Verdict) -> None:
         for line in (*remarks(verdict), sentence(verdict)):
-            self.out.print(line, soft_wrap=True, markup=False)
+            self.out.print(line, soft_wrap=True)
 
     def _sizes(self, sizes: SizeDrifts) -> None:
         for row in sizes.rows if len(sizes.rows) > 1 else ():
@@ -380,10 +374,9 @@ class Screen(Progress):
                 f"at {row.image_size[0]}x{row.image_size[1]} pixels, {registers}: {row.measure} {row.drift:.4f}{error} "
                 f"({row.num_images} images)",
                 soft_wrap=True,
-                markup=False,
             )
         for note in sizes.notes:
-            self.out.print(f"note: {note}", soft_wrap=True, markup=False)
+            self.out.print(f"note: {note}", soft_wrap=True)
 
 
 def _setting_cells(row: SettingRow) -> list[str]:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from regsurgery.cli.console import console
 from regsurgery.families import FAMILIES, REFUSED
 from regsurgery.modes import NATIVE, SHIFT
 
@@ -23,7 +23,7 @@ def recipe_table(found: Mapping[str, Recipe]) -> None:
     for name, recipe in found.items():
         blocks = ", ".join(map(str, recipe.register_neurons))
         table.add_row(name, recipe.model, f"{recipe.num_neurons} in block(s) {blocks}")
-    Console().print(table)
+    console().print(table)
 
 
 FAMILY_COLUMNS = ("library", "family", "models", "shift, bias", "native", "other sizes", "registers")
@@ -57,12 +57,12 @@ def family_table() -> None:
             models = "\n".join(f"[dim]  {member}[/dim]" for member in family.members)
             size = "any" if family.any_size else "own"
             table.add_row(f"{family.name}\n{models}", ", ".join(family.native) or "-", size, family.placement)
-        Console().print(table)
+        console().print(table)
     table = Table(*REFUSED_COLUMNS, box=box.SIMPLE_HEAD)
     for refused in REFUSED:
         table.add_row(refused.name, refused.reason)
-    Console().print(table)
-    Console().print(
+    console().print(table)
+    console().print(
         "Modes shift and bias write the library's own format, pt2 and onnx; mode native writes pt2, onnx and the "
         "formats listed under native. Sizes: any image size, or only the model's own. Registers: at the end, or inside "
         "the prefix."

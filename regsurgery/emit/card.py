@@ -1,5 +1,8 @@
 """The model card of a patched folder: metadata that the Hub reads, and what people need to know before they use it.
 
+Names, licences, provenance and whatever else is not ours goes through `regsurgery.plain`, so that none of it acts as
+Markdown or HTML: the template's texts are escaped unless they are marked as code or program.
+
 Everything in it comes from the surgery, the verdict and the source's own card; the same input gives the same text.
 """
 
@@ -14,6 +17,7 @@ from regsurgery.compiler.surgery import Surgery
 from regsurgery.emit.source_card import SourceCard, read_source_card
 from regsurgery.families import LOGIT_OUTPUTS
 from regsurgery.formats import LIBRARIES
+from regsurgery.plain import code, line, markdown
 from regsurgery.verification.size_drift import SizeDrifts
 from regsurgery.verification.verdict import MIN_IMAGES_FOR_PERCENT, Verdict
 from regsurgery.verification.verdict_text import counted, ends, remarks, rows, sentence, share_text, title
@@ -107,14 +111,25 @@ def model_card(
 def _template() -> Any:
     import jinja2
 
-    environment = jinja2.Environment(
+    environment = jinja2.Environment(  # nosec B701 # Markdown, escaped by `finalize`
         loader=jinja2.PackageLoader("regsurgery"),
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_escaped,
     )
+    environment.filters |= {"code": lambda text: _Markdown(code(text)), "program": _Markdown}
     return environment.get_template("card.md.j2")
+
+
+class _Markdown(str):
+    """Text that is Markdown already."""
+
+
+def _escaped(value: Any) -> Any:
+    """What an expression of the template becomes."""
+    return markdown(value) if isinstance(value, str) and not isinstance(value, _Markdown) else value
 
 
 def _figures(verdict: Verdict) -> dict[str, Any]:
@@ -148,7 +163,7 @@ def _metadata(
         language=source_card.lists.get("language"),
         datasets=source_card.lists.get("datasets"),
         tags=list(tags),
-        model_name=f"{surgery.loaded.source.name}, {surgery.recipe.kind.title}",
+        model_name=line(f"{surgery.loaded.source.name}, {surgery.recipe.kind.title}"),
         eval_results=None if verdict is None or not verdict.is_judged else _results(verdict),
         **derived,
         **texts,
@@ -181,9 +196,9 @@ def _results(verdict: Verdict) -> list[EvalResult]:
         EvalResult(
             task_type="image-feature-extraction" if verdict.kl is None else "image-classification",
             dataset_type="generated" if verdict.evidence == "generated" else "imagefolder",
-            dataset_name=verdict.images,
+            dataset_name=line(verdict.images),
             metric_type=kind,
-            metric_name=name + seen,
+            metric_name=line(name + seen),
             metric_value=float(f"{value:.6g}"),
         )
         for kind, (name, value) in metrics.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ MAX_CARD_BYTES = 1 << 20
 MAX_ENTRIES, MAX_LENGTH = 100, 300  # of a list, of a text
 TEXTS = ("license", "license_name", "license_link", "pipeline_tag")  # keys of a card's metadata with one text
 LISTS = ("language", "datasets", "tags")  # keys with one text or a list of texts
+
+LINK = re.compile(r"https?://\S+|[\w./-]+")  # of a licence: a page, or a file of the repository
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ def read_source_card(folder: Path) -> SourceCard:
         return SourceCard({}, {}, f"its metadata is broken ({type(error).__name__})")
     metadata = metadata if isinstance(metadata, dict) else {}
     texts = {key: metadata[key] for key in TEXTS if _is_text(metadata.get(key))}
+    if not LINK.fullmatch(texts.get("license_link", "")):
+        texts.pop("license_link", None)
     lists = {}
     for key in LISTS:
         value = metadata.get(key)

@@ -75,13 +75,13 @@ def _runs(pair: Pair, pixels: Tensor) -> tuple[Callable[[], Any], Callable[[], A
         return lambda: loaded.call(loaded.model, pixels), lambda: loaded.call(loaded.model, pixels)
     root = Path(pair.folder)
     if pair.format not in LIBRARIES:
-        module = reloaded(root, pair.format)
+        module = reloaded(root, pair.format, trusted=pair.trusted)
         inputs = tensor_inputs(loaded, pixels)
         return lambda: pair.traced.graph_module(*inputs), lambda: module(*inputs)
     if pair.stock is not None:
         stock = pair.stock
         return lambda: loaded.call(loaded.model, pixels), lambda: stock.call(stock.model, pixels)
-    module = reloaded(root, pair.format, stored=loaded.stored).to(pixels.device)
+    module = reloaded(root, pair.format, stored=loaded.stored, trusted=pair.trusted).to(pixels.device)
     return lambda: loaded.call(loaded.model, pixels), lambda: loaded.call(module, pixels)
 
 

@@ -55,7 +55,8 @@ def _embedded(loaded: Loaded, prompts: list[str]) -> Tensor:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(loaded.folder)
+            # Without a word on trust, transformers would ask at the terminal whether to run a tokenizer's code.
+            tokenizer = AutoTokenizer.from_pretrained(loaded.folder, trust_remote_code=False)  # nosec B615 # a folder
         except (OSError, ValueError) as error:
             raise UserError(f"{loaded.source.id}: has no tokenizer for the prompts; add its files") from error
         encoded = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").to(device)

@@ -195,7 +195,8 @@ def _preprocessing(
         for path in settings:
             check_numbers(path, read_json(path))
         try:
-            processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+            trusted = options.trust_remote_code
+            processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trusted)  # nosec B615 # a folder
             size = _processor_size(processor)
         except UNLOADABLE as error:
             raise CheckpointError(

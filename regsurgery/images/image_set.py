@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
-import pickle
+import pickle  # nosec B403 # see `_unpacked`
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DEFAULT_GENERATED = 32
+MAX_GENERATED = 1_000_000  # their numbers alone take memory
 MIN_IMAGES = 4  # readable ones in what the user gave
 IN_PROCESS = 32  # up to this many images, worker processes are not worth starting
 MAX_WORKERS = 8
@@ -185,7 +186,7 @@ def _packed(read: list[Tensor | tuple[str, str]]) -> bytes:
 def _unpacked(packed: bytes) -> tuple[Tensor, dict[str, str]]:
     import torch
 
-    shape, dtype, block, broken = pickle.loads(packed)
+    shape, dtype, block, broken = pickle.loads(packed)  # nosec B301 # from our own worker
     return torch.frombuffer(block, dtype=dtype).reshape(shape) if block else torch.empty(0), broken
 
 
@@ -234,12 +235,15 @@ def image_set(
         say: is told about every broken image, once.
 
     Raises:
-        UserError: nothing is there, it has no image or fewer than `MIN_IMAGES`, or a dataset file is broken.
+        UserError: nothing is there, it has no image or fewer than `MIN_IMAGES`, or a dataset file is broken; or more
+            than `MAX_GENERATED` pictures are to be generated.
     """
     if num_images is not None and num_images < 1:
         raise UserError(f"{num_images} images were asked for; ask for at least one")
     if where is None:
         count = num_images or DEFAULT_GENERATED
+        if count > MAX_GENERATED:
+            raise UserError(f"--num-images {count}: at most {MAX_GENERATED} pictures are generated; ask for fewer")
         note = f"{count} generated dead-leaves pictures (no --images given)"
         return ImageSet(note, Generated(count, seed, purpose), range(count))
     root = Path(where)

@@ -60,7 +60,7 @@ class Records:
         only: dict[str, Any] = {"columns": columns} if kind == "parquet" else {}
         # The library treats the names as patterns, and even a stream locks a file in its cache.
         with blamed(paths[0], kind, *_library_errors()), temporary_folder() as cache, quiet_datasets():
-            stream = datasets.load_dataset(
+            stream = datasets.load_dataset(  # nosec B615 # files
                 kind,
                 data_files=[glob.escape(str(path.absolute())) for path in paths],
                 split="train",

@@ -19,6 +19,7 @@ SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
     *(".tga", ".tif", ".tiff", ".webp"),
 )
+MAX_PICTURE_BYTES = 256 << 20
 UNREADABLE = (OSError, SyntaxError, ValueError)  # what `decode` raises on broken files
 
 
@@ -31,6 +32,14 @@ class Stretch:
     size: int
 
     def read(self) -> bytes:
+        """The bytes.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: there are more than any picture has; a tar may claim what it likes.
+        """
+        if self.size > MAX_PICTURE_BYTES:
+            raise ValueError(f"has {self.size} bytes, more than a picture takes")
         with self.path.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size)

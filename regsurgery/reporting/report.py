@@ -71,7 +71,7 @@ def report(folder: str | Path, output: str | Path | None = None, *, options: Rep
     check_parent(target)
     images = options.image_set()
     progress.stage("checksums")
-    opened = open_patched(existing_folder(root))
+    opened = open_patched(existing_folder(root), trusted=options.trust_remote_code)
     with reopened(opened, str(folder), options.original, options) as pair:
         verdict = judged(verify_pair(opened, pair, images, progress), images, fitted_of(root), strict=False)
         block = max(0, pair.original.num_blocks - 4) if options.block is None else options.block

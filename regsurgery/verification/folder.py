@@ -120,7 +120,7 @@ def verify_pair(opened: PatchedFolder, pair: Pair, images: ImageSet, progress: P
     if pair.stock is None:
         assert pair.surgery is not None
         size = located.loaded.image_size if located.loaded.own else None
-        module = reloaded(root, fmt, stored=located.loaded.stored, image_size=size)
+        module = reloaded(root, fmt, stored=located.loaded.stored, image_size=size, trusted=opened.trusted)
         return verify_folder(pair.surgery, root, fmt, images, progress, module)
     stock, block = pair.stock, opened.config["regsurgery"]
     host = backend(fmt, opened.recipe.kind)

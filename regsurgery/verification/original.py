@@ -11,6 +11,10 @@ headers. `regsurgery_original.json` holds these, and the files that were replace
      "converted_from": null, or {"name": ..., "sha256": ...} of the pickle that "files" was converted from}
 
 `header` and `content` are deflated (zlib) and in base64. Without either, the folder has the file itself.
+
+A folder restores at most as many bytes as it has itself, and `SPARE_BYTES`: it holds all tensors of the original, and
+what the record holds besides is small. So a record that inflates to more, or repeats tensors, is refused before
+anything is written, and entries are inflated piece by piece.
 """
 
 from __future__ import annotations
@@ -39,16 +43,24 @@ if TYPE_CHECKING:
 
 RECORD_NAME = "regsurgery_original.json"
 SCHEMA = 1
+SPARE_BYTES = 64 << 20
+MAX_RECORD_BYTES = 256 << 20  # a quarter of it would hold the headers of a million tensors
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of the source; `header` and `content` as in the record, but decoded. At most one of them is given."""
+    """A file of the source.
+
+    Attributes:
+        header, content: as in the record, but not in base64. At most one of them is given.
+        inflated: how many bytes that one has when it is inflated.
+    """
 
     name: str
     sha256: str
     header: bytes | None
     content: bytes | None
+    inflated: int
 
 
 @dataclass(frozen=True)
@@ -102,31 +114,36 @@ def read_record(folder: Path) -> Record:
             f"{path}: missing; without this record the original's files cannot be restored from the folder (saving "
             "the folder with a library drops it)"
         )
+    if path.stat().st_size > MAX_RECORD_BYTES:
+        raise CheckpointError(
+            f"{path}: has more than {MAX_RECORD_BYTES} bytes, so it is no record; patch the model again"
+        )
     try:
         data = json.loads(path.read_text("utf-8"))
         if data["schema"] != SCHEMA:
             raise CheckpointError(f"{path}: has schema {data['schema']!r}; this regsurgery reads schema {SCHEMA}")
-        files = tuple(
-            SourceFile(_plain(name), str(entry["sha256"]), *(_unpack(entry.get(key)) for key in ("header", "content")))
-            for name, entry in data["files"].items()
-        )
+        files, allowed = [], _most_bytes(folder)
+        for name, entry in data["files"].items():
+            files.append(_source_file(name, entry, allowed))
+            allowed -= files[-1].inflated
         not_copied = tuple(map(str, data["not_copied"]))
         converted = data["converted_from"] and {key: str(data["converted_from"][key]) for key in ("name", "sha256")}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
         raise CheckpointError(f"{path}: not a valid record of the original ({error}); patch the model again") from error
-    return Record(path, files, not_copied, converted)
+    return Record(path, tuple(files), not_copied, converted)
 
 
 def restore_original(patched: Path, target: Path, fmt: str, progress: Progress | None = None) -> Record:
     """Write to the new folder `target` the checkpoint that was patched, with identical bytes in all files.
 
     Raises:
-        CheckpointError: a restored file differs from the source's, or something is missing in the folder; the message
-            names every such file.
+        CheckpointError: a restored file differs from the source's, or something is missing in the folder (the message
+            names every such file), or the files would take more than the folder can hold of the original.
     """
     record = read_record(patched)
     weights = weight_files(patched, WEIGHTS_NAMES[fmt])
     sources = locate(weights)
+    _refuse_growth(patched, record, sources)
     target.mkdir(exist_ok=True)
     if progress is not None:
         progress.stage("restore", sum(path.stat().st_size for path in weights), in_bytes=True)
@@ -154,14 +171,15 @@ def restore_original(patched: Path, target: Path, fmt: str, progress: Progress |
 def _chunks(patched: Path, file: SourceFile, tensors: Mapping[str, LocatedTensor]) -> Iterator[bytes]:
     """The bytes of a source file."""
     if file.content is not None:
-        yield file.content
+        yield from _inflated(file.content)
     elif file.header is None:
         path = patched / file.name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing; it is a file of the original, and restoring needs it")
         yield from _read(path, 0, path.stat().st_size)
     else:
-        yield struct.pack("<Q", len(file.header)) + file.header
+        yield struct.pack("<Q", file.inflated)
+        yield from _inflated(file.header)
         for name, wanted in _layout(patched / RECORD_NAME, file):
             tensor = tensors.get(name)
             if tensor is None:
@@ -181,7 +199,7 @@ def _layout(path: Path, file: SourceFile) -> list[tuple[str, tuple[str, tuple[in
     """Names, dtypes and shapes of a recorded header, in the order of their data."""
     assert file.header is not None
     try:
-        header: dict[str, Any] = json.loads(file.header)
+        header: dict[str, Any] = json.loads(b"".join(_inflated(file.header)))
         header.pop("__metadata__", None)
         entries = sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"]))
         return [(name, (entry["dtype"], tuple(entry["shape"]))) for name, entry in entries]
@@ -208,14 +226,58 @@ def _pack(data: bytes) -> str:
     return base64.b64encode(zlib.compress(data, 9)).decode()
 
 
-def _unpack(text: str | None) -> bytes | None:
-    if text is None:
-        return None
-    inflate = zlib.decompressobj()
-    data = inflate.decompress(base64.b64decode(text, validate=True), MAX_HEADER_BYTES)
-    if not inflate.eof:
-        raise ValueError(f"an entry is cut off, or inflates to more than {MAX_HEADER_BYTES} bytes")
-    return data
+def _source_file(name: str, entry: dict[str, Any], allowed: int) -> SourceFile:
+    """An entry of the record, inflated once to see that it can be, to at most `allowed` bytes.
+
+    Raises:
+        ValueError, TypeError, zlib.error: it is not valid.
+    """
+    given = {key: base64.b64decode(entry[key], validate=True) for key in ("header", "content") if key in entry}
+    if "header" in given:
+        allowed = min(allowed, MAX_HEADER_BYTES)
+    size = 0
+    for deflated in given.values():
+        for piece in _inflated(deflated):
+            size += len(piece)
+            if size > allowed:
+                raise ValueError(f"{name} inflates to more than {allowed} bytes")
+    return SourceFile(_plain(name), str(entry["sha256"]), given.get("header"), given.get("content"), size)
+
+
+def _inflated(deflated: bytes) -> Iterator[bytes]:
+    """Piece by piece.
+
+    Raises:
+        ValueError, zlib.error: it is cut off, or not deflated.
+    """
+    inflate, rest = zlib.decompressobj(), deflated
+    while not inflate.eof:
+        piece = inflate.decompress(rest, CHUNK_BYTES)
+        rest = inflate.unconsumed_tail
+        if not piece and not rest and not inflate.eof:
+            raise ValueError("an entry is cut off")
+        yield piece
+
+
+def _most_bytes(patched: Path) -> int:
+    """How much a folder may restore; see the rule at the top."""
+    return SPARE_BYTES + sum(path.stat().st_size for path in patched.iterdir() if path.is_file())
+
+
+def _refuse_growth(patched: Path, record: Record, tensors: Mapping[str, LocatedTensor]) -> None:
+    """Raise `CheckpointError` for files that would take more than the rule at the top allows, before any is written."""
+    total, allowed = 0, _most_bytes(patched)
+    for file in record.files:
+        total += file.inflated
+        if file.header is not None:
+            total += sum(tensors[name].num_bytes for name, _ in _layout(record.path, file) if name in tensors)
+        elif file.content is None and (patched / file.name).is_file():
+            total += (patched / file.name).stat().st_size
+        if total > allowed:
+            raise CheckpointError(
+                f"{record.path}: its files would take more than {allowed} bytes, the folder's own size and "
+                f"{SPARE_BYTES >> 20} MiB, which no original does; patch the model again"
+            )
 
 
 def _plain(name: str) -> str:

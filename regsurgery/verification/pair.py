@@ -92,6 +92,7 @@ class Pair(OfLocated):
         surgery: the repeated surgery that `patched` comes from; None for an unpatched model, and for stock checkpoints
             of native mode, which are traced and matched themselves.
         stock: the loaded stock checkpoint of native mode.
+        trusted: the user allows any code in the folder.
         outliers: counts over every image that an observer of this pair sees.
     """
 
@@ -104,6 +105,7 @@ class Pair(OfLocated):
     recipe: Recipe | None = None
     surgery: Surgery | None = None
     stock: Loaded | None = None
+    trusted: bool = False
     outliers: OutlierCount = field(default_factory=OutlierCount)
 
     @property
@@ -181,7 +183,7 @@ def open_pair(folder: str | Path, original: str | None = None, options: LoadOpti
     the original's tensors; otherwise it is loaded from `original` or from its recorded source, as in `verify`.
 
     Raises:
-        CheckpointError: the folder is incomplete, or `original` is not what was patched.
+        CheckpointError: the folder is incomplete, code in it is not trusted, or `original` is not what was patched.
         UnsupportedModelError: the model has no sites.
     """
     options = options or LoadOptions()
@@ -196,7 +198,7 @@ def open_pair(folder: str | Path, original: str | None = None, options: LoadOpti
         return
     root = existing_folder(folder)
     progress.stage("checksums")
-    with reopened(open_patched(root), str(folder), original, options) as pair:
+    with reopened(open_patched(root, trusted=options.trust_remote_code), str(folder), original, options) as pair:
         yield pair
 
 
@@ -233,7 +235,18 @@ def reopened(
                 take_our_tensors(surgery, root, fmt)
             patched = _patched(sides(surgery)[1], recipe.mode, located.traced.image_size, located.sites)
         with loaded.files.unchanged():
-            yield Pair(name, fmt, recipe.mode, _original(located), patched, located, recipe, surgery, stock)
+            yield Pair(
+                folder=name,
+                format=fmt,
+                mode=recipe.mode,
+                original=_original(located),
+                patched=patched,
+                located=located,
+                recipe=recipe,
+                surgery=surgery,
+                stock=stock,
+                trusted=opened.trusted,
+            )
 
 
 def _is_patched(folder: str | Path) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regsurgery.backends.formats import backend as backend_of
+from regsurgery.backends.modeling import UNKNOWN_CODE
 from regsurgery.checkpoints.limits import BROKEN, read_json, refuse_links_out
 from regsurgery.checkpoints.reading import weight_files
 from regsurgery.checkpoints.safetensors_file import read_header
@@ -31,51 +32,58 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def load(folder: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> nn.Module:
     """The patched model of a folder that regsurgery wrote, or of a Hub repository, in eval mode.
 
-    Runs the folder's own loader file. A loader file from the Hub is run only if this regsurgery writes the same bytes.
+    Runs the folder's own loader file if it is, byte for byte, what this or a released regsurgery writes; a `.pt2` if
+    it holds nothing but operators and tensors.
 
     Args:
         folder: the folder, or USER/NAME on the Hub.
         revision: Hub revision.
-        trust_remote_code: run any code in the repository.
+        trust_remote_code: run any code in the folder.
 
     Raises:
         ModelNotFoundError: there is no such folder, and the repository does not exist or cannot be reached.
-        CheckpointError: the files do not match SHA256SUMS, or the model cannot be built from them.
+        CheckpointError: the files do not match SHA256SUMS (which a folder that a library saved after training lacks),
+            its code needs `trust_remote_code`, or the model cannot be built from it.
     """
-    root = at_home(folder, revision, trust_remote_code=trust_remote_code)
-    return reloaded(root, folder_format(root))
+    root = at_home(folder, revision)
+    if (root / SUMS_NAME).exists():
+        check_sums(root, f"patch the model again; if you changed it yourself (by training, say), remove {SUMS_NAME}")
+    fmt = folder_format(root)
+    _refuse_foreign_code(root, fmt, trusted=trust_remote_code)
+    return reloaded(root, fmt, trusted=trust_remote_code)
 
 
-def at_home(folder: str | Path, revision: str | None = None, *, trust_remote_code: bool = False) -> Path:
-    """`folder`, or the download of the Hub repository of that name; see `load`."""
+def at_home(folder: str | Path, revision: str | None = None) -> Path:
+    """`folder`, or the download of the Hub repository of that name, whose files are checked; see `load`."""
     if isinstance(folder, Path) or Path(folder).is_dir() or not HUB_ID.fullmatch(folder):
         return existing_folder(folder)
     from regsurgery.checkpoints.download import snapshot
 
     root = existing_folder(snapshot(folder, folder, revision)[0])
     check_sums(root, "remove it from the Hub's cache (hf cache rm) and load it again")
-    if not trust_remote_code:
-        _refuse_foreign_code(root, folder)
     return root
 
 
-def _refuse_foreign_code(root: Path, repo: str) -> None:
-    """Raise `CheckpointError` for code from the Hub that differs from what this regsurgery writes."""
-    fmt = folder_format(root)
-    foreign = backend_of(fmt, patched_mode(root, fmt)).foreign_code(root)
+def _refuse_foreign_code(root: Path, fmt: str, *, trusted: bool) -> None:
+    """Raise `CheckpointError` for code that is not trusted before anything else is done with the folder."""
+    foreign = None if trusted else backend_of(fmt, patched_mode(root, fmt)).foreign_code(root)
     if foreign is not None:
-        raise CheckpointError(
-            f"{repo}: its {foreign} is not what this regsurgery writes, so loading it would run unknown code; read it "
-            "and load with trust_remote_code=True (--trust-remote-code), or patch the source yourself"
-        )
+        raise CheckpointError(f"{root / foreign}: {UNKNOWN_CODE}")
 
 
 def rebuilt(
-    folder: Path, config: dict[str, Any], fmt: str, *, stored: bool, image_size: tuple[int, int] | None = None
+    folder: Path,
+    config: dict[str, Any],
+    fmt: str,
+    *,
+    stored: bool,
+    image_size: tuple[int, int] | None = None,
+    trusted: bool = False,
 ) -> nn.Module:
     """The patched model of a folder, as a user would get it.
 
     Args:
+        trusted: run any code in the folder.
         stored: keep its weights on disk if possible.
         image_size: for images of this size (height, width), if it is not the model's own; a program has one size.
     """
@@ -83,14 +91,21 @@ def rebuilt(
     options: dict[str, Any] = {}
     if fmt in LIBRARIES:
         options = {**({"stored": True} if stored else {}), **({"image_size": image_size} if image_size else {})}
-    return backend.reload(folder, config, **options)
+    return backend.reload(folder, config, trusted=trusted, **options)
 
 
-def reloaded(folder: Path, fmt: str, *, stored: bool = False, image_size: tuple[int, int] | None = None) -> nn.Module:
-    """The patched model of a folder that may be broken; `stored` and `image_size`: see `rebuilt`.
+def reloaded(
+    folder: Path,
+    fmt: str,
+    *,
+    stored: bool = False,
+    image_size: tuple[int, int] | None = None,
+    trusted: bool = False,
+) -> nn.Module:
+    """The patched model of a folder that may be broken; `stored`, `image_size` and `trusted`: see `rebuilt`.
 
     Raises:
-        CheckpointError: the folder's own loader file, or the stock host, cannot build it.
+        CheckpointError: the folder's own loader file, or the stock host, cannot build it, or its code is not trusted.
     """
     config = read_patched_config(folder, fmt)
     backend = backend_of(fmt, MODES[config["regsurgery"]["mode"]])
@@ -99,9 +114,9 @@ def reloaded(folder: Path, fmt: str, *, stored: bool = False, image_size: tuple[
     unloadable = frontend(fmt).UNLOADABLE if fmt in LIBRARIES else BROKEN
     try:
         if not headers:
-            return rebuilt(folder, config, fmt, stored=stored, image_size=image_size)
+            return rebuilt(folder, config, fmt, stored=stored, image_size=image_size, trusted=trusted)
         with bounded_model(folder / backend.CONFIG_NAME, headers):
-            return rebuilt(folder, config, fmt, stored=stored, image_size=image_size)
+            return rebuilt(folder, config, fmt, stored=stored, image_size=image_size, trusted=trusted)
     except unloadable as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(f"{folder}: its model cannot be built: {reason}; patch the model again") from error
@@ -163,6 +178,7 @@ class PatchedFolder:
     Attributes:
         config: see `read_patched_config`.
         files: those that SHA256SUMS lists, as they were before they were read.
+        trusted: the user allows any code in it.
     """
 
     root: Path
@@ -170,21 +186,23 @@ class PatchedFolder:
     config: dict[str, Any]
     recipe: Recipe
     files: Watched
+    trusted: bool
 
 
-def open_patched(root: Path) -> PatchedFolder:
+def open_patched(root: Path, *, trusted: bool) -> PatchedFolder:
     """The folder `root`, with its files checked.
 
     Raises:
-        CheckpointError: files are missing, broken, or not those of SHA256SUMS.
+        CheckpointError: files are missing, broken, or not those of SHA256SUMS, or code in it is not trusted.
         UserError: it is not a patched folder.
     """
     files = Watched.of([root / SUMS_NAME, *(root / name for name in read_sums(root))])
     with files.blamed():
         check_sums(root)
         fmt = folder_format(root)
+        _refuse_foreign_code(root, fmt, trusted=trusted)
         config, recipe = read_patched_config(root, fmt), find_recipe(str(root / RECIPE_NAME))
-    return PatchedFolder(root, fmt, config, recipe, files)
+    return PatchedFolder(root, fmt, config, recipe, files, trusted)
 
 
 def patched_mode(folder: Path, fmt: str) -> Mode:

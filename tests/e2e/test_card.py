@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from PIL import Image
 
 import regsurgery
 from regsurgery.commands.patch import PatchResult
+from regsurgery.demo import write_demo
 from regsurgery.emit.run_record import read_run_record
 from regsurgery.recipe import find_recipe
 from regsurgery.verification.verdict_text import rows, sentence, title
@@ -261,3 +265,54 @@ def test_every_snippet_of_the_real_models_runs_as_written(
     real: dict[str, tuple[Path, PatchResult]], tmp_path: Path
 ) -> None:
     check_snippets(run_snippets([folder for folder, _ in real.values()], tmp_path))
+
+
+HOSTILE = "evil\x1b]0;t\x07<img src=x onerror=alert(1)>|`b`[l](j:a)\u202e\u2028--- **x**"
+
+
+@pytest.fixture(scope="module")
+def hostile_card(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The card of a model whose names, labels, licence and provenance are all meant to act."""
+    root = tmp_path_factory.mktemp("hostile")
+    source = root / HOSTILE
+    write_demo(source)
+    config = json.loads((source / "config.json").read_text())
+    config["id2label"] = {number: f"<script>{number}</script>\ud800" for number in config["id2label"]}
+    config["label2id"] = {label: int(number) for number, label in config["id2label"].items()}
+    (source / "config.json").write_text(json.dumps(config))
+    metadata = {
+        "license": "other",
+        "license_name": "<b>x</b>`|",
+        "license_link": "javascript:alert(1)",
+        "tags": ["---"],
+    }
+    (source / "README.md").write_text(f"---\n{json.dumps(metadata)}\n---\n")
+    provenance = {"found_by": "<script>alert(1)</script>\x1b[31m | `x`\n# H", "judged_on": "<b>|"}
+    recipe = replace(find_recipe("demo"), provenance=provenance)
+    regsurgery.patch(str(source), root / "out", recipe=recipe, num_images=4)
+    return (root / "out" / "README.md").read_text("utf-8")
+
+
+def test_a_licence_without_a_name_of_its_own(demo_folder: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(demo_folder, tmp_path / "source")
+    (source / "README.md").write_text("---\nlicense: mit\n---\n")
+    regsurgery.patch(str(source), tmp_path / "out", recipe="demo", verification=False)
+    assert "Licence: same as the source, `mit`.\n" in (tmp_path / "out" / "README.md").read_text("utf-8")
+
+
+def test_nothing_of_others_acts_in_the_card(hostile_card: str) -> None:
+    assert all(character.isprintable() or character == "\n" for character in hostile_card)
+    _, front, body = hostile_card.split("\n---\n" if hostile_card.startswith("\n") else "---\n", 2)
+    metadata = yaml.safe_load(front)
+    assert metadata["license_name"] == "<b>x</b>`|" and "license_link" not in metadata
+    assert metadata["model-index"][0]["name"].startswith("evil\\x1b]0;t\\x07<img")
+    outside_code = re.sub(r"```.*?```|`[^`\n]*`", "", re.sub(r"\\.", "", body), flags=re.S)
+    assert "<" not in outside_code and "](j:" not in outside_code and "**x**" not in outside_code
+    assert [line for line in body.splitlines() if line.startswith("# ")][1:] == []
+
+
+def test_the_card_as_a_page_has_nothing_that_acts(hostile_card: str) -> None:
+    markdown = pytest.importorskip("markdown", reason="needs the extra docs")
+    html = markdown.markdown(hostile_card.split("---\n", 2)[2], extensions=["tables", "fenced_code"])
+    assert not re.search(r"<(script|b|img(?! alt=\"Norms of the patches))\b", html)
+    assert "&lt;script&gt;alert(1)" in html or "&lt;script>alert(1)" in html

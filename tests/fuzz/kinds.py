@@ -19,6 +19,8 @@ from typing import Any
 from tests.fuzz import mutate
 from tests.fuzz.bases import RECIPE, Bases
 
+LOADER = "modeling_regsurgery.py"
+PATCHED = ("patched-vit", "patched-timm")
 LOADED = ("vit", "dinov2", "clip", "timm", "timm-beit", "open_clip")
 CONFIG_KEYS = ("architectures", "auto_map", "attn_implementation", "_attn_implementation", "num_labels", "id2label",
                "num_classes", "in_chans", "quantization_config", "dtype", "torch_dtype", "vision_config", "regsurgery",
@@ -270,11 +272,25 @@ def patched_record(rng: Random, folder: Path) -> None:
              base64.b64encode(zlib.compress(mutate.dump(rng, {"a": mutate.value(rng)}).encode())).decode()]
         )  # fmt: skip
     elif rng.random() < 0.3:
+        if rng.random() < 0.3:
+            tree["files"] |= {f"again{number}": entry for number in range(rng.choice([2, 5000]))}
         tree["files"][rng.choice(["../x", "/etc/x", "a/b", "", ".", ".hidden", "\0", "a" * 300])] = entry
     else:
         mutate.damage_tree(rng, tree, ("files", "sha256", "header", "not_copied", "converted_from"))
     path.write_text(mutate.dump(rng, tree), "utf-8")
     resum(folder)
+
+
+def patched_loader(rng: Random, folder: Path) -> None:
+    """Another byte anywhere in the code that a folder brings."""
+    path = folder / LOADER
+    path.write_bytes(mutate.damage_bytes(rng, path.read_bytes()))
+    resum(folder)
+
+
+def names(rng: Random, folder: Path) -> None:
+    """A file whose name checksums or terminals cannot take."""
+    (folder / os.fsdecode(rng.choice([b"\xff", b"a\nb", b"\x1b[31m", "\u202e".encode(), b"a b", b"\xc3\xa9"]))).touch()
 
 
 def patched_sums(rng: Random, folder: Path) -> None:
@@ -347,6 +363,14 @@ def run_patched(rng: Random, folder: Path, bases: Bases) -> None:
     load_patched(folder)
 
 
+def run_loader(rng: Random, folder: Path, bases: Bases) -> None:
+    from regsurgery.verification.patched import load
+
+    load(folder)
+    ours = {(bases.folders[name] / LOADER).read_bytes() for name in PATCHED}
+    assert (folder / LOADER).read_bytes() in ours, "code that no regsurgery wrote was run"
+
+
 KINDS = {
     "header: bytes": Kind(LOADED, weight_bytes, run_header, 8),
     "header: lies": Kind(LOADED, weight_header, run_header, 10),
@@ -360,8 +384,10 @@ KINDS = {
     "links": Kind((*LOADED, "sharded", "bin"), links, run_load, 5),
     "pickle": Kind(("bin", "bin", "bin-legacy"), pickled, run_load, 8),
     "recipe": Kind(("vit",), recipe_text, run_recipe, 15),
-    "patched: config": Kind(("patched-vit", "patched-timm"), patched_block, run_patched, 12),
-    "patched: files": Kind(("patched-vit", "patched-timm"), patched_files, run_patched, 6),
-    "patched: record": Kind(("patched-vit", "patched-timm"), patched_record, run_patched, 6),
-    "patched: sums": Kind(("patched-vit", "patched-timm"), patched_sums, run_patched, 3),
+    "patched: config": Kind(PATCHED, patched_block, run_patched, 12),
+    "patched: files": Kind(PATCHED, patched_files, run_patched, 6),
+    "patched: record": Kind(PATCHED, patched_record, run_patched, 6),
+    "patched: loader": Kind(PATCHED, patched_loader, run_loader, 6),
+    "names": Kind(LOADED, names, run_load, 2),
+    "patched: sums": Kind(PATCHED, patched_sums, run_patched, 3),
 }

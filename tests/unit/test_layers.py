@@ -19,6 +19,8 @@ LAYERS = (
         "progress",
         "version",
         "garbage",
+        "memory",
+        "plain",
         "settings",
         "modes",
         "families",

@@ -16,8 +16,11 @@ from regsurgery.checkpoints.pickled import read_pickle
 from regsurgery.checkpoints.safetensors_file import SafetensorsFile, read_header
 from regsurgery.checkpoints.sums import sha256
 from regsurgery.checkpoints.weights_check import check_shards, finite_digest
-from regsurgery.errors import CheckpointError
+from regsurgery.errors import CheckpointError, RecipeError, UserError
 from regsurgery.frontends.bounds import bounded_model, check_numbers
+from regsurgery.images.sources import Stretch
+from regsurgery.options import DoctorOptions, FindOptions, PatchOptions, ReportOptions, VerifyOptions
+from regsurgery.recipe import parse_recipe
 
 CONFIG = Path("config.json")
 
@@ -258,3 +261,37 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path, zipped):
     with pytest.raises(CheckpointError, match=r"w.bin: cannot be read as plain weights .*; convert it"):
         read_pickle(tmp_path / "w.bin")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_recipe_cannot_multiply_its_registers(demo_folder):
+    from regsurgery import patch
+
+    recipe = parse_recipe("{schema: 1, register_neurons: {1: [25]}, num_registers: 64, num_patches: 1}", "many")
+    with pytest.raises(RecipeError, match="gives 9216 registers for 144 patches"):
+        patch(str(demo_folder), "nowhere", recipe=recipe, dry_run=True, num_images=2)
+
+
+@pytest.mark.parametrize("command", ["doctor", "find", "verify", "report", "patch"])
+def test_millions_of_generated_pictures_are_refused_at_once(command, demo_folder):
+    options = {"doctor": DoctorOptions, "find": FindOptions, "verify": VerifyOptions, "report": ReportOptions,
+               "patch": PatchOptions}[command](num_images=50_000_000)  # fmt: skip
+    with pytest.raises(UserError, match="--num-images 50000000: at most 1000000 pictures are generated"):
+        options.image_set()
+
+
+def test_a_member_of_a_tar_that_claims_more_than_a_picture_has_is_not_read(tmp_path):
+    (tmp_path / "x.tar").touch()
+    with pytest.raises(ValueError, match="has 1099511627776 bytes, more than a picture takes"):
+        Stretch(tmp_path / "x.tar", 0, 1 << 40).read()
+
+
+@pytest.mark.parametrize(
+    "text", ['<!DOCTYPE a [<!ENTITY b "x">]><annotation>&b;</annotation>', "<a>" + " " * (1 << 20)]
+)
+def test_an_annotation_cannot_multiply(tmp_path, text):
+    from regsurgery.evaluation.voc import MAX_ANNOTATION_BYTES, read_boxes
+
+    assert MAX_ANNOTATION_BYTES == 1 << 20
+    (tmp_path / "a.xml").write_text(text)
+    with pytest.raises(UserError, match="declares types or entities, or is larger than an annotation"):
+        read_boxes(tmp_path / "a.xml")

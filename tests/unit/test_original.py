@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,6 +206,35 @@ def test_a_broken_record_is_refused_and_writes_nothing(source, tmp_path, change,
     with pytest.raises(CheckpointError, match=problem) as caught:
         restore(patched, tmp_path / "restored")
     assert str(caught.value).startswith(f"{patched / RECORD_NAME}: ")
+    assert not (tmp_path / "restored").exists()
+
+
+@pytest.mark.parametrize("key", ["content", "header"])
+def test_a_record_that_inflates_to_more_than_the_folder_is_refused_in_little_memory(source, tmp_path, key):
+    patched = patch(source, tmp_path / "patched")
+    record = json.loads((patched / RECORD_NAME).read_text())
+    record["files"] |= {f"zeros{n}": {"sha256": "0", key: packed(bytes(1 << 24))} for n in range(60)}
+    (patched / RECORD_NAME).write_text(json.dumps(record))
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="inflates to more than"):
+            restore(patched, tmp_path / "restored")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 32 << 20 and not (tmp_path / "restored").exists()
+
+
+def test_a_record_that_repeats_the_tensors_is_refused(single, tmp_path, monkeypatch):
+    monkeypatch.setattr("regsurgery.verification.original.SPARE_BYTES", 1 << 16)
+    header = json.dumps({"a": {"data_offsets": [0, 400_000], "shape": [100_000], "dtype": "F32"}}).encode()
+    (single / WHOLE).write_bytes(struct.pack("<Q", len(header)) + header + bytes(400_000))
+    patched = patch(single, tmp_path / "patched")
+    record = json.loads((patched / RECORD_NAME).read_text())
+    record["files"] |= {f"again{n}.safetensors": record["files"][WHOLE] for n in range(3)}
+    (patched / RECORD_NAME).write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match="its files would take more than"):
+        restore(patched, tmp_path / "restored")
     assert not (tmp_path / "restored").exists()
 
 

@@ -10,7 +10,8 @@ from torch import fx
 
 from regsurgery.compiler.graph import ancestor_sets, find_node, is_ancestor
 from regsurgery.compiler.sites import Sites
-from regsurgery.recipe import Recipe
+from regsurgery.errors import RecipeError
+from regsurgery.recipe import MAX_REGISTERS, Recipe
 from regsurgery.runtime.surgery import ATTENTION_CONSTANTS, REGISTER_TOKENS, registers_for, shift_arguments
 
 INSERTED = "regsurgery"  # key in node.meta of every node that a pass made; its value is the pass
@@ -64,10 +65,19 @@ def follows_size(sites: Sites, recipe: Recipe) -> int | None:
 
 
 def plan_surgery(sites: Sites, recipe: Recipe) -> Plan:
-    """The plan of `recipe` at `sites`, with the number of registers for the traced image size."""
+    """The plan of `recipe` at `sites`, with the number of registers for the traced image size.
+
+    Raises:
+        RecipeError: that number is larger than `MAX_REGISTERS` and than the number of patches.
+    """
     bias = recipe.kind.constants
-    num_patches = follows_size(sites, recipe)
-    num_registers = registers_for(sites.num_tokens - sites.num_prefix, recipe.num_registers, num_patches)
+    num_patches, patches = follows_size(sites, recipe), sites.num_tokens - sites.num_prefix
+    num_registers = registers_for(patches, recipe.num_registers, num_patches)
+    if num_registers > max(MAX_REGISTERS, patches):
+        raise RecipeError(
+            f"num_patches {num_patches} of the recipe gives {num_registers} registers for {patches} patches; at most "
+            "as many as patches make sense: give the number of patches that num_registers was chosen for"
+        )
     scale = list(recipe.scale) if num_patches is None else [recipe.scale[0]] * num_registers
     shift = shift_arguments(
         sites.num_prefix, [] if bias else scale, sites.placement, recipe.fill, recipe.prefix, recipe.compat

@@ -1,0 +1,82 @@
+"""Images that change, and far too many of them."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+from tests.commands import PROGRAM
+from tests.drills import Row, drill
+from tests.drills.command import command, refused
+from tests.photos import write_photos
+
+RUNS = 4
+
+
+def disturb(folder: Path, stop: threading.Event, rng: random.Random) -> None:
+    """Remove, empty, replace and add files of `folder` until told to stop."""
+    names = sorted(path.name for path in folder.iterdir())
+    while not stop.is_set():
+        path = folder / rng.choice(names)
+        match rng.randrange(4):
+            case 0:
+                path.unlink(missing_ok=True)
+            case 1:
+                path.write_bytes(b"")
+            case 2:
+                path.write_bytes(rng.randbytes(1000))
+            case 3:
+                (folder / f"new{rng.randrange(99)}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + rng.randbytes(100))
+        time.sleep(0.02)
+
+
+@drill
+def images_that_change_meanwhile(place: Path) -> Row:
+    """A run on images that change ends with a result or one line, never with a traceback or half a folder."""
+    codes = []
+    for run in range(RUNS):
+        photos, out, stop = place / "photos", place / "out", threading.Event()
+        write_photos(photos, 40)
+        thread = threading.Thread(target=disturb, args=(photos, stop, random.Random(run)))
+        thread.start()
+        try:
+            done = command(f"patch demo --recipe demo --images {photos} -o {out}")
+        finally:
+            stop.set()
+            thread.join()
+        assert done.code in (0, 1, 2) and "Traceback" not in done.err, done
+        assert out.exists() == (done.code == 0)
+        shutil.rmtree(photos)
+        shutil.rmtree(out, ignore_errors=True)
+        assert list(place.iterdir()) == []
+        codes.append(str(done.code))
+    return Row(RUNS, f"exit codes {', '.join(codes)}")
+
+
+@drill
+def millions_of_pictures(place: Path) -> Row:
+    """`--num-images` in the millions: refused, or a run in bounded memory that Ctrl-C ends with 130."""
+    for words in ("doctor demo", f"find demo -o {place}/x.yaml", f"patch demo -o {place}/out"):
+        refused(command(f"{words} --num-images 50000000"))
+    process = subprocess.Popen(
+        [PROGRAM, "doctor", "demo", "--num-images", "1000000"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=dict(os.environ),
+    )
+    time.sleep(30)
+    own = psutil.Process(process.pid)
+    peak_mb = sum(one.memory_info().rss for one in (own, *own.children())) >> 20
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and b"Traceback" not in error, error
+    assert peak_mb < 4000 and list(place.iterdir()) == [], peak_mb
+    return Row(4, f"3 refused; a million: {peak_mb} MB, interrupted with 130")
