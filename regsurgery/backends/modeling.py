@@ -14,7 +14,6 @@ from regsurgery.checkpoints.limits import MAX_JSON_BYTES
 from regsurgery.checkpoints.safetensors_file import weights_dtype
 from regsurgery.checkpoints.writing import write_json, write_weights
 from regsurgery.errors import CheckpointError
-from regsurgery.runtime import surgery
 
 if TYPE_CHECKING:
     from regsurgery.compiler.surgery import Surgery
@@ -32,7 +31,7 @@ def modeling_source(host: ModuleType, tail: str = "") -> str:
 
     The host module's docstring and its imports from regsurgery are left out; what it imports comes before it.
     """
-    runtime = Path(surgery.__file__).read_text("utf-8")
+    runtime = (Path(__file__).parents[1] / "runtime" / "surgery.py").read_text("utf-8")
     assert host.__file__ is not None
     source = Path(host.__file__).read_text("utf-8")
     lines = source.splitlines()
