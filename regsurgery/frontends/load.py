@@ -51,6 +51,7 @@ def load(
         ModelNotFoundError: nothing has this id, or it cannot be reached.
         CheckpointError: the folder has no config, no (allowed) weights, or broken weights.
         UnsupportedModelError: the library does not know the architecture, or the weights are quantised.
+        UserError: the model has no module `options.tower`.
     """
     options = options or LoadOptions()
     check_device(options.device_map)
@@ -84,8 +85,8 @@ def load(
     checkpoint = Checkpoint(source, library, folder, weights, digests, pickled, config, config_name, stored, scratch)
     with bounded_model(folder / config_name, headers):
         loaded = frontend(library).load(checkpoint, options)
-    tried(loaded.preprocess, folder)
-    return loaded
+    tried(loaded)
+    return loaded if options.tower is None else loaded.at_tower(options.tower)
 
 
 def _known(weights: Sequence[Path], known: Mapping[str, str] | None) -> tuple[str, ...] | None:
