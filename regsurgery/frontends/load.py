@@ -73,8 +73,7 @@ def load(
     if use_meanwhile is not None:
         use_meanwhile(weights)
     digests = _known(weights, known) or (None if look_through else _published(weights)) or finite_digests(headers)
-    if options.called is not None:
-        repo = None if revision is None else repository_of(options.called)
+    repo = repo if options.called is None else revision and repository_of(options.called)
     source = Source(options.called or model_id, revision, _combined(digests), repo)
     if options.sha256 not in (None, source.sha256):
         raise CheckpointError(
