@@ -72,7 +72,8 @@ class Surgery(OfLocated):
         added = self.graph_module.get_parameter(self.added_name).detach()
         if not self.plan.constant_blocks:
             added = repeated_registers(added, self.config_block["num_registers"])
-        return {f"{tower}.{name}".lstrip("."): added}
+        on_disk = f"{tower}.{name}".lstrip(".")
+        return {self.loaded.added_name(self.added_name, on_disk): added}
 
 
 def perform(located: Located, recipe: Recipe) -> Surgery:

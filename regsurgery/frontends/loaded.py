@@ -97,6 +97,8 @@ class Loaded(Checkpoint):
         name_outputs: what forward returns -> its tensors by name.
         disk_name: name of a parameter in memory -> its name in the checkpoint file; None if the file has no tensor
             of its own for it (a part of a fused one).
+        added_name: (name in memory, name by its place on disk) of a tensor that is added -> the name on disk that
+            the library finds it by.
         entry: path of the module that is traced and called, "" for the whole model; a vision tower inside a model that
             cannot be traced whole.
         own: the same checkpoint at the size it was made for, if `image_size` is another one.
@@ -114,6 +116,7 @@ class Loaded(Checkpoint):
     inputs: Callable[[Tensor], tuple[tuple[Any, ...], dict[str, Any]]]
     name_outputs: Callable[[Any], dict[str, Tensor]]
     disk_name: Callable[[str], str | None]
+    added_name: Callable[[str, str], str] = lambda in_memory, on_disk: on_disk
     entry: str = ""
     own: Loaded | None = None
     channels: int = 3

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,7 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         inputs=entries[0].inputs,
         name_outputs=entries[0].name_outputs,
         disk_name=_disk_names(model),
+        added_name=partial(_added_name, model),
         entry=entries[0].path,
         channels=found[0].channels,
         entries=entries,
@@ -150,7 +153,21 @@ def _check_complete(checkpoint: Checkpoint, model: Any, info: Mapping[str, Any])
 def from_pretrained(
     cls: Any, folder: Path, stored: Sequence[Path] | None, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """The model, and which keys were missing, mismatched or left over; `stored`: weight files that stay on disk."""
+    """The model, and which keys were missing, mismatched or left over; `stored`: weight files that stay on disk.
+
+    A model whose weights lack the optional pooler, as DINO's do, is made without it.
+    """
+    model, info = _from_pretrained(cls, folder, stored, **options)
+    missing = info.get("missing_keys") or ()
+    optional = any("add_pooling_layer" in inspect.signature(each.__init__).parameters for each in type(model).__mro__)
+    if missing and optional and all("pooler" in name.split(".") for name in missing):
+        return _from_pretrained(cls, folder, stored, **options, add_pooling_layer=False)
+    return model, info
+
+
+def _from_pretrained(
+    cls: Any, folder: Path, stored: Sequence[Path] | None, **options: Any
+) -> tuple[Any, dict[str, Any]]:
     options = {**options, "dtype": "auto", "output_loading_info": True}
     if stored is None:
         return cls.from_pretrained(folder, **options)
@@ -239,6 +256,21 @@ def name_outputs(output: Any) -> dict[str, Tensor]:
         for path, leaf in leaves
         if isinstance(leaf, Tensor)
     }
+
+
+def _added_name(model: Any, in_memory: str, on_disk: str) -> str:
+    """`on_disk` if transformers turns that into `in_memory` when it loads `model`, else the latter, which it finds too.
+
+    Its patterns for published names may not cover what is new.
+    """
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    conversions = copy.deepcopy(getattr(model, "_weight_conversions", None) or [])
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    names = {**dict.fromkeys(model.state_dict(), True), in_memory: True}
+    found, _ = rename_source_key(on_disk, renamings, converters, model.base_model_prefix, names)
+    return on_disk if found == in_memory else in_memory
 
 
 def _disk_names(model: Any) -> Callable[[str], str | None]:
