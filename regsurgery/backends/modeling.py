@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import itertools
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from regsurgery.checkpoints.limits import MAX_JSON_BYTES
 from regsurgery.checkpoints.safetensors_file import weights_dtype
 from regsurgery.checkpoints.writing import write_json, write_weights
 from regsurgery.errors import CheckpointError
+from regsurgery.settings import replaced
 
 if TYPE_CHECKING:
     from regsurgery.compiler.surgery import Surgery
@@ -24,6 +27,7 @@ UNKNOWN_CODE = (
     "allow it with --trust-remote-code (trust_remote_code=True), or patch the source again"
 )
 CLASS_OF_MODEL = re.compile(r"(?<=\n)\n\n(?=class (\w+)\(Patched\w+, transformers\.\1\):\n)")
+FOLDERS = itertools.count()
 
 
 def modeling_source(host: ModuleType, tail: str = "") -> str:
@@ -117,8 +121,13 @@ def import_modeling(folder: Path, own: str, *, trusted: bool) -> ModuleType:
         compiled = compile(code, str(path), "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"{path}: not Python ({str(error)[:300]}); patch the model again") from error
+    package = ModuleType(f"regsurgery_folder_{next(FOLDERS)}")  # of the source's own code, which the file may import
+    package.__path__ = [str(folder)]
+    sys.modules[package.__name__] = package
+    module.__package__ = package.__name__
     try:
-        exec(compiled, module.__dict__)  # nosec B102 # checked above
+        with replaced(sys, "dont_write_bytecode", True):
+            exec(compiled, module.__dict__)  # nosec B102 # checked above
     except Exception as error:  # trusted code of others may raise anything
         raise CheckpointError(f"{path}: fails with {type(error).__name__}: {str(error)[:300]}") from error
     return module

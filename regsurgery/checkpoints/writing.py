@@ -57,7 +57,8 @@ def _check_new(source: SafetensorsFile, additions: Mapping[str, Tensor]) -> None
     for tensor in source.tensors:
         if tensor.name in additions:
             raise CheckpointError(
-                f"{source.path}: already has a tensor '{tensor.name}'; patch a checkpoint that is not patched yet"
+                f"{source.path}: already has a tensor '{tensor.name}', which patching would add; if it is a patched "
+                "checkpoint, patch its source"
             )
 
 
