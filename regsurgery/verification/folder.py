@@ -36,14 +36,17 @@ INEXACT = 100.0  # times rounding, if a native host's norms have another eps
 
 
 def module_of(surgery: Surgery, folder: Path, fmt: str) -> nn.Module:
-    """The model in `folder`, loaded as a user would, for the surgery's image size.
+    """The model in `folder`, which this run has written, loaded as a user would, for the surgery's image size.
+
+    Its code is ours, and the source's own where that was allowed.
 
     Raises:
         VerificationError: it cannot be loaded.
     """
     size = surgery.traced.image_size if surgery.loaded.own else None
     with _running("loaded"):
-        return rebuilt(folder, read_patched_config(folder, fmt), fmt, stored=surgery.loaded.stored, image_size=size)
+        config, stored = read_patched_config(folder, fmt), surgery.loaded.stored
+        return rebuilt(folder, config, fmt, stored=stored, image_size=size, trusted=True)
 
 
 @contextmanager

@@ -127,7 +127,7 @@ def test_a_model_that_is_on_no_list(name: str, odd: dict[str, Reloaded]) -> None
 def test_a_folder_with_code_of_its_own_is_verified_on_trust_only(odd: dict[str, Reloaded], run: Run) -> None:
     out = odd["registers of its own"].out
     refused = run("verify", out, "--num-images", "2")
-    assert refused.code == 2 and "pass --trust-remote-code" in refused.err
+    assert refused.code == 2 and "allow it with --trust-remote-code" in refused.err
     assert run("verify", out, "--num-images", "2", "--trust-remote-code").code == 0
 
 

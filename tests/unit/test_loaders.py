@@ -21,8 +21,9 @@ CHANGELOG = Path(__file__).parents[2] / "CHANGELOG.md"
 def source(*names: str) -> str:
     """The loader file of a transformers model with a config class and model classes of these names."""
     config, *models = names
-    tail = transformers.CONFIG_CLASS.format(name=config)
-    tail += "".join(transformers.CLASS.format(name=name, config=config) for name in models)
+    tail = transformers.CONFIG_CLASS.format(name=config, stock=f"transformers.{config}")
+    for name in models:
+        tail += transformers.CLASS.format(name=name, config=config, stock=f"transformers.{name}")
     return modeling.modeling_source(host_transformers, tail)
 
 
