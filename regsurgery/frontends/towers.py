@@ -119,9 +119,8 @@ def _described(path: str, module: nn.Module, pixels: str) -> Tower:
     config = getattr(module, "config", None)
     channels = convolution.in_channels if convolution is not None else _found(config, ("num_channels",), _count)
     video = isinstance(convolution, nn.Conv3d) or pixels == PIXELS[1]
-    own = {key: getattr(config, key, None) for key in FRAME_KEYS}  # of the module itself, not of a part
-    frames = next(filter(None, map(_count, own.values())), None)
-    return Tower(path, module, pixels, _image_size(module), channels or 3, frames or int(video))
+    frames = _found(config, FRAME_KEYS, _count) or int(video)
+    return Tower(path, module, pixels, _image_size(module), channels or 3, frames)
 
 
 def _image_size(module: nn.Module) -> tuple[int, int] | None:
