@@ -320,6 +320,7 @@ def _with_language(tower: dict[str, Any], language: str = "llama", **config: Any
 
 IMAGE_INDEX, IMAGE_ID = {"image_token_index": 99}, {"image_token_id": 99}
 RAISED = {"initializer_range": 0.02}
+LOUD = {"initializer_range": 0.1}  # of convolutions, through which otherwise next to nothing passes
 
 WHOLES = (
     _whole("llava-next", "LlavaNextForConditionalGeneration", _below("model.vision_tower", *CLIP_PATHS),
@@ -373,17 +374,17 @@ WHOLES = (
            {"text_config": CLIP_TEXT, "vision_config": VISION, "projection_dim": 32, "reduce_dim": 16,
             "extract_layers": [0, 1, 2], "decoder_num_attention_heads": 2, "decoder_intermediate_size": 32}),
     _whole("depth-anything", "DepthAnythingForDepthEstimation", _below("backbone", *DINOV2_TOWER),
-           {"backbone_config": DINOV2_STAGES, **NECK}, collector="backbone.encoder"),
+           {"backbone_config": DINOV2_STAGES, **NECK, **LOUD}, collector="backbone.encoder"),
     _whole("dpt", "DPTForDepthEstimation", _below("dpt", "encoder.layer.0", "encoder.layer.3",
                                                   "encoder.layer.{}.output.dense"),
            {**VISION, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8,
-            "is_hybrid": False, "use_batch_norm_in_fusion_residual": False}, collector="dpt.encoder"),
+            "is_hybrid": False, "use_batch_norm_in_fusion_residual": False, **LOUD}, collector="dpt"),
     _whole("zoedepth", "ZoeDepthForDepthEstimation", _below("backbone.beit", *FLAT),
            {"backbone_config": {**VISION, **SCALED, "model_type": "beit", "out_features": STAGES,
                                 "reshape_hidden_states": False, "use_relative_position_bias": True},
             "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8, "bottleneck_features": 8,
             "backbone_hidden_size": WIDTH, "bin_embedding_dim": 8, "num_relative_features": 4,
-            "num_attractors": [2, 1, 1, 1],
+            "num_attractors": [2, 1, 1, 1], **LOUD,
             "bin_configurations": [{"n_bins": 4, "min_depth": 0.1, "max_depth": 10.0, "name": "nyu"}]},
            bias="backbone.beit.layers.{}.relative_position_bias", collector="backbone.beit"),
     _whole("upernet", "UperNetForSemanticSegmentation", _below("backbone", *DINOV2_TOWER),
@@ -391,9 +392,9 @@ WHOLES = (
             "auxiliary_in_channels": WIDTH, "num_labels": 5, "pool_scales": [1, 2]}, collector="backbone.encoder"),
     _whole("mask2former", "Mask2FormerForUniversalSegmentation",
            _below("model.pixel_level_module.encoder", *DINOV2_TOWER),
-           {"backbone_config": {**DINOV2_STAGES, "reshape_hidden_states": True}, "feature_size": 16,
-            "mask_feature_size": 16, "hidden_dim": 16, "num_attention_heads": 2, "encoder_layers": 1,
-            "decoder_layers": 2, "dim_feedforward": 16, "encoder_feedforward_dim": 16, "num_queries": 5},
+           {"backbone_config": {**DINOV2_STAGES, "reshape_hidden_states": True}, "feature_size": 32,
+            "mask_feature_size": 32, "hidden_dim": 32, "num_attention_heads": 2, "encoder_layers": 1,
+            "decoder_layers": 2, "dim_feedforward": 32, "encoder_feedforward_dim": 32, "num_queries": 5},
            config_class="Mask2FormerConfig", collector="model.pixel_level_module.encoder.encoder"),
     _whole("vitpose", "VitPoseForPoseEstimation",
            _below("backbone", "encoder.layer.0", "encoder.layer.3", "encoder.layer.{}.mlp.fc2"),
@@ -409,8 +410,7 @@ WHOLES = (
     _whole("videomae", "VideoMAEForVideoClassification", _below("videomae", "encoder.layer.0", "encoder.layer.3",
                                                                 "encoder.layer.{}.output.dense"),
            {**VISION, "num_frames": 4, "num_labels": 5}, prefix=0),
-    _whole("vivit", "VivitForVideoClassification", _below("vivit", "encoder.layer.0", "encoder.layer.3",
-                                                          "encoder.layer.{}.output.dense"),
+    _whole("vivit", "VivitForVideoClassification", _below("vivit", *FLAT),
            {**VISION, "num_frames": 4, "tubelet_size": [2, PATCH, PATCH], "num_labels": 5}),
 )  # fmt: skip
 

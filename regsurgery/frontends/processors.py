@@ -124,14 +124,20 @@ class _Own:
         switches = {name: value for name, value in UNTILED.items() if hasattr(self.processor, name)}
         mode = mode_for(getattr(self.processor, "image_mean", None))
 
+        def returned(pictures: list[Any]) -> Tensor:
+            output = self.processor(pictures, return_tensors="pt", **switches, **other)
+            return next(output[name] for name in PIXELS if name in output)
+
         def processed(images: list[Image.Image]) -> Tensor:
             pictures: list[Any] = [image.convert(mode) for image in images]
             if self.resized is not None and target is not None:
                 pictures = [image.resize(target[::-1], Image.Resampling.BICUBIC) for image in pictures]
-            if self.tower.frames:
-                pictures = [[image] for image in pictures]
-            output = self.processor(pictures, return_tensors="pt", **switches, **other)
-            pixels = next(output[name] for name in PIXELS if name in output)
+            given = [[picture] for picture in pictures] if self.tower.frames else pictures
+            pixels = returned(given)
+            if len(pixels) != len(pictures):  # it took a list of pictures for those of one text, or for one video
+                pixels = returned([[picture] for picture in pictures])
+            if len(pixels) != len(pictures):
+                raise ValueError(f"it returns {len(pixels)} images for {len(pictures)}")
             while pixels.ndim > 4:
                 pixels = pixels[:, 0]
             return with_channels(pixels, self.tower.channels).to(self.dtype)

@@ -67,13 +67,12 @@ def pixel_input(module: nn.Module) -> str | None:
     named = next((name for name in PIXELS if name in parameters), None)
     if named is not None:
         return named
-    main = getattr(module, "main_input_name", None)
-    if main in parameters and main not in TEXT_INPUTS:
-        return str(main)
-    first = next((each for each in parameters.values() if each.kind is each.POSITIONAL_OR_KEYWORD), None)
-    if first is None or first.name in TEXT_INPUTS or patch_embedding(module) is None:
+    if patch_embedding(module) is None:
         return None
-    return first.name
+    main = getattr(module, "main_input_name", None)
+    first = next((each.name for each in parameters.values() if each.kind is each.POSITIONAL_OR_KEYWORD), None)
+    name = main if main in parameters else first
+    return None if name in TEXT_INPUTS else name
 
 
 def patch_embedding(module: nn.Module) -> nn.Conv2d | nn.Conv3d | None:
@@ -119,9 +118,8 @@ def _described(path: str, module: nn.Module, pixels: str) -> Tower:
     config = getattr(module, "config", None)
     channels = convolution.in_channels if convolution is not None else _found(config, ("num_channels",), _count)
     video = isinstance(convolution, nn.Conv3d) or pixels == PIXELS[1]
-    own = {key: getattr(config, key, None) for key in FRAME_KEYS}  # of the module itself, not of a part
-    frames = next(filter(None, map(_count, own.values())), None)
-    return Tower(path, module, pixels, _image_size(module), channels or 3, frames or int(video))
+    frames = _found(config, FRAME_KEYS, _count) or int(video)
+    return Tower(path, module, pixels, _image_size(module), channels or 3, frames)
 
 
 def _image_size(module: nn.Module) -> tuple[int, int] | None:

@@ -89,7 +89,8 @@ def _towers(checkpoint: Checkpoint, model: nn.Module, named: str | None) -> tupl
         )
     if not found:
         raise UnsupportedModelError(
-            f"{folder}: neither {name} nor a module of it takes images ({' or '.join(PIXELS)}); give a model that does"
+            f"{folder}: neither {name} nor a module of it takes images ({' or '.join(PIXELS)}), so it is not a vision "
+            "model; give one that takes images"
         )
     if named is None:
         return found

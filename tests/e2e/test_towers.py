@@ -6,26 +6,32 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import regsurgery
 from regsurgery.backends import modeling
-from regsurgery.errors import SeveralStreamsError, VerificationError
+from regsurgery.errors import SeveralStreamsError, UnsupportedModelError, VerificationError
+from regsurgery.frontends.processors import preprocessing
+from regsurgery.frontends.towers import Tower, towers
 from regsurgery.models import open_model
 from regsurgery.options import LoadOptions
 from regsurgery.recipe import Recipe
 from tests.commands import Done
+from tests.conftest import tiered
 from tests.odd import modeling_odd
 from tests.picos import LLAVA, VIT, WIDTH, _transformers, by_id
 
 Run = Callable[..., Done]
 RECIPE = Recipe({1: (5,)})
+SQUARE = {"height": 64, "width": 64}
 FRESH = """\
 import sys
 import torch
@@ -218,3 +224,107 @@ def test_without_verification_a_broken_folder_is_not_written(
     with pytest.raises(VerificationError, match=r"the written model (cannot be (loaded|run)|is broken)"):
         regsurgery.patch(str(tmp_path / "model"), tmp_path / "out", recipe=RECIPE, verification=False)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_pooler_that_the_weights_lack_is_left_out(tmp_path: Path) -> None:
+    """DINO's checkpoints say ViTModel and have no pooler; the stock class makes up a random one."""
+    import transformers
+
+    settings = transformers.ViTConfig(**VIT, intermediate_size=2 * WIDTH)
+    transformers.ViTModel(settings, add_pooling_layer=False).save_pretrained(tmp_path / "model")
+    regsurgery.patch(str(tmp_path / "model"), tmp_path / "out", recipe=RECIPE, verification=False)
+    assert same_but_for_registers(tmp_path / "model", tmp_path / "out") == "register_tokens"
+
+
+def test_a_tensor_that_nothing_uses_is_carried_over(tmp_path: Path) -> None:
+    by_id("hf-vit").build(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    save_file({**load_file(path), "left.over": torch.ones(3)}, path, metadata={"format": "pt"})
+    regsurgery.patch(str(tmp_path / "model"), tmp_path / "out", recipe=RECIPE, verification=False)
+    assert same_but_for_registers(tmp_path / "model", tmp_path / "out") == "register_tokens"
+    assert load_file(tmp_path / "out" / "model.safetensors")["left.over"].tolist() == [1, 1, 1]
+
+
+# --- the search ------------------------------------------------------------------------------------------------------
+
+
+def test_the_search_takes_less_than_three_seconds_on_llava() -> None:
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig())
+    assert sum(parameter.numel() for parameter in model.parameters()) > 6e9
+    started = time.process_time()
+    (tower,) = towers(model)
+    assert time.process_time() - started < 3
+    assert (tower.path, tower.pixels, tower.image_size) == ("model.vision_tower", "pixel_values", (336, 336))
+    assert (tower.channels, tower.frames) == (3, 0)
+
+
+PROCESSORS = {  # class -> its settings, and what the tower takes
+    "tiles, the whole picture first": (
+        "LlavaNextImageProcessor",
+        {"size": {"shortest_edge": 64}, "crop_size": SQUARE, "image_grid_pinpoints": [[64, 128], [128, 64]]},
+    ),
+    "tiles in a row": ("GotOcr2ImageProcessor", {"size": SQUARE, "crop_to_patches": True, "max_patches": 4}),
+    "tiles and a longest edge": (
+        "Idefics3ImageProcessor",
+        {"size": {"longest_edge": 128}, "max_image_size": {"longest_edge": 64}},
+    ),
+    "any aspect": ("DPTImageProcessor", {"size": SQUARE, "ensure_multiple_of": 16, "keep_aspect_ratio": True}),
+    "boxes wanted": ("VitPoseImageProcessor", {"size": SQUARE}),
+    "grey pictures": ("ViTImageProcessor", {"size": SQUARE, "image_mean": [0.5], "image_std": [0.5]}),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_what_processors_return_becomes_one_image_a_picture(name: str, channels: int, tmp_path: Path) -> None:
+    import transformers
+
+    cls, settings = PROCESSORS[name]
+    getattr(transformers, cls)(**settings).save_pretrained(tmp_path)
+    tower = Tower("", torch.nn.Identity(), "pixel_values", (64, 64), channels, 0)
+    made_of = preprocessing(tmp_path, tower, torch.float32, LoadOptions())
+    pictures = [Image.new("RGB", size, color) for size, color in (((90, 60), "red"), ((60, 90), "white"))]
+    pixels = made_of.at(None)(pictures)
+    assert made_of.image_size == (64, 64) and pixels.shape == (2, channels, 64, 64) and pixels.isfinite().all()
+    assert pixels[1].mean() > pixels[0].mean()
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+WIDE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32,
+        "patch_size": 16}  # fmt: skip
+REFUSED = {
+    "VitDetModel": (
+        {**WIDE, "pretrain_image_size": 32, "window_block_indices": [0], "window_size": 1, "intermediate_size": None},
+        r"the token stream has 4 dimensions|the stream of the blocks in encoder.layer is broken",
+    ),
+    "YolosModel": (
+        {**WIDE, "image_size": [32, 32], "num_detection_tokens": 3, "use_mid_position_embeddings": False},
+        r"tokens that do not depend on the image come after patches \(rows \[0, 5, 6, 7\]\)",
+    ),
+    "MLCDVisionModel": (WIDE, r"has values for 5 tokens, such as positions, and none for a register"),
+    "TimesformerModel": ({**WIDE, "num_frames": 2}, r"the stream of the blocks in encoder.layer is broken"),
+    "SiglipTextModel": (
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "vocab_size": 99,
+        },
+        r"neither SiglipTextModel nor a module of it takes images",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", tiered(REFUSED, ("YolosModel", "MLCDVisionModel", "SiglipTextModel")))
+def test_a_refusal_says_what_was_seen(name: str, tmp_path: Path) -> None:
+    config, seen = REFUSED[name]
+    config = {key: value for key, value in config.items() if value is not None}
+    _transformers(name, name.removesuffix("Model") + "Config", **config)(tmp_path / "model")
+    with pytest.raises(UnsupportedModelError, match=seen):
+        regsurgery.patch(str(tmp_path / "model"), tmp_path / "out", recipe=RECIPE, verification=False)
+    assert not (tmp_path / "out").exists()

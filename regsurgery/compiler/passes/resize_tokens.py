@@ -114,9 +114,19 @@ def _propagate(node: fx.Node, region: _Region) -> None:
             with region.fake, torch.no_grad():
                 region.results[key] = node.target(*args, **kwargs)  # type: ignore[operator]
         except (RuntimeError, ValueError, IndexError) as error:
-            _refuse(node, f"shapes no longer fit ({str(error).splitlines()[0]})")
+            _refuse(node, f"shapes no longer fit ({_rows_for_tokens(node, region) or str(error).splitlines()[0]})")
     node.meta["val"] = region.results[key]
     node.meta.pop("tensor_meta", None)
+
+
+def _rows_for_tokens(node: fx.Node, region: _Region) -> str | None:
+    """What else than tokens an operator is given for each of the tokens, if there is such a thing."""
+    for source in node.all_input_nodes:
+        if source not in region.before and region.num_tokens in shape_of(source.meta.get("val")):
+            return (
+                f"'{source.name}' has values for {region.num_tokens} tokens, such as positions, and none for a register"
+            )
+    return None
 
 
 def _example(node: fx.Node, region: _Region) -> Any:
