@@ -76,17 +76,36 @@ def writes(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
+def views(node: fx.Node) -> bool:
+    """Whether the value of `node` may be memory of its first argument."""
+    arguments = node.target._schema.arguments if isinstance(node.target, torch._ops.OpOverload) else ()
+    return bool(arguments) and arguments[0].alias_info is not None and bool(node.args)
+
+
+def written_later(node: fx.Node) -> bool:
+    """Whether an operator writes into the value of `node`, or into a view of it."""
+    return any(
+        user.args[:1] == (node,) and (writes(user) or (views(user) and written_later(user))) for user in node.users
+    )
+
+
 def drop_unused(graph: fx.Graph) -> None:
     """Erase every node that the output does not need.
 
     `fx.Graph.eliminate_dead_code` alone keeps operators that draw random numbers, as dropout does even in eval mode,
-    and with them all blocks after an early exit. An in-place write stays if something else reads what it wrote to.
+    and with them all blocks after an early exit. An in-place write stays if something else reads what it wrote to,
+    through another view, too.
     """
 
     def needed(node: fx.Node) -> bool:
-        return node.op in ("placeholder", "output") or (
-            writes(node) and any(len(source.users) > 1 for source in node.all_input_nodes[:1])
-        )
+        if node.op in ("placeholder", "output"):
+            return True
+        target = node.args[0] if writes(node) and node.args else None
+        while isinstance(target, fx.Node):
+            if len(target.users) > 1:
+                return True
+            target = target.args[0] if views(target) else None
+        return False
 
     graph.eliminate_dead_code(needed)
 

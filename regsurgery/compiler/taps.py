@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import fx
 
-from regsurgery.compiler.graph import drop_unused, writes
+from regsurgery.compiler.graph import drop_unused, written_later
 
 
 def tap(
@@ -32,7 +32,7 @@ def tap(
     }
     tapped = {key: by_name[name] for key, name in nodes.items()}
     for key, node in tapped.items():
-        if any(writes(user) and user.args[0] is node for user in node.users):
+        if written_later(node):
             with graph.inserting_after(node):
                 tapped[key] = graph.call_function(torch.ops.aten.clone.default, (node,))
     output.args = ((kept, tapped),)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from regsurgery.compiler.graph import set_parameter, with_parameters
+from regsurgery.compiler.graph import drop_unused, set_parameter, with_parameters
 from regsurgery.compiler.taps import tap
 
 
@@ -63,3 +63,18 @@ def test_a_tap_is_not_written_into_by_later_operators() -> None:
     assert (float(outputs["y"]), float(taps["tapped"])) == (3.0, 2.0)
     _, taps = tap(module, {"tapped": "stream"}, early_exit=True)(x)
     assert float(taps["tapped"]) == 2.0
+
+
+def test_a_write_into_a_view_is_a_write_into_its_base() -> None:
+    """As in MAE's mask: `mask[:, :1] = 0`, whose view nobody reads."""
+    graph = fx.Graph()
+    base = graph.call_function(torch.ops.aten.mul.Tensor, (graph.placeholder("x"), 2.0))
+    base.name = "base"
+    view = graph.call_function(torch.ops.aten.slice.Tensor, (base, 0, 0, 1))
+    graph.call_function(torch.ops.aten.fill_.Scalar, (view, 0.0))
+    graph.output({"y": graph.call_function(torch.ops.aten.add.Tensor, (base, 1.0))})
+    drop_unused(graph)
+    module = fx.GraphModule(nn.Module(), graph)
+    outputs, taps = tap(module, {"tapped": "base"})(torch.ones(2))
+    assert outputs["y"].tolist() == [1.0, 3.0]
+    assert taps["tapped"].tolist() == [2.0, 2.0]
