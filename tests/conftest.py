@@ -218,6 +218,12 @@ class Job:
         )  # fmt: skip
 
 
+@pytest.fixture
+def exported_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every trace is a `torch.export` of its own, as it is for users."""
+    monkeypatch.setattr(trace, "exported", trace.exported.__wrapped__)  # type: ignore[attr-defined]
+
+
 @pytest.fixture(scope="session")
 def patched_real(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[Path, PatchResult]]:
     """(library, mode) -> what a `Job` wrote and returned: made once for all workers, so not to be changed."""

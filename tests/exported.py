@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -22,6 +23,7 @@ def exported_once(export: Export) -> Export:
     """
     programs: dict[Hashable, torch.export.ExportedProgram] = {}
 
+    @functools.wraps(export)
     def once(loaded: Loaded, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
         key = (_model(loaded), _inputs(args, kwargs))
         if key not in programs:

@@ -91,7 +91,8 @@ def test_the_graph_grows_by_what_the_mode_is_made_of(mode: str, surgeries: dict[
     assert added_nodes(surgery.traced.graph_module.graph, surgery.graph_module.graph) == expected
 
 
-def test_shapes_are_propagated_through_one_block_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("exported_anew")
+def test_shapes_are_propagated_through_one_block_for_all(tmp_path: Path) -> None:
     """All blocks ask the same of the same shapes, so twice the blocks take as many runs on fake tensors."""
     counts = []
     dispatch = FakeTensorMode.dispatch
@@ -101,11 +102,11 @@ def test_shapes_are_propagated_through_one_block_for_all(tmp_path: Path, monkeyp
         build(folder)
         located = locate(load(str(folder)), Progress())
         seen: list[Any] = []
-        monkeypatch.setattr(
-            FakeTensorMode, "dispatch", lambda *args, seen=seen, **kw: (seen.append(args[1]), dispatch(*args, **kw))[1]
-        )
-        perform(located, Recipe({1: (3,)}))
-        monkeypatch.undo()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                FakeTensorMode, "dispatch", lambda *args, of=seen, **kw: (of.append(args[1]), dispatch(*args, **kw))[1]
+            )
+            perform(located, Recipe({1: (3,)}))
         counts.append(len(seen))
     assert counts[2] == counts[1] > 10
 
@@ -238,7 +239,7 @@ def test_find_runs_every_image_once_and_stops_where_no_cause_can_be(
 
 @pytest.mark.parametrize("verification", [True, False])
 def test_patch_runs_every_model_once(verification: bool, demo: Located, demo_folder: Path, tmp_path: Path) -> None:
-    """Loading, tracing, surgery and writing run nothing; `--no-verify` therefore runs nothing at all."""
+    """Loading, tracing, surgery and writing run nothing; with `--no-verify` one picture is run."""
     traced, sites = demo.traced, demo.sites
     with Rows() as rows:
         result = regsurgery.patch(
@@ -246,13 +247,14 @@ def test_patch_runs_every_model_once(verification: bool, demo: Located, demo_fol
         )
     own, registers = sites.num_tokens, RECIPE.num_registers
     with_registers = own + registers
-    tokens = IMAGES * (own + 3 * with_registers)  # original, patched graph, unused registers, written module
+    # Original, patched graph, written module; for the verdict unused registers, too.
+    tokens = IMAGES * (own + 3 * with_registers) if verification else own + 2 * with_registers
     for row in result.sizes.rows if result.sizes else ():
         there = sites.num_prefix + (own - sites.num_prefix) * math.prod(row.image_size) // math.prod(traced.image_size)
         tokens += row.num_images * (there + there + row.num_registers)
         tokens += there * (row.image_size != traced.image_size)  # one blank image: does it take that size?
     up = tuple(traced.graph_module.get_parameter(mlp_of(traced, sites.blocks[0]).gate.weight).T.shape)
-    assert rows.of[up] == (len(sites.blocks) * tokens if verification else 0)
+    assert rows.of[up] == len(sites.blocks) * tokens
     assert (result.sizes is not None and len(result.sizes.rows) == 3) == verification
 
 

@@ -255,6 +255,7 @@ def test_open_clip_over_other_timm_towers(name: str, tmp_path: Path) -> None:
 # --- the traps of REFERENCE.md, each with its cure removed ------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("exported_anew")
 def test_beit_is_off_by_the_mask_that_exporting_builds(planted_picos: Callable[[Pico], Planted]) -> None:
     """Left to itself transformers builds an all-true mask while exporting, and BEiT adds it to its biases."""
     planted = planted_picos(by_id("hf-beit-relative"))

@@ -19,6 +19,7 @@ from torch import Tensor
 import regsurgery
 from regsurgery.backends import onnx
 from regsurgery.backends.onnx import INEXACT, emit, reload
+from regsurgery.checkpoints.sums import write_sums
 from regsurgery.cli.app import main
 from regsurgery.compiler.surgery import Surgery, perform
 from regsurgery.compiler.trace import tensor_inputs
@@ -193,6 +194,7 @@ def test_a_broken_file(demo_onnx: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(demo_onnx, tmp_path / "broken")
     content = (broken / "model.onnx").read_bytes()
     (broken / "model.onnx").write_bytes(content[: len(content) // 2])
+    write_sums(broken)
     with pytest.raises(regsurgery.errors.CheckpointError, match=r"model\.onnx: onnxruntime cannot load it"):
         regsurgery.load(broken)
 
