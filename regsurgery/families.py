@@ -21,7 +21,7 @@ class Family:
         name: the family, as users call it.
         library: the library whose checkpoints it covers.
         members: transformers architectures, timm entry points, or open_clip `model class/tower class`; patterns.
-        native: libraries whose stock model can hold the weights of native mode.
+        native: formats whose stock model can hold the weights of native mode; `dinov2` only those of published sizes.
         any_size: whether the model takes other image sizes than the one it was made for.
         placement: where registers go, see `Sites.placement`.
     """
@@ -54,7 +54,7 @@ FAMILIES = (
            ("ViTModel", "ViTForImageClassification", "DeiTModel"), HF_FIRST),
     Family("ViT-MAE", "transformers", ("ViTMAEModel", "ViTMAEForPreTraining")),
     Family("ViT-MSN, I-JEPA", "transformers", ("ViTMSNModel", "IJepaModel")),
-    Family("DINOv2", "transformers", ("Dinov2Model",), HF_FIRST),
+    Family("DINOv2", "transformers", ("Dinov2Model",), (*HF_FIRST, "dinov2")),
     Family("DINOv2 classifier", "transformers", ("Dinov2ForImageClassification",), ("transformers",)),
     Family("DINOv2 backbone", "transformers", ("Dinov2Backbone",)),
     Family("DINOv2 with registers", "transformers", ("Dinov2WithRegistersModel",), placement="prefix"),
@@ -92,8 +92,8 @@ FAMILIES = (
     Family("timm inside transformers", "transformers", ("TimmWrapperForImageClassification",), any_size=False),
     Family("VideoMAE, ViViT", "transformers",
            ("VideoMAEForVideoClassification", "VivitForVideoClassification"), any_size=False),
-    Family("DINOv2 with registers", "timm", ("vit_*_reg*_dinov2",), TIMM_FIRST, placement="prefix"),
-    Family("DINOv2", "timm", ("vit_*_dinov2",), TIMM_FIRST),
+    Family("DINOv2 with registers", "timm", ("vit_*_reg*_dinov2",), (*TIMM_FIRST, "dinov2"), placement="prefix"),
+    Family("DINOv2", "timm", ("vit_*_dinov2",), (*TIMM_FIRST, "dinov2")),
     Family("DINOv3, PE core, EVA-02", "timm", ("vit_*_dinov3*", "vit_pe_*", "eva02_*"), placement="prefix"),
     Family("CLIP", "timm", ("vit_*_clip_*",), ("timm",)),
     Family("SigLIP", "timm", ("vit_*_siglip*",), ("timm",)),

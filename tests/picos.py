@@ -97,7 +97,7 @@ def _timm(entry: str, num_classes: int = 10, **args: Any) -> Callable[[Path], No
         model = timm.create_model(entry, num_classes=num_classes, **args)
         timm.models.save_for_hf(model, folder, model_args=args, safe_serialization=True)
         config = json.loads((folder / "config.json").read_text())
-        config["pretrained_cfg"]["input_size"] = [3, SIZE, SIZE]
+        config["pretrained_cfg"]["input_size"] = [3, *model.patch_embed.img_size]
         (folder / "config.json").write_text(json.dumps(config))
 
     return build
@@ -132,6 +132,13 @@ def _open_clip(quick_gelu: bool = False, *, coca: bool = False, **vision: Any) -
     return build
 
 
+# Of a size that facebook's code has, on few patches.
+DINOV2_VITS14 = Pico(
+    "dinov2-vits14",
+    _transformers("Dinov2Model", "Dinov2Config", hidden_size=384, num_hidden_layers=12, num_attention_heads=6,
+                  image_size=84, patch_size=14),
+    "encoder.layer.0", "encoder.layer.11", "encoder.layer.{}.mlp.fc2", hidden=4 * 384,
+)  # fmt: skip
 CORE = (
     Pico("hf-vit", _transformers("ViTModel", "ViTConfig", **VIT, intermediate_size=4 * WIDTH),
          "layers.0", "layers.3", "layers.{}.mlp.fc2"),

@@ -398,6 +398,24 @@ def _tower(
     return entry, args, eps, tensors
 
 
+def without_register_positions(tower: Canonical, stock: Any, register_tokens_1RD: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of the class token and the patches alone, and all registers: those of the tower, then the given ones.
+
+    Args:
+        stock: the tower's `stock_tower`; it has a class token and a position embedding.
+    """
+    position_1TD, num_old = tower.tensors["pos_embed"], stock.num_reg_tokens
+    if stock.no_embed_class:
+        position_1TD = torch.cat((torch.zeros_like(position_1TD[:, :1]), position_1TD), dim=1)
+    if not num_old:
+        return position_1TD, register_tokens_1RD
+    old_1RD = tower.tensors["reg_token"]
+    if not stock.no_embed_class:  # hosts give registers no position, so it is added to them
+        old_1RD = old_1RD + position_1TD[:, 1 : 1 + num_old]
+        position_1TD = torch.cat((position_1TD[:, :1], position_1TD[:, 1 + num_old :]), dim=1)
+    return position_1TD, torch.cat((old_1RD, register_tokens_1RD), dim=1)
+
+
 def stock_tower(architecture: str, model_args: Mapping[str, Any], num_classes: int) -> torch.nn.Module:
     """The timm vision transformer of that name, without weights."""
     import timm

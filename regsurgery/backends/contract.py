@@ -19,7 +19,7 @@ class BackEnd(Protocol):
 
     Attributes:
         CONFIG_NAME: the file that holds `surgery.config_block` as its entry `regsurgery`; of a program
-            `formats.PROGRAM_CONFIG`.
+            and of stock code `formats.PROGRAM_CONFIG`.
     """
 
     CONFIG_NAME: str
@@ -60,12 +60,25 @@ class Program(BackEnd, Protocol):
 
 
 class StockHost(BackEnd, Protocol):
-    """A library whose unmodified model holds what native mode writes."""
+    """A library, or other code, whose unmodified model holds what native mode writes."""
 
     def check(self, loaded: Loaded, num_registers: int) -> None:
-        """Raise `UnsupportedModelError` for a model that the library's own cannot hold."""
+        """Raise `UnsupportedModelError` for a model that the host's own cannot hold."""
         ...
 
     def outputs(self, module: nn.Module, images: Tensor, num_registers: int) -> dict[str, Tensor]:
         """What the host gives, by the kinds of `canonical.Canonical.outputs`."""
+        ...
+
+
+class StockCode(StockHost, Protocol):
+    """Code that is not a package: `reload` builds a network of ours, which takes images of every size."""
+
+    def stand_in(self, original: Loaded, folder: Path, config: dict[str, Any], device_map: str | None) -> Loaded:
+        """The network of `folder`, ready for tracing at the size that `original` was made for.
+
+        Raises:
+            CheckpointError: as `reload`.
+            UserError: there is no such device.
+        """
         ...

@@ -19,6 +19,7 @@ from regsurgery.backends.canonical import (
     canonical,
     config_block,
     stock_tower,
+    without_register_positions,
 )
 from regsurgery.backends.native_timm import blank_registers, token_kinds
 from regsurgery.checkpoints.reading import weight_files
@@ -151,20 +152,11 @@ def _tensors(tower: Canonical, stock: Any, register_tokens_1RD: Tensor) -> dict[
     width = stock.embed_dim
     given = tower.tensors
     like = given["blocks.0.norm1.weight"]
-    position_1TD, cls_11D = given.get("pos_embed"), given.get("cls_token")
-    if position_1TD is None or cls_11D is None:
+    if "pos_embed" not in given or "cls_token" not in given:
         raise _refuse("needs a class token and a position embedding")
-    num_old = stock.num_reg_tokens
-    if stock.no_embed_class:
-        position_1TD = torch.cat((position_1TD.new_zeros(1, 1, width), position_1TD), dim=1)
-    elif num_old:  # the host gives registers no position, so it is added to them
-        old_1RD = given["reg_token"] + position_1TD[:, 1 : 1 + num_old]
-        register_tokens_1RD = torch.cat((old_1RD, register_tokens_1RD), dim=1)
-        position_1TD = torch.cat((position_1TD[:, :1], position_1TD[:, 1 + num_old :]), dim=1)
-    if stock.no_embed_class and num_old:
-        register_tokens_1RD = torch.cat((given["reg_token"], register_tokens_1RD), dim=1)
+    position_1TD, register_tokens_1RD = without_register_positions(tower, stock, register_tokens_1RD)
     tensors = {
-        "embeddings.cls_token": cls_11D,
+        "embeddings.cls_token": given["cls_token"],
         "embeddings.mask_token": given.get("mask_token", like.new_zeros(1, width)),
         "embeddings.register_tokens": register_tokens_1RD,
         "embeddings.position_embeddings": position_1TD,

@@ -17,10 +17,10 @@ from regsurgery.checkpoints.reading import index_of
 from regsurgery.checkpoints.whole import check_output, copies_ahead, temporary_folder
 from regsurgery.errors import RecipeError, UserError, VerificationError
 from regsurgery.families import family_of
-from regsurgery.formats import LIBRARIES, PROGRAMS, any_size
+from regsurgery.formats import LIBRARIES, PROGRAMS, STOCK_CODE, any_size, has_host
 from regsurgery.frontends.loaded import Loaded
 from regsurgery.models import open_model
-from regsurgery.modes import MODES
+from regsurgery.modes import MODES, NATIVE, SHIFT
 from regsurgery.options import PatchOptions, takes
 from regsurgery.progress import Progress
 from regsurgery.recipe import Recipe, find_recipe, recipe_for_model
@@ -94,7 +94,7 @@ def patch(model: str, output: str | Path, options: PatchOptions) -> PatchResult:
     images = options.image_set()
     with copies_ahead(output) as copies:
         how = {"look_through": options.verification, "use_meanwhile": partial(_copy_early, copies, given, options)}
-        located = open_model(model, options, options.image_size, partial(_check_writable, options), **how)
+        located = open_model(model, options, options.image_size, partial(_check_writable, given, options), **how)
         _say_what_is_patched(located.loaded, images, progress)
         for attempt in _attempts(located, output, given, images, options):
             try:
@@ -261,10 +261,15 @@ def _copy_early(copies: CopiesAhead, given: Recipe | None, options: PatchOptions
         copies.start(weights)
 
 
-def _check_writable(options: PatchOptions, loaded: Loaded) -> None:
-    """Before the trace, raise `UserError` for what the format cannot hold."""
+def _check_writable(given: Recipe | None, options: PatchOptions, loaded: Loaded) -> None:
+    """Before the trace, raise `UserError` for what the format cannot hold, and for a mode that cannot write it."""
     from regsurgery.backends.formats import backend
 
+    if options.format in STOCK_CODE:
+        mode = options.mode or (SHIFT.name if given is None else given.mode)
+        if not MODES[mode].stock:
+            raise UserError(f"format {options.format}: mode {mode} cannot write it; use --mode {NATIVE.name}")
+        backend(options.format).check(loaded.own or loaded, 1)
     check = getattr(backend(options.format), "check", None) if options.format in PROGRAMS else None
     if check is not None:
         check(loaded)
@@ -284,14 +289,14 @@ def _format(loaded: Loaded, recipe: Recipe, options: PatchOptions) -> str:
     fmt = options.format or (default_host(loaded) if stock else loaded.library)
     if fmt not in LIBRARIES:
         _check_memory(loaded, f"format {fmt} is written")
-    elif stock:
+    if has_host(fmt, recipe.kind):
         options.progress.say(f"native host: {fmt}, unmodified")
         if loaded.own is not None and not any_size(fmt, recipe.kind):
             raise UserError(
                 f"--image-size: in native mode format {fmt} takes the model's own size only; use --format timm"
             )
         backend(fmt, recipe.kind).check(loaded.own or loaded, recipe.num_registers)
-    elif fmt != loaded.library:
+    elif fmt in LIBRARIES and fmt != loaded.library:
         raise UserError(
             f"format {fmt}: {loaded.source.id} is a {loaded.library} checkpoint, which mode {recipe.mode} writes as "
             f"{loaded.library}, {' or '.join(PROGRAMS)}"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
 THIS_FOLDER = "."  # its bytes do not depend on the folder's name
-LIBRARY_NAMES = {"pt2": "pytorch"}  # the Hub's names that differ from ours
+LIBRARY_NAMES = {"pt2": "pytorch", "dinov2": "pytorch"}  # the Hub's names that differ from ours
 TAGS = ("regsurgery", "test-time-registers", "register-tokens", "vision-transformer")
 # Of the Hub's relations (adapter, merge, quantized, finetune), only this one is true: the folder holds a whole model,
 # so it is not an adapter; from one source, so not a merge; in the source's dtype, so not quantised. In native mode

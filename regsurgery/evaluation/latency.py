@@ -73,14 +73,14 @@ def _runs(pair: Pair, pixels: Tensor) -> tuple[Callable[[], Any], Callable[[], A
     loaded = pair.loaded
     if pair.is_same:
         return lambda: loaded.call(loaded.model, pixels), lambda: loaded.call(loaded.model, pixels)
+    if pair.stock is not None:
+        stock = pair.stock
+        return lambda: loaded.call(loaded.model, pixels), lambda: stock.call(stock.model, pixels)
     root = Path(pair.folder)
     if pair.format not in LIBRARIES:
         module = reloaded(root, pair.format, trusted=pair.trusted)
         inputs = tensor_inputs(loaded, pixels)
         return lambda: pair.traced.graph_module(*inputs), lambda: module(*inputs)
-    if pair.stock is not None:
-        stock = pair.stock
-        return lambda: loaded.call(loaded.model, pixels), lambda: stock.call(stock.model, pixels)
     module = reloaded(root, pair.format, stored=loaded.stored, trusted=pair.trusted).to(pixels.device)
     return lambda: loaded.call(loaded.model, pixels), lambda: loaded.call(module, pixels)
 

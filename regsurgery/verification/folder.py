@@ -19,7 +19,7 @@ from regsurgery.compiler.modes.native import at_size
 from regsurgery.compiler.surgery import Surgery
 from regsurgery.compiler.trace import tensor_inputs
 from regsurgery.errors import VerificationError
-from regsurgery.formats import LIBRARIES
+from regsurgery.formats import LIBRARIES, has_host
 from regsurgery.images.image_set import ImageSet, image_set
 from regsurgery.modes import NATIVE
 from regsurgery.verification.measure import Artefact, Parity, broken, measure, rounding
@@ -108,7 +108,7 @@ def check_folder(surgery: Surgery, folder: Path, fmt: str, progress: Progress) -
 def _written(surgery: Surgery, folder: Path, fmt: str, pictures: ImageSet, loaded: nn.Module | None) -> _Written:
     config = read_patched_config(folder, fmt)
     module = loaded or module_of(surgery, folder, fmt)
-    if surgery.recipe.kind.stock and fmt in LIBRARIES:
+    if has_host(fmt, surgery.recipe.kind):
         return _written_for_host(surgery, module, config["regsurgery"], fmt, pictures)
 
     def run(images: Tensor) -> Artefact:

@@ -21,7 +21,7 @@ from regsurgery.compiler.sites import Sites
 from regsurgery.compiler.surgery import Surgery, perform
 from regsurgery.compiler.trace import trace
 from regsurgery.errors import UnsupportedModelError, UserError
-from regsurgery.formats import LIBRARIES, PROGRAM_CONFIG, PROGRAMS
+from regsurgery.formats import PROGRAM_CONFIG, PROGRAMS, has_host
 from regsurgery.frontends.image_size import at_image_size
 from regsurgery.frontends.libraries import frontend
 from regsurgery.frontends.loaded import Loaded
@@ -41,7 +41,7 @@ from regsurgery.verification.patched import (
     take_our_tensors,
 )
 from regsurgery.verification.side import Side, original_side, sides
-from regsurgery.verification.stock import host_outputs, load_stock, stock_side
+from regsurgery.verification.stock import host_outputs, load_stock, stock_at_size, stock_side
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -141,7 +141,7 @@ class Pair(OfLocated):
         if self.recipe is None:
             return resized
         if self.stock is not None:
-            stock = frontend(self.stock.library).at_size(self.stock, size)
+            stock = stock_at_size(self.stock, self.format, size)
             side = stock_side(
                 stock, trace(stock, size), sites, self.recipe, self.recipe.num_registers, Path(self.folder)
             )
@@ -225,7 +225,7 @@ def reopened(
         side = size_of_program(opened, image_size) if fmt in PROGRAMS else image_size
         located = locate(at_image_size(loaded, side), progress)
         surgery = stock = None
-        if recipe.kind.stock and fmt in LIBRARIES:
+        if has_host(fmt, recipe.kind):
             stock, patched = _stock(opened, located, options, scratch / "stock")
         else:
             if recipe.kind.stock:
@@ -276,9 +276,9 @@ def _stock(opened: PatchedFolder, located: Located, options: LoadOptions, place:
     block = opened.config["regsurgery"]
     place.mkdir()
     allowed = replace(options, max_memory=0 if loaded.stored else None, tower=None)
-    stock = load_stock(opened.root, fmt, opened.config, allowed, place)
+    stock = load_stock(opened, loaded, allowed, place)
     if loaded.own is not None:
-        stock = frontend(stock.library).at_size(stock, size)
+        stock = stock_at_size(stock, fmt, size)
     stock_traced = trace(stock, size)
     side = stock_side(stock, stock_traced, sites, opened.recipe, block["num_registers"], opened.root)
     library = loaded.library

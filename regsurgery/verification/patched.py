@@ -15,7 +15,7 @@ from regsurgery.checkpoints.safetensors_file import read_header
 from regsurgery.checkpoints.sums import SUMS_NAME, check_sums, read_sums
 from regsurgery.checkpoints.watched import Watched
 from regsurgery.errors import CheckpointError, UserError
-from regsurgery.formats import LIBRARIES, PROGRAM_CONFIG, PROGRAMS, WEIGHTS_NAMES
+from regsurgery.formats import LIBRARIES, PROGRAM_CONFIG, PROGRAMS, STOCK_CODE, WEIGHTS_NAMES
 from regsurgery.frontends.bounds import bounded_model
 from regsurgery.frontends.libraries import frontend
 from regsurgery.modes import MODES, Mode
@@ -138,8 +138,9 @@ def folder_format(folder: Path) -> str:
     program = folder / PROGRAM_CONFIG
     if program.is_file():
         fmt = read_json(program, "patch the model again").get("format")
-        if fmt not in PROGRAMS:
-            raise CheckpointError(f"{program}: its 'format' is not one of {', '.join(PROGRAMS)}; patch the model again")
+        known = (*STOCK_CODE, *PROGRAMS)
+        if fmt not in known:
+            raise CheckpointError(f"{program}: its 'format' is not one of {', '.join(known)}; patch the model again")
         return fmt
     library, name, config = read_config(folder)
     if "regsurgery" not in config:

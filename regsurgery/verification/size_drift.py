@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from regsurgery.backends.formats import backend
 from regsurgery.compiler.comparison import has_classes, kl_divergence, main_output, output_cosine
 from regsurgery.compiler.surgery import Surgery
-from regsurgery.formats import LIBRARIES, any_size
+from regsurgery.formats import LIBRARIES, STOCK_CODE, any_size, has_host
 from regsurgery.frontends.image_size import larger_sizes, takes, text
 from regsurgery.frontends.loaded import Loaded
 from regsurgery.images.decoding import decode
@@ -42,6 +42,7 @@ MAX_WORK = 3e11
 BATCH_PATCHES = 2048
 FAR = 2.0  # a drift of this many times that at the surgery's own size, and beyond chance, is reported in a sentence
 KL = "KL divergence"
+ONE_FOR_ALL = ("transformers", *STOCK_CODE)  # models that interpolate: one serves all sizes
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def drift_at_sizes(
             refused.append(size)
         else:
             patched = module
-            if size != own and fmt != "transformers":  # transformers models interpolate: one serves all sizes
+            if size != own and fmt not in ONE_FOR_ALL:
                 patched = rebuilt(folder, config, fmt, stored=loaded.stored, image_size=size)
             run = _Runs(resized, patched, fmt, mode, config["regsurgery"])
             measure, values = run.drift(images[:count], max(1, BATCH_PATCHES // num_patches))
@@ -147,7 +148,7 @@ class _Runs:
     def __init__(self, loaded: Loaded, patched: nn.Module, fmt: str, mode: Mode, block: dict[str, Any]) -> None:
         self.loaded, self.patched, self.block = loaded, patched, block
         self.fmt = fmt
-        self.host = backend(fmt, mode) if mode.stock and fmt in LIBRARIES else None
+        self.host = backend(fmt, mode) if has_host(fmt, mode) else None
 
     @torch.no_grad()
     def drift(self, images: list[Image], batch_size: int) -> tuple[str, Tensor]:

@@ -9,14 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regsurgery.backends import native_open_clip
+from regsurgery.backends.formats import backend
 from regsurgery.compiler.match import match
 from regsurgery.compiler.sites import Sites
 from regsurgery.compiler.trace import Traced
 from regsurgery.errors import CheckpointError
+from regsurgery.formats import STOCK_CODE
+from regsurgery.frontends.libraries import frontend
 from regsurgery.frontends.load import load
 from regsurgery.frontends.loaded import Loaded
 from regsurgery.options import LoadOptions
 from regsurgery.recipe import Recipe
+from regsurgery.verification.patched import PatchedFolder
 from regsurgery.verification.side import Side, detectors
 
 
@@ -28,11 +32,19 @@ def host_outputs(host: Any, module: nn.Module, images: Tensor, block: dict[str, 
     return {name: kinds[kind] for name, kind in block["outputs"].items() if kind in kinds}
 
 
-def load_stock(root: Path, fmt: str, config: dict[str, Any], options: LoadOptions, scratch: Path) -> Loaded:
-    """The stock checkpoint that native mode wrote to `root`; `scratch`: an empty folder, needed while it is in use."""
+def load_stock(opened: PatchedFolder, original: Loaded, options: LoadOptions, scratch: Path) -> Loaded:
+    """The stock checkpoint that native mode wrote; `scratch`: an empty folder, needed while it is in use."""
+    root, fmt = opened.root, opened.format
+    if fmt in STOCK_CODE:
+        return backend(fmt).stand_in(original, root, opened.config, options.device_map)
     if fmt == "open_clip":
-        native_open_clip.relocate(root, scratch, config)
+        native_open_clip.relocate(root, scratch, opened.config)
     return load(str(scratch) if fmt == "open_clip" else str(root), options, native=True)
+
+
+def stock_at_size(stock: Loaded, fmt: str, size: tuple[int, int]) -> Loaded:
+    """A stock checkpoint for images of another size (height, width)."""
+    return stock.resized(stock.model, size) if fmt in STOCK_CODE else frontend(stock.library).at_size(stock, size)
 
 
 def stock_side(

@@ -81,7 +81,7 @@ def test_every_cell_is_as_the_matrix_says(pico: Pico, planted_picos: Callable[[P
             hosts.add(name)
         except UnsupportedModelError as error:
             assert str(error).startswith("native mode: ")
-    assert hosts == hosts_of(planted)
+    assert hosts == hosts_of(planted) & {*LIBRARIES}  # test_dinov2_format.py has the sizes of dinov2
     size = (96, 80)
     try:
         other = frontend(loaded.library).at_size(loaded, size)

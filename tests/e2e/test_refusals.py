@@ -80,7 +80,7 @@ REFUSED = {
     ),
     "a text model": (
         _transformers("BertModel", "BertConfig", **TINY_TEXT),
-        r"neither BertModel nor a module of it takes images \\(.*\\), so it is not a vision model; give one that takes images",
+        r"neither BertModel nor a module of it takes images \(.*\), so it is not a vision model; give one that",
     ),
 }  # fmt: skip
 

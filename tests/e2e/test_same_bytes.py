@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Planted, tiered
-from tests.picos import PICOS, Pico
+from tests.picos import DINOV2_VITS14, PICOS, Pico
 
 # pico, mode, format. Native mode without calibration; test_native.py has the calibrated one.
 JOBS = {
@@ -29,6 +29,7 @@ JOBS = {
     "open_clip": ("open-clip", "shift", None),
     "open_clip native": ("open-clip", "native", "open_clip"),
     "open_clip pt2": ("open-clip", "shift", "pt2"),
+    "dinov2": ("dinov2-vits14", "native", "dinov2"),
 }
 DEFAULT = ("shift", "bias pt2", "timm native", "open_clip")  # every library, mode and kind of format; the rest is slow
 PROGRAM = """
@@ -49,7 +50,7 @@ def twice(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[dict[str, Path], dict[str, Path]]:
     """The folders of the jobs that this session tests, written by two processes."""
-    picos = {pico.id: pico for pico in PICOS}
+    picos = {pico.id: pico for pico in (*PICOS, DINOV2_VITS14)}
     wanted = {item.callspec.params["job"] for item in request.session.items if item.path == Path(__file__)}  # type: ignore[attr-defined]
     jobs = {}
     for name, (pico, mode, fmt) in JOBS.items():

@@ -135,7 +135,7 @@ def test_no_command_at_all_shows_the_help_as_an_error(run):
     "option, said",
     [
         (("--mode", "shft"), "mode shft: not one of shift, native, bias; did you mean 'shift'?"),
-        (("--format", "onx"), "format onx: not one of transformers, timm, open_clip, pt2, onnx; did you mean 'onnx'?"),
+        (("--format", "onx"), f"format onx: not one of {', '.join(FORMATS)}; did you mean 'onnx'?"),
         (("--num-registers", "65"), "--num-registers 65: must be from 1 to 64"),
         (("--recipe", "dmo"), "dmo: no such recipe file"),
     ],

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from regsurgery.backends.contract import BackEnd, Program, StockHost
+from regsurgery.backends.contract import BackEnd, Program, StockCode, StockHost
 from regsurgery.backends.formats import backend
 from regsurgery.cli.screen import Screen
-from regsurgery.formats import FORMATS, LIBRARIES, PROGRAMS
+from regsurgery.formats import FORMATS, LIBRARIES, PROGRAMS, STOCK_CODE
 from regsurgery.frontends.contract import FrontEnd
 from regsurgery.frontends.libraries import frontend
 from regsurgery.modes import MODES
@@ -23,6 +23,7 @@ CASES = [
     *((backend(name, mode), BackEnd) for name in FORMATS for mode in MODES.values()),
     *((backend(name), Program) for name in PROGRAMS),
     *((backend(name, MODES["native"]), StockHost) for name in LIBRARIES),
+    *((backend(name), StockCode) for name in STOCK_CODE),
 ]
 
 
