@@ -15,7 +15,7 @@ import psutil
 
 from tests.commands import PROGRAM
 from tests.drills import Row, drill
-from tests.drills.command import command, refused
+from tests.drills.command import command, in_process, refused
 from tests.photos import write_photos
 
 RUNS = 4
@@ -65,7 +65,7 @@ def images_that_change_meanwhile(place: Path) -> Row:
 def millions_of_pictures(place: Path) -> Row:
     """`--num-images` in the millions: refused, or a run in bounded memory that Ctrl-C ends with 130."""
     for words in ("doctor demo", f"find demo -o {place}/x.yaml", f"patch demo -o {place}/out"):
-        refused(command(f"{words} --num-images 50000000"))
+        refused(in_process(f"{words} --num-images 50000000"))
     process = subprocess.Popen(
         [PROGRAM, "doctor", "demo", "--num-images", "1000000"],
         stdout=subprocess.DEVNULL,
