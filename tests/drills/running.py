@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ COMMAND = [sys.executable, "-m", "regsurgery"]
 def patch(source: Path | str, out: Path, *more: object, **how: Any) -> subprocess.Popen[str]:
     """Start `regsurgery patch SOURCE --recipe demo -o OUT`; `how` goes to `Popen`, `env` is added to this process's."""
     arguments = ["patch", source, "--recipe", "demo", "--num-images", "8", "-q", "-o", out, *more]
+    how.setdefault("preexec_fn", partial(signal.signal, signal.SIGHUP, signal.SIG_DFL))  # `nohup pytest` ignores it
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **how.pop("env", {})}
     return subprocess.Popen(
         [*how.pop("before", ()), *COMMAND, *map(str, arguments)],

@@ -212,9 +212,10 @@ ENDING = pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP",
 
 @pytest.fixture
 def handlers():
-    """The handlers of the signals that end the command line are as they were, afterwards."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)}
-    yield before
+    """The signals that end the command line have their defaults (`nohup pytest`), and afterwards what they had."""
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    yield dict.fromkeys(numbers, signal.SIG_DFL)
     for number, handler in before.items():
         signal.signal(number, handler)
 
