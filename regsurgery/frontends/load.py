@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,18 @@ from regsurgery.checkpoints.limits import refuse_links_out
 from regsurgery.checkpoints.reading import weight_files
 from regsurgery.checkpoints.safetensors_file import SafetensorsFile, read_header
 from regsurgery.checkpoints.weights_check import check_shards, finite_digests
-from regsurgery.checkpoints.whole import scratch_folder
-from regsurgery.errors import CheckpointError, UnsupportedModelError
+from regsurgery.errors import CheckpointError, UnsupportedModelError, UserError
 from regsurgery.formats import WEIGHTS_NAMES
 from regsurgery.frontends.bounds import bounded_model, check_numbers, tried
 from regsurgery.frontends.config import read_config
+from regsurgery.frontends.conversion.arch import Arch
+from regsurgery.frontends.conversion.files import convert_file
+from regsurgery.frontends.conversion.layout import weights_file
 from regsurgery.frontends.device import check_device
+from regsurgery.frontends.found import Found, find_checkpoint
 from regsurgery.frontends.libraries import frontend
 from regsurgery.frontends.loaded import Checkpoint, Loaded, Source
-from regsurgery.frontends.model_id import downloaded, repository_of
+from regsurgery.frontends.model_id import repository_of
 from regsurgery.options import LoadOptions
 
 QUANTISED = ("I8", "U8", "F8_E4M3", "F8_E5M2")  # dtypes of quantised matrices
@@ -36,7 +41,7 @@ def load(
     known: Mapping[str, str] | None = None,
     use_meanwhile: Callable[[Sequence[Path]], None] | None = None,
 ) -> Loaded:
-    """Load MODEL: a folder, a Hub id, `timm:NAME` or `open_clip:ARCH/TAG`.
+    """Load MODEL: a folder, a weights file, a Hub id, `timm:NAME` or `open_clip:ARCH/TAG`.
 
     Args:
         scratch: the temporary folder that MODEL is in, which lives as long as the result.
@@ -54,38 +59,52 @@ def load(
     """
     options = options or LoadOptions()
     check_device(options.device_map)
-    repo = None
-    if model_id and Path(model_id).is_dir():
-        folder, revision = Path(model_id), options.revision
-    else:
-        repo = repository_of(model_id)
-        folder, revision = downloaded(repo, model_id, options)
-    library, config_name, config = read_config(folder)
+    found = find_checkpoint(model_id, options, load)
+    library, config_name, config = read_config(found.folder, found.library)
     if not native:  # a native folder is a patched one, already checked, or our own link to it
-        _refuse_patched(folder, config)
-    check_numbers(folder / config_name, config)
-    given = model_id if scratch is None else options.called
-    weights, folder, scratch, pickled = _weights(folder, library, options, scratch)
-    headers = [read_header(path) for path in weights]
-    check_shards(folder, WEIGHTS_NAMES[library], headers)
-    _refuse_quantised(folder, config, headers)
-    if use_meanwhile is not None:
-        use_meanwhile(weights)
-    digests = _known(weights, known) or (None if look_through else _published(weights)) or finite_digests(headers)
+        _refuse_patched(found.folder, config)
+    check_numbers(found.folder / config_name, config)
+    if not weight_files(found.folder, WEIGHTS_NAMES[library]):
+        arch = Arch(library, str(found.folder), config_name)
+        made = convert_file(weights_file(found.folder, library), options, arch)
+        found = replace(found, folder=made.folder, converted=made.converted, home=made.home)
+    elif options.ema and found.converted is None:
+        raise UserError(f"--ema: {model_id} holds one set of weights; leave it out")
+    folder, converted = found.folder, found.converted
+    with nullcontext() if converted is None else converted.named(folder):
+        weights = tuple(weight_files(folder, WEIGHTS_NAMES[library]))
+        headers = [read_header(path) for path in weights]
+        check_shards(folder, WEIGHTS_NAMES[library], headers)
+        _refuse_quantised(folder, config, headers)
+        if use_meanwhile is not None:
+            use_meanwhile(weights)
+        digests = _known(weights, known) or (None if look_through else _published(weights)) or finite_digests(headers)
+        source = _source(model_id, found, digests, options)
+        _check_sha256(source, model_id if scratch is None else options.called, options)
+        stored = sum(path.stat().st_size for path in weights) > _memory(options)
+        home = scratch or found.home
+        checkpoint = Checkpoint(source, library, folder, weights, digests, config, config_name, stored, home)
+        with bounded_model(folder / config_name, headers):
+            loaded = frontend(library).load(checkpoint, options)
+        tried(loaded.preprocess, folder)
+    return loaded
+
+
+def _source(model_id: str, found: Found, digests: Sequence[str], options: LoadOptions) -> Source:
+    repo = found.repo
     if options.called is not None:
-        repo = None if revision is None else repository_of(options.called)
-    source = Source(options.called or model_id, revision, _combined(digests), repo)
+        repo = None if found.revision is None else repository_of(options.called)
+    return Source(
+        options.called or model_id, found.revision, _combined(digests), repo, options.reading, found.converted
+    )
+
+
+def _check_sha256(source: Source, given: str | None, options: LoadOptions) -> None:
     if options.sha256 not in (None, source.sha256):
         raise CheckpointError(
             f"{given}: its weights have sha256 {source.sha256}, expected {options.sha256}; give the checkpoint with "
             "the expected weights"
         )
-    stored = sum(path.stat().st_size for path in weights) > _memory(options)
-    checkpoint = Checkpoint(source, library, folder, weights, digests, pickled, config, config_name, stored, scratch)
-    with bounded_model(folder / config_name, headers):
-        loaded = frontend(library).load(checkpoint, options)
-    tried(loaded.preprocess, folder)
-    return loaded
 
 
 def _known(weights: Sequence[Path], known: Mapping[str, str] | None) -> tuple[str, ...] | None:
@@ -140,54 +159,6 @@ def _refuse_quantised(folder: Path, config: Mapping[str, Any], headers: Sequence
             f"{folder}: its weights are quantised ({reason}); patch the checkpoint before quantisation, in float32, "
             "bfloat16 or float16, and quantise the patched folder"
         )
-
-
-def _weights(
-    folder: Path, library: str, options: LoadOptions, scratch: tempfile.TemporaryDirectory[str] | None
-) -> tuple[tuple[Path, ...], Path, tempfile.TemporaryDirectory[str] | None, Path | None]:
-    """The safetensors files of a checkpoint, their folder, its `scratch`, and the pickle they were converted from."""
-    from regsurgery.formats import WEIGHTS_NAMES
-
-    single = WEIGHTS_NAMES[library]
-    weights = weight_files(folder, single)
-    if weights:
-        return tuple(weights), folder, scratch, None
-    pickled = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in (".bin", ".pt", ".pth"))
-    if not pickled:
-        raise CheckpointError(f"{folder}: has a config but no weights; {single} is missing, add it")
-    if not options.allow_pickle:
-        raise CheckpointError(
-            f"{pickled[0]}: pickled weights can run code when loaded and are refused; convert them to safetensors, or "
-            "pass --allow-pickle if you trust their author"
-        )
-    if len(pickled) > 1:
-        raise CheckpointError(
-            f"{folder}: has {len(pickled)} pickled weight files; merge them into one safetensors file"
-        )
-    with scratch_folder() as scratch:
-        converted = Path(scratch.name) / "converted"
-        _convert_pickle(pickled[0], folder, converted, single)
-    return (converted / single,), converted, scratch, pickled[0]
-
-
-def _convert_pickle(pickled: Path, folder: Path, converted: Path, single: str) -> None:
-    """Copy `folder` to `converted` with the pickled weights as safetensors; pickle is read with weights_only."""
-    import shutil
-
-    import safetensors.torch
-
-    from regsurgery.checkpoints.pickled import read_pickle
-
-    state = read_pickle(pickled)
-    converted.mkdir()
-    for path in folder.iterdir():
-        if path.is_file() and path != pickled:
-            shutil.copyfile(path, converted / path.name)
-    safetensors.torch.save_file(
-        {name: value.contiguous().clone() for name, value in state.items()},
-        converted / single,
-        metadata={"format": "pt"},
-    )
 
 
 def _combined(digests: Sequence[str]) -> str:

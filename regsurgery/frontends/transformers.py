@@ -29,7 +29,7 @@ UNLOADABLE = (*BROKEN, SafetensorError, StrictDataclassError)  # what transforme
 def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     """Load a transformers folder with the class that its config names."""
     folder, config = checkpoint.folder, checkpoint.config
-    architecture, cls = _class_of(checkpoint, options)
+    architecture, cls = class_of(folder, checkpoint.config_name, config, options)
     try:
         with quiet_transformers():
             model, info = from_pretrained(
@@ -63,8 +63,8 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     )
 
 
-def _class_of(checkpoint: Checkpoint, options: LoadOptions) -> tuple[str, Any]:
-    """The architecture that the config names, and its class.
+def class_of(folder: Path, config_name: str, config: Mapping[str, Any], options: LoadOptions) -> tuple[str, Any]:
+    """The architecture that the config of `folder` names, and its class.
 
     Raises:
         CheckpointError: it is code that comes with the checkpoint, or not a model class.
@@ -72,12 +72,12 @@ def _class_of(checkpoint: Checkpoint, options: LoadOptions) -> tuple[str, Any]:
     """
     import transformers
 
-    path, config = checkpoint.folder / checkpoint.config_name, checkpoint.config
+    path = folder / config_name
     architecture = _architecture(path, config)
     cls = getattr(transformers, architecture, None)
     if cls is None and "auto_map" in config and not options.trust_remote_code:
         raise CheckpointError(
-            f"{checkpoint.folder}: {architecture} is code that comes with the checkpoint; pass "
+            f"{folder}: {architecture} is code that comes with the checkpoint; pass "
             "--trust-remote-code if you trust its author"
         )
     if cls is None and "auto_map" in config:

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from regsurgery.checkpoints.containers import read_weights_file
 from regsurgery.checkpoints.limits import read_json, refuse_links_out
-from regsurgery.checkpoints.pickled import read_pickle
 from regsurgery.checkpoints.safetensors_file import SafetensorsFile, read_header
 from regsurgery.checkpoints.sums import sha256
 from regsurgery.checkpoints.weights_check import check_shards, finite_digest
@@ -204,6 +204,10 @@ def test_a_tensor_in_two_shards_is_named(shards):
 
 
 # --- pickles --------------------------------------------------------------------------------------------------------
+
+
+def read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    return dict(read_weights_file(path, allow_pickle=True).weights(None, "transformers").tensors)
 
 
 def test_tied_weights_in_a_pickle_are_read(tmp_path):

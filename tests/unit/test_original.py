@@ -78,7 +78,9 @@ def patch(source: Path, folder: Path) -> Path:
     write_json(folder / "config.json", {"model_type": "vit", "regsurgery": {"mode": "shift"}})
     (folder / "README.md").write_text("ours")
     shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
-    loaded: Any = SimpleNamespace(folder=source, weights=weights, digests=tuple(map(sha256, weights)), pickled=None)
+    loaded: Any = SimpleNamespace(
+        folder=source, weights=weights, digests=tuple(map(sha256, weights)), source=SimpleNamespace(converted=None)
+    )
     write_record(loaded, folder)
     return folder
 
