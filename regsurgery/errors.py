@@ -51,6 +51,10 @@ class UnsupportedModelError(UserError):
     """The model's graph has no site for the surgery; the message names the reason and the node."""
 
 
+class SeveralStreamsError(UnsupportedModelError):
+    """Several streams of tokens match, and none was named; the message lists the modules that they are in."""
+
+
 class VerificationError(RegsurgeryError):
     """The patched model fails its verification; nothing is left on disk."""
 
@@ -84,3 +88,8 @@ def did_you_mean(word: str, known: list[str]) -> str:
 
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def several(paths: list[str]) -> str:
+    """What a `SeveralStreamsError` says of the modules with these paths."""
+    return f"{len(paths)} streams of tokens match; name the one to patch: --tower {' or --tower '.join(paths)}"

@@ -105,9 +105,8 @@ def family_of(library: str, architecture: str) -> Family | None:
 # transformers: a model whose config has this key has a text tower and needs example inputs other than pixel_values.
 TEXT_CONFIG_KEY = "text_config"
 
-# transformers, for models that torch.export cannot trace as a whole: the path of the vision tower, and the config key
-# of the hidden state that the language model reads.
-ENTRIES = {"LlavaForConditionalGeneration": ("model.vision_tower", "vision_feature_layer")}
+# transformers, of whole models: the config keys of the hidden state of their tower that a language model reads.
+FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")
 
 # transformers, by model type: an input with one number per patch that decides which patches are hidden; it is random
 # unless given.

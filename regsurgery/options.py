@@ -69,6 +69,7 @@ class LoadOptions:
         device_map: where the model runs, in accelerate's terms: `auto`, or a device such as `cuda`; default: the CPU.
         max_memory: bytes, or text such as 8GB; the weights of a larger checkpoint stay on disk and are read operator
             by operator. Default: half of the machine's free memory.
+        tower: path of the module whose stream of tokens is patched; needed where several match.
         sha256: the required `Source.sha256`; anything by default.
         called: the model's name in what is written; by default the MODEL given.
         progress: is told how far the command has got.
@@ -104,6 +105,9 @@ class LoadOptions:
         "Leave the weights of larger checkpoints on disk, e.g. 8GB (default: half of the free memory).",
         type="str | None",
         metavar="SIZE",
+    )
+    tower: str | None = option(
+        None, "The module whose stream of tokens is patched, where several match.", metavar="PATH"
     )
     sha256: str | None = None
     called: str | None = None
@@ -241,8 +245,9 @@ class PatchOptions(SearchOptions):
         format: one of `formats.FORMATS`; by default the format of the model's library, or in native mode that of a
             stock host.
         link: hard-link unchanged shards, if the file system can.
-        verification: compare the original and the patched model on images; without it, the folder is recorded as
-            unverified, and files whose sha256 the Hub published are not checked for NaN.
+        verification: compare the original and the patched model on images; without it, the written model is loaded and
+            run on one generated picture, the folder is recorded as unverified, and files whose sha256 the Hub published
+            are not checked for NaN.
         strict: treat verification warnings, and too few images to judge, as failures.
         dry_run: do everything, but write nothing.
     """
@@ -295,7 +300,7 @@ class VerifyOptions(ImageOptions):
     strict: bool = option(False, "Fail if the verdict has warnings or rests on too few images.")
     revision: str | None = option(None, "Hub revision.")
 
-    HIDDEN = ("seed", *READING)
+    HIDDEN = ("seed", "tower", *READING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -434,7 +439,7 @@ class ReproduceOptions(LoadOptions):
     images: str | Path | None = option(None, "The images of that run, if it used photos.", type="Path | None")
     source: str | None = option(None, "Where the original MODEL is now, if it has moved.", metavar="MODEL")
 
-    HIDDEN = ("revision", "device_map", *READING)
+    HIDDEN = ("revision", "device_map", "tower", *READING)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,7 @@ class Pico:
         save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _transformers(architecture: str, config_class: str, **config: Any) -> Callable[[Path], None]:
+def _transformers(architecture: str, config_class: str, /, **config: Any) -> Callable[[Path], None]:
     def build(folder: Path) -> None:
         import transformers
 
@@ -285,8 +285,137 @@ OTHERS = (
                      hosts=("transformers", "timm", "open_clip")),
 )  # fmt: skip
 
+# --- whole models, whose tower is searched ---------------------------------------------------------------------------
+
+LANGUAGE = {**LLAVA["text_config"], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "head_dim": 16}
+DECODER = {"vocab_size": 99, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 64,
+           "cross_attention_hidden_size": WIDTH, "is_decoder": True, "add_cross_attention": True}  # fmt: skip
+BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 99}
+QUERIES = {**BERT, "encoder_hidden_size": WIDTH, "initializer_range": 0.2}
+OPT = {"model_type": "opt", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64,
+       "vocab_size": 100, "word_embed_proj_dim": 32, "max_position_embeddings": 64}  # fmt: skip
+VISION = {**VIT, **INNER}
+CLIP_TOWER = {**CLIP_VISION, "model_type": "clip_vision_model"}
+SIGLIP_TOWER = {**VISION, "model_type": "siglip_vision_model", "vision_use_head": False, "projection_dim": 32}
+PINPOINTS = [[SIZE, 2 * SIZE], [2 * SIZE, SIZE]]
+STAGES = [f"stage{number}" for number in range(1, BLOCKS + 1)]
+DINOV2_STAGES = {**VIT, "model_type": "dinov2", "layerscale_value": 1.0, "out_features": STAGES,
+                 "reshape_hidden_states": False, "apply_layernorm": True}  # fmt: skip
+DINOV2_TOWER = ("encoder.layer.0", "encoder.layer.3", "encoder.layer.{}.mlp.fc2")
+NECK = {"reassemble_hidden_size": WIDTH, "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8, "head_hidden_size": 4,
+        "patch_size": PATCH}  # fmt: skip
+CLIP_PATHS = ("pre_layrnorm", *ENCODER[1:])
+
+
+def _whole(name: str, architecture: str, paths: tuple[str, ...], config: dict[str, Any], **options: Any) -> Pico:
+    """A transformers model with a tower; its config class has its name, without what it is for."""
+    config_class = options.pop("config_class", architecture.partition("For")[0] + "Config")
+    build = _transformers(architecture, config_class, **config)
+    return Pico(f"whole-{name}", build, *paths, any_size=False, core=False, **options)
+
+
+def _with_language(tower: dict[str, Any], language: str = "llama", **config: Any) -> dict[str, Any]:
+    return {"vision_config": tower, "text_config": {**LANGUAGE, "model_type": language}, **config}
+
+
+IMAGE_INDEX, IMAGE_ID = {"image_token_index": 99}, {"image_token_id": 99}
+RAISED = {"initializer_range": 0.02}
+
+WHOLES = (
+    _whole("llava-next", "LlavaNextForConditionalGeneration", _below("model.vision_tower", *CLIP_PATHS),
+           _with_language(CLIP_TOWER, **IMAGE_INDEX, image_grid_pinpoints=PINPOINTS), collector="model.vision_tower"),
+    _whole("llava-onevision", "LlavaOnevisionForConditionalGeneration", _below("model.vision_tower", *ENCODER),
+           _with_language(SIGLIP_TOWER, "qwen2", **IMAGE_INDEX, video_token_index=98, image_grid_pinpoints=PINPOINTS),
+           prefix=0, collector="model.vision_tower"),
+    _whole("vip-llava", "VipLlavaForConditionalGeneration", _below("model.vision_tower", *CLIP_PATHS),
+           _with_language(CLIP_TOWER, **IMAGE_INDEX, vision_feature_layers=[-1, -2]), collector="model.vision_tower"),
+    _whole("paligemma", "PaliGemmaForConditionalGeneration", _below("model.vision_tower", *ENCODER),
+           _with_language(SIGLIP_TOWER, "gemma", **IMAGE_INDEX, projection_dim=32, hidden_size=32), prefix=0),
+    _whole("gemma3", "Gemma3ForConditionalGeneration", _below("model.vision_tower", *ENCODER),
+           _with_language(SIGLIP_TOWER, "gemma3_text", **IMAGE_INDEX, mm_tokens_per_image=4, boi_token_index=97,
+                          eoi_token_index=98), prefix=0),
+    _whole("internvl", "InternVLForConditionalGeneration",
+           _below("model.vision_tower", "encoder.layer.0", "encoder.layer.3", "encoder.layer.{}.mlp.fc2"),
+           _with_language({**VISION, **SCALED, "image_size": [SIZE, SIZE], "patch_size": [PATCH, PATCH],
+                           "model_type": "internvl_vision"}, "qwen2", **IMAGE_ID), collector="model.vision_tower"),
+    _whole("blip2", "Blip2ForConditionalGeneration", _below("vision_model", *ENCODER),
+           {"vision_config": {**VISION, **RAISED}, "qformer_config": QUERIES, "text_config": OPT,
+            "num_query_tokens": 4, **IMAGE_INDEX}),
+    _whole("blip2-retrieval", "Blip2ForImageTextRetrieval", _below("vision_model", *ENCODER),
+           {"vision_config": {**VISION, **RAISED}, "qformer_config": {**QUERIES, "use_qformer_text_input": True},
+            "text_config": OPT, "num_query_tokens": 4}),
+    _whole("instructblip", "InstructBlipForConditionalGeneration", _below("vision_model", *ENCODER),
+           {"vision_config": {**VISION, **RAISED}, "qformer_config": QUERIES, "text_config": OPT,
+            "num_query_tokens": 4, **IMAGE_INDEX}),
+    _whole("idefics2", "Idefics2ForConditionalGeneration", _below("model.vision_model", *ENCODER),
+           _with_language(VISION, "mistral", **IMAGE_ID, perceiver_config={
+               "hidden_size": 32, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2,
+               "resampler_head_dim": 16, "num_key_value_heads": 2}),
+           prefix=0, masked="model.vision_model.encoder.layers.{}.self_attn"),
+    _whole("smolvlm", "SmolVLMForConditionalGeneration", _below("model.vision_model", *ENCODER),
+           _with_language(VISION, **IMAGE_ID, scale_factor=2), prefix=0,
+           masked="model.vision_model.encoder.layers.{}.self_attn"),
+    _whole("aya-vision", "AyaVisionForConditionalGeneration", _below("model.vision_tower", *ENCODER),
+           _with_language(SIGLIP_TOWER, "cohere2", **IMAGE_INDEX), prefix=0, collector="model.vision_tower"),
+    _whole("kosmos2", "Kosmos2ForConditionalGeneration", _below("vision_model.model", *CLIP_PATHS),
+           {"vision_config": VISION, "latent_query_num": 4,
+            "text_config": {"vocab_size": 99, "max_position_embeddings": 64, "embed_dim": 32, "layers": 2,
+                            "ffn_dim": 64, "attention_heads": 2}}),
+    _whole("git", "GitForCausalLM", _below("git.image_encoder.vision_model", *CLIP_PATHS),
+           {"vision_config": VISION, **BERT}, config_class="GitConfig"),
+    _whole("colpali", "ColPaliForRetrieval", _below("vlm.vision_tower", *ENCODER),
+           {"vlm_config": {**_with_language(SIGLIP_TOWER, "gemma", **IMAGE_INDEX, projection_dim=32, hidden_size=32),
+                           "model_type": "paligemma"}, "embedding_dim": 16}, prefix=0),
+    _whole("trocr", "VisionEncoderDecoderModel", _below("encoder", *FLAT),
+           {"encoder": {**VISION, "model_type": "vit"}, "decoder": {**DECODER, "model_type": "trocr"}},
+           config_class="VisionEncoderDecoderConfig"),
+    _whole("clipseg", "CLIPSegForImageSegmentation", _below("clip.vision_model", *CLIP_PATHS),
+           {"text_config": CLIP_TEXT, "vision_config": VISION, "projection_dim": 32, "reduce_dim": 16,
+            "extract_layers": [0, 1, 2], "decoder_num_attention_heads": 2, "decoder_intermediate_size": 32}),
+    _whole("depth-anything", "DepthAnythingForDepthEstimation", _below("backbone", *DINOV2_TOWER),
+           {"backbone_config": DINOV2_STAGES, **NECK}, collector="backbone.encoder"),
+    _whole("dpt", "DPTForDepthEstimation", _below("dpt", "encoder.layer.0", "encoder.layer.3",
+                                                  "encoder.layer.{}.output.dense"),
+           {**VISION, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8,
+            "is_hybrid": False, "use_batch_norm_in_fusion_residual": False}, collector="dpt.encoder"),
+    _whole("zoedepth", "ZoeDepthForDepthEstimation", _below("backbone.beit", *FLAT),
+           {"backbone_config": {**VISION, **SCALED, "model_type": "beit", "out_features": STAGES,
+                                "reshape_hidden_states": False, "use_relative_position_bias": True},
+            "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8, "bottleneck_features": 8,
+            "backbone_hidden_size": WIDTH, "bin_embedding_dim": 8, "num_relative_features": 4,
+            "num_attractors": [2, 1, 1, 1],
+            "bin_configurations": [{"n_bins": 4, "min_depth": 0.1, "max_depth": 10.0, "name": "nyu"}]},
+           bias="backbone.beit.layers.{}.relative_position_bias", collector="backbone.beit"),
+    _whole("upernet", "UperNetForSemanticSegmentation", _below("backbone", *DINOV2_TOWER),
+           {"backbone_config": {**DINOV2_STAGES, "reshape_hidden_states": True}, "hidden_size": 8,
+            "auxiliary_in_channels": WIDTH, "num_labels": 5, "pool_scales": [1, 2]}, collector="backbone.encoder"),
+    _whole("mask2former", "Mask2FormerForUniversalSegmentation",
+           _below("model.pixel_level_module.encoder", *DINOV2_TOWER),
+           {"backbone_config": {**DINOV2_STAGES, "reshape_hidden_states": True}, "feature_size": 16,
+            "mask_feature_size": 16, "hidden_dim": 16, "num_attention_heads": 2, "encoder_layers": 1,
+            "decoder_layers": 2, "dim_feedforward": 16, "encoder_feedforward_dim": 16, "num_queries": 5},
+           config_class="Mask2FormerConfig", collector="model.pixel_level_module.encoder.encoder"),
+    _whole("vitpose", "VitPoseForPoseEstimation",
+           _below("backbone", "encoder.layer.0", "encoder.layer.3", "encoder.layer.{}.mlp.fc2"),
+           {"backbone_config": {**VIT, "model_type": "vitpose_backbone", "image_size": [SIZE, 48],
+                                "patch_size": [PATCH, PATCH], "out_features": ["stage4"]},
+            "num_labels": 5, "use_simple_decoder": True}, prefix=0, collector="backbone.encoder"),
+    _whole("timm-wrapper", "TimmWrapperForImageClassification", _below("timm_model", *TIMM),
+           {"architecture": "vit_tiny_patch16_224", "num_labels": 5,
+            "model_args": {"embed_dim": WIDTH, "depth": BLOCKS, "num_heads": HEADS, "img_size": SIZE,
+                           "patch_size": PATCH},
+            "pretrained_cfg": {"input_size": [3, SIZE, SIZE], "mean": [0.5] * 3, "std": [0.5] * 3}},
+           config_class="TimmWrapperConfig"),
+    _whole("videomae", "VideoMAEForVideoClassification", _below("videomae", "encoder.layer.0", "encoder.layer.3",
+                                                                "encoder.layer.{}.output.dense"),
+           {**VISION, "num_frames": 4, "num_labels": 5}, prefix=0),
+    _whole("vivit", "VivitForVideoClassification", _below("vivit", "encoder.layer.0", "encoder.layer.3",
+                                                          "encoder.layer.{}.output.dense"),
+           {**VISION, "num_frames": 4, "tubelet_size": [2, PATCH, PATCH], "num_labels": 5}),
+)  # fmt: skip
+
 PICOS = (*CORE, *OTHERS)
 
 
 def by_id(name: str) -> Pico:
-    return next(pico for pico in PICOS if pico.id == name)
+    return next(pico for pico in (*PICOS, *WHOLES) if pico.id == name)

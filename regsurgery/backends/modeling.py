@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,11 +15,13 @@ from regsurgery.checkpoints.safetensors_file import weights_dtype
 from regsurgery.checkpoints.writing import write_json, write_weights
 from regsurgery.errors import CheckpointError
 from regsurgery.runtime import surgery
+from regsurgery.settings import replaced
 
 if TYPE_CHECKING:
     from regsurgery.compiler.surgery import Surgery
 
 FILE_NAME = "modeling_regsurgery.py"
+FOLDERS = itertools.count()
 
 
 def modeling_source(host: ModuleType, tail: str = "") -> str:
@@ -68,5 +72,11 @@ def import_modeling(folder: Path) -> ModuleType:
     module = ModuleType(path.stem)
     module.__file__ = str(path)
     # Compiled here instead of imported: an import would leave __pycache__ in the folder.
-    exec(compile(path.read_text("utf-8"), str(path), "exec"), module.__dict__)
+    code = compile(path.read_text("utf-8"), str(path), "exec")
+    package = ModuleType(f"regsurgery_folder_{next(FOLDERS)}")  # of the source's own code, which the file may import
+    package.__path__ = [str(folder)]
+    sys.modules[package.__name__] = package
+    module.__package__ = package.__name__
+    with replaced(sys, "dont_write_bytecode", True):
+        exec(code, module.__dict__)
     return module

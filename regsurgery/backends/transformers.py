@@ -16,11 +16,14 @@ from regsurgery.backends.modeling import (
     write_folder,
 )
 from regsurgery.checkpoints.reading import weight_files
+from regsurgery.checkpoints.stored import stored_state
 from regsurgery.errors import CheckpointError
 from regsurgery.formats import WEIGHTS_NAMES, Snippets
 from regsurgery.frontends.loaded import Loaded
+from regsurgery.frontends.remote_code import code_file
 from regsurgery.frontends.transformers import from_pretrained
 from regsurgery.runtime import transformers as host_transformers
+from regsurgery.runtime.surgery import ATTENTION_CONSTANTS, OTHER_REGISTER_TOKENS, REGISTER_TOKENS
 from regsurgery.runtime.transformers import FOREIGN
 from regsurgery.settings import quiet_transformers
 
@@ -50,16 +53,19 @@ with torch.no_grad():
     tokens = tower(images).last_hidden_state
 """
 
+CODE = """
+from .{file} import {name} as Stock{name}
+"""
 CLASS = '''
 
-class {name}(PatchedModel, transformers.{name}):
+class {name}(PatchedModel, {stock}):
     """{name} with test-time registers; see the folder's README.md."""
 
     config_class = {config}
 '''
 CONFIG_CLASS = '''
 
-class {name}(PatchedConfig, transformers.{name}):
+class {name}(PatchedConfig, {stock}):
     """{name} with another model type on disk."""
 '''
 
@@ -68,14 +74,34 @@ def emit(surgery: Surgery, folder: Path, target: Path) -> None:
     """Write config, weights and `modeling_regsurgery.py`."""
     loaded = surgery.loaded
     classes = _auto_classes(loaded)
-    config_name = type(loaded.model.config).__name__
-    tail = CONFIG_CLASS.format(name=config_name)
-    tail += "".join(CLASS.format(name=name, config=config_name) for name in dict.fromkeys(classes.values()))
+    config_class = type(loaded.model.config)
+    config_name = config_class.__name__
+    tail = _code_of(config_class, type(loaded.model))
+    tail += CONFIG_CLASS.format(name=config_name, stock=_stock_name(config_class))
+    for name in dict.fromkeys(classes.values()):
+        stock = _stock_name(type(loaded.model)) if name == loaded.architecture else f"transformers.{name}"
+        tail += CLASS.format(name=name, config=config_name, stock=stock)
     classes["AutoConfig"] = config_name
-    auto_map = {auto: f"{Path(FILE_NAME).stem}.{name}" for auto, name in classes.items()}
-    model_type = FOREIGN + loaded.config["model_type"]
-    source = modeling_source(host_transformers, tail)
-    write_folder(surgery, folder, CONFIG_NAME, source, model_type=model_type, auto_map=auto_map)
+    others = loaded.config.get("auto_map", {})  # of processors and tokenizers, which stay as they are
+    kept = {auto: name for auto, name in others.items() if auto != "AutoConfig" and not auto.startswith("AutoModel")}
+    entries: dict[str, Any] = {
+        "auto_map": {**kept, **{auto: f"{Path(FILE_NAME).stem}.{name}" for auto, name in classes.items()}},
+        "model_type": FOREIGN + loaded.config["model_type"],
+    }
+    if not loaded.config.get("architectures"):
+        entries["architectures"] = [loaded.architecture]
+    write_folder(surgery, folder, CONFIG_NAME, modeling_source(host_transformers, tail), **entries)
+
+
+def _code_of(*classes: type) -> str:
+    """Imports of those classes that come with the checkpoint; their files are in the folder, too."""
+    files = {cls.__name__: file for cls in classes if (file := code_file(cls)) is not None}
+    return "".join(CODE.format(file=file, name=name) for name, file in files.items())
+
+
+def _stock_name(cls: type) -> str:
+    """How the loader file names a class that it builds on."""
+    return f"transformers.{cls.__name__}" if code_file(cls) is None else f"Stock{cls.__name__}"
 
 
 def _auto_classes(loaded: Loaded) -> dict[str, str]:
@@ -105,7 +131,8 @@ def auto_class(loaded: Loaded) -> str:
 
 def is_own_source(text: str) -> bool:
     """Whether `text` is a `modeling_regsurgery.py` that this version writes, for any model."""
-    return is_source(text, host_transformers, CLASS, CONFIG_CLASS)
+    tails = (tail.replace("{stock}", "transformers.{name}") for tail in (CLASS, CONFIG_CLASS))
+    return is_source(text, host_transformers, *tails)
 
 
 def snippets(surgery: Surgery, folder: str) -> Snippets:
@@ -133,10 +160,12 @@ def reload(
     """The patched model of `folder`, built by the folder's own file; `stored`: its weights stay on disk."""
     cls = getattr(import_modeling(folder), config["architectures"][0])
     with quiet_transformers():
-        model, info = from_pretrained(cls, folder, weight_files(folder, WEIGHTS_NAME) if stored else None)
-    if info["missing_keys"] or info["unexpected_keys"]:
-        names = sorted([*info["missing_keys"], *info["unexpected_keys"]])
-        raise CheckpointError(f"{folder}: tensor '{names[0]}' is missing or unknown; patch the model again")
+        model, info = from_pretrained(cls, folder, stored_state(weight_files(folder, WEIGHTS_NAME)) if stored else None)
+    # Tensors that no part of the model uses are the source's: the stock class ignores them, too.
+    ours = (REGISTER_TOKENS, OTHER_REGISTER_TOKENS, ATTENTION_CONSTANTS)
+    wrong = sorted([*info["missing_keys"], *(name for name in info["unexpected_keys"] if name.endswith(ours))])
+    if wrong:
+        raise CheckpointError(f"{folder}: tensor '{wrong[0]}' is missing or unknown; patch the model again")
     return model.eval()
 
 

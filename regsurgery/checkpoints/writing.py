@@ -57,7 +57,8 @@ def _check_new(source: SafetensorsFile, additions: Mapping[str, Tensor]) -> None
     for tensor in source.tensors:
         if tensor.name in additions:
             raise CheckpointError(
-                f"{source.path}: already has a tensor '{tensor.name}'; patch a checkpoint that is not patched yet"
+                f"{source.path}: already has a tensor '{tensor.name}', which patching would add; if it is a patched "
+                "checkpoint, patch its source"
             )
 
 
@@ -87,6 +88,7 @@ def write_weights(
         _check_new(read_header(path), additions)
         place(path, folder / path.name)
     index = json.loads(index_path.read_text("utf-8"))
+    index.setdefault("metadata", {})  # some versions of transformers need it
     if additions:
         added = f"{SHARD_NUMBER.sub('', sources[0].stem)}-registers.safetensors"
         write_tensors(folder / added, additions)

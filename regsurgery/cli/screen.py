@@ -168,7 +168,9 @@ class Screen(Progress):
         if pushed is not None:
             self._pushed(pushed)
         if result.verdict is None:
-            self.out.print("not verified: the output was not run on any image")
+            self.out.print(
+                "not verified: the output was loaded, run on one generated picture and compared with the patched graph"
+            )
         else:
             self._outcome(result.verdict)
 

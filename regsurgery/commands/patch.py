@@ -189,6 +189,7 @@ def _apply(
     from regsurgery.emit.folder import complete, emit
     from regsurgery.emit.run_record import run_of
     from regsurgery.images.image_set import another_kind
+    from regsurgery.verification.folder import check_folder
 
     recipe, images, progress = attempt.recipe, attempt.images, options.progress
     fmt = _format(located.loaded, recipe, options)
@@ -208,6 +209,8 @@ def _apply(
     with _target(output, options) as target, emit(surgery.as_written(), target, fmt) as folder:
         if options.verification:
             verdict, sizes = _verified(surgery, folder, fmt, unseen, set(run["fitted"]), options)
+        else:
+            check_folder(surgery, folder, fmt, progress)
         complete(surgery.as_written(), folder, fmt, verdict, run, sizes)
     return fmt, verdict, sizes
 

@@ -11,11 +11,14 @@ from torch import Tensor, fx, nn
 
 
 def ancestor_sets(graph: fx.Graph) -> dict[fx.Node, int]:
-    """For every node, the set of its ancestors, itself included, as a bit mask over node positions."""
+    """For every node, the set of its ancestors, itself included, as a bit mask over node positions.
+
+    Only values count: what is expanded to the batch size of a tensor does not descend from it.
+    """
     masks: dict[fx.Node, int] = {}
     for position, node in enumerate(graph.nodes):
         mask = 1 << position
-        for source in node.all_input_nodes:
+        for source in () if node.target is torch.ops.aten.sym_size.int else node.all_input_nodes:
             mask |= masks[source]
         masks[node] = mask
     return masks
@@ -39,6 +42,11 @@ def symbolic_shape(node: fx.Node) -> torch.Size:
 def hint(size: Any) -> int:
     """The example value of a size that may be symbolic (the batch)."""
     return size if isinstance(size, int) else size.node.hint
+
+
+def is_fixed(size: Any) -> bool:
+    """Whether a size is a number: one that is symbolic may be found to have only one value."""
+    return isinstance(size, int) or size.node.maybe_as_int() is not None
 
 
 def shape_of(value: Any) -> tuple[int, ...]:

@@ -5,7 +5,8 @@ Matching is structural; no family name decides anything. A failed match says why
 1. A **residual add** adds two tensors of equal shape, exactly one of which is an ancestor of the other (position
    embeddings and rotary embeddings fail that).
 2. A **stream** is a chain of residual adds; its first tensor, found by walking back through norm, cast and dropout, is
-   the **tokens** node. The vision stream is the one whose tokens come from the image and from no token-id embedding.
+   the **tokens** node. The vision stream is the one whose tokens come from the image and from no token-id embedding;
+   if there are several, the first on the image's way. If several are first, one must be named.
 3. An add is an **MLP** add if its branch leads back through dropout, layer scale and norm to a linear (the down
    projection) whose input cone is pointwise, split or norm only, holds a nonlinearity, and ends in linears.
 4. **Prefix tokens** are the rows of the tokens node that stay finite when the image is all NaN.
@@ -27,6 +28,7 @@ from regsurgery.compiler.graph import (
     common_path,
     hint,
     is_ancestor,
+    is_fixed,
     module_path,
     symbolic_shape,
 )
@@ -41,6 +43,7 @@ from regsurgery.compiler.ops import (
     NONLINEAR,
     NORMS,
     POINTWISE,
+    PRODUCTS,
     SPLITS,
     aten,
 )
@@ -48,23 +51,30 @@ from regsurgery.compiler.placement import place
 from regsurgery.compiler.sites import Block, Sites
 from regsurgery.compiler.taps import tap
 from regsurgery.compiler.trace import Traced
-from regsurgery.errors import UnsupportedModelError
+from regsurgery.errors import SeveralStreamsError, UnsupportedModelError, several
+from regsurgery.frontends.loaded import inside
 
 
-def match(traced: Traced) -> Sites:
+def match(traced: Traced, tower: str | None = None) -> Sites:
     """Find the sites of `traced`.
 
+    Args:
+        tower: path of the module whose stream is meant, where several match.
+
     Raises:
+        SeveralStreamsError: several streams match, and none is named.
         UnsupportedModelError: the model has no such sites; the message gives the reason and the node.
     """
     graph = traced.graph_module.graph
     nodes = {node.name: node for node in graph.nodes}
     ancestors = ancestor_sets(graph)
-    stream, tokens = _vision_stream(graph, nodes[traced.image], ancestors)
+    stream, tokens = _vision_stream(graph, nodes[traced.image], ancestors, tower)
     shape = symbolic_shape(tokens)
     if len(shape) != 3:
         _no_match(f"the token stream has {len(shape)} dimensions, expected [batch, tokens, width]", tokens)
-    if isinstance(shape[0], int):
+    if is_fixed(shape[0]):
+        if not is_fixed(shape[1]):
+            _no_match("its tokens are [tokens, batch, width]; only [batch, tokens, width] is supported", tokens)
         _no_match("all images of a batch are packed into one sequence of tokens", tokens)
     num_tokens, width = int(shape[1]), int(shape[2])
     for add in stream:
@@ -77,7 +87,7 @@ def match(traced: Traced) -> Sites:
     blocks = _blocks(stream, tokens, ancestors)
     num_prefix = _count_prefix(traced, tokens)
     convolution = _patch_embedding(nodes[traced.image], tokens, ancestors)
-    tower = common_path([module_path(convolution), *(block.path for block in blocks)])
+    holder = common_path([module_path(convolution), *(block.path for block in blocks)])
     sites = Sites(
         tokens=tokens.name,
         last=stream[-1].name,
@@ -85,7 +95,7 @@ def match(traced: Traced) -> Sites:
         num_prefix=num_prefix,
         num_tokens=num_tokens,
         width=width,
-        tower_path=tower,
+        tower_path=holder,
         insert_path=_insert_path(tokens, blocks[0]),
     )
     return place(traced, sites)
@@ -117,7 +127,19 @@ def _back(node: fx.Node, through: set) -> fx.Node:
     return node
 
 
-def _vision_stream(graph: fx.Graph, image: fx.Node, masks: dict[fx.Node, int]) -> tuple[list[fx.Node], fx.Node]:
+@dataclass(frozen=True)
+class _Stream:
+    """A chain of residual adds, and the tensor that it begins with; `path` is the module that holds all the adds."""
+
+    root: fx.Node
+    adds: list[fx.Node]
+
+    @property
+    def path(self) -> str:
+        return common_path([module_path(add) for add in self.adds])
+
+
+def _streams(graph: fx.Graph, masks: dict[fx.Node, int]) -> list[_Stream]:
     root_of: dict[fx.Node, fx.Node] = {}
     streams: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
@@ -128,35 +150,83 @@ def _vision_stream(graph: fx.Graph, image: fx.Node, masks: dict[fx.Node, int]) -
         root = root_of.get(before, before)
         root_of[node] = root
         streams.setdefault(root, []).append(node)
+    return [_Stream(root, adds) for root, adds in streams.items()]
+
+
+def _vision_stream(
+    graph: fx.Graph, image: fx.Node, masks: dict[fx.Node, int], tower: str | None
+) -> tuple[list[fx.Node], fx.Node]:
+    """The stream that the image enters first; a decoder or a pooling head may follow."""
+    streams = _streams(graph, masks)
     if not streams:
         raise UnsupportedModelError("no match: the graph has no residual add, so it is not a transformer")
     vision = [
-        (adds, root)
-        for root, adds in streams.items()
-        if is_ancestor(masks, image, root)
-        and len(symbolic_shape(root)) >= 3
-        and not _reads_token_ids(graph, root, masks)
-        and any(_mlp(add, masks) is not None for add in adds)
+        stream
+        for stream in streams
+        if is_ancestor(masks, image, stream.root)
+        and len(symbolic_shape(stream.root)) >= 3
+        and not _reads_token_ids(graph, stream.root, masks)
+        and any(_mlp(add, masks) is not None for add in stream.adds)
     ]
     if not vision:
         raise UnsupportedModelError(
             f"no match: none of the {len(streams)} residual stream(s) is that of a vision transformer (fed by the "
-            "image, with an MLP on the stream)"
+            "image alone, with an MLP on the stream)"
         )
-    adds, root = max(vision, key=lambda found: len(found[0]))
-    for other, _ in vision:
-        if other is not adds and is_ancestor(masks, other[-1], root):
-            _no_match(
-                "the image passes through another residual stream with an MLP first; hierarchical models are not "
-                "supported",
-                root,
-            )
-        # A decoder has at least as many tokens, a pooling head has one.
-        if is_ancestor(masks, adds[-1], other[0]) and 1 < _num_tokens(other[0]) < _num_tokens(root):
-            _no_match(
-                "another residual stream with fewer tokens follows; hierarchical models are not supported", other[0]
-            )
-    return adds, root
+    named = [stream for stream in vision if tower is None or inside(stream.path, tower) or inside(tower, stream.path)]
+    if not named:
+        paths = ", ".join(sorted(stream.path for stream in vision))
+        raise UnsupportedModelError(f"no match: --tower {tower} holds no stream of tokens; there are some in {paths}")
+    first = [
+        stream
+        for stream in named
+        if not any(other is not stream and is_ancestor(masks, other.adds[0], stream.root) for other in named)
+    ]
+    if len(first) > 1:
+        raise SeveralStreamsError(f"no match: {several(sorted(stream.path for stream in first))}")
+    (stream,) = first
+    if tower is None:
+        for other in vision:
+            if other is not stream:
+                _check_follower(stream, other, masks)
+    return stream.adds, stream.root
+
+
+def _check_follower(stream: _Stream, other: _Stream, masks: dict[fx.Node, int]) -> None:
+    """Refuse a stream that goes on as `other`, with other tokens: a stage of a hierarchical model, or a broken stack.
+
+    A decoder of queries that attend to the stream may follow, and what has one token (a pooling head) or has more.
+    """
+    if _stack(stream) and _stack(stream) == _stack(other):
+        _no_match(
+            f"the stream of the blocks in {_stack(stream)} is broken: between them its tokens are changed by something "
+            "other than a residual branch",
+            other.root,
+        )
+    if 1 < _num_tokens(other.root) < _num_tokens(stream.root) and _continues(stream, other, masks):
+        _no_match("the stream goes on with fewer tokens; hierarchical models are not supported", other.root)
+
+
+def _stack(stream: _Stream) -> str:
+    """The list of modules that the blocks of a stream are in: `encoder.layer` for `encoder.layer.3`."""
+    parts = module_path(stream.adds[-1]).split(".")
+    at = next((index for index in range(len(parts) - 1, -1, -1) if parts[index].isdecimal()), 0)
+    return ".".join(parts[:at])
+
+
+def _continues(stream: _Stream, other: _Stream, masks: dict[fx.Node, int]) -> bool:
+    """Whether the first tokens of `other` are made of those of `stream`, not of queries that attend to them."""
+    wanted = set(stream.adds)
+    work, seen = [other.root], {other.root}
+    for node in work:
+        if node in wanted:
+            return True
+        # Of an attention's operands the first is the query, or the weights that it gave; so are those of its products.
+        followed = node.all_input_nodes[:1] if node.target in ATTENTIONS | PRODUCTS else node.all_input_nodes
+        fresh = [source for source in followed if source not in seen]
+        work += fresh
+        seen.update(fresh)
+    return False
 
 
 def _num_tokens(node: fx.Node) -> int:
@@ -251,7 +321,7 @@ def _blocks(stream: list[fx.Node], tokens: fx.Node, masks: dict[fx.Node, int]) -
                 output=output.name,
                 hidden_size=int(shape[2]),
                 in_place=_writable(mlp.hidden),
-                path=module_path(output),
+                path=_block_path(output, attention),
                 down_path=module_path(mlp.down),
                 attention_path=module_path(attention),
                 attention_weights=_projections(attention, tokens, masks),
@@ -261,6 +331,13 @@ def _blocks(stream: list[fx.Node], tokens: fx.Node, masks: dict[fx.Node, int]) -
         )
         start = position + 1
     return blocks
+
+
+def _block_path(output: fx.Node, attention: fx.Node) -> str:
+    """The module that is the block: what holds its attention and its last residual add, if that is one of a list."""
+    path = module_path(output)
+    common = common_path([path, module_path(attention)])
+    return common if common.rpartition(".")[2].isdecimal() else path
 
 
 def _writable(hidden: fx.Node) -> bool:
@@ -317,13 +394,9 @@ def _insert_path(tokens: fx.Node, first: Block) -> str:
     while len(node.users) == 1 and next(iter(node.users)).target in IDENTITIES:
         node = next(iter(node.users))
     users = list(node.users)
-    if len(users) == 1 and users[0].target in NORMS and not _inside(module_path(users[0]), first.path):
+    if len(users) == 1 and users[0].target in NORMS and not inside(module_path(users[0]), first.path):
         return module_path(users[0])
     return first.path
-
-
-def _inside(path: str, module: str) -> bool:
-    return path == module or path.startswith(module + ".")
 
 
 def _patch_embedding(image: fx.Node, tokens: fx.Node, masks: dict[fx.Node, int]) -> fx.Node:

@@ -36,6 +36,8 @@ SPLITS = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, 
 EMBEDDINGS = {aten.embedding.default}
 CONVOLUTIONS = {aten.conv2d.default, aten.conv2d.padding, aten.convolution.default, aten.conv3d.default}
 ATTENTIONS = {aten.scaled_dot_product_attention.default, aten.softmax.int, aten._softmax.default}
+# Of two tensors, as in attention that is written out.
+PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default}
 # --- what the token axis may reach -----------------------------------------------------------------------------------
 
 RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from regsurgery.runtime.surgery import REGISTER_TOKENS
+
 
 @dataclass(frozen=True)
 class Block:
@@ -48,6 +50,7 @@ class Sites:
         insert_path: the module whose input the registers are added to: the pre-norm or the first block.
         placement: where registers go: `end`, after the patches, or `prefix`, after the prefix tokens, for attention
             that identifies patches by their position.
+        register_name: the name of the tower's new parameter, which it must not have already.
     """
 
     tokens: str
@@ -59,6 +62,7 @@ class Sites:
     tower_path: str
     insert_path: str
     placement: str = "end"
+    register_name: str = REGISTER_TOKENS
 
     @property
     def patches(self) -> slice:

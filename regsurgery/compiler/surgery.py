@@ -18,7 +18,7 @@ from regsurgery.compiler.sites import Block, Sites
 from regsurgery.errors import RecipeError
 from regsurgery.frontends.loaded import Loaded
 from regsurgery.recipe import Recipe
-from regsurgery.runtime.surgery import ATTENTION_CONSTANTS, REGISTER_TOKENS, repeated_registers
+from regsurgery.runtime.surgery import ATTENTION_CONSTANTS, OTHER_REGISTER_TOKENS, REGISTER_TOKENS, repeated_registers
 from regsurgery.version import __version__
 
 
@@ -68,11 +68,12 @@ class Surgery(OfLocated):
         if not self.plan.num_added:
             return {}
         tower = self.config_block["layouts"][0]["tower"]
-        name = ATTENTION_CONSTANTS if self.plan.constant_blocks else REGISTER_TOKENS
+        name = ATTENTION_CONSTANTS if self.plan.constant_blocks else self.sites.register_name
         added = self.graph_module.get_parameter(self.added_name).detach()
         if not self.plan.constant_blocks:
             added = repeated_registers(added, self.config_block["num_registers"])
-        return {f"{tower}.{name}".lstrip("."): added}
+        on_disk = f"{tower}.{name}".lstrip(".")
+        return {self.loaded.added_name(self.added_name, on_disk): added}
 
 
 def perform(located: Located, recipe: Recipe) -> Surgery:
@@ -86,6 +87,16 @@ def perform(located: Located, recipe: Recipe) -> Surgery:
     plan = plan_surgery(located.sites, recipe)
     graph_module, _ = apply_passes(located.traced, plan)
     return Surgery(located, recipe, plan, graph_module, _config_block(located, recipe, plan, graph_module))
+
+
+def named(located: Located) -> Located:
+    """`located`, with another name for the register tokens if the tower has something by the usual name."""
+    loaded, tower = located.loaded, located.sites.tower_path
+    on_disk = f"{_disk_path(loaded, tower)}.{REGISTER_TOKENS}".lstrip(".")
+    taken = any(loaded.disk_name(name) == on_disk for name, _ in loaded.model.named_parameters())
+    if not taken and not hasattr(loaded.model.get_submodule(tower), REGISTER_TOKENS):
+        return located
+    return replace(located, sites=replace(located.sites, register_name=OTHER_REGISTER_TOKENS))
 
 
 def check_fit(recipe: Recipe, sites: Sites) -> None:
@@ -114,6 +125,7 @@ def common_block(loaded: Loaded, recipe: Recipe, plan: Plan) -> dict[str, Any]:
         "num_patches": num_patches,
         "register_neurons": {str(block): list(neurons) for block, neurons in recipe.register_neurons.items()},
         "source": loaded.source.as_dict(),
+        **({} if loaded.tower is None else {"tower": loaded.tower}),
     }
 
 
@@ -141,6 +153,7 @@ def _config_block(located: Located, recipe: Recipe, plan: Plan, graph_module: fx
         "num_prefix": sites.num_prefix,
         "placement": sites.placement,
         "in_place_blocks": [str(block) for block in recipe.register_neurons if sites.blocks[block].in_place],
+        **({} if sites.register_name == REGISTER_TOKENS else {"register_name": sites.register_name}),
         "layouts": [on_disk] if on_disk == in_memory else [on_disk, in_memory],
     }
 

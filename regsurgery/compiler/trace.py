@@ -18,17 +18,19 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.exc import UserError
 from torch.fx import config as fx_config
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
+from regsurgery.checkpoints.limits import BROKEN
 from regsurgery.checkpoints.stored import as_shapes, fill_shapes
+from regsurgery.compiler.graph import drop_unused, is_fixed
 from regsurgery.errors import UnsupportedModelError
 from regsurgery.settings import replaced
 
 if TYPE_CHECKING:
     from regsurgery.frontends.loaded import Loaded
 
-# What torch.export raises, or a model that asserts something about its inputs.
-UNTRACEABLE = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, NotImplementedError, UserError)
+UNTRACEABLE = (*BROKEN, UserError)  # what torch.export raises, or a model that is given inputs that it does not take
 EXAMPLE_BATCH = 11  # not 1, which export would specialise; a prime, so no token count is taken for a batch
 
 
@@ -38,7 +40,7 @@ class Traced:
 
     Attributes:
         graph_module: plain form (see above); shares its parameters with the model.
-        image: name of the placeholder that takes the images `[B, 3, H, W]`; B is dynamic, H and W are fixed.
+        image: name of the placeholder that takes the images `[B, C, H, W]`, or videos of them; only B is dynamic.
         image_size: (H, W).
         example: example inputs, one tensor per placeholder.
         output_names: names of the outputs, in order.
@@ -52,7 +54,7 @@ class Traced:
 
 
 def tensor_inputs(loaded: Loaded, images: Tensor) -> list[Tensor]:
-    """The positional inputs of a graph traced from `loaded` for `images` `[B, 3, H, W]`, on the model's device."""
+    """The positional inputs of a graph traced from `loaded` for `images` `[B, C, H, W]`, on the model's device."""
     images = images.to(next(loaded.model.parameters()).device)
     return [leaf for leaf in pytree.tree_leaves(loaded.inputs(images)) if isinstance(leaf, Tensor)]
 
@@ -65,7 +67,7 @@ def trace(loaded: Loaded, image_size: tuple[int, int] | None = None) -> Traced:
     """
     height, width = image_size or loaded.image_size
     parameter = next(loaded.model.parameters())
-    images = torch.zeros(EXAMPLE_BATCH, 3, height, width, dtype=parameter.dtype, device=parameter.device)
+    images = torch.zeros(EXAMPLE_BATCH, loaded.channels, height, width, dtype=parameter.dtype, device=parameter.device)
     args, kwargs = loaded.inputs(images)
     program = exported(loaded, args, kwargs)
     names = _output_names(loaded, program)
@@ -75,7 +77,17 @@ def trace(loaded: Loaded, image_size: tuple[int, int] | None = None) -> Traced:
     example = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     assert len(placeholders) == len(example), "one placeholder for every tensor input"
-    image = next(node.name for node, leaf in zip(placeholders, example, strict=True) if leaf is images)
+    fixed = next((node.name for node in placeholders if is_fixed(node.meta["val"].shape[0])), None)
+    if fixed is not None:
+        raise UnsupportedModelError(
+            f"a graph of {loaded.architecture} would take one batch size only: its forward turns that of '{fixed}' "
+            "into a number, as len() and int() do"
+        )
+    image = next(
+        node.name
+        for node, leaf in zip(placeholders, example, strict=True)
+        if leaf is images or leaf._base is images  # a video is a view of its only frame
+    )
     return Traced(graph_module, image, (height, width), example, names)
 
 
@@ -95,10 +107,16 @@ def exported(loaded: Loaded, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
                 loaded.model, empty_args, empty_kwargs, dynamic_shapes=_by_signature(*dynamic), strict=False
             )
     except UNTRACEABLE as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnsupportedModelError(
-            f"{loaded.source.id}: torch.export cannot trace {loaded.architecture}: {reason}"
-        ) from error
+        what = f"{loaded.architecture}, module {loaded.entry}" if loaded.entry else loaded.architecture
+        raise UnsupportedModelError(f"torch.export cannot trace {what}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what torch.export or the model says, without advice to programmers."""
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return "its forward decides by the values in a tensor, and a graph cannot"
+    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return line.split(" If this type holds tensors")[0][:300]
 
 
 @contextlib.contextmanager
@@ -159,4 +177,5 @@ def _plain(program: torch.export.ExportedProgram, output_names: tuple[str, ...])
         if not isinstance(node.meta.get("val"), Tensor):
             assert not node.users, f"the input {node.name} is not a tensor and is used"
             graph.erase_node(node)
+    drop_unused(graph)  # the blocks after the last one that a head reads
     return fx.GraphModule(module, graph)

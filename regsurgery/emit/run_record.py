@@ -7,7 +7,7 @@
              "searched": only, and true, where the neurons were found on the images of the run,
              "arch", "ema", "prefix", "library", "subfolder": only where they were given, see `LoadOptions.reading`,
              "stopped_after": only where calibration was interrupted: the number of steps that were run,
-             "seed", "num_images", "force", "verification", "image_size": as given,
+             "seed", "num_images", "force", "verification", "image_size", "tower": as given,
              "images": null if pictures were generated or no image was used, else {"note": what they are called,
                        "count": how many, "sha256": over their contents, see `image_digest`},
              "fitted": the first 12 digits of the sha256 of every image file or record that took part in the search for
@@ -53,9 +53,9 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     "calibrate": (bool, type(None)), "seed": int, "num_images": (int, type(None)), "force": bool, "verification": bool,
     "images": (dict, type(None)), "versions": dict,
 }  # fmt: skip
-AS_GIVEN = ("seed", "num_images", "force", "verification", "image_size")  # fields of `PatchOptions`
+AS_GIVEN = ("seed", "num_images", "force", "verification", "image_size", "tower")  # fields of `PatchOptions`
 OPTIONAL: dict[str, type | tuple[type, ...]] = {
-    "stopped_after": int, "searched": bool,
+    "stopped_after": int, "searched": bool, "tower": (str, type(None)),
     "arch": str, "ema": bool, "prefix": str, "library": str, "subfolder": str,
 }  # fmt: skip
 

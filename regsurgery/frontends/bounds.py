@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from regsurgery.errors import CheckpointError
 
 if TYPE_CHECKING:
     from regsurgery.checkpoints.safetensors_file import SafetensorsFile
+    from regsurgery.frontends.loaded import Loaded
 
 MAX_SIDE = 4096  # pixels
 SIDES = (
@@ -146,22 +147,23 @@ def _numel(shape: Sequence[int]) -> int:
     return count
 
 
-def tried(preprocess: Callable[[list[Any]], Any], folder: Path) -> None:
+def tried(loaded: Loaded) -> None:
     """Put one picture through a model's preprocessing.
 
     Raises:
-        CheckpointError: the result is not a `[1, 3, height, width]` of finite numbers.
+        CheckpointError: the result is not `[1, C, height, width]` of finite numbers, as the model takes them.
     """
     import PIL.Image
 
+    wanted = (1, loaded.channels, *loaded.image_size)
     try:
-        pixels = preprocess([PIL.Image.new("RGB", (64, 48), (30, 120, 210))])
+        pixels = loaded.preprocess([PIL.Image.new("RGB", (64, 48), (30, 120, 210))])
         problem = None
-        if tuple(pixels.shape[:2]) != (1, 3) or pixels.ndim != 4:
-            problem = f"it returns {list(pixels.shape)} for one image"
+        if tuple(pixels.shape) != wanted:
+            problem = f"it returns {list(pixels.shape)} for one image, and the model takes {list(wanted)}"
         elif not pixels.isfinite().all():
             problem = "it returns pixels that are not finite"
     except BROKEN as error:
         problem = " ".join(str(error).split())[:300] or type(error).__name__
     if problem:
-        raise CheckpointError(f"{folder}: its preprocessing does not work: {problem}; correct its settings")
+        raise CheckpointError(f"{loaded.folder}: its preprocessing does not work: {problem}; correct its settings")

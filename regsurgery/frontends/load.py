@@ -56,6 +56,7 @@ def load(
         ModelNotFoundError: nothing has this id, or it cannot be reached.
         CheckpointError: the folder has no config, no (allowed) weights, or broken weights.
         UnsupportedModelError: the library does not know the architecture, or the weights are quantised.
+        UserError: the model has no module `options.tower`.
     """
     options = options or LoadOptions()
     check_device(options.device_map)
@@ -86,8 +87,8 @@ def load(
         checkpoint = Checkpoint(source, library, folder, weights, digests, config, config_name, stored, home)
         with bounded_model(folder / config_name, headers):
             loaded = frontend(library).load(checkpoint, options)
-        tried(loaded.preprocess, folder)
-    return loaded
+        tried(loaded)
+    return loaded if options.tower is None else loaded.at_tower(options.tower)
 
 
 def _source(model_id: str, found: Found, digests: Sequence[str], options: LoadOptions) -> Source:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regsurgery.errors import UserError
+from regsurgery.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -103,6 +103,21 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """A module of a model that can be traced and called: a tower, or the whole model.
+
+    Attributes:
+        path: of the module, "" for the whole model.
+        image_size, inputs, name_outputs: see `Loaded`.
+    """
+
+    path: str
+    image_size: tuple[int, int]
+    inputs: Callable[[Tensor], tuple[tuple[Any, ...], dict[str, Any]]]
+    name_outputs: Callable[[Any], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
 class Loaded(Checkpoint):
     """A model ready for tracing, and the files it came from.
 
@@ -110,16 +125,21 @@ class Loaded(Checkpoint):
         architecture: class or entry-point name from the config.
         model: the stock model in the checkpoint's dtype, in eval mode; on the CPU if no device map was given.
         image_size: (height, width) in pixels that the model was made for.
-        preprocess: the model's own preprocessing, images -> `[B, 3, height, width]` in the model's dtype.
+        preprocess: the model's own preprocessing, images -> `[B, C, height, width]` in the model's dtype.
         preprocess_at: (height, width) -> the same preprocessing for that image size, cropping the same share.
         preprocess_note: one line that says where the preprocessing comes from.
-        inputs: images `[B, 3, H, W]` -> (args, kwargs) of the model's forward; a text tower gets a dummy text.
+        inputs: images `[B, C, H, W]` -> (args, kwargs) of the model's forward; a text tower gets a dummy text.
         name_outputs: what forward returns -> its tensors by name.
         disk_name: name of a parameter in memory -> its name in the checkpoint file; None if the file has no tensor
             of its own for it (a part of a fused one).
+        added_name: (name in memory, name by its place on disk) of a tensor that is added -> the name on disk that
+            the library finds it by.
         entry: path of the module that is traced and called, "" for the whole model; a vision tower inside a model that
             cannot be traced whole.
         own: the same checkpoint at the size it was made for, if `image_size` is another one.
+        channels: C, of its images.
+        entries: what can be traced, in the order in which to try, if there is a choice; the first is `entry`.
+        tower: the module whose stream of tokens is patched, if the user named one.
     """
 
     architecture: str
@@ -131,8 +151,38 @@ class Loaded(Checkpoint):
     inputs: Callable[[Tensor], tuple[tuple[Any, ...], dict[str, Any]]]
     name_outputs: Callable[[Any], dict[str, Tensor]]
     disk_name: Callable[[str], str | None]
+    added_name: Callable[[str, str], str] = lambda in_memory, on_disk: on_disk
     entry: str = ""
     own: Loaded | None = None
+    channels: int = 3
+    entries: tuple[Entry, ...] = ()
+    tower: str | None = None
+
+    def entered(self, entry: Entry) -> Loaded:
+        """The checkpoint, traced and called at `entry`."""
+        inner = replace(
+            self,
+            entry=entry.path,
+            inputs=entry.inputs,
+            name_outputs=entry.name_outputs,
+            entries=(),
+            own=None if self.own is None else self.own.entered(entry),
+        )
+        if self.own is not None or entry.image_size == self.image_size:
+            return inner
+        return replace(inner, image_size=entry.image_size, preprocess=self.preprocess_at(entry.image_size))
+
+    def at_tower(self, path: str) -> Loaded:
+        """The checkpoint, whose stream of tokens in the module `path` is patched.
+
+        Raises:
+            UserError: the model has no such module.
+        """
+        names = [name for name, _ in self.model.named_modules()]
+        if path not in names:
+            near = did_you_mean(path, names)
+            raise UserError(f"--tower {path}: {type(self.model).__name__} has no such module{near}")
+        return replace(self, tower=path)
 
     def resized(self, model: nn.Module, size: tuple[int, int]) -> Loaded:
         """The checkpoint with `model`, which takes images of another size (height, width), preprocessed for it."""
@@ -147,6 +197,11 @@ class Loaded(Checkpoint):
         )
 
     def call(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-        """Run `model`, a stock or patched model of this checkpoint, on `images` `[B, 3, H, W]`."""
+        """Run `model`, a stock or patched model of this checkpoint, on `images` `[B, C, H, W]`."""
         args, kwargs = self.inputs(images)
         return self.name_outputs(model.get_submodule(self.entry)(*args, **kwargs))
+
+
+def inside(path: str, module: str) -> bool:
+    """Whether the module `path` is `module` or a part of it; "" is the whole model."""
+    return module == "" or path == module or path.startswith(f"{module}.")

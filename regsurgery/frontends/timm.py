@@ -16,6 +16,7 @@ from regsurgery.checkpoints.safetensors_file import weights_dtype
 from regsurgery.checkpoints.stored import assign, stored_state, without_memory
 from regsurgery.errors import CheckpointError, UnsupportedModelError
 from regsurgery.frontends.bounds import MAX_SIDE
+from regsurgery.frontends.channels import mode_for, with_channels
 from regsurgery.frontends.device import place
 from regsurgery.frontends.loaded import Checkpoint, Loaded
 from regsurgery.options import LoadOptions
@@ -40,11 +41,18 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         image_size = data["input_size"][1], data["input_size"][2]
         if not 0 < max(image_size) / data["crop_pct"] <= MAX_SIDE:
             raise ValueError(f"crop_pct {data['crop_pct']} of {max(image_size)} pixels")
-        transform: Any = create_transform(**data, is_training=False)
+        channels, mode = data["input_size"][0], mode_for(data["mean"])
 
         def preprocess_at(size: tuple[int, int]) -> Any:
-            other: Any = create_transform(**{**data, "input_size": (3, *size)}, is_training=False)
-            return lambda images: torch.stack([other(image.convert("RGB")) for image in images]).to(dtype)
+            transform: Any = create_transform(**{**data, "input_size": (channels, *size)}, is_training=False)
+
+            def preprocess(images: Any) -> Any:
+                pixels = torch.stack([transform(image.convert(mode)) for image in images])
+                return with_channels(pixels, channels).to(dtype)
+
+            return preprocess
+
+        preprocess = preprocess_at(image_size)
 
     except UNLOADABLE as error:
         raise CheckpointError(f"{folder}: timm cannot load it: {' '.join(str(error).split())[:300]}") from error
@@ -54,12 +62,13 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         architecture=checkpoint.config["architecture"],
         model=place(model.eval(), options.device_map),
         image_size=image_size,
-        preprocess=lambda images: torch.stack([transform(image.convert("RGB")) for image in images]).to(dtype),
+        preprocess=preprocess,
         preprocess_at=preprocess_at,
         preprocess_note="the model's own pretrained_cfg",
         inputs=lambda images: ((images,), {}),
         name_outputs=lambda value: {output: value},
         disk_name=lambda name: name,
+        channels=channels,
     )
 
 

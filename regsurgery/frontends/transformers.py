@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from regsurgery.checkpoints.limits import BROKEN, read_json
+from regsurgery.checkpoints.reading import index_of
 from regsurgery.checkpoints.stored import StoredTensor, is_stored, stored_state
 from regsurgery.errors import CheckpointError, UnsupportedModelError
-from regsurgery.families import ENTRIES, NOISE_INPUTS, PACKED_INPUTS, TEXT_CONFIG_KEY
-from regsurgery.frontends.bounds import check_numbers
-from regsurgery.frontends.loaded import Checkpoint, Loaded
+from regsurgery.families import FEATURE_LAYERS, NOISE_INPUTS, PACKED_INPUTS, TEXT_CONFIG_KEY
+from regsurgery.frontends.loaded import Checkpoint, Entry, Loaded, inside
+from regsurgery.frontends.processors import Preprocessing, preprocessing
+from regsurgery.frontends.remote_code import custom_class
+from regsurgery.frontends.towers import PIXELS, Tower, pixel_input, towers
 from regsurgery.options import LoadOptions
 from regsurgery.settings import quiet_transformers
 
@@ -28,14 +34,14 @@ UNLOADABLE = (*BROKEN, SafetensorError, StrictDataclassError)  # what transforme
 
 def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     """Load a transformers folder with the class that its config names."""
-    folder, config = checkpoint.folder, checkpoint.config
-    architecture, cls = class_of(folder, checkpoint.config_name, config, options)
+    folder = checkpoint.folder
+    cls = class_of(folder, checkpoint.config_name, checkpoint.config, options)
     try:
         with quiet_transformers():
             model, info = from_pretrained(
                 cls,
                 folder,
-                checkpoint.weights if checkpoint.stored else None,
+                _own_state(checkpoint),
                 trust_remote_code=options.trust_remote_code,
                 device_map=options.device_map,
                 ignore_mismatched_sizes=True,
@@ -43,28 +49,66 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     except UNLOADABLE as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
     _check_complete(checkpoint, model, info)
-    entry, feature_layer = ENTRIES.get(architecture, ("", None))
-    parameters = inspect.signature(model.get_submodule(entry).forward).parameters
-    _check_inputs(folder, architecture, parameters)
-    own_size = _own_size(config, model)
-    preprocess_at, note, image_size = _preprocessing(folder, own_size, model.dtype, options)
+    found = _towers(checkpoint, model, options.tower)
+    sized = next((tower for tower in found if tower.image_size), found[0])
+    made_of = preprocessing(folder, sized, model.dtype, options)
+    entries = tuple(_entry(model, tower, made_of) for tower in found)
     return Loaded(
         **vars(checkpoint),
-        architecture=architecture,
+        architecture=type(model).__name__,
         model=model.eval(),
-        image_size=image_size,
-        preprocess=preprocess_at(None),
-        preprocess_at=preprocess_at,
-        preprocess_note=note,
-        inputs=_inputs(model, own_size, parameters, collects=bool(entry)),
-        name_outputs=_features_named(model, feature_layer) if feature_layer else name_outputs,
+        image_size=entries[0].image_size,
+        preprocess=made_of.at(None if entries[0].image_size == made_of.image_size else entries[0].image_size),
+        preprocess_at=made_of.at,
+        preprocess_note=made_of.note,
+        inputs=entries[0].inputs,
+        name_outputs=entries[0].name_outputs,
         disk_name=_disk_names(model),
-        entry=entry,
+        added_name=partial(_added_name, model),
+        entry=entries[0].path,
+        channels=found[0].channels,
+        entries=entries,
     )
 
 
-def class_of(folder: Path, config_name: str, config: Mapping[str, Any], options: LoadOptions) -> tuple[str, Any]:
-    """The architecture that the config of `folder` names, and its class.
+def _towers(checkpoint: Checkpoint, model: nn.Module, named: str | None) -> tuple[Tower, ...]:
+    """What of `model` can be traced, in the order in which to try; what the user `named` is inside each, or around it.
+
+    Raises:
+        UnsupportedModelError: it takes no images, or takes them packed.
+    """
+    folder, name = checkpoint.folder, type(model).__name__
+    for parameter, reason in PACKED_INPUTS.items():
+        if parameter in inspect.signature(model.forward).parameters:
+            raise UnsupportedModelError(f"{folder}: {name} is not supported: {reason} (its input '{parameter}')")
+    found = towers(model)
+    if not found and pixel_input(model) is not None:
+        raise UnsupportedModelError(
+            f"{folder}: {name} decodes step by step, so only its vision tower could be patched, and no module of it "
+            "takes images alone, cuts them into patches and holds transformer blocks"
+        )
+    if not found:
+        raise UnsupportedModelError(
+            f"{folder}: neither {name} nor a module of it takes images ({' or '.join(PIXELS)}); give a model that does"
+        )
+    if named is None:
+        return found
+    return tuple(tower for tower in found if inside(named, tower.path) or inside(tower.path, named)) or found
+
+
+def _entry(model: Any, tower: Tower, made_of: Preprocessing) -> Entry:
+    layer = next((key for key in FEATURE_LAYERS if tower.path and getattr(model.config, key, None) is not None), None)
+    image_size = made_of.image_size if made_of.fixed else tower.image_size or made_of.image_size
+    return Entry(
+        tower.path,
+        image_size,
+        _inputs(model, tower, tower.image_size or image_size, collects=layer is not None),
+        name_outputs if layer is None else _features_named(model, layer),
+    )
+
+
+def class_of(folder: Path, config_name: str, config: Mapping[str, Any], options: LoadOptions) -> Any:
+    """The class that the config of `folder` names.
 
     Raises:
         CheckpointError: it is code that comes with the checkpoint, or not a model class.
@@ -74,21 +118,22 @@ def class_of(folder: Path, config_name: str, config: Mapping[str, Any], options:
 
     path = folder / config_name
     architecture = _architecture(path, config)
-    cls = getattr(transformers, architecture, None)
+    cls = getattr(transformers, architecture or ("" if "auto_map" in config else "AutoModel"), None)
     if cls is None and "auto_map" in config and not options.trust_remote_code:
         raise CheckpointError(
-            f"{folder}: {architecture} is code that comes with the checkpoint; pass "
+            f"{folder}: {architecture or 'its model class'} is code that comes with the checkpoint; pass "
             "--trust-remote-code if you trust its author"
         )
     if cls is None and "auto_map" in config:
-        cls = transformers.AutoModel
+        return custom_class(folder, path, config["auto_map"], architecture)
     if cls is None:
         raise UnsupportedModelError(f"{path}: the installed transformers has no {architecture}; try another version")
-    if not hasattr(cls, "from_pretrained") or not hasattr(cls, "from_config" if "Auto" in architecture else "forward"):
+    automatic = architecture is None or "Auto" in architecture
+    if not hasattr(cls, "from_pretrained") or not hasattr(cls, "from_config" if automatic else "forward"):
         raise CheckpointError(f"{path}: {architecture!r} is not a transformers model class; correct 'architectures'")
     if not options.trust_remote_code:
         _refuse_kernels(path, config)
-    return architecture, cls
+    return cls
 
 
 def _check_complete(checkpoint: Checkpoint, model: Any, info: Mapping[str, Any]) -> None:
@@ -107,29 +152,44 @@ def _check_complete(checkpoint: Checkpoint, model: Any, info: Mapping[str, Any])
             )
 
 
-def _check_inputs(folder: Path, architecture: str, parameters: Mapping[str, Any]) -> None:
-    """Raise `UnsupportedModelError` for a model that does not take images, or takes them packed."""
-    if "pixel_values" not in parameters:
-        raise UnsupportedModelError(
-            f"{folder}: {architecture} takes no pixel_values, so it is not a vision model; give one that takes images"
-        )
-    for name, reason in PACKED_INPUTS.items():
-        if name in parameters:
-            raise UnsupportedModelError(f"{folder}: {architecture} is not supported: {reason} (its input '{name}')")
-
-
 def from_pretrained(
-    cls: Any, folder: Path, stored: Sequence[Path] | None, **options: Any
+    cls: Any, folder: Path, state: Mapping[str, Tensor] | None, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """The model, and which keys were missing, mismatched or left over; `stored`: weight files that stay on disk."""
+    """The model, and which keys were missing, mismatched or left over; `state` takes the place of the folder's weights.
+
+    A model whose weights lack the optional pooler, as DINO's do, is made without it.
+    """
+    model, info = _from_pretrained(cls, folder, state, **options)
+    missing = info.get("missing_keys") or ()
+    optional = any("add_pooling_layer" in inspect.signature(each.__init__).parameters for each in type(model).__mro__)
+    if missing and optional and all("pooler" in name.split(".") for name in missing):
+        return _from_pretrained(cls, folder, state, **options, add_pooling_layer=False)
+    return model, info
+
+
+def _from_pretrained(
+    cls: Any, folder: Path, state: Mapping[str, Tensor] | None, **options: Any
+) -> tuple[Any, dict[str, Any]]:
     options = {**options, "dtype": "auto", "output_loading_info": True}
-    if stored is None:
+    if state is None:
         return cls.from_pretrained(folder, **options)
     from transformers import AutoConfig
 
     trusted = options.get("trust_remote_code", False)
     config = (cls.config_class or AutoConfig).from_pretrained(folder, trust_remote_code=trusted)
-    return cls.from_pretrained(None, config=config, state_dict=stored_state(stored), **{**options, "device_map": None})
+    return cls.from_pretrained(None, config=config, state_dict=dict(state), **{**options, "device_map": None})
+
+
+def _own_state(checkpoint: Checkpoint) -> dict[str, Tensor] | None:
+    """The weights, where transformers is not to read the folder's: if they stay on disk, or their index lacks
+    `metadata`, which only some versions of transformers do without.
+    """
+    if checkpoint.stored:
+        return stored_state(checkpoint.weights)
+    index = index_of(checkpoint.weights)
+    if index is None or "metadata" in read_json(index):
+        return None
+    return {name: tensor for path in checkpoint.weights for name, tensor in load_file(path).items()}
 
 
 def at_size(loaded: Loaded, size: tuple[int, int]) -> Loaded:
@@ -137,13 +197,13 @@ def at_size(loaded: Loaded, size: tuple[int, int]) -> Loaded:
     return loaded.resized(loaded.model, size)
 
 
-def _architecture(config_path: Path, config: Mapping[str, Any]) -> str:
-    architectures = config.get("architectures") or ["AutoModel"]
-    if not isinstance(architectures, list) or not isinstance(architectures[0], str):
+def _architecture(config_path: Path, config: Mapping[str, Any]) -> str | None:
+    architectures = config.get("architectures") or [None]
+    if not isinstance(architectures, list) or not isinstance(architectures[0], str | None):
         raise CheckpointError(
             f"{config_path}: 'architectures' must be a list of class names, found {architectures!r:.200}"
         )
-    if not architectures[0].isidentifier():
+    if architectures[0] is not None and not architectures[0].isidentifier():
         raise CheckpointError(f"{config_path}: {architectures[0]!r:.200} under 'architectures' is not a class name")
     return architectures[0]
 
@@ -159,100 +219,23 @@ def _refuse_kernels(config_path: Path, config: Mapping[str, Any]) -> None:
                 )
 
 
-def _own_size(config: Mapping[str, Any], model: nn.Module) -> tuple[int, int]:
-    """(height, width) of the position embedding."""
-    vision = getattr(model.config, "vision_config", model.config)
-    size = getattr(vision, "image_size", None)
-    if isinstance(size, (list, tuple)) and len(size) == 2 and all(type(side) is int and side > 0 for side in size):
-        return size[0], size[1]
-    if type(size) is int and size > 0:
-        return size, size
-    raise UnsupportedModelError(f"{config.get('model_type')}: its config has no image_size; add it")
-
-
-def _preprocessing(
-    folder: Path, own_size: tuple[int, int], dtype: torch.dtype, options: LoadOptions
-) -> tuple[Callable[[tuple[int, int] | None], Callable[[list[Any]], Tensor]], str, tuple[int, int]]:
-    """A function from an image size (None: the model's own) to the model's preprocessing at that size; a line that
-    names the preprocessing; and its own size (height, width).
-    """
-    settings = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
-    settings = [path for path in settings if path.is_file()]
-    if settings:
-        from transformers import AutoImageProcessor
-
-        for path in settings:
-            check_numbers(path, read_json(path))
-        try:
-            processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
-            size = _processor_size(processor)
-        except UNLOADABLE as error:
-            raise CheckpointError(
-                f"{settings[0]}: transformers cannot load it: {' '.join(str(error).split())[:300]}"
-            ) from error
-
-        def processed_at(size: tuple[int, int] | None) -> Callable[[list[Any]], Tensor]:
-            other = {} if size is None else _sizes_at(processor, size)
-
-            def processed(images: list[Any]) -> Tensor:
-                return processor(images=images, return_tensors="pt", **other)["pixel_values"].to(dtype)
-
-            return processed
-
-        return processed_at, f"the model's own {type(processor).__name__}", size or own_size
-    from torchvision.transforms import v2
-
-    def resized_at(size: tuple[int, int] | None) -> Callable[[list[Any]], Tensor]:
-        plain = v2.Compose(
-            [
-                v2.PILToTensor(),
-                v2.Resize(size or own_size, antialias=True),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize([0.5] * 3, [0.5] * 3),
-            ]
-        )
-        return lambda images: torch.stack([plain(image) for image in images]).to(dtype)
-
-    return resized_at, "no preprocessor_config.json in the folder: resized, mean and std 0.5", own_size
-
-
-def _sizes_at(processor: Any, size: tuple[int, int]) -> dict[str, dict[str, int]]:
-    """Arguments with which `processor` makes images of `size`: its resize size scales with its crop size."""
-    height, width = size
-    target = {"height": height, "width": width}
-    if not getattr(processor, "do_center_crop", False):
-        return {"size": target}
-    own = _processor_size(processor)
-    given = dict(processor.size)
-    edges = {name: value for name, value in given.items() if value is not None}
-    factors = {"height": height / own[0], "width": width / own[1]} if own else {}
-    shorter = min(factors.values(), default=1.0)
-    resized = {name: max(min(size), round(value * factors.get(name, shorter))) for name, value in edges.items()}
-    return {"size": resized, "crop_size": target}
-
-
-def _processor_size(processor: Any) -> tuple[int, int] | None:
-    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-    height, width = (
-        size.get(key) if isinstance(size, dict) else getattr(size, key, None) for key in ("height", "width")
-    )
-    return (height, width) if height and width else None
-
-
-def _inputs(model: Any, own_size: tuple[int, int], parameters: Collection[str], *, collects: bool) -> Any:
-    """Images -> the arguments of a forward with these parameters; `collects`: ask for all hidden states."""
+def _inputs(model: Any, tower: Tower, own_size: tuple[int, int], *, collects: bool) -> Any:
+    """Images -> the arguments of a tower's forward; `collects`: ask for all hidden states."""
+    parameters = tower.parameters
     interpolates = "interpolate_pos_encoding" in parameters
     noise = NOISE_INPUTS.get(model.config.model_type)
-    text = getattr(model.config, TEXT_CONFIG_KEY, None) if "input_ids" in parameters else None
+    text = getattr(model.config, TEXT_CONFIG_KEY, model.config) if "input_ids" in parameters else None
+    vocabulary = getattr(text, "vocab_size", 2)
 
     def inputs(images: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        kwargs: dict[str, Any] = {"pixel_values": images}
+        videos = images[:, None].expand(-1, tower.frames, -1, -1, -1) if tower.frames else images
+        kwargs: dict[str, Any] = {tower.pixels: videos}
         if interpolates and tuple(images.shape[-2:]) != own_size:
             kwargs["interpolate_pos_encoding"] = True
         if text is not None:
-            ids = torch.arange(1, 9, device=images.device).clamp(max=text.vocab_size - 1)
+            ids = torch.arange(1, 9, device=images.device).clamp(max=vocabulary - 1)
             if isinstance(getattr(text, "eos_token_id", None), int):
-                ids[-1] = min(text.eos_token_id, text.vocab_size - 1)  # where CLIP pools
+                ids[-1] = min(text.eos_token_id, vocabulary - 1)  # where CLIP pools
             kwargs["input_ids"] = ids.expand(images.shape[0], -1)
         if noise is not None:
             num_patches = math.prod(side // model.config.patch_size for side in images.shape[-2:])
@@ -280,13 +263,28 @@ def _features_named(model: Any, feature_layer: str) -> Callable[[Any], dict[str,
 
 
 def name_outputs(output: Any) -> dict[str, Tensor]:
-    """The tensors of a transformers ModelOutput by field name; nested ones are joined with a dot."""
+    """The tensors of a transformers ModelOutput by field name (a lone one: `output`), nested ones joined with a dot."""
     leaves, _ = pytree.tree_flatten_with_path(output)
     return {
-        ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path): leaf
+        ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) or "output": leaf
         for path, leaf in leaves
         if isinstance(leaf, Tensor)
     }
+
+
+def _added_name(model: Any, in_memory: str, on_disk: str) -> str:
+    """`on_disk` if transformers turns that into `in_memory` when it loads `model`, else the latter, which it finds too.
+
+    Its patterns for published names may not cover what is new.
+    """
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    conversions = copy.deepcopy(getattr(model, "_weight_conversions", None) or [])
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    names = {**dict.fromkeys(model.state_dict(), True), in_memory: True}
+    found, _ = rename_source_key(on_disk, renamings, converters, model.base_model_prefix, names)
+    return on_disk if found == in_memory else in_memory
 
 
 def _disk_names(model: Any) -> Callable[[str], str | None]:

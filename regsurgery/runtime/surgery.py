@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 # The parameters that a tower gets, by mode.
 REGISTER_TOKENS, ATTENTION_CONSTANTS = "register_tokens", "attention_constants"
+# In a tower that has register tokens of its own, by that name; transformers renames whatever contains that.
+OTHER_REGISTER_TOKENS = "test_time_registers"
 
 
 def registers_for(num_patches: int, num_registers: int, chosen_for: int | None) -> int:
@@ -287,13 +289,13 @@ def _graft(module: nn.Module, mixin: type, **attributes: Any) -> None:
 
 
 class _Registers:
-    """Shares the tower's parameter `register_tokens` with the module that inserts it, without a second name."""
+    """Shares the tower's register tokens with the module that inserts them, without a second name."""
 
-    def __init__(self, tower: nn.Module, count: RegisterCount, start: int | None) -> None:
-        self.tower, self.count, self.start = tower, count, start
+    def __init__(self, tower: nn.Module, name: str, count: RegisterCount, start: int | None) -> None:
+        self.tower, self.name, self.count, self.start = tower, name, count, start
 
     def insert(self, hidden: Tensor) -> Tensor:
-        tokens_1RD: Any = self.tower.register_tokens
+        tokens_1RD: Any = getattr(self.tower, self.name)
         if self.count.chosen_for is not None:
             tokens_1RD = repeated_registers(tokens_1RD, self.count.beside(hidden.shape[1]))
         return insert_registers(hidden, tokens_1RD, self.start)
@@ -505,7 +507,8 @@ def operate(model: nn.Module, surgery: Mapping[str, Any], *, keep_registers: boo
             since a head over all tokens would take them for patches.
 
     Returns:
-        `model`, whose tower has a new parameter, zero until loaded: `register_tokens` `[1, R, D]`, or in mode `bias`
+        `model`, whose tower has a new parameter, zero until loaded: `register_tokens` (see also
+        `OTHER_REGISTER_TOKENS`) `[1, R, D]`, or in mode `bias`
         `attention_constants` `[L, D]`. If the `regsurgery` block has `num_patches`, the number of registers follows the
         image size, see `registers_for`; R is the number for `num_patches` patches.
     """
@@ -538,8 +541,9 @@ def operate(model: nn.Module, surgery: Mapping[str, Any], *, keep_registers: boo
     if num_registers == 0:
         return model
     zeros_1RD = torch.zeros(1, num_registers, int(surgery["width"]), dtype=like.dtype, device=like.device)
-    tower.register_parameter(REGISTER_TOKENS, nn.Parameter(zeros_1RD))
-    _graft(tower.get_submodule(layout["insert"]), _InsertsRegisters, _registers=_Registers(tower, count, start))
+    name = surgery.get("register_name", REGISTER_TOKENS)
+    tower.register_parameter(name, nn.Parameter(zeros_1RD))
+    _graft(tower.get_submodule(layout["insert"]), _InsertsRegisters, _registers=_Registers(tower, name, count, start))
     where: dict[str, Any] = {"_count": count, "_start": start}
     if not keep_registers:
         _graft(tower.get_submodule(layout["strip"]), _StripsRegisters, **where)

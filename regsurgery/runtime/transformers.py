@@ -48,11 +48,12 @@ class PatchedModel:
         self.post_init()  # type: ignore[attr-defined]
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        # transformers 4 saves auto_map but not the file that it points to.
-        target = Path(save_directory) / "modeling_regsurgery.py"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.resolve() != Path(__file__).resolve():
-            shutil.copyfile(__file__, target)
+        # transformers 4 saves auto_map but not the file that it points to, and neither version the files it imports.
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        for source in Path(__file__).parent.glob("*.py"):
+            target = Path(save_directory) / source.name
+            if source.name != "__init__.py" and target.resolve() != source.resolve():
+                shutil.copyfile(source, target)
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     @classmethod

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +14,18 @@ from torch import Tensor, nn
 
 from regsurgery.backends import onnx
 from regsurgery.backends.formats import backend
+from regsurgery.checkpoints.limits import BROKEN
 from regsurgery.compiler.modes.native import at_size
 from regsurgery.compiler.surgery import Surgery
 from regsurgery.compiler.trace import tensor_inputs
+from regsurgery.errors import VerificationError
 from regsurgery.formats import LIBRARIES
-from regsurgery.images.image_set import ImageSet
+from regsurgery.images.image_set import ImageSet, image_set
 from regsurgery.modes import NATIVE
-from regsurgery.verification.measure import Artefact, Parity, measure, rounding
+from regsurgery.verification.measure import Artefact, Parity, broken, measure, rounding
 from regsurgery.verification.pair import Pair
 from regsurgery.verification.patched import PatchedFolder, read_patched_config, rebuilt, reloaded
-from regsurgery.verification.side import sides, with_unused_registers
+from regsurgery.verification.side import Side, sides, with_unused_registers
 from regsurgery.verification.stock import host_outputs
 from regsurgery.verification.verdict import Verdict
 
@@ -32,9 +36,33 @@ INEXACT = 100.0  # times rounding, if a native host's norms have another eps
 
 
 def module_of(surgery: Surgery, folder: Path, fmt: str) -> nn.Module:
-    """The model in `folder`, loaded as a user would, for the surgery's image size."""
+    """The model in `folder`, loaded as a user would, for the surgery's image size.
+
+    Raises:
+        VerificationError: it cannot be loaded.
+    """
     size = surgery.traced.image_size if surgery.loaded.own else None
-    return rebuilt(folder, read_patched_config(folder, fmt), fmt, stored=surgery.loaded.stored, image_size=size)
+    with _running("loaded"):
+        return rebuilt(folder, read_patched_config(folder, fmt), fmt, stored=surgery.loaded.stored, image_size=size)
+
+
+@contextmanager
+def _running(what: str) -> Iterator[None]:
+    """Turn what the written model raises into a `VerificationError`."""
+    try:
+        yield
+    except BROKEN as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise VerificationError(f"the written model cannot be {what}, so nothing was written: {reason}") from error
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A written model, and what it is held to; see `measure.measure`."""
+
+    sides: tuple[Side, Side]
+    run_artefact: Callable[[Tensor], Artefact]
+    parity: Parity
 
 
 def verify_folder(
@@ -44,28 +72,56 @@ def verify_folder(
 
     Args:
         loaded: the folder's module, for the surgery's image size, if it is already loaded.
+
+    Raises:
+        VerificationError: the written model cannot be loaded or run.
     """
     progress.stage("verify", pictures.num_images)
+    written = _written(surgery, folder, fmt, pictures, loaded)
+    return measure(
+        written.sides,
+        written.run_artefact,
+        pictures,
+        unused=with_unused_registers(surgery.located, surgery.plan.num_registers),
+        parity=written.parity,
+        progress=progress.advance,
+    )
+
+
+def check_folder(surgery: Surgery, folder: Path, fmt: str, progress: Progress) -> None:
+    """Load the written model as a user would and run it on one generated picture, without a verdict.
+
+    Raises:
+        VerificationError: it cannot be loaded or run, an output has another shape, or another value than the graph's.
+    """
+    progress.stage("check")
+    picture = image_set(None, 1)
+    written = _written(surgery, folder, fmt, picture, None)
+    problems = broken(written.sides, written.run_artefact, picture, parity=written.parity)
+    if problems:
+        raise VerificationError(f"the written model is broken, nothing was written: {'; '.join(problems)}")
+
+
+def _written(surgery: Surgery, folder: Path, fmt: str, pictures: ImageSet, loaded: nn.Module | None) -> _Written:
     config = read_patched_config(folder, fmt)
     module = loaded or module_of(surgery, folder, fmt)
     if surgery.recipe.kind.stock and fmt in LIBRARIES:
-        return _verify_host(surgery, module, config["regsurgery"], fmt, pictures, progress)
+        return _written_for_host(surgery, module, config["regsurgery"], fmt, pictures)
 
     def run(images: Tensor) -> Artefact:
-        if fmt in LIBRARIES:
-            outputs = surgery.loaded.call(module, images)
-        else:
-            outputs = module(*tensor_inputs(surgery.loaded, images))
+        with _running("run"):
+            if fmt in LIBRARIES:
+                outputs = surgery.loaded.call(module, images)
+            else:
+                outputs = module(*tensor_inputs(surgery.loaded, images))
         return Artefact(outputs, outputs)
 
-    least = with_unused_registers(surgery.located, surgery.plan.num_registers)
-    parity = Parity(factor=onnx.INEXACT if fmt == "onnx" else 1.0)
-    return measure(sides(surgery), run, pictures, unused=least, parity=parity, progress=progress.advance)
+    return _Written(sides(surgery), run, Parity(factor=onnx.INEXACT if fmt == "onnx" else 1.0))
 
 
-def _verify_host(
-    surgery: Surgery, module: nn.Module, block: dict[str, Any], fmt: str, pictures: ImageSet, progress: Progress
-) -> Verdict:
+def _written_for_host(
+    surgery: Surgery, module: nn.Module, block: dict[str, Any], fmt: str, pictures: ImageSet
+) -> _Written:
     """A stock host of native mode against the edited graph.
 
     Each host interpolates position embeddings in its own way, so outputs are compared at the size that needs none.
@@ -80,17 +136,11 @@ def _verify_host(
         parity = Parity(found, factor * limit, factor)
 
     def run(images: Tensor) -> Artefact:
-        outputs = host_outputs(host, module, images, block)
+        with _running("run"):
+            outputs = host_outputs(host, module, images, block)
         return Artefact(outputs, outputs if same_size else {})
 
-    return measure(
-        sides(surgery),
-        run,
-        pictures,
-        unused=with_unused_registers(surgery.located, surgery.plan.num_registers),
-        parity=parity,
-        progress=progress.advance,
-    )
+    return _Written(sides(surgery), run, parity)
 
 
 @torch.no_grad()

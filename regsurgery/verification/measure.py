@@ -217,6 +217,16 @@ def measure(
     return replace(verdict, warnings=warnings_of(verdict))
 
 
+def broken(
+    sides: tuple[Side, Side], run_artefact: Callable[[Tensor], Artefact], images: ImageSet, *, parity: Parity = Parity()
+) -> list[str]:
+    """What of the artefact is not as in the patched graph on `images`, shapes and values; outliers do not count."""
+    comparison = _Comparison(*sides, None, parity)
+    for number, batch in images.numbered_batches(images.num_images, sides[0].loaded.preprocess):
+        comparison.add(number, batch, run_artefact)
+    return comparison.broken()
+
+
 class _Comparison:
     """The sums over all batches, and the verdict on them."""
 
@@ -289,8 +299,8 @@ class _Comparison:
             norm_maps=self.places.norm_maps(),
         )
 
-    def failures(self) -> list[str]:
-        """The requirements that the patched model does not meet."""
+    def broken(self) -> list[str]:
+        """What is not as in the patched graph."""
         failures = [f"the output '{name}' changed its shape" for name in sorted(self.shapes)]
         if not self.finite:
             failures.append("the patched model returns NaN or infinity")
@@ -298,6 +308,11 @@ class _Comparison:
             failures.append(
                 f"the written model differs from the patched graph by {self.difference:.2e} (allowed {self.limit:.0e})"
             )
+        return failures
+
+    def failures(self) -> list[str]:
+        """The requirements that the patched model does not meet."""
+        failures = self.broken()
         found = self._pair("outliers")
         if found.patched > max(MAX_OUTLIERS, MAX_OUTLIERS_SHARE * found.original):
             failures.append(

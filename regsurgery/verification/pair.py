@@ -215,6 +215,7 @@ def reopened(
         UserError: the model or program does not take such images.
     """
     fmt, recipe, root, progress = opened.format, opened.recipe, opened.root, options.progress
+    options = replace(options, tower=opened.config["regsurgery"].get("tower"))
     with tempfile.TemporaryDirectory(prefix="regsurgery-") as scratch:
         progress.stage("load")
         loaded = original_of(opened, original, options, Path(scratch))
@@ -259,7 +260,7 @@ def _stock(opened: PatchedFolder, located: Located, options: LoadOptions, place:
     loaded, sites, size, fmt = located.loaded, located.sites, located.traced.image_size, opened.format
     block = opened.config["regsurgery"]
     place.mkdir()
-    allowed = replace(options, max_memory=0 if loaded.stored else None)
+    allowed = replace(options, max_memory=0 if loaded.stored else None, tower=None)
     stock = load_stock(opened.root, fmt, opened.config, allowed, place)
     if loaded.own is not None:
         stock = frontend(stock.library).at_size(stock, size)

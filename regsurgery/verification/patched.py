@@ -150,6 +150,7 @@ def read_patched_config(folder: Path, fmt: str) -> dict[str, Any]:
         not isinstance(block, dict)
         or block.get("mode") not in tuple(MODES)
         or not all(isinstance(t, str) for t in texts)
+        or not isinstance(block.get("tower"), str | None)
     ):
         raise CheckpointError(f"{path}: its 'regsurgery' entry is not one that regsurgery wrote; patch the model again")
     return config
@@ -186,12 +187,6 @@ def patched_mode(folder: Path, fmt: str) -> Mode:
     return MODES[read_patched_config(folder, fmt)["regsurgery"]["mode"]]
 
 
-def _is_ours(name: str) -> bool:
-    from regsurgery.runtime.surgery import ATTENTION_CONSTANTS, REGISTER_TOKENS
-
-    return name.split(".")[-1] in (REGISTER_TOKENS, ATTENTION_CONSTANTS)
-
-
 def take_our_tensors(surgery: Surgery, folder: Path, fmt: str) -> None:
     """Give the graph the folder's register tokens (zero unless they were trained) or attention constants."""
     import torch
@@ -210,7 +205,7 @@ def take_our_tensors(surgery: Surgery, folder: Path, fmt: str) -> None:
             return
         for path in weight_files(folder, WEIGHTS_NAMES[fmt]):
             with safe_open(path, framework="pt") as file:
-                for name in filter(_is_ours, file.keys()):
+                for name in surgery.new_tensors().keys() & set(file.keys()):
                     value = file.get_tensor(name)
                     added.copy_(repeated_registers(value, surgery.plan.num_registers) if grows else value)
 

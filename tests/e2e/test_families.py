@@ -46,7 +46,7 @@ from regsurgery.runtime.surgery import operate
 from tests.conftest import Planted, build_planted, tiered
 from tests.e2e.test_parity import hooked_model, largest_difference, module_form, pictures, recipe_for
 from tests.e2e.test_reload import transformers_4_python
-from tests.picos import OTHERS, PICOS, SIZE, Pico, _open_clip, by_id
+from tests.picos import OTHERS, PICOS, SIZE, WHOLES, Pico, _open_clip, by_id
 from tests.reference import outlier_patches
 
 
@@ -69,7 +69,7 @@ def hosts_of(planted: Planted) -> set[str]:
     return set(row_of(planted).native if planted.pico.hosts is None else planted.pico.hosts)
 
 
-@pytest.mark.parametrize("pico", PICOS, ids=lambda pico: pico.id)
+@pytest.mark.parametrize("pico", (*PICOS, *WHOLES), ids=lambda pico: pico.id)
 def test_every_cell_is_as_the_matrix_says(pico: Pico, planted_picos: Callable[[Pico], Planted]) -> None:
     planted = planted_picos(pico)
     loaded, row = planted.loaded, row_of(planted)
@@ -100,7 +100,7 @@ def test_every_cell_is_as_the_matrix_says(pico: Pico, planted_picos: Callable[[P
 
 def test_every_row_and_every_member_has_a_model(tmp_path: Path) -> None:
     found = []
-    for pico in PICOS:
+    for pico in (*PICOS, *WHOLES):
         pico.build(tmp_path / pico.id)
         pico.publish(tmp_path / pico.id)
         loaded = load(str(tmp_path / pico.id))

@@ -11,7 +11,7 @@ from torch import fx
 from regsurgery.compiler.graph import ancestor_sets, find_node, is_ancestor
 from regsurgery.compiler.sites import Sites
 from regsurgery.recipe import Recipe
-from regsurgery.runtime.surgery import ATTENTION_CONSTANTS, REGISTER_TOKENS, registers_for, shift_arguments
+from regsurgery.runtime.surgery import ATTENTION_CONSTANTS, registers_for, shift_arguments
 
 INSERTED = "regsurgery"  # key in node.meta of every node that a pass made; its value is the pass
 REGION_END = "regsurgery_end"  # key in node.meta of a concatenation: the last node before which it is stripped again
@@ -40,7 +40,7 @@ class Plan:
 
     @property
     def register_name(self) -> str:
-        return f"{self.sites.tower_path}.{REGISTER_TOKENS}".lstrip(".")
+        return f"{self.sites.tower_path}.{self.sites.register_name}".lstrip(".")
 
     @property
     def constants_name(self) -> str:

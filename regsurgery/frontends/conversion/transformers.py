@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from regsurgery.errors import CheckpointError
 from regsurgery.formats import WEIGHTS_NAMES
@@ -12,7 +12,7 @@ from regsurgery.frontends.config import read_config
 from regsurgery.frontends.conversion import tensors as plain
 from regsurgery.frontends.conversion.arch import Arch
 from regsurgery.frontends.conversion.layout import copy_side_files
-from regsurgery.frontends.transformers import UNLOADABLE, class_of
+from regsurgery.frontends.transformers import UNLOADABLE, class_of, from_pretrained
 from regsurgery.options import LoadOptions
 from regsurgery.settings import quiet_transformers
 
@@ -27,16 +27,18 @@ class TransformersTarget:
         assert arch.folder is not None
         self._folder, self._options = arch.folder, options
         _, name, config = read_config(self._folder, "transformers")
-        _, self._class = class_of(self._folder, name, config, options)
+        self._class = class_of(self._folder, name, config, options)
         self._taken: Mapping[str, Tensor] = {}
 
     def size(self) -> int:
         import torch
+        from transformers import AutoConfig
 
         try:
             with quiet_transformers(), torch.device("meta"):
-                make = getattr(self._class, "from_config", self._class)
-                return len(make(self._config()).state_dict())
+                config_class = getattr(self._class, "config_class", None) or AutoConfig
+                config = config_class.from_pretrained(self._folder, trust_remote_code=self._options.trust_remote_code)
+                return len(getattr(self._class, "from_config", self._class)(config).state_dict())
         except UNLOADABLE as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{self._folder}: transformers cannot make the model: {reason}") from error
@@ -44,13 +46,9 @@ class TransformersTarget:
     def take(self, tensors: Mapping[str, Tensor]) -> str | None:
         try:
             with quiet_transformers():
-                _, info = self._class.from_pretrained(
-                    None,
-                    config=self._config(),
-                    state_dict=dict(tensors),
-                    dtype="auto",
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,
+                trusted = self._options.trust_remote_code
+                _, info = from_pretrained(
+                    self._class, self._folder, tensors, trust_remote_code=trusted, ignore_mismatched_sizes=True
                 )
         except UNLOADABLE as error:
             return " ".join(str(error).split())
@@ -60,12 +58,6 @@ class TransformersTarget:
         left_over = set(map(str, info.get("unexpected_keys") or ()))
         self._taken = {name: value for name, value in tensors.items() if name not in left_over}
         return None
-
-    def _config(self) -> Any:
-        from transformers import AutoConfig
-
-        config_class = getattr(self._class, "config_class", None) or AutoConfig
-        return config_class.from_pretrained(self._folder, trust_remote_code=self._options.trust_remote_code)
 
     def write(self, folder: Path) -> None:
         copy_side_files(self._folder, folder)

@@ -1,0 +1,220 @@
+"""Towers that are searched: models on no list, several towers, other channels, and what a written folder must do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import regsurgery
+from regsurgery.backends import modeling
+from regsurgery.errors import SeveralStreamsError, VerificationError
+from regsurgery.models import open_model
+from regsurgery.options import LoadOptions
+from regsurgery.recipe import Recipe
+from tests.commands import Done
+from tests.odd import modeling_odd
+from tests.picos import LLAVA, VIT, WIDTH, _transformers, by_id
+
+Run = Callable[..., Done]
+RECIPE = Recipe({1: (5,)})
+FRESH = """\
+import sys
+import torch
+from transformers import AutoModel
+
+found = []
+for folder, inputs in torch.load(sys.argv[1]):
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.no_grad():
+        found.append(dict(model(**inputs)))
+assert "regsurgery" not in sys.modules
+torch.save(found, sys.argv[1] + ".found")
+"""
+
+
+def write_odd(folder: Path, name: str, *, named: bool = True, **config: object) -> torch.nn.Module:
+    """A checkpoint with code of its own; `named`: its config has `architectures`."""
+    torch.manual_seed(0)
+    model = getattr(modeling_odd, name)(modeling_odd.OddConfig(**config)).eval()
+    model.save_pretrained(folder)
+    shutil.copyfile(str(modeling_odd.__file__), folder / "modeling_odd.py")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["auto_map"] = {"AutoConfig": "modeling_odd.OddConfig", "AutoModel": f"modeling_odd.{name}"}
+    if not named:
+        del settings["architectures"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    return model
+
+
+def same_but_for_registers(source: Path, patched: Path) -> str:
+    """The name of the one tensor that `patched` has in addition; all others are as in `source`."""
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, patched))
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    (added,) = after.keys() - before.keys()
+    return added
+
+
+ODD = {  # model -> its class, config, and the tensor that is added
+    "pre-norm and a custom head": ("OddRater", {}, "eyes.register_tokens"),
+    "a tower two levels down": ("OddCaptioner", {}, "core.eyes.register_tokens"),
+    "registers of its own": ("OddRater", {"kept": 4}, "eyes.test_time_registers"),
+    "one channel": ("OddRater", {"channels": 1}, "eyes.register_tokens"),
+    "four channels": ("OddRater", {"channels": 4}, "eyes.register_tokens"),
+}
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """A model, its patched folder, and what both return, the patched one in a process without regsurgery."""
+
+    folder: Path
+    out: Path
+    before: dict[str, torch.Tensor]
+    after: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reloaded]:
+    """Every model of `ODD`, patched with and without verification, with and without `architectures`."""
+    place = tmp_path_factory.mktemp("odd")
+    jobs, befores = [], []
+    for number, (architecture, config, _) in enumerate(ODD.values()):
+        folder = place / str(number)
+        stock = write_odd(folder, architecture, named=number % 2 == 0, **config)
+        out = place / f"{number}-patched"
+        regsurgery.patch(
+            str(folder), out, recipe=RECIPE, trust_remote_code=True, verification=number == 0, num_images=4
+        )
+        images = torch.randn(3, stock.config.channels, 64, 64, generator=torch.Generator().manual_seed(0))
+        inputs = {stock.main_input_name: images}
+        if architecture == "OddCaptioner":
+            inputs = {"input_ids": torch.tensor([[1, 2, 3]]).repeat(3, 1), "pixel_values": images}
+        with torch.no_grad():
+            befores.append(stock(**inputs))
+        jobs.append((str(out), inputs))
+    torch.save(jobs, place / "jobs")
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, str(place / "jobs")], capture_output=True, text=True, check=False, cwd=place,
+        env={"PATH": "", "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(place / "modules"), "HOME": str(place)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    afters = torch.load(place / "jobs.found")
+    return {
+        name: Reloaded(place / str(number), place / f"{number}-patched", befores[number], afters[number])
+        for number, name in enumerate(ODD)
+    }
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_model_that_is_on_no_list(name: str, odd: dict[str, Reloaded]) -> None:
+    found = odd[name]
+    assert same_but_for_registers(found.folder, found.out) == ODD[name][2]
+    assert {key: value.shape for key, value in found.before.items()} == {
+        key: value.shape for key, value in found.after.items()
+    }
+    assert any(not torch.equal(found.before[key], found.after[key]) for key in found.before)
+
+
+def test_a_folder_with_code_of_its_own_is_verified_on_trust_only(odd: dict[str, Reloaded], run: Run) -> None:
+    out = odd["registers of its own"].out
+    refused = run("verify", out, "--num-images", "2")
+    assert refused.code == 2 and "pass --trust-remote-code" in refused.err
+    assert run("verify", out, "--num-images", "2", "--trust-remote-code").code == 0
+
+
+def test_code_of_a_checkpoint_is_not_run_without_trust(odd: dict[str, Reloaded], run: Run, tmp_path: Path) -> None:
+    for name in ("pre-norm and a custom head", "a tower two levels down"):  # with and without `architectures`
+        done = run("patch", odd[name].folder, "-o", tmp_path / "out")
+        assert done.code == 2 and "is code that comes with the checkpoint; pass --trust-remote-code" in done.err
+
+
+# --- several streams -------------------------------------------------------------------------------------------------
+
+
+def write_crossvit(folder: Path) -> Path:
+    """Timm's model of two streams that exchange their class tokens, small."""
+    import timm
+
+    torch.manual_seed(0)
+    args = {"img_size": 48, "img_scale": (1.0, 1.0), "patch_size": (8, 12), "embed_dim": (32, 64), "num_heads": (2, 2),
+            "depth": ((1, 2, 0),), "mlp_ratio": (2, 2, 1)}  # fmt: skip
+    model = timm.create_model("crossvit_tiny_240", num_classes=10, **args)
+    timm.models.save_for_hf(model, folder, model_args=args, safe_serialization=True)
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["input_size"] = [3, 48, 48]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_of_two_streams_none_is_patched_silently(run: Run, tmp_path: Path) -> None:
+    folder, out = write_crossvit(tmp_path / "model"), tmp_path / "out"
+    done = run("find", folder)
+    paths = "--tower blocks.0.blocks.0.0 or --tower blocks.0.blocks.1"
+    assert done.code == 2 and f"2 streams of tokens match; name the one to patch: {paths}" in done.err
+    done = run("find", folder, "--tower", "blocks.0.block")
+    assert done.code == 2 and "CrossVit has no such module; did you mean 'blocks.0.blocks'?" in done.err
+    done = run("find", folder, "--tower", "norm")
+    assert done.code == 2 and "--tower norm holds no stream of tokens; there are some in" in done.err
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.to_yaml())
+    command = ("patch", folder, "-o", out, "--recipe", recipe, "--num-images", "2")
+    assert run(*command, "--tower", "blocks.0.blocks.1").code == 0
+    assert same_but_for_registers(folder, out) == "register_tokens"
+    block = json.loads((out / "config.json").read_text())["regsurgery"]
+    assert block["tower"] == "blocks.0.blocks.1"
+    assert block["layouts"][0]["insert"].startswith("blocks.0.blocks.1.")
+    assert run("verify", out, "--num-images", "2").code == 0  # the tower is in the folder
+    assert run("reproduce", out, "-o", tmp_path / "again").code == 0
+
+
+def write_video_llava(folder: Path) -> Path:
+    """Two towers beside a language model: one of images, one of videos."""
+    tower = {**VIT, "model_type": "clip_vision_model", "intermediate_size": 2 * WIDTH}
+    _transformers(
+        "VideoLlavaForConditionalGeneration", "VideoLlavaConfig", vision_config=tower, text_config=LLAVA["text_config"],
+        image_token_index=99, video_token_index=98,
+    )(folder)  # fmt: skip
+    return folder
+
+
+def test_of_two_towers_none_is_patched_silently(tmp_path: Path) -> None:
+    folder = write_video_llava(tmp_path / "model")
+    with pytest.raises(SeveralStreamsError, match=r"--tower model\.image_tower or --tower model\.video_tower"):
+        open_model(str(folder), LoadOptions())
+    located = open_model(str(folder), LoadOptions(tower="model.video_tower"))
+    assert located.loaded.entry == located.sites.tower_path == "model.video_tower"
+
+
+# --- whole or nothing ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["does not load", "does not run", "has other values", "has other shapes"])
+def test_without_verification_a_broken_folder_is_not_written(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The written model is loaded and run before its folder gets its name."""
+    damage = {
+        "does not load": "def operate(*args, **kwargs): raise ValueError('damaged')",
+        "does not run": "def insert_registers(*args): raise RuntimeError('damaged')",
+        "has other values": "def filled(values_BnK, patches_BNK, fill): return values_BnK",
+        "has other shapes": "def strip_registers(x, *args): return x",
+    }
+    by_id("hf-vit").build(tmp_path / "model")
+    source = modeling.modeling_source
+
+    def damaged(host: object, tail: str = "") -> str:
+        return source(host, f"\n\n{damage[kind]}\n{tail}")  # type: ignore[arg-type]
+
+    monkeypatch.setattr("regsurgery.backends.transformers.modeling_source", damaged)
+    with pytest.raises(VerificationError, match=r"the written model (cannot be (loaded|run)|is broken)"):
+        regsurgery.patch(str(tmp_path / "model"), tmp_path / "out", recipe=RECIPE, verification=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
