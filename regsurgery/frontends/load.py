@@ -11,7 +11,7 @@ from typing import Any
 
 from regsurgery.checkpoints.download import published_sha256
 from regsurgery.checkpoints.limits import refuse_links_out
-from regsurgery.checkpoints.reading import weight_files
+from regsurgery.checkpoints.reading import index_of, weight_files
 from regsurgery.checkpoints.safetensors_file import SafetensorsFile, read_header
 from regsurgery.checkpoints.weights_check import check_shards, finite_digests
 from regsurgery.errors import CheckpointError, UnsupportedModelError, UserError
@@ -19,7 +19,7 @@ from regsurgery.formats import WEIGHTS_NAMES
 from regsurgery.frontends.bounds import bounded_model, check_numbers, tried
 from regsurgery.frontends.config import read_config
 from regsurgery.frontends.conversion.arch import Arch
-from regsurgery.frontends.conversion.files import convert_file
+from regsurgery.frontends.conversion.files import convert_file, is_renamed
 from regsurgery.frontends.conversion.layout import weights_file
 from regsurgery.frontends.device import check_device
 from regsurgery.frontends.found import Found, find_checkpoint
@@ -65,9 +65,9 @@ def load(
     if not native:  # a native folder is a patched one, already checked, or our own link to it
         _refuse_patched(found.folder, config)
     check_numbers(found.folder / config_name, config)
-    if not weight_files(found.folder, WEIGHTS_NAMES[library]):
-        arch = Arch(library, str(found.folder), config_name)
-        made = convert_file(weights_file(found.folder, library), options, arch)
+    file = _to_convert(found.folder, library, config_name)
+    if file is not None:
+        made = convert_file(file, options, Arch(library, str(found.folder), config_name))
         found = replace(found, folder=made.folder, converted=made.converted, home=made.home)
     elif options.ema and found.converted is None:
         raise UserError(f"--ema: {model_id} holds one set of weights; leave it out")
@@ -89,6 +89,19 @@ def load(
             loaded = frontend(library).load(checkpoint, options)
         tried(loaded)
     return loaded if options.tower is None else loaded.at_tower(options.tower)
+
+
+def _to_convert(folder: Path, library: str, config_name: str) -> Path | None:
+    """The weights of a folder that are not safetensors with names that a patched folder can have; None: they are."""
+    weights = weight_files(folder, WEIGHTS_NAMES[library])
+    if not weights:
+        return weights_file(folder, library)
+    headers = [read_header(path) for path in weights]
+    with bounded_model(folder / config_name, headers):
+        renamed = is_renamed(library, folder, [tensor.name for header in headers for tensor in header.tensors])
+    if not renamed:
+        return None
+    return weights[0] if len(weights) == 1 else index_of(weights)
 
 
 def _source(model_id: str, found: Found, digests: Sequence[str], options: LoadOptions) -> Source:

@@ -429,3 +429,66 @@ def test_damaged_weights_are_named_by_the_file_that_was_given(tmp_path: Path) ->
     torch.save(model.state_dict(), path)
     with pytest.raises(CheckpointError, match=rf"^{path}: tensor .* holds NaN"):
         opened(path, arch=f"timm:{TIMM}")
+
+
+# --- names on disk that differ from those in memory -----------------------------------------------------------------
+
+
+def renamed(folder: Path, rename: Callable[[str], str], name: str = "model.safetensors") -> Path:
+    state = {rename(old): value for old, value in load_file(folder / name).items()}
+    save_file(state, folder / name, metadata={"format": "pt"})
+    return folder
+
+
+def as_published(name: str) -> str:
+    return name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")
+
+
+@pytest.fixture
+def deit3(tmp_path: Path) -> nn.Module:
+    model = moved(timm.create_model("deit3_small_patch16_224", depth=3, img_size=64, num_classes=5))
+    timm.models.save_for_hf(model, str(tmp_path / "deit3"), safe_serialization=True)
+    return model
+
+
+@pytest.mark.parametrize("mode", ["shift", "bias"])
+def test_a_deit3_folder_with_its_first_names(deit3: nn.Module, tmp_path: Path, mode: str) -> None:
+    folder = renamed(tmp_path / "deit3", as_published)
+    assert difference(load(str(folder)), deit3, 64) == 0.0
+    regsurgery.patch(str(folder), tmp_path / "out", recipe=RECIPE, num_images=2, mode=mode)
+    assert regsurgery.verify(tmp_path / "out", num_images=2).passed
+    with pytest.raises(CheckpointError, match=r"converted from model.safetensors .*the source was the folder"):
+        regsurgery.unpatch(tmp_path / "out", tmp_path / "back")
+
+
+def test_a_deit3_file_with_its_first_names(tmp_path: Path) -> None:
+    model = moved(timm.create_model("deit3_small_patch16_224", num_classes=5))
+    path = tmp_path / "deit_3_small.pth"
+    torch.save({"model": {as_published(name): value for name, value in model.state_dict().items()}}, path)
+    assert difference(opened(path, arch="timm:deit3_small_patch16_224"), model, 224) == 0.0
+
+
+@pytest.mark.parametrize("library", ["timm", "open_clip"])
+def test_a_folder_of_a_wrapped_model(clip_folder: Path, tmp_path: Path, library: str) -> None:
+    folder, name = clip_folder, "open_clip_model.safetensors"
+    if library == "timm":
+        folder, name = tmp_path / "timm", "model.safetensors"
+        timm.models.save_for_hf(timm_model(), str(folder), safe_serialization=True)
+    stock = load(str(folder)).model
+    renamed(folder, lambda name: f"module.{name}", name)
+    assert difference(load(str(folder)), stock, PIXELS if library == "timm" else 64) == 0.0
+    regsurgery.patch(str(folder), tmp_path / "out", recipe=RECIPE, num_images=2)
+
+
+def test_a_base_model_from_the_folder_of_a_classifier(tmp_path: Path) -> None:
+    from transformers import ViTModel
+
+    folder = tmp_path / "vit"
+    vit().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["ViTModel"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert difference(load(str(folder)), ViTModel.from_pretrained(folder, add_pooling_layer=False), 64) == 0.0
+    regsurgery.patch(str(folder), tmp_path / "out", recipe=RECIPE, num_images=2)
+    restored = regsurgery.unpatch(tmp_path / "out", tmp_path / "back")
+    assert "model.safetensors" in restored.files  # every byte, the classifier included

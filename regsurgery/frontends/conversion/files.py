@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -118,6 +118,20 @@ def fitted(target: Target, weights: Weights, arch: Arch, given: str | None) -> t
     if prefix != candidates[-1]:
         target.take(inside)  # again: a prefix that does not fit may have left some of its tensors behind
     return prefix, inside
+
+
+def is_renamed(library: str, folder: Path, names: Sequence[str]) -> bool:
+    """Whether tensors in the safetensors of a checkpoint folder have names that only its library's loader knows.
+
+    What is patched is loaded by name, so such a folder is converted first.
+    """
+    if library == "open_clip":
+        return names[:1] != [] and names[0].startswith("module")  # what open_clip's loader looks at
+    if library == "timm":
+        from regsurgery.frontends.conversion.timm import is_renamed as renamed_by_timm
+
+        return renamed_by_timm(folder, names)
+    return False  # transformers says what names on disk are called in memory, and the other way round
 
 
 def digest(parts: tuple[Path, ...]) -> str:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regsurgery.errors import ModelNotFoundError, did_you_mean
+from torch import nn
+
+from regsurgery.checkpoints.stored import without_memory
+from regsurgery.errors import CheckpointError, ModelNotFoundError, did_you_mean
 from regsurgery.formats import WEIGHTS_NAMES
 from regsurgery.frontends.conversion import tensors as plain
 from regsurgery.frontends.conversion.arch import Arch
 from regsurgery.frontends.conversion.layout import copy_side_files
 from regsurgery.frontends.timm import UNLOADABLE
+from regsurgery.settings import replaced
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+SUSPECT = re.compile(r"^(module|_orig_mod)\.|(^|\.)gamma_\d+$")  # wrappers, and DeiT-III's first names of layer scales
 # Arguments of timm's training script -> of `create_model`.
 ARGUMENTS = {"gp": "global_pool", "in_chans": "in_chans"}
 
@@ -34,19 +39,32 @@ class TimmTarget:
         more = arguments.get("model_kwargs")
         self._options = {name: value for name, value in given.items() if value is not None}
         self._options |= more if isinstance(more, dict) else {}
+        self._untrained: Any = None
         self._model: Any = None
 
     def size(self) -> int:
-        return len(self._built(None).state_dict())
+        return len(self._built().state_dict())
 
     def take(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """Load as timm loads published weights, for only then its own renaming takes place; all must fit."""
+        import timm
+
+        load = nn.Module.load_state_dict
+        own = self._built().pretrained_cfg
+        num_classes = self._num_classes(tensors)
+        published = {"state_dict": dict(tensors), "source": "", "custom_load": False, "first_conv": None}
         try:
-            model = self._built(self._num_classes(tensors)).to(plain.common_dtype(tensors))
-            convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-            state = dict(tensors)
-            model.load_state_dict(state if convert is None else convert(state, model), strict=True)
+            with replaced(nn.Module, "load_state_dict", lambda self, state, *_, **__: load(self, state, strict=True)):
+                model: Any = timm.create_model(
+                    self._name,
+                    pretrained=True,
+                    pretrained_cfg_overlay={**published, "num_classes": num_classes},
+                    **{**self._options, "num_classes": num_classes},
+                )
         except UNLOADABLE as error:
             return " ".join(str(error).split())
+        model.pretrained_cfg = {**own, "num_classes": num_classes}
+        self._model = model.to(plain.common_dtype(tensors))
         return None
 
     def write(self, folder: Path) -> None:
@@ -62,22 +80,41 @@ class TimmTarget:
             self._model.pretrained_cfg.update(data)
         timm.models.save_for_hf(self._model, str(folder), model_args=self._options, safe_serialization=True)
 
-    def _num_classes(self, tensors: Mapping[str, Tensor]) -> int | None:
-        """That of the file's classifier; None: the architecture's own, if its config says it."""
-        classifier = self._built(None).pretrained_cfg.get("classifier")
+    def _num_classes(self, tensors: Mapping[str, Tensor]) -> int:
+        """That of the file's classifier, 0 if it has none; the architecture's own, if its config says it."""
+        model = self._built()
+        classifier = model.pretrained_cfg.get("classifier")
         if not isinstance(classifier, str) or self._folder is not None:
-            return None
+            return model.num_classes
         weight = tensors.get(f"{classifier}.weight")
         return 0 if weight is None else weight.shape[0]
 
-    def _built(self, num_classes: int | None) -> Any:
-        """The model with that many classes, made again only for another number."""
+    def _built(self) -> Any:
+        """The untrained model."""
         import timm
 
-        if self._model is None or (num_classes is not None and self._model.num_classes != num_classes):
-            options = self._options if num_classes is None else {**self._options, "num_classes": num_classes}
-            self._model = timm.create_model(self._name, pretrained=False, **options)
-        return self._model
+        if self._untrained is None:
+            self._untrained = timm.create_model(self._name, pretrained=False, **self._options)
+        return self._untrained
+
+
+def is_renamed(folder: Path, names: Iterable[str]) -> bool:
+    """Whether timm renames tensors of a folder when it loads them.
+
+    Raises:
+        CheckpointError: timm cannot make the model.
+    """
+    import timm
+
+    suspect = {name for name in names if SUSPECT.search(name)}
+    if not suspect:
+        return False
+    try:
+        with without_memory():
+            model = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    except UNLOADABLE as error:
+        raise CheckpointError(f"{folder}: timm cannot load it: {' '.join(str(error).split())[:300]}") from error
+    return not suspect <= model.state_dict().keys()
 
 
 def _check_known(name: str) -> None:
