@@ -234,7 +234,8 @@ class PatchOptions(SearchOptions):
     """Options of `patch`.
 
     Attributes:
-        recipe: a `Recipe`, a recipe file or the name of a bundled recipe. By default the bundled one for the model, if
+        recipe: a `Recipe`, a recipe file, the name of a bundled recipe, or `USER/NAME` of a patched repository on the
+            Hub, of which nothing else is fetched. By default the bundled one for the model, if
             there is one and its verification passes; otherwise the neurons are found.
         mode: one of `modes.MODES`; by default the recipe's.
         calibrate: native mode: train the register neurons' output columns on the images; by default if photos are
@@ -253,7 +254,10 @@ class PatchOptions(SearchOptions):
     """
 
     recipe: str | Path | Recipe | None = option(
-        None, "Recipe file, or the name of a bundled recipe.", type="str | None", complete="recipes"
+        None,
+        "Recipe file, name of a bundled recipe, or USER/NAME of a patched repository.",
+        type="str | None",
+        complete="recipes",
     )
     mode: str | None = option(None, "shift, native or bias (default: the recipe's).", complete="modes")
     calibrate: bool | None = option(

@@ -28,7 +28,7 @@ from regsurgery.frontends.loaded import Checkpoint, Loaded, Source
 from regsurgery.frontends.model_id import repository_of
 from regsurgery.options import LoadOptions
 
-QUANTISED = ("I8", "U8", "F8_E4M3", "F8_E5M2")  # dtypes of quantised matrices
+QUANTISED = ("I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # dtypes of quantised matrices
 
 
 def load(
