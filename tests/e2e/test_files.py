@@ -431,6 +431,57 @@ def test_damaged_weights_are_named_by_the_file_that_was_given(tmp_path: Path) ->
         opened(path, arch=f"timm:{TIMM}")
 
 
+# --- the way that docs/checkpoints.md shows -------------------------------------------------------------------------
+
+
+def commands(section: str) -> list[list[str]]:
+    """The commands of a section of the page."""
+    text = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text("utf-8")
+    body = text.split(f"## {section}\n")[1].split("\n## ")[0]
+    return [line.split()[1:] for line in body.splitlines() if line.startswith("regsurgery patch ")]
+
+
+@pytest.fixture
+def as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any]) -> Callable[[str], None]:
+    """Runs the commands of a section, with a recipe and few pictures, since a search takes minutes."""
+    from tests.unit.test_docs import write_noise
+
+    (tmp_path / "photos").mkdir()
+    write_noise(tmp_path / "photos", 4)
+    (tmp_path / "few.yaml").write_text(RECIPE.to_yaml())
+    monkeypatch.chdir(tmp_path)
+
+    def run_section(section: str) -> None:
+        found = commands(section)
+        assert found
+        for command in found:
+            done = run(*command, "--recipe", "few.yaml", "-q")
+            assert done.code == 0, done.err
+
+    return run_section
+
+
+def test_the_way_from_timm(as_documented: Callable[[str], None], tmp_path: Path) -> None:
+    timm_run(tmp_path, ema=True)
+    as_documented("I fine-tuned with timm")
+
+
+def test_the_way_from_the_trainer(
+    as_documented: Callable[[str], None], trainer_run: tuple[Path, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint-500").symlink_to(trainer_run[0] / "checkpoint-2")
+    as_documented("I fine-tuned with transformers' Trainer")
+
+
+@pytest.mark.slow
+def test_the_way_from_lightning(as_documented: Callable[[str], None], tmp_path: Path) -> None:
+    """Lightning's own file is in `test_training_libraries.py`; here its layout, for a model as large as the page's."""
+    model = timm.create_model("vit_small_patch14_dinov2")
+    torch.save({"state_dict": wrapped(model, "net."), "pytorch-lightning_version": "2.6.0"}, tmp_path / "last.ckpt")
+    as_documented("I fine-tuned with Lightning")
+
+
 # --- names on disk that differ from those in memory -----------------------------------------------------------------
 
 
