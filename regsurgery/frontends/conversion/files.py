@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
 
 from regsurgery.checkpoints.containers import Weights, WeightsFile, prefixes, read_weights_file
 from regsurgery.checkpoints.sums import sha256, sha256_each
@@ -15,6 +18,7 @@ from regsurgery.errors import CheckpointError, UserError
 from regsurgery.frontends.bounds import bounded_model, check_numbers
 from regsurgery.frontends.conversion.arch import Arch, arch_of
 from regsurgery.frontends.conversion.tensors import shapes_of
+from regsurgery.frontends.libraries import frontend
 from regsurgery.frontends.loaded import Converted
 from regsurgery.frontends.model_id import config_folder
 from regsurgery.options import LoadOptions
@@ -57,7 +61,7 @@ def convert_file(path: Path, options: LoadOptions, arch: Arch | None = None) -> 
     with scratch_folder() as home:
         folder = Path(home.name) / "converted"
         folder.mkdir()
-        with bounded_model(path, [shapes_of(path, weights.tensors)]):
+        with bounded_model(path, [shapes_of(path, weights.tensors)]), _described(path, arch):
             target = target_of(arch, file, options)
             prefix, taken = fitted(target, weights, arch, options.prefix)
             target.write(folder)
@@ -65,6 +69,23 @@ def convert_file(path: Path, options: LoadOptions, arch: Arch | None = None) -> 
     for note in notes:
         options.progress.say(f"{path.name}: {note}")
     return Scratch(folder, arch.library, Converted(path, digest(file.parts), notes), home)
+
+
+@contextmanager
+def _described(path: Path, arch: Arch) -> Iterator[None]:
+    """What the library raises on the description of a model in `path` becomes a `CheckpointError`.
+
+    Errors of the disk, where the result is written, are not among it.
+    """
+    unloadable = tuple(kind for kind in frontend(arch.library).UNLOADABLE if kind not in (OSError, SafetensorError))
+    try:
+        yield
+    except unloadable as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(
+            f"{path}: {arch.library} cannot make the model that it describes ({reason}); give another --arch, or the "
+            "weights alone"
+        ) from error
 
 
 def target_of(arch: Arch, file: WeightsFile, options: LoadOptions) -> Target:
