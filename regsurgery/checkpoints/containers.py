@@ -24,6 +24,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".tar", ".pkl", ".pth.tar")
 ALONE = ("state_dict", "model", "teacher", "target_encoder", "student", "encoder", "model_state_dict", "module",
          "state_dict_ema", "model_ema", "net")  # fmt: skip
 MAX_NESTED = 3
+MAX_DEPTH = 4  # of a training script's arguments
 INDEX = re.compile(r"\.index(\.\w+)?\.json$")  # of shards, or of the shards of a variant
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile, FSDP, recomputation
 
@@ -86,10 +87,10 @@ class WeightsFile:
 
     @property
     def arguments(self) -> Mapping[str, Any]:
-        """The arguments of the training script, if the file has them."""
+        """The arguments of the training script, if the file has them, as far as they are plain data."""
         arguments = self.facts.get("args")
         found = arguments if isinstance(arguments, dict) else getattr(arguments, "__dict__", {})
-        return {name: value for name, value in found.items() if isinstance(name, str)}
+        return _plain(found, 0) or {}
 
     def weights(self, ema: bool | None, library: str) -> Weights:
         """The weights that the loader of `library` takes, or those that the user asks for with `ema`.
@@ -117,6 +118,17 @@ class WeightsFile:
             keys.append(key)
         state = plain_state(value, self.path, sum(part.stat().st_size for part in self.parts))
         return Weights(self.path, _unwrapped(state, self.path), ".".join(keys), averaged)
+
+
+def _plain(value: Any, depth: int) -> Any:
+    """The plain data in `value`, down to `MAX_DEPTH`; a pickle may hold itself. Whatever else there is becomes None."""
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    if depth < MAX_DEPTH and isinstance(value, dict):
+        return {name: _plain(inner, depth + 1) for name, inner in value.items() if isinstance(name, str)}
+    if depth < MAX_DEPTH and isinstance(value, (list, tuple)):
+        return type(value)(_plain(inner, depth + 1) for inner in value)
+    return None
 
 
 def read_weights_file(path: Path, allow_pickle: bool) -> WeightsFile:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 REMEDY = "convert it to safetensors"
 SHARING = 4  # tensors may take this many times the file's size, since tied weights are stored once
 SPARE_BYTES = 1 << 20
-FOREIGN = re.compile(r"Unsupported (?:global|class|operand)[^\n]*?(?:GLOBAL )?([\w.]+\.\w+)")
+FOREIGN = re.compile(r"(?:Unsupported global: (?:GLOBAL )?|unsupported GLOBAL )([\w.]+)")  # torch's words, and ours
 
 
 def unpickled(path: Path) -> Any:
