@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from regsurgery.errors import UserError, did_you_mean
-from regsurgery.formats import FORMATS, require
+from regsurgery.formats import FORMATS, LIBRARIES, require
 from regsurgery.modes import MODES
 from regsurgery.progress import Progress
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from regsurgery.recipe import Recipe
 
 Result = TypeVar("Result")
+READING = ("arch", "ema", "prefix", "library", "subfolder")  # fields of `LoadOptions`, which records keep
 PRECISIONS = ("checkpoint", "bf16")
 
 
@@ -58,6 +59,13 @@ class LoadOptions:
     """What the user allows while loading.
 
     Attributes:
+        arch: architecture of a weights file that does not say it: `timm:NAME`, `transformers:CONFIG_DIR_OR_ID` or
+            `open_clip:ARCH`.
+        ema: take the averaged weights of a file that has two sets, or the trained ones; by default those that the
+            library's own loader takes.
+        prefix: what the names of the model's tensors begin with in a file that holds several models.
+        library: whose files to take from a folder that holds those of several libraries.
+        subfolder: the folder inside MODEL that holds the checkpoint.
         device_map: where the model runs, in accelerate's terms: `auto`, or a device such as `cuda`; default: the CPU.
         max_memory: bytes, or text such as 8GB; the weights of a larger checkpoint stay on disk and are read operator
             by operator. Default: half of the machine's free memory.
@@ -67,6 +75,22 @@ class LoadOptions:
         progress: is told how far the command has got.
     """
 
+    arch: str | None = option(
+        None,
+        "Architecture of a weights file: timm:NAME, transformers:CONFIG_DIR_OR_ID or open_clip:ARCH.",
+        metavar="LIBRARY:NAME",
+    )
+    ema: bool | None = option(
+        None,
+        "Take the averaged weights of a file that has both (default: as its library does).",
+        "--ema/--no-ema",
+        shown=False,
+    )
+    prefix: str | None = option(None, "What the model's tensor names begin with, in a file of several models.")
+    library: str | None = option(
+        None, f"Whose files to take from a folder that has several: {', '.join(LIBRARIES)}.", complete="libraries"
+    )
+    subfolder: str | None = option(None, "The folder inside MODEL that holds the checkpoint.", metavar="NAME")
     allow_pickle: bool = option(False, "Read pickled weights (weights_only).")
     trust_remote_code: bool = option(False, "Run code that comes with the checkpoint.")
     revision: str | None = option(None, "Hub revision of MODEL.")
@@ -92,6 +116,12 @@ class LoadOptions:
     HIDDEN: ClassVar[tuple[str, ...]] = ()  # fields that are not options of this command
 
     @property
+    def reading(self) -> dict[str, Any]:
+        """The options that decide how MODEL is read, where they are set."""
+        given = {name: getattr(self, name) for name in READING}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
     def max_bytes(self) -> int | None:
         """`max_memory` in bytes.
 
@@ -103,6 +133,8 @@ class LoadOptions:
     def checked(self) -> None:
         """Raise `UserError` for values that cannot work, before anything heavy is imported."""
         _ = self.max_bytes
+        if self.library is not None:
+            _one_of("library", self.library, LIBRARIES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +234,8 @@ class PatchOptions(SearchOptions):
     """Options of `patch`.
 
     Attributes:
-        recipe: a `Recipe`, a recipe file or the name of a bundled recipe. By default the bundled one for the model, if
+        recipe: a `Recipe`, a recipe file, the name of a bundled recipe, or `USER/NAME` of a patched repository on the
+            Hub, of which nothing else is fetched. By default the bundled one for the model, if
             there is one and its verification passes; otherwise the neurons are found.
         mode: one of `modes.MODES`; by default the recipe's.
         calibrate: native mode: train the register neurons' output columns on the images; by default if photos are
@@ -221,7 +254,10 @@ class PatchOptions(SearchOptions):
     """
 
     recipe: str | Path | Recipe | None = option(
-        None, "Recipe file, or the name of a bundled recipe.", type="str | None", complete="recipes"
+        None,
+        "Recipe file, name of a bundled recipe, or USER/NAME of a patched repository.",
+        type="str | None",
+        complete="recipes",
     )
     mode: str | None = option(None, "shift, native or bias (default: the recipe's).", complete="modes")
     calibrate: bool | None = option(
@@ -268,7 +304,7 @@ class VerifyOptions(ImageOptions):
     strict: bool = option(False, "Fail if the verdict has warnings or rests on too few images.")
     revision: str | None = option(None, "Hub revision.")
 
-    HIDDEN = ("allow_pickle", "seed", "tower")
+    HIDDEN = ("seed", "tower", *READING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +326,7 @@ class EvaluateOptions(ImageOptions):
         own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in common}
         return {name: value for name, value in own.items() if value is not None and value != []}
 
-    HIDDEN = ("allow_pickle", "revision", "image_size")
+    HIDDEN = ("allow_pickle", "revision", "image_size", *READING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -392,7 +428,7 @@ class ReportOptions(ImageOptions):
     kind: str = option("keys", "LOST's features: keys, queries or values.")
     bias: float = option(-0.2, "Number added to LOST's similarities.")
 
-    HIDDEN = ("allow_pickle", "revision", "image_size", "seed")
+    HIDDEN = ("allow_pickle", "revision", "image_size", "seed", *READING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -407,7 +443,7 @@ class ReproduceOptions(LoadOptions):
     images: str | Path | None = option(None, "The images of that run, if it used photos.", type="Path | None")
     source: str | None = option(None, "Where the original MODEL is now, if it has moved.", metavar="MODEL")
 
-    HIDDEN = ("revision", "device_map", "tower")
+    HIDDEN = ("revision", "device_map", "tower", *READING)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from regsurgery.backends import dinov2_network
 from regsurgery.backends.canonical import Canonical, canonical, config_block, stock_tower, without_register_positions
 from regsurgery.backends.dinov2_network import NORM_EPS, PATCH_SIZE, Entry, Interpolation
 from regsurgery.backends.native_timm import blank_registers, token_kinds
-from regsurgery.checkpoints.pickled import read_pickle
+from regsurgery.checkpoints.pickled import plain_state, unpickled
 from regsurgery.checkpoints.writing import write_json
 from regsurgery.errors import CheckpointError, UnsupportedModelError
 from regsurgery.formats import PROGRAM_CONFIG, Snippets
@@ -195,7 +195,7 @@ def reload(folder: Path, config: dict[str, Any], *, trusted: bool = False) -> nn
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; patch the model again")
-    tensors, arguments, usual = read_pickle(path), config["arguments"], Interpolation()
+    tensors, arguments, usual = plain_state(unpickled(path), path), config["arguments"], Interpolation()
     interpolation = Interpolation(
         bool(arguments.get("interpolate_antialias", usual.antialias)),
         float(arguments.get("interpolate_offset", usual.offset)),

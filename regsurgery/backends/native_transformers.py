@@ -23,6 +23,7 @@ from regsurgery.backends.canonical import (
 )
 from regsurgery.backends.native_timm import blank_registers, token_kinds
 from regsurgery.checkpoints.reading import weight_files
+from regsurgery.checkpoints.stored import stored_state
 from regsurgery.checkpoints.writing import write_json, write_sharded
 from regsurgery.errors import CheckpointError, UnsupportedModelError
 from regsurgery.formats import WEIGHTS_NAMES, Snippets
@@ -238,7 +239,8 @@ def reload(
     cls = getattr(transformers, config["architectures"][0])
     try:
         with quiet_transformers():
-            model, info = from_pretrained(cls, folder, weight_files(folder, WEIGHTS_NAME) if stored else None)  # nosec B615 # a folder
+            stored_weights = stored_state(weight_files(folder, WEIGHTS_NAME)) if stored else None
+            model, info = from_pretrained(cls, folder, stored_weights)  # nosec B615 # a folder
     except UNLOADABLE as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
     problems = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]

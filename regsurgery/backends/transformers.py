@@ -10,6 +10,7 @@ from torch import nn
 from regsurgery.backends import modeling
 from regsurgery.backends.modeling import FILE_NAME, modeling_source, write_folder
 from regsurgery.checkpoints.reading import weight_files
+from regsurgery.checkpoints.stored import stored_state
 from regsurgery.errors import CheckpointError
 from regsurgery.formats import WEIGHTS_NAMES, Snippets
 from regsurgery.frontends.loaded import Loaded
@@ -160,7 +161,8 @@ def reload(
     loader = modeling.import_modeling(folder, loader_digest(), trusted=trusted)
     cls = getattr(loader, config["architectures"][0])
     with quiet_transformers():
-        model, info = from_pretrained(cls, folder, weight_files(folder, WEIGHTS_NAME) if stored else None)  # nosec B615 # a folder
+        stored_weights = stored_state(weight_files(folder, WEIGHTS_NAME)) if stored else None
+        model, info = from_pretrained(cls, folder, stored_weights)  # nosec B615 # a folder
     # Tensors that no part of the model uses are the source's: the stock class ignores them, too.
     ours = (REGISTER_TOKENS, OTHER_REGISTER_TOKENS, ATTENTION_CONSTANTS)
     wrong = sorted([*info["missing_keys"], *(name for name in info["unexpected_keys"] if name.endswith(ours))])

@@ -31,12 +31,19 @@ def published_sha256(path: Path) -> str | None:
     return etag if known and SHA256.fullmatch(etag) else None
 
 
-def snapshot(repo: str, named: str, revision: str | None, patterns: Sequence[str] | None = None) -> tuple[Path, str]:
+def snapshot(
+    repo: str,
+    named: str,
+    revision: str | None,
+    patterns: Sequence[str] | None = None,
+    ignored: Sequence[str] | None = None,
+) -> tuple[Path, str]:
     """The files of a Hub repository, in the cache, and their commit.
 
     Args:
         named: the user's name for it, for the message.
-        patterns: for the files that are needed; default: all.
+        patterns: for the files that are needed; default: all. `*` matches `/` too.
+        ignored: for those of them that are not.
 
     Raises:
         ModelNotFoundError: there is no such repository or revision, or it cannot be reached.
@@ -46,7 +53,10 @@ def snapshot(repo: str, named: str, revision: str | None, patterns: Sequence[str
 
     try:
         path = huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=None if patterns is None else list(patterns)
+            repo,
+            revision=revision,
+            allow_patterns=None if patterns is None else list(patterns),
+            ignore_patterns=None if ignored is None else list(ignored),
         )
     except (errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise ModelNotFoundError(

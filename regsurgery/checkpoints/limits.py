@@ -36,7 +36,8 @@ def read_json(path: Path, remedy: str = "correct it, or get the file again") -> 
 def places_of(folder: Path) -> tuple[Path, ...]:
     """Where files of `folder` may be: below it, or, for a snapshot in the Hub's cache, in `blobs` of its repository."""
     home = folder.resolve()
-    return (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
+    snapshot = next((place for place in (home, *home.parents) if place.parent.name == "snapshots"), None)
+    return (home,) if snapshot is None else (home, snapshot.parent.parent / "blobs")
 
 
 def check_name(path: Path) -> None:

@@ -77,6 +77,10 @@ class Watched:
     def names(self) -> frozenset[str]:
         return frozenset(path.name for path in self.states)
 
+    def beside(self, others: Watched) -> Watched:
+        """These files and `others`; of those in both, as they were here."""
+        return Watched({**others.states, **self.states}, {**others.digests, **self.digests})
+
     def knowing(self, digests: Mapping[Path, str]) -> Watched:
         """The same files, with the sha256 of some more."""
         return replace(self, digests={**self.digests, **digests})

@@ -88,6 +88,7 @@ def write_weights(
         _check_new(read_header(path), additions)
         place(path, folder / path.name)
     index = json.loads(index_path.read_text("utf-8"))
+    index.setdefault("metadata", {})  # some versions of transformers need it
     if additions:
         added = f"{SHARD_NUMBER.sub('', sources[0].stem)}-registers.safetensors"
         write_tensors(folder / added, additions)

@@ -43,6 +43,13 @@ def formats(incomplete: str) -> list[tuple[str, str]]:
     return _matching(dict.fromkeys(FORMATS, ""), incomplete)
 
 
+def libraries(incomplete: str) -> list[tuple[str, str]]:
+    """Values of `--library`."""
+    from regsurgery.formats import LIBRARIES
+
+    return _matching(dict.fromkeys(LIBRARIES, ""), incomplete)
+
+
 def devices(incomplete: str) -> list[tuple[str, str]]:
     """Values of `--device-map`."""
     return _matching({"auto": "accelerate places the layers", "cuda": "", "cpu": ""}, incomplete)

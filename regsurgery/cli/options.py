@@ -18,7 +18,7 @@ from regsurgery.options import Flag
 Model = Annotated[
     str,
     typer.Argument(
-        help="Folder, Hub id, timm:NAME, open_clip:ARCH/TAG, or demo.",
+        help="Folder, weights file, Hub id, timm:NAME, open_clip:ARCH/TAG, or demo.",
         metavar="MODEL",
         show_default=False,
         autocompletion=models,

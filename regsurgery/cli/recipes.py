@@ -51,7 +51,7 @@ def show(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="Name of a bundled recipe, or a recipe file.",
+            help="Name of a bundled recipe, a recipe file, or USER/NAME of a patched repository.",
             metavar="RECIPE",
             show_default=False,
             autocompletion=recipes,
@@ -61,9 +61,9 @@ def show(
     quiet: Quiet = False,
 ) -> None:
     """Print a recipe, including every default."""
-    from regsurgery.recipe import find_recipe
+    from regsurgery.hub.recipe import named_recipe
 
-    found = find_recipe(recipe)
+    found = named_recipe(recipe)
     if as_json:
         print(json.dumps(found.as_dict(), indent=2))
     elif not quiet:

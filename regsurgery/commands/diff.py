@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from regsurgery.checkpoints.copying import CHUNK_BYTES
 from regsurgery.checkpoints.reading import weight_files
-from regsurgery.checkpoints.safetensors_file import DTYPE_BYTES, LocatedTensor, locate
+from regsurgery.checkpoints.safetensors_file import DTYPE_BYTES, LocatedTensor, locate, torch_dtype
 from regsurgery.checkpoints.watched import Watched
 from regsurgery.errors import CheckpointError, UserError
 
@@ -48,7 +48,7 @@ class Retyped:
 
 @dataclass(frozen=True)
 class Changed:
-    """A tensor whose bytes differ.
+    """A tensor whose bytes differ. Of a dtype that is not known here (F4), bytes are counted instead of elements.
 
     Attributes:
         max_abs: largest |a - b| in float64 over the elements that are numbers on both sides; None if there is none.
@@ -122,7 +122,8 @@ def diff(a: str | Path, b: str | Path, *, progress: Progress | None = None) -> D
     progress = progress or Progress()
     files_a, files_b = _files(Path(a)), _files(Path(b))
     with Watched.of([*files_a, *files_b]).unchanged():
-        return _difference(str(a), str(b), locate(files_a), locate(files_b), progress)
+        ours, theirs = (locate(files, any_dtype=True) for files in (files_a, files_b))
+        return _difference(str(a), str(b), ours, theirs, progress)
 
 
 def _difference(
@@ -191,7 +192,8 @@ def _compare(a: LocatedTensor, b: LocatedTensor, progress: Progress) -> Changed 
             progress.advance(size)
     if not num_different:
         return None
-    return Changed(a.entry.name, *a.type, largest, num_different, math.prod(a.entry.shape), num_nan)
+    num_elements = math.prod(a.entry.shape) if a.entry.dtype in DTYPE_BYTES else a.num_bytes
+    return Changed(a.entry.name, *a.type, largest, num_different, num_elements, num_nan)
 
 
 def _fill(chunk: bytearray, file: FileIO, tensor: LocatedTensor) -> None:
@@ -208,14 +210,14 @@ def _numbers(dtype: str, a: bytearray, b: bytearray) -> tuple[float | None, int,
     """`max_abs`, `num_different` and `num_nan` of `Changed` for a part of a tensor."""
     import torch
 
-    raw = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[DTYPE_BYTES[dtype]]
+    raw = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[DTYPE_BYTES.get(dtype, 1)]
     bits_a, bits_b = (torch.frombuffer(part, dtype=raw) for part in (a, b))
     different = bits_a != bits_b
-    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-             "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "U32": torch.uint32,
-             "U64": torch.uint64, "I8": torch.int8, "BOOL": torch.uint8}  # fmt: skip
-    kind = kinds.get(dtype, raw)
-    distance = bits_a[different].view(kind).double() - bits_b[different].view(kind).double()
+    if dtype not in DTYPE_BYTES:
+        return None, int(different.sum()), 0
+    kind = torch.uint8 if dtype == "BOOL" else torch_dtype(dtype)
+    exact = torch.complex128 if kind.is_complex else torch.float64
+    distance = bits_a[different].view(kind).to(exact) - bits_b[different].view(kind).to(exact)
     is_nan = distance.isnan()
     distance = distance[~is_nan].abs()
     return float(distance.max()) if len(distance) else None, int(different.sum()), int(is_nan.sum())

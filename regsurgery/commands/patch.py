@@ -19,11 +19,12 @@ from regsurgery.errors import RecipeError, UserError, VerificationError
 from regsurgery.families import family_of
 from regsurgery.formats import LIBRARIES, PROGRAMS, STOCK_CODE, any_size, has_host
 from regsurgery.frontends.loaded import Loaded
+from regsurgery.hub.recipe import named_recipe
 from regsurgery.models import open_model
 from regsurgery.modes import MODES, NATIVE, SHIFT
 from regsurgery.options import PatchOptions, takes
 from regsurgery.progress import Progress
-from regsurgery.recipe import Recipe, find_recipe, recipe_for_model
+from regsurgery.recipe import Recipe, recipe_for_model
 
 if TYPE_CHECKING:
     from regsurgery.compiler.located import Located
@@ -77,7 +78,7 @@ def patch(model: str, output: str | Path, options: PatchOptions) -> PatchResult:
     """Patch `model` and write the patched checkpoint to the new folder `output`.
 
     Args:
-        model: folder, Hub id, `timm:NAME`, `open_clip:ARCH/TAG` or `demo`.
+        model: folder, weights file, Hub id, `timm:NAME`, `open_clip:ARCH/TAG` or `demo`.
         options: see `options.PatchOptions`; its fields are the keyword arguments. What is found or fitted on some
             images is verified on others. The output has the original's tensors, at their own size.
 
@@ -165,7 +166,7 @@ def _given_recipe(model: str, options: PatchOptions) -> Recipe | None:
     """The recipe that the user named, if any."""
     if options.recipe is None or isinstance(options.recipe, Recipe):
         return options.recipe
-    chosen = find_recipe(str(options.recipe))
+    chosen = named_recipe(str(options.recipe), options.progress)
     if chosen.model and chosen.model not in (model, Path(model).absolute().name):
         options.progress.say(f"note: the recipe was made for {chosen.model}")
     return chosen

@@ -17,7 +17,7 @@ from regsurgery.emit.run_record import AS_GIVEN, read_run_record
 from regsurgery.errors import ModelNotFoundError, UserError
 from regsurgery.frontends.model_id import DEMO
 from regsurgery.images.digests import image_digest
-from regsurgery.options import PatchOptions, ReproduceOptions, takes
+from regsurgery.options import READING, PatchOptions, ReproduceOptions, takes
 from regsurgery.recipe import RECIPE_NAME, find_recipe
 from regsurgery.version import __version__
 
@@ -119,6 +119,7 @@ def _options_of(root: Path, run: Mapping[str, Any], where: str | Path, options: 
         format=run["format"],
         images=_pictures(run, options.images, where, options.progress),
         **as_given,
+        **{name: run[name] for name in READING if name in run},
         allow_pickle=options.allow_pickle,
         trust_remote_code=options.trust_remote_code,
         max_memory=options.max_memory,
@@ -130,12 +131,12 @@ def _options_of(root: Path, run: Mapping[str, Any], where: str | Path, options: 
 
 
 def _check_source(run: Mapping[str, Any]) -> None:
-    """A source without a revision was a folder, or the demo."""
+    """A source without a revision was a folder, a weights file, or the demo."""
     model = run["model"]
-    if model != DEMO and run["revision"] is None and not Path(model).is_dir():
+    if model != DEMO and run["revision"] is None and not Path(model).exists():
         where = "" if Path(model).is_absolute() else f" (relative to {Path.cwd()})"
         raise ModelNotFoundError(
-            f"{model}: the folder that was patched is not there{where}; move it back to that path (weights sha256 "
+            f"{model}: what was patched is not there{where}; move it back to that path (weights sha256 "
             f"{run['sha256']}), or give its new place with --source"
         )
 

@@ -53,8 +53,8 @@ def unpatch(folder: str | Path, output: str | Path, *, progress: Progress | None
     `shift` and `bias` keep all of the source's tensors, in the library's own format.
 
     Raises:
-        UserError: the original is not in the folder (native mode, `.pt2`, a source that was a pickle); the message says
-            where the source is and how to fetch it.
+        UserError: the original is not in the folder (native mode, `.pt2`, a source that was converted); the message
+            says where the source is and how to fetch it.
         CheckpointError: the folder is broken, changes meanwhile, or the original's tensors were trained on.
     """
     root = existing_folder(folder)
@@ -78,8 +78,8 @@ def _restored(root: Path, output: str | Path, watched: Watched, progress: Progre
         converted = read_record(root).converted_from
         if converted is not None:
             raise CheckpointError(
-                f"{root}: the source's weights were the pickle {converted['name']} (sha256 {converted['sha256']}), "
-                "which was converted to safetensors; its own bytes are not here"
+                f"{root}: the source's weights were converted from {converted['name']} (sha256 {converted['sha256']}), "
+                "whose own bytes are not here"
             )
         with whole_folder(target) as partial:
             record = restore_original(root, partial, fmt, progress)
@@ -107,7 +107,9 @@ def where_to_fetch(source: Mapping[str, Any]) -> str:
     if name == "demo":
         return "the source is the embedded demo, which every run of regsurgery generates"
     if source.get("revision") is None:
-        return f"the source was the folder {name} ({weights})"
+        file = source.get("file")
+        kind = "file" if isinstance(file, dict) and file.get("name") == Path(name).name else "folder"
+        return f"the source was the {kind} {name} ({weights})"
     repo = source.get("repo", name)
     return (
         f"the source is {name}, revision {source['revision']} ({weights}): "

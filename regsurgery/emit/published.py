@@ -82,7 +82,8 @@ def _local_paths(folder: Path) -> Iterator[str]:
     from regsurgery.verification.patched import folder_format, read_patched_config
 
     source = read_patched_config(folder, folder_format(folder))["regsurgery"]["source"]["id"]
-    for text in _texts([source, read_run_record(folder)["run"]]):
+    texts = list(_texts([source, read_run_record(folder)["run"]]))
+    for text in [*texts, *(text.partition(":")[2] for text in texts)]:  # LIBRARY:FOLDER names a folder too
         if Path(text).is_absolute() and Path(text).name:
             yield text.rstrip("/")
 

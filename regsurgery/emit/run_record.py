@@ -5,6 +5,7 @@
      "run": {"model": MODEL as given, "revision": its Hub commit or null, "sha256": of its weights,
              "mode", "format", "num_registers": as written; "calibrate": native mode only, else null,
              "searched": only, and true, where the neurons were found on the images of the run,
+             "arch", "ema", "prefix", "library", "subfolder": only where they were given, see `LoadOptions.reading`,
              "stopped_after": only where calibration was interrupted: the number of steps that were run,
              "seed", "num_images", "force", "verification", "image_size", "tower": as given,
              "images": null if pictures were generated or no image was used, else {"note": what they are called,
@@ -53,7 +54,10 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     "images": (dict, type(None)), "versions": dict,
 }  # fmt: skip
 AS_GIVEN = ("seed", "num_images", "force", "verification", "image_size", "tower")  # fields of `PatchOptions`
-OPTIONAL: dict[str, type | tuple[type, ...]] = {"stopped_after": int, "searched": bool, "tower": (str, type(None))}
+OPTIONAL: dict[str, type | tuple[type, ...]] = {
+    "stopped_after": int, "searched": bool, "tower": (str, type(None)),
+    "arch": str, "ema": bool, "prefix": str, "library": str, "subfolder": str,
+}  # fmt: skip
 
 
 def write_run_record(
@@ -150,6 +154,7 @@ def run_of(
         "num_registers": recipe.num_registers,
         "calibrate": calibrate if recipe.kind.stock else None,
         **stopped,
+        **source.read_with,
         **{name: getattr(options, name) for name in AS_GIVEN},
         "images": images_of(images) if options.verification or recipe.kind.fitted else None,
         "fitted": sorted(fitted_digests(recipe, fit)),

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from regsurgery.checkpoints.download import published_sha256
 from regsurgery.checkpoints.limits import refuse_links_out
 from regsurgery.checkpoints.owned import OwnedFolder
-from regsurgery.checkpoints.reading import weight_files
+from regsurgery.checkpoints.reading import index_of, weight_files
 from regsurgery.checkpoints.safetensors_file import SafetensorsFile, read_header
 from regsurgery.checkpoints.watched import Watched
 from regsurgery.checkpoints.weights_check import check_shards, finite_digests
-from regsurgery.checkpoints.whole import scratch_folder
-from regsurgery.errors import CheckpointError, UnsupportedModelError
+from regsurgery.errors import CheckpointError, UnsupportedModelError, UserError
 from regsurgery.formats import WEIGHTS_NAMES
 from regsurgery.frontends.bounds import bounded_model, check_numbers, tried
 from regsurgery.frontends.config import read_config
+from regsurgery.frontends.conversion.arch import Arch
+from regsurgery.frontends.conversion.files import convert_file, is_renamed
+from regsurgery.frontends.conversion.layout import weights_file
 from regsurgery.frontends.device import check_device
+from regsurgery.frontends.found import Found, find_checkpoint
 from regsurgery.frontends.libraries import frontend
 from regsurgery.frontends.loaded import Checkpoint, Loaded, Source
-from regsurgery.frontends.model_id import downloaded, repository_of
+from regsurgery.frontends.model_id import repository_of
 from regsurgery.options import LoadOptions
 
-QUANTISED = ("I8", "U8", "F8_E4M3", "F8_E5M2")  # dtypes of quantised matrices
+QUANTISED = ("I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # dtypes of quantised matrices
 
 
 def load(
@@ -37,7 +42,7 @@ def load(
     known: Mapping[str, str] | None = None,
     use_meanwhile: Callable[[Sequence[Path]], None] | None = None,
 ) -> Loaded:
-    """Load MODEL: a folder, a Hub id, `timm:NAME` or `open_clip:ARCH/TAG`.
+    """Load MODEL: a folder, a weights file, a Hub id, `timm:NAME` or `open_clip:ARCH/TAG`.
 
     Args:
         scratch: the temporary folder that MODEL is in, which lives as long as the result.
@@ -56,44 +61,69 @@ def load(
     """
     options = options or LoadOptions()
     check_device(options.device_map)
-    folder, revision, repo = _found(model_id, options)
-    files = Watched.folder(folder)
-    with files.unchanged():
-        library, config_name, config = read_config(folder)
+    source_files = _watched(model_id, options)
+    with source_files.unchanged():
+        found = find_checkpoint(model_id, options, load)
+        library, config_name, config = read_config(found.folder, found.library)
         if not native:  # a native folder is a patched one, already checked, or our own link to it
-            _refuse_patched(folder, config)
-        check_numbers(folder / config_name, config)
-        given = model_id if scratch is None else options.called
-        weights, folder, scratch, pickled = _weights(folder, library, options, scratch)
+            _refuse_patched(found.folder, config)
+        check_numbers(found.folder / config_name, config)
+        file = _to_convert(found.folder, library, config_name)
+        if file is not None:
+            made = convert_file(file, options, Arch(library, str(found.folder), config_name))
+            found = replace(found, folder=made.folder, converted=made.converted, home=made.home)
+        elif options.ema and found.converted is None:
+            raise UserError(f"--ema: {model_id} holds one set of weights; leave it out")
+    files = source_files.beside(Watched.folder(found.folder))
+    folder, converted = found.folder, found.converted
+    with files.unchanged(), nullcontext() if converted is None else converted.named(folder):
+        weights = tuple(weight_files(folder, WEIGHTS_NAMES[library]))
         headers = [read_header(path) for path in weights]
         check_shards(folder, WEIGHTS_NAMES[library], headers)
         _refuse_quantised(folder, config, headers)
         if use_meanwhile is not None:
             use_meanwhile(weights)
         digests = _known(weights, known) or (None if look_through else _published(weights)) or finite_digests(headers)
-        source = Source(options.called or model_id, revision, _combined(digests), repo)
-        _check_sha256(source, given, options)
+        source = _source(model_id, found, digests, options)
+        _check_sha256(source, model_id if scratch is None else options.called, options)
         files = files.knowing(dict(zip(weights, digests, strict=True)))
         stored = sum(path.stat().st_size for path in weights) > _memory(options)
-        checkpoint = Checkpoint(
-            source, library, folder, weights, digests, pickled, config, config_name, stored, scratch, files
-        )
+        home = scratch or found.home
+        checkpoint = Checkpoint(source, library, folder, weights, digests, config, config_name, stored, home, files)
         with bounded_model(folder / config_name, headers):
             loaded = frontend(library).load(checkpoint, options)
         tried(loaded)
     return loaded if options.tower is None else loaded.at_tower(options.tower)
 
 
-def _found(model_id: str, options: LoadOptions) -> tuple[Path, str | None, str | None]:
-    """The folder of MODEL, its Hub commit, and its repository on the Hub."""
-    if model_id and Path(model_id).is_dir():
-        folder, revision, repo = Path(model_id), options.revision, None
-    else:
-        repo = repository_of(model_id)
-        folder, revision = downloaded(repo, model_id, options)
+def _watched(model_id: str, options: LoadOptions) -> Watched:
+    """The files of MODEL as they are before anything of them is read; none of one that is yet to be downloaded."""
+    path = Path(model_id, options.subfolder or "")
+    if not model_id or not path.is_dir():
+        return Watched.of([path])
+    return Watched.folder(path)
+
+
+def _to_convert(folder: Path, library: str, config_name: str) -> Path | None:
+    """The weights of a folder that are not safetensors with names that a patched folder can have; None: they are."""
+    weights = weight_files(folder, WEIGHTS_NAMES[library])
+    if not weights:
+        return weights_file(folder, library)
+    headers = [read_header(path) for path in weights]
+    with bounded_model(folder / config_name, headers):
+        renamed = is_renamed(library, folder, [tensor.name for header in headers for tensor in header.tensors])
+    if not renamed:
+        return None
+    return weights[0] if len(weights) == 1 else index_of(weights)
+
+
+def _source(model_id: str, found: Found, digests: Sequence[str], options: LoadOptions) -> Source:
+    repo = found.repo
     if options.called is not None:
-        repo = None if revision is None else repository_of(options.called)
-    return folder, revision, repo
+        repo = None if found.revision is None else repository_of(options.called)
+    return Source(
+        options.called or model_id, found.revision, _combined(digests), repo, options.reading, found.converted
+    )
 
 
 def _check_sha256(source: Source, given: str | None, options: LoadOptions) -> None:
@@ -156,54 +186,6 @@ def _refuse_quantised(folder: Path, config: Mapping[str, Any], headers: Sequence
             f"{folder}: its weights are quantised ({reason}); patch the checkpoint before quantisation, in float32, "
             "bfloat16 or float16, and quantise the patched folder"
         )
-
-
-def _weights(
-    folder: Path, library: str, options: LoadOptions, scratch: OwnedFolder | None
-) -> tuple[tuple[Path, ...], Path, OwnedFolder | None, Path | None]:
-    """The safetensors files of a checkpoint, their folder, its `scratch`, and the pickle they were converted from."""
-    from regsurgery.formats import WEIGHTS_NAMES
-
-    single = WEIGHTS_NAMES[library]
-    weights = weight_files(folder, single)
-    if weights:
-        return tuple(weights), folder, scratch, None
-    pickled = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in (".bin", ".pt", ".pth"))
-    if not pickled:
-        raise CheckpointError(f"{folder}: has a config but no weights; {single} is missing, add it")
-    if not options.allow_pickle:
-        raise CheckpointError(
-            f"{pickled[0]}: pickled weights can run code when loaded and are refused; convert them to safetensors, or "
-            "pass --allow-pickle if you trust their author"
-        )
-    if len(pickled) > 1:
-        raise CheckpointError(
-            f"{folder}: has {len(pickled)} pickled weight files; merge them into one safetensors file"
-        )
-    with scratch_folder() as scratch:
-        converted = scratch.path / "converted"
-        _convert_pickle(pickled[0], folder, converted, single)
-    return (converted / single,), converted, scratch, pickled[0]
-
-
-def _convert_pickle(pickled: Path, folder: Path, converted: Path, single: str) -> None:
-    """Copy `folder` to `converted` with the pickled weights as safetensors; pickle is read with weights_only."""
-    import shutil
-
-    import safetensors.torch
-
-    from regsurgery.checkpoints.pickled import read_pickle
-
-    state = read_pickle(pickled)
-    converted.mkdir()
-    for path in folder.iterdir():
-        if path.is_file() and path != pickled:
-            shutil.copyfile(path, converted / path.name)
-    safetensors.torch.save_file(
-        {name: value.contiguous().clone() for name, value in state.items()},
-        converted / single,
-        metadata={"format": "pt"},
-    )
 
 
 def _combined(digests: Sequence[str]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,34 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Converted:
+    """What a checkpoint was converted from, because it was no folder of safetensors with the library's own names.
+
+    Attributes:
+        file: as the user gave it, or found in the folder.
+        sha256: of the file; of the files' digests if there are several.
+        notes: on what was read of it, each a clause.
+    """
+
+    file: Path
+    sha256: str
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The entry `file` of a source in a patched config."""
+        return {"name": self.file.name, "sha256": self.sha256, "read": "; ".join(self.notes)}
+
+    @contextmanager
+    def named(self, folder: Path) -> Iterator[None]:
+        """Errors in the block name the file instead of the temporary `folder` that was made of it."""
+        try:
+            yield
+        except UserError as error:
+            inside = re.compile(rf"{re.escape(str(folder))}(/model\.safetensors|/open_clip_model\.safetensors)?")
+            raise type(error)(inside.sub(lambda _: str(self.file), str(error))) from error
+
+
+@dataclass(frozen=True)
 class Source:
     """Where a checkpoint came from.
 
@@ -24,12 +54,16 @@ class Source:
         id: MODEL as the user gave it; `repo` is its Hub repository, if there is one.
         revision: the Hub commit.
         sha256: of its weight file; of the files' digests in name order if there are several.
+        read_with: the options that decide how it is read, see `LoadOptions.reading`, where the user set them.
+        converted: what the checkpoint was converted from, if it was.
     """
 
     id: str
     revision: str | None
     sha256: str
     repo: str | None = None
+    read_with: Mapping[str, Any] = field(default_factory=dict)
+    converted: Converted | None = None
 
     @property
     def name(self) -> str:
@@ -37,9 +71,12 @@ class Source:
         return self.repo or Path(self.id).absolute().name
 
     def as_dict(self) -> dict[str, Any]:
-        """The `source` entry of a patched config; with `repo` if that differs from `id`."""
+        """The `source` entry of a patched config: with `repo` if that differs from `id`, the options it was read with,
+        and `file`, what it was converted from.
+        """
         repo = {} if self.repo in (None, self.id) else {"repo": self.repo}
-        return {"id": self.id, **repo, "revision": self.revision, "sha256": self.sha256}
+        file = {} if self.converted is None else {"file": self.converted.as_dict()}
+        return {"id": self.id, **repo, "revision": self.revision, "sha256": self.sha256, **self.read_with, **file}
 
 
 @dataclass(frozen=True)
@@ -51,7 +88,6 @@ class Checkpoint:
         folder: the checkpoint folder; read only. `scratch` keeps it alive if it is temporary.
         weights: its safetensors files.
         digests: the sha256 of each of `weights`.
-        pickled: the pickle that `weights` were converted from, if they were.
         config: the library's own config file, parsed; `config_name` is that file's name.
         stored: whether the weights stay on disk, see `stored.py`.
         files: the source's files, as they were before they were read; a command that has read the last of them calls
@@ -63,7 +99,6 @@ class Checkpoint:
     folder: Path
     weights: tuple[Path, ...]
     digests: tuple[str, ...]
-    pickled: Path | None
     config: Mapping[str, Any]
     config_name: str
     stored: bool

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from regsurgery.checkpoints.limits import BROKEN
+from regsurgery.checkpoints.limits import BROKEN, read_json
+from regsurgery.checkpoints.reading import index_of
 from regsurgery.checkpoints.stored import StoredTensor, is_stored, stored_state
 from regsurgery.errors import CheckpointError, UnsupportedModelError
 from regsurgery.families import FEATURE_LAYERS, NOISE_INPUTS, PACKED_INPUTS, TEXT_CONFIG_KEY
@@ -33,13 +35,13 @@ UNLOADABLE = (*BROKEN, SafetensorError, StrictDataclassError)  # what transforme
 def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     """Load a transformers folder with the class that its config names."""
     folder = checkpoint.folder
-    cls = _class_of(checkpoint, options)
+    cls = class_of(folder, checkpoint.config_name, checkpoint.config, options)
     try:
         with quiet_transformers():
             model, info = from_pretrained(
                 cls,
                 folder,
-                checkpoint.weights if checkpoint.stored else None,
+                _own_state(checkpoint),
                 trust_remote_code=options.trust_remote_code,
                 device_map=options.device_map,
                 ignore_mismatched_sizes=True,
@@ -108,8 +110,8 @@ def _entry(model: Any, tower: Tower, made_of: Preprocessing) -> Entry:
     )
 
 
-def _class_of(checkpoint: Checkpoint, options: LoadOptions) -> Any:
-    """The class that the config names.
+def class_of(folder: Path, config_name: str, config: Mapping[str, Any], options: LoadOptions) -> Any:
+    """The class that the config of `folder` names.
 
     Raises:
         CheckpointError: it is code that comes with the checkpoint, or not a model class.
@@ -117,16 +119,16 @@ def _class_of(checkpoint: Checkpoint, options: LoadOptions) -> Any:
     """
     import transformers
 
-    path, config = checkpoint.folder / checkpoint.config_name, checkpoint.config
+    path = folder / config_name
     architecture = _architecture(path, config)
     cls = getattr(transformers, architecture or ("" if "auto_map" in config else "AutoModel"), None)
     if cls is None and "auto_map" in config and not options.trust_remote_code:
         raise CheckpointError(
-            f"{checkpoint.folder}: {architecture or 'its model class'} is code that comes with the checkpoint; pass "
+            f"{folder}: {architecture or 'its model class'} is code that comes with the checkpoint; pass "
             "--trust-remote-code if you trust its author"
         )
     if cls is None and "auto_map" in config:
-        return custom_class(checkpoint.folder, path, config["auto_map"], architecture)
+        return custom_class(folder, path, config["auto_map"], architecture)
     if cls is None:
         raise UnsupportedModelError(f"{path}: the installed transformers has no {architecture}; try another version")
     automatic = architecture is None or "Auto" in architecture
@@ -163,31 +165,43 @@ def _into_memory(model: nn.Module) -> None:
 
 
 def from_pretrained(
-    cls: Any, folder: Path, stored: Sequence[Path] | None, **options: Any
+    cls: Any, folder: Path, state: Mapping[str, Tensor] | None, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """The model, and which keys were missing, mismatched or left over; `stored`: weight files that stay on disk.
+    """The model, and which keys were missing, mismatched or left over; `state` takes the place of the folder's weights.
 
     A model whose weights lack the optional pooler, as DINO's do, is made without it.
     """
-    model, info = _from_pretrained(cls, folder, stored, **options)
+    model, info = _from_pretrained(cls, folder, state, **options)
     missing = info.get("missing_keys") or ()
     optional = any("add_pooling_layer" in inspect.signature(each.__init__).parameters for each in type(model).__mro__)
     if missing and optional and all("pooler" in name.split(".") for name in missing):
-        return _from_pretrained(cls, folder, stored, **options, add_pooling_layer=False)
+        return _from_pretrained(cls, folder, state, **options, add_pooling_layer=False)
     return model, info
 
 
 def _from_pretrained(
-    cls: Any, folder: Path, stored: Sequence[Path] | None, **options: Any
+    cls: Any, folder: Path, state: Mapping[str, Tensor] | None, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
     options = {**options, "dtype": "auto", "output_loading_info": True}
-    if stored is None:
+    if state is None:
         return cls.from_pretrained(folder, **options)
     from transformers import AutoConfig
 
     trusted = options.get("trust_remote_code", False)
     config = (cls.config_class or AutoConfig).from_pretrained(folder, trust_remote_code=trusted)
-    return cls.from_pretrained(None, config=config, state_dict=stored_state(stored), **{**options, "device_map": None})
+    return cls.from_pretrained(None, config=config, state_dict=dict(state), **{**options, "device_map": None})
+
+
+def _own_state(checkpoint: Checkpoint) -> dict[str, Tensor] | None:
+    """The weights, where transformers is not to read the folder's: if they stay on disk, or their index lacks
+    `metadata`, which only some versions of transformers do without.
+    """
+    if checkpoint.stored:
+        return stored_state(checkpoint.weights)
+    index = index_of(checkpoint.weights)
+    if index is None or "metadata" in read_json(index):
+        return None
+    return {name: tensor for path in checkpoint.weights for name, tensor in load_file(path).items()}
 
 
 def at_size(loaded: Loaded, size: tuple[int, int]) -> Loaded:

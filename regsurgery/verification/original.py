@@ -8,7 +8,7 @@ headers. `regsurgery_original.json` holds these, and the files that were replace
                       "header": the header of the weight file NAME, if its counterpart in the folder has another one,
                       "content": the whole file NAME, if the folder has no identical counterpart}},
      "not_copied": [NAME of a further weight file of the source that is not part of the model],
-     "converted_from": null, or {"name": ..., "sha256": ...} of the pickle that "files" was converted from}
+     "converted_from": null, or {"name": ..., "sha256": ...} of the file that "files" was converted from}
 
 `header` and `content` are deflated (zlib) and in base64. Without either, the folder has the file itself.
 
@@ -96,8 +96,8 @@ def write_record(loaded: Loaded, folder: Path) -> None:
             not_copied.append(path.name)
         else:
             files[path.name] = {"sha256": digest, "content": _pack(path.read_bytes())}
-    pickled = loaded.pickled
-    converted = None if pickled is None else {"name": pickled.name, "sha256": sums.sha256(pickled)}
+    made_of = loaded.source.converted
+    converted = None if made_of is None else {"name": made_of.file.name, "sha256": made_of.sha256}
     record = {"schema": SCHEMA, "files": files, "not_copied": not_copied, "converted_from": converted}
     write_json(folder / RECORD_NAME, record)
 

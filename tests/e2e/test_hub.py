@@ -487,3 +487,45 @@ def test_every_real_folder_in_a_fresh_process(
     for repo, how in repos.items():
         assert len(outputs[repo]) == (1 if how == "card alone" else 2)
         assert all(torch.equal(output, expected[repo]) for output in outputs[repo]), repo
+
+
+# --- recipes and subfolders from the Hub ----------------------------------------------------------------------------
+
+
+def test_a_recipe_comes_from_a_patched_repository_without_its_weights(
+    hub: Hub, run: Callable[..., Done], demo: Path, demo_folder: Path, tmp_path: Path
+) -> None:
+    assert run("push", demo, REPO, "-q").code == 0
+    hub.requests.clear()
+    done = run("patch", demo_folder, "--recipe", REPO, "-o", tmp_path / "out", "--num-images", 4)
+    assert done.code == 0, done.err
+    assert f"recipe: that of {REPO} on the Hub, revision " in done.err
+    assert (tmp_path / "out" / "recipe.yaml").read_text() == (demo / "recipe.yaml").read_text()
+    assert not [path for path in hub.requests if "safetensors" in path]
+    assert run("recipes", "show", REPO).out == (demo / "recipe.yaml").read_text()
+    assert "no such model on the Hub" in run("recipes", "show", "me/nothing").err
+    held(hub, "me/plain", {"config.json": b"{}"})
+    assert "me/plain: has no recipe.yaml, so it is no repository" in run("recipes", "show", "me/plain").err
+
+
+def held(hub: Hub, name: str, files: dict[str, bytes]) -> None:
+    """Put a repository with these files on the Hub."""
+    hub.repos[name] = repo = Repo.new(private=False)
+    stored = {path: File(content, path.endswith(".safetensors")) for path, content in files.items()}
+    hub.objects |= {file.oid: file.content for file in stored.values() if file.large}
+    repo.commits[repo.branches["main"]] |= stored
+
+
+def test_only_what_a_subfolder_needs_is_fetched(
+    hub: Hub, run: Callable[..., Done], demo_folder: Path, tmp_path: Path
+) -> None:
+    files = {name: b"{}" for name in ("model_index.json", "unet/config.json", "unet/model.safetensors")}
+    held(hub, REPO, files | {f"image_encoder/{path.name}": path.read_bytes() for path in demo_folder.iterdir()})
+    done = run("patch", REPO, "--recipe", "demo", "-o", tmp_path / "out")
+    assert "its vision model is in image_encoder/: add --subfolder image_encoder" in done.err
+    hub.requests.clear()
+    done = run(
+        "patch", REPO, "--subfolder", "image_encoder", "--recipe", "demo", "-o", tmp_path / "out", "--num-images", 4
+    )
+    assert done.code == 0, done.err
+    assert not [path for path in hub.requests if "unet/" in path]

@@ -145,7 +145,7 @@ def test_a_source_that_is_gone_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(["reproduce", str(_with(patched, model="gone/model"))], monkeypatch) == 2
-    assert "gone/model: the folder that was patched is not there (relative to" in capsys.readouterr().err
+    assert "gone/model: what was patched is not there (relative to" in capsys.readouterr().err
 
 
 def test_images_where_the_run_had_none_are_refused(patched: Path, photos: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_repository_needs_no_download_of_weights(
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(COMMIT)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(ModelNotFoundError, match=r"model: the folder that was patched is not there.*--source"):
+    with pytest.raises(ModelNotFoundError, match=r"model: what was patched is not there.*--source"):
         regsurgery.reproduce(REPO, images=photos)
     result = regsurgery.reproduce(REPO, images=photos, source=str(source))
     assert result.identical and result.differences == {}

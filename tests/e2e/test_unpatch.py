@@ -126,7 +126,7 @@ def test_a_pickle_cannot_come_back_and_verify_can_still_compare(demo_folder: Pat
     (source / MODEL).unlink()
     regsurgery.patch(str(source), tmp_path / "patched", recipe="demo", num_images=2, allow_pickle=True)
     digest = sha256(source / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=rf"the pickle pytorch_model\.bin \(sha256 {digest}\).*{source}"):
+    with pytest.raises(CheckpointError, match=rf"converted from pytorch_model\.bin \(sha256 {digest}\).*{source}"):
         regsurgery.unpatch(tmp_path / "patched", tmp_path / "restored")
     assert regsurgery.verify(tmp_path / "patched", num_images=2).passed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ def build(root: Path) -> Bases:
     _shard(root / "vit", root / "sharded")
     for name, zipped in (("bin", True), ("bin-legacy", False)):
         _pickle(root / "vit", root / name, zipped)
+    _files(root)
     recipe = parse_recipe(RECIPE, "recipe.yaml")
     found: Any = None
     for name in ("timm", "vit"):
@@ -85,6 +87,33 @@ def build(root: Path) -> Bases:
             run = run_of(surgery, loaded.library, options.image_set(), None, False, options, False)
             complete(surgery, folder, loaded.library, None, run)
     return Bases({path.name: path for path in root.iterdir()}, found.traced, found.sites)
+
+
+def _files(root: Path) -> None:
+    """Weights files as training leaves them, each `weights.NAME` in a folder of its own."""
+    import timm
+    from huggingface_hub import save_torch_state_dict
+    from safetensors.torch import load_file
+
+    from tests.e2e.test_files import Archived, openai_clip
+
+    vit = load_file(root / "vit" / "model.safetensors")
+    args = argparse.Namespace(model="vit_tiny_patch16_224", num_classes=3, gp="token", in_chans=3, mean=(0.5,) * 3,
+                              model_kwargs=TINY_TIMM, input_size=(3, 16, 16), crop_pct=0.9)  # fmt: skip
+    state = timm.create_model(args.model, num_classes=3, **TINY_TIMM).state_dict()
+    run = {"epoch": 1, "arch": args.model, "state_dict": state, "state_dict_ema": state, "args": args, "optimizer": {}}
+    for name in ("file-timm", "file-archive"):
+        (root / name).mkdir()
+    torch.save(run, root / "file-timm" / "weights.pth.tar")
+    torch.jit.trace(Archived(openai_clip()), torch.ones(1, 64)).save(str(root / "file-archive" / "weights.pt"))
+    for name in ("file-ckpt", "file-shards"):
+        shutil.copytree(root / "vit", root / name)
+        (root / name / "model.safetensors").unlink()
+    wrapped = {f"net.{name}": value for name, value in vit.items()}
+    torch.save({"state_dict": {**wrapped, "criterion.weight": torch.ones(3)}, "hyper_parameters": {"lr": 0.1}},
+               root / "file-ckpt" / "weights.ckpt")  # fmt: skip
+    save_torch_state_dict(vit, root / "file-shards", safe_serialization=False, max_shard_size="8KB")
+    (root / "file-shards" / "pytorch_model.bin.index.json").rename(root / "file-shards" / "weights.index.json")
 
 
 def quiet() -> None:

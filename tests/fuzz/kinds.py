@@ -189,6 +189,58 @@ def _rezip(rng: Random, path: Path) -> None:
     path.write_bytes(out.getvalue())
 
 
+FILES = ("file-timm", "file-timm", "file-archive", "file-ckpt", "file-shards")
+FILE_KEYS = ("state_dict", "state_dict_ema", "model", "teacher", "student", "args", "arch", "weight_map", "metadata",
+             "model_kwargs", "num_classes", "mean", "crop_pct", "in_chans", "gp", "input_size")  # fmt: skip
+
+
+def file_of(folder: Path) -> Path:
+    return next(folder.glob("weights.*"))
+
+
+def file_bytes(rng: Random, folder: Path) -> None:
+    path = rng.choice(sorted({file_of(folder), *folder.glob("*.bin")}))
+    content = path.read_bytes()
+    start = rng.choice([0, 0, max(0, len(content) - 3000)])
+    path.write_bytes(mutate.damage_bytes(rng, content, start, rng.choice([None, min(start + 4000, len(content))])))
+
+
+def file_content(rng: Random, folder: Path) -> None:
+    """Other content of the same kind: damaged entries and arguments, other names, a rezipped archive."""
+    import torch
+
+    path = file_of(folder)
+    if path.suffix == ".json":
+        _tree(rng, path, FILE_KEYS)
+        return
+    if path.suffix == ".pt":
+        _rezip(rng, path)
+        return
+    content = torch.load(path, weights_only=False)
+    if "args" in content and rng.random() < 0.5:
+        arguments = vars(content["args"])
+        arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
+        mutate.damage_tree(rng, arguments, FILE_KEYS)
+        content["args"] = arguments
+    key = rng.choice(sorted(set(content) & {"state_dict", "state_dict_ema"}))
+    state, kind = content[key], rng.randrange(6)
+    names = list(state)
+    if kind == 0:
+        content[key] = {rng.choice(["module.", "a.b.", "_orig_mod.", "0.", "", ".", "\0."]) + name: value
+                        for name, value in state.items()}  # fmt: skip
+    elif kind == 1:
+        content[key] = mutate.value(rng)
+    elif kind == 2:
+        state[rng.choice(names)] = rng.choice([torch.ones(3), None, torch.ones(2).to_sparse(), 3, torch.empty(0)])
+    elif kind == 3:
+        content[rng.choice(FILE_KEYS)] = rng.choice([state, {"state_dict": state}, mutate.value(rng), content])
+    elif kind == 4:
+        del state[rng.choice(names)]
+    else:
+        content = rng.choice([content[key], [content], {key: {key: {key: {key: state}}}}])
+    torch.save(content, path)
+
+
 class Runs:
     """A pickle that makes a folder where it is loaded carelessly."""
 
@@ -326,6 +378,14 @@ def run_load(rng: Random, folder: Path, bases: Bases) -> None:
     loaded.preprocess([PIL.Image.new("RGB", (20, 18), (9, 90, 200))])
 
 
+def run_file(rng: Random, folder: Path, bases: Bases) -> None:
+    from regsurgery.frontends.load import load
+    from regsurgery.options import LoadOptions
+
+    prefix = rng.choice([None, None, None, "net", "module.", "", "."])
+    load(str(file_of(folder)), LoadOptions(allow_pickle=True, ema=rng.choice([None, None, False]), prefix=prefix))
+
+
 def run_header(rng: Random, folder: Path, bases: Bases) -> None:
     from regsurgery.checkpoints.safetensors_file import read_header
 
@@ -383,6 +443,8 @@ KINDS = {
     "index": Kind(("sharded",), index, run_load, 8),
     "links": Kind((*LOADED, "sharded", "bin"), links, run_load, 5),
     "pickle": Kind(("bin", "bin", "bin-legacy"), pickled, run_load, 8),
+    "file: bytes": Kind(FILES, file_bytes, run_file, 10),
+    "file: content": Kind(FILES, file_content, run_file, 16),
     "recipe": Kind(("vit",), recipe_text, run_recipe, 15),
     "patched: config": Kind(PATCHED, patched_block, run_patched, 12),
     "patched: files": Kind(PATCHED, patched_files, run_patched, 6),

@@ -155,7 +155,7 @@ def test_a_wrong_value_is_refused_before_the_model_is_read(run, tmp_path, monkey
         ("timm:", "timm.list_pretrained() in Python lists them"),
         ("nobody/no-such-model", "HF_HUB_OFFLINE is set: unset it, check the spelling, or give a folder"),
         ("", "MODEL is empty; give a folder, a Hub id, timm:NAME, open_clip:ARCH/TAG or demo"),
-        (__file__, "a file; give the folder that holds the checkpoint"),
+        (__file__, ".bin, .pt, .pth, .ckpt, or the folder that holds the checkpoint"),
     ],
 )
 def test_a_model_that_is_none_is_told_what_to_give(run, model, said):

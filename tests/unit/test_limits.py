@@ -1,18 +1,20 @@
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from regsurgery.checkpoints.containers import read_weights_file
 from regsurgery.checkpoints.limits import read_json, refuse_links_out
-from regsurgery.checkpoints.pickled import read_pickle
 from regsurgery.checkpoints.safetensors_file import SafetensorsFile, read_header
 from regsurgery.checkpoints.sums import sha256
 from regsurgery.checkpoints.weights_check import check_shards, finite_digest
@@ -209,6 +211,10 @@ def test_a_tensor_in_two_shards_is_named(shards):
 # --- pickles --------------------------------------------------------------------------------------------------------
 
 
+def read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    return dict(read_weights_file(path, allow_pickle=True).weights(None, "transformers").tensors)
+
+
 def test_tied_weights_in_a_pickle_are_read(tmp_path):
     tied = torch.randn(50, 50)
     torch.save({"state_dict": {"a": tied, "b": tied, "c": tied.T}}, tmp_path / "w.bin")
@@ -253,6 +259,28 @@ class Runs:
 
     def __reduce__(self):
         return os.mkdir, (str(self.marker),)
+
+
+def test_what_training_scripts_put_next_to_weights_is_read(tmp_path):
+    beside = {"args": argparse.Namespace(output=tmp_path, lr=0.1), "best": np.float64(0.5), "epoch": np.int64(3)}
+    torch.save({"state_dict": {"a": torch.ones(2)}, **beside}, tmp_path / "w.bin")
+    file = read_weights_file(tmp_path / "w.bin", allow_pickle=True)
+    assert file.arguments == {"output": None, "lr": 0.1}
+    assert torch.equal(file.weights(None, "timm").tensors["a"], torch.ones(2))
+
+
+def test_arguments_that_hold_themselves_are_cut(tmp_path):
+    arguments = {"model": "vit", "size": (3, 4)}
+    arguments["self"] = arguments
+    torch.save({"state_dict": {"a": torch.ones(2)}, "args": arguments}, tmp_path / "w.bin")
+    read = read_weights_file(tmp_path / "w.bin", allow_pickle=True).arguments
+    assert (read["model"], read["size"]) == ("vit", (3, 4)) and "self" in read
+
+
+def test_a_type_that_is_not_data_is_named(tmp_path):
+    torch.save({"state_dict": {"a": torch.ones(2)}, "config": Runs(tmp_path)}, tmp_path / "w.bin")
+    with pytest.raises(CheckpointError, match=r"cannot be read as plain weights \(it holds a posix\.mkdir, which"):
+        read_pickle(tmp_path / "w.bin")
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -84,7 +84,7 @@ def patch(source: Path, folder: Path) -> Path:
         folder=source,
         weights=weights,
         digests=tuple(map(sha256, weights)),
-        pickled=None,
+        source=SimpleNamespace(converted=None),
         files=Watched.folder(source),
     )
     write_record(loaded, folder)

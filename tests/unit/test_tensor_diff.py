@@ -95,6 +95,30 @@ def test_every_dtype_is_read_as_numbers(tmp_path, dtype):
     assert found is not None and (found.max_abs, found.num_different, found.num_nan) == (2, 2, 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e8m0fnu, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz])
+def test_further_kinds_of_eight_bits_are_read_as_numbers(tmp_path, dtype):
+    a, b = (torch.tensor([1.0, 2.0, value]).to(dtype) for value in (4.0, 8.0))
+    found = one(tmp_path, a, b)
+    assert found is not None and (found.max_abs, found.num_different, found.num_nan) == (4, 1, 0)
+
+
+def test_complex_numbers_differ_by_their_distance(tmp_path):
+    a, b = torch.tensor([1 + 1j, 2]), torch.tensor([4 + 5j, 2])
+    assert one(tmp_path, a, b) == Changed("x", "C64", (2,), 5.0, 1, 2, 0)
+
+
+def raw(path: Path, dtype: str, shape: list[int], data: bytes) -> Path:
+    header = json.dumps({"x": {"dtype": dtype, "shape": shape, "data_offsets": [0, len(data)]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
+    return path
+
+
+def test_a_dtype_that_is_not_known_is_compared_as_bytes(tmp_path):
+    a, b = (raw(tmp_path / f"{name}.safetensors", "F4", [6], data) for name, data in (("a", b"abc"), ("b", b"axy")))
+    assert regsurgery.diff(a, b).changed == (Changed("x", "F4", (6,), None, 2, 3, 0),)
+    assert regsurgery.diff(a, a).identical
+
+
 def test_booleans_differ_by_one(tmp_path):
     found = one(tmp_path, torch.tensor([True, False]), torch.tensor([True, True]))
     assert found is not None and (found.dtype, found.max_abs, found.num_different) == ("BOOL", 1, 1)
@@ -169,8 +193,8 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path, monkeypatch)
     a, b = folder_of(tmp_path / "a", TENSORS), folder_of(tmp_path / "b", TENSORS)
     read_header = safetensors_file.read_header
 
-    def and_cut(path: Path) -> object:
-        header = read_header(path)
+    def and_cut(path: Path, **how: bool) -> object:
+        header = read_header(path, **how)
         path.write_bytes(path.read_bytes()[:-1])
         return header
 

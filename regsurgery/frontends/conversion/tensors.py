@@ -1,0 +1,36 @@
+"""Tensors of a file: their dtype, their shapes as a header says them, and how they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from regsurgery.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+def common_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype of all floating-point tensors; float32 if they have several."""
+    import torch
+
+    found = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    return found.pop() if len(found) == 1 else torch.float32
+
+
+def shapes_of(path: Path, tensors: Mapping[str, Tensor]) -> SafetensorsFile:
+    """A header with the names and shapes of `tensors`, which came from `path`."""
+    entries = [TensorEntry(name, "F32", tuple(tensor.shape), 0, 0) for name, tensor in tensors.items()]
+    return SafetensorsFile(path, tuple(entries), {}, 0)
+
+
+def write(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file; tensors that share memory are written separately."""
+    from safetensors.torch import save_file
+
+    save_file(
+        {name: value.detach().contiguous().clone() for name, value in tensors.items()}, path, metadata={"format": "pt"}
+    )
