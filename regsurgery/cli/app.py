@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="regsurgery",
     help="Rewrite Vision Transformer checkpoints so that outlier tokens are gone.\n\nMODEL is a folder, a "
-    "weights file, a Hub id, timm:NAME, open_clip:ARCH/TAG, or demo. Exit codes: 0 done; 1 verification failed "
-    "(diff, reproduce: differences); 2 invalid input; 3 nothing to fix; 70 a bug; 71 too little memory; 130 interrupted; 129, 143 ended "
-    "by SIGHUP, SIGTERM.",
+    "weights file, a Hub id, timm:NAME, open_clip:ARCH/TAG, or demo. Exit codes: 0 done; 1 verification failed (diff, "
+    "reproduce: differences); 2 invalid input; 3 nothing to fix; 70 a bug; 71 too little memory; 130 interrupted; 129, "
+    "143 ended by SIGHUP, SIGTERM.",
     epilog="Example: regsurgery patch demo -o demo-patched",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

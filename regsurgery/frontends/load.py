@@ -68,12 +68,7 @@ def load(
         if not native:  # a native folder is a patched one, already checked, or our own link to it
             _refuse_patched(found.folder, config)
         check_numbers(found.folder / config_name, config)
-        file = _to_convert(found.folder, library, config_name)
-        if file is not None:
-            made = convert_file(file, options, Arch(library, str(found.folder), config_name))
-            found = replace(found, folder=made.folder, converted=made.converted, home=made.home)
-        elif options.ema and found.converted is None:
-            raise UserError(f"--ema: {model_id} holds one set of weights; leave it out")
+        found = _with_plain_weights(found, library, config_name, model_id, options)
     files = source_files.beside(Watched.folder(found.folder))
     folder, converted = found.folder, found.converted
     with files.unchanged(), nullcontext() if converted is None else converted.named(folder):
@@ -102,6 +97,17 @@ def _watched(model_id: str, options: LoadOptions) -> Watched:
     if not model_id or not path.is_dir():
         return Watched.of([path])
     return Watched.folder(path)
+
+
+def _with_plain_weights(found: Found, library: str, config_name: str, model_id: str, options: LoadOptions) -> Found:
+    """The checkpoint with its weights as safetensors, by names that a patched folder can have."""
+    file = _to_convert(found.folder, library, config_name)
+    if file is not None:
+        made = convert_file(file, options, Arch(library, str(found.folder), config_name))
+        return replace(found, folder=made.folder, converted=made.converted, home=made.home)
+    if options.ema and found.converted is None:
+        raise UserError(f"--ema: {model_id} holds one set of weights; leave it out")
+    return found
 
 
 def _to_convert(folder: Path, library: str, config_name: str) -> Path | None:
