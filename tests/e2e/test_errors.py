@@ -297,7 +297,7 @@ def test_neurons_that_are_not_the_register_neurons(run, demo, tmp_path):
     "args, named",
     [
         (["--recipe", "dmo"], "dmo: no such recipe file, and no bundled recipe of that name; did you mean 'demo'?"),
-        (["--recipe", "demo", "--format", "onx"], "format onx: not one of transformers, timm, open_clip, dinov2, pt2, on"),
+        (["--recipe", "demo", "--format", "onx"], "format onx: not one of transformers, timm, open_clip, dinov2, pt2"),
         (["--recipe", "demo", "--format", "timm"], "format timm"),
         (["--recipe", "demo", "--num-registers", "65"], "--num-registers"),
         (["--recipe", "demo", "--images", "no-such-folder"], "no-such-folder: no such folder of images"),
