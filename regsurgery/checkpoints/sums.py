@@ -23,6 +23,11 @@ def sha256_each(paths: Sequence[Path]) -> tuple[str, ...]:
         return tuple(pool.map(sha256, paths))
 
 
+def combined_digest(digests: Sequence[str]) -> str:
+    """The sha256 that stands for several files, made of theirs in order; of one file its own."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
 SUMS_NAME = "SHA256SUMS"
 
 

@@ -13,6 +13,7 @@ from regsurgery.checkpoints.limits import refuse_links_out
 from regsurgery.checkpoints.owned import OwnedFolder
 from regsurgery.checkpoints.reading import index_of, weight_files
 from regsurgery.checkpoints.safetensors_file import SafetensorsFile, read_header
+from regsurgery.checkpoints.sums import combined_digest
 from regsurgery.checkpoints.watched import Watched
 from regsurgery.checkpoints.weights_check import check_shards, finite_digests
 from regsurgery.errors import CheckpointError, UnsupportedModelError, UserError
@@ -61,15 +62,17 @@ def load(
     """
     options = options or LoadOptions()
     check_device(options.device_map)
-    source_files = _watched(model_id, options)
-    with source_files.unchanged():
+    origin = Path(model_id, options.subfolder or "")  # not there if it is yet to be downloaded
+    files = Watched.folder(origin) if model_id and origin.is_dir() else Watched.of([origin])
+    with files.blamed():
         found = find_checkpoint(model_id, options, load)
         library, config_name, config = read_config(found.folder, found.library)
         if not native:  # a native folder is a patched one, already checked, or our own link to it
             _refuse_patched(found.folder, config)
         check_numbers(found.folder / config_name, config)
         found = _with_plain_weights(found, library, config_name, model_id, options)
-    files = source_files.beside(Watched.folder(found.folder))
+    if found.folder != origin:
+        files = files.beside(Watched.folder(found.folder))
     folder, converted = found.folder, found.converted
     with files.unchanged(), nullcontext() if converted is None else converted.named(folder):
         weights = tuple(weight_files(folder, WEIGHTS_NAMES[library]))
@@ -89,14 +92,6 @@ def load(
             loaded = frontend(library).load(checkpoint, options)
         tried(loaded)
     return loaded if options.tower is None else loaded.at_tower(options.tower)
-
-
-def _watched(model_id: str, options: LoadOptions) -> Watched:
-    """The files of MODEL as they are before anything of them is read; none of one that is yet to be downloaded."""
-    path = Path(model_id, options.subfolder or "")
-    if not model_id or not path.is_dir():
-        return Watched.of([path])
-    return Watched.folder(path)
 
 
 def _with_plain_weights(found: Found, library: str, config_name: str, model_id: str, options: LoadOptions) -> Found:
@@ -128,7 +123,7 @@ def _source(model_id: str, found: Found, digests: Sequence[str], options: LoadOp
     if options.called is not None:
         repo = None if found.revision is None else repository_of(options.called)
     return Source(
-        options.called or model_id, found.revision, _combined(digests), repo, options.reading, found.converted
+        options.called or model_id, found.revision, combined_digest(digests), repo, options.reading, found.converted
     )
 
 
@@ -192,9 +187,3 @@ def _refuse_quantised(folder: Path, config: Mapping[str, Any], headers: Sequence
             f"{folder}: its weights are quantised ({reason}); patch the checkpoint before quantisation, in float32, "
             "bfloat16 or float16, and quantise the patched folder"
         )
-
-
-def _combined(digests: Sequence[str]) -> str:
-    import hashlib
-
-    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from regsurgery.checkpoints.containers import Weights, WeightsFile, prefixes, read_weights_file
 from regsurgery.checkpoints.owned import OwnedFolder
-from regsurgery.checkpoints.sums import sha256, sha256_each
+from regsurgery.checkpoints.sums import combined_digest, sha256_each
 from regsurgery.checkpoints.whole import scratch_folder
 from regsurgery.errors import CheckpointError, UserError
 from regsurgery.frontends.bounds import bounded_model, check_numbers
@@ -157,11 +157,7 @@ def is_renamed(library: str, folder: Path, names: Sequence[str]) -> bool:
 
 def digest(parts: tuple[Path, ...]) -> str:
     """The sha256 of a file; of the files' digests if there are several."""
-    import hashlib
-
-    if len(parts) == 1:
-        return sha256(parts[0])
-    return hashlib.sha256("\n".join(sha256_each(parts)).encode()).hexdigest()
+    return combined_digest(sha256_each(parts))
 
 
 def _notes(arch: Arch, weights: Weights, prefix: str, taken: Mapping[str, Tensor]) -> list[str]:
