@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from regsurgery.checkpoints.limits import read_json
 from regsurgery.checkpoints.whole import temporary_folder
-from regsurgery.checkpoints.writing import write_json
+from regsurgery.checkpoints.writing import write_json, write_tensors
 from regsurgery.errors import ModelNotFoundError, did_you_mean
 from regsurgery.formats import WEIGHTS_NAMES
-from regsurgery.frontends.conversion import tensors as plain
 from regsurgery.frontends.conversion.arch import Arch
 from regsurgery.frontends.conversion.layout import copy_side_files
 from regsurgery.frontends.open_clip import UNLOADABLE
@@ -40,7 +39,7 @@ class OpenClipTarget:
 
         with temporary_folder() as scratch:
             file = scratch / "given.safetensors"
-            plain.write(tensors, file)
+            write_tensors(file, tensors)
             try:
                 open_clip.load_checkpoint(self._built(), str(file), strict=True)  # type: ignore[arg-type]
             except UNLOADABLE as error:
@@ -55,7 +54,7 @@ class OpenClipTarget:
             copy_side_files(self._folder, folder)
         state = self._built().state_dict()  # in float32; a file's own dtype holds the same numbers
         own = {name: value.to(self._dtypes.get(name, value.dtype)) for name, value in state.items()}
-        plain.write(own, folder / WEIGHTS_NAMES["open_clip"])
+        write_tensors(folder / WEIGHTS_NAMES["open_clip"], own)
 
     def _built(self) -> Any:
         if self._model is None:
@@ -109,7 +108,7 @@ class OpenAITarget:
         }
         preprocessing = {"mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD)}
         write_json(folder / CONFIG_NAME, {"model_cfg": config, "preprocess_cfg": preprocessing})
-        plain.write(model.state_dict(), folder / WEIGHTS_NAMES["open_clip"])
+        write_tensors(folder / WEIGHTS_NAMES["open_clip"], model.state_dict())
 
 
 def _config_of(arch: Arch) -> dict[str, Any]:

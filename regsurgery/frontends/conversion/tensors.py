@@ -1,4 +1,4 @@
-"""Tensors of a file: their dtype, their shapes as a header says them, and how they are written."""
+"""Tensors of a file: their dtype, and their shapes as a header says them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,3 @@ def shapes_of(path: Path, tensors: Mapping[str, Tensor]) -> SafetensorsFile:
     """A header with the names and shapes of `tensors`, which came from `path`."""
     entries = [TensorEntry(name, "F32", tuple(tensor.shape), 0, 0) for name, tensor in tensors.items()]
     return SafetensorsFile(path, tuple(entries), {}, 0)
-
-
-def write(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file; tensors that share memory are written separately."""
-    from safetensors.torch import save_file
-
-    save_file(
-        {name: value.detach().contiguous().clone() for name, value in tensors.items()}, path, metadata={"format": "pt"}
-    )

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from regsurgery.checkpoints.stored import without_memory
+from regsurgery.checkpoints.writing import write_tensors
 from regsurgery.errors import CheckpointError, ModelNotFoundError, did_you_mean
 from regsurgery.formats import WEIGHTS_NAMES
-from regsurgery.frontends.conversion import tensors as plain
 from regsurgery.frontends.conversion.arch import Arch
 from regsurgery.frontends.conversion.layout import copy_side_files
+from regsurgery.frontends.conversion.tensors import common_dtype
 from regsurgery.frontends.timm import UNLOADABLE
 from regsurgery.settings import replaced
 
@@ -64,7 +65,7 @@ class TimmTarget:
         except UNLOADABLE as error:
             return " ".join(str(error).split())
         model.pretrained_cfg = {**own, "num_classes": num_classes}
-        self._model = model.to(plain.common_dtype(tensors))
+        self._model = model.to(common_dtype(tensors))
         return None
 
     def write(self, folder: Path) -> None:
@@ -73,7 +74,7 @@ class TimmTarget:
 
         if self._folder is not None:
             copy_side_files(self._folder, folder)
-            plain.write(self._model.state_dict(), folder / WEIGHTS_NAMES["timm"])
+            write_tensors(folder / WEIGHTS_NAMES["timm"], self._model.state_dict())
             return
         if self._arguments:
             data = resolve_data_config(dict(self._arguments), model=self._model)

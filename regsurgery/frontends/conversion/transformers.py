@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from regsurgery.checkpoints.writing import write_tensors
 from regsurgery.errors import CheckpointError
 from regsurgery.formats import WEIGHTS_NAMES
 from regsurgery.frontends.config import read_config
-from regsurgery.frontends.conversion import tensors as plain
 from regsurgery.frontends.conversion.arch import Arch
 from regsurgery.frontends.conversion.layout import copy_side_files
 from regsurgery.frontends.transformers import UNLOADABLE, class_of, from_pretrained
@@ -59,4 +59,4 @@ class TransformersTarget:
 
     def write(self, folder: Path) -> None:
         copy_side_files(self._folder, folder)
-        plain.write(self._taken, folder / WEIGHTS_NAMES["transformers"])
+        write_tensors(folder / WEIGHTS_NAMES["transformers"], self._taken)
