@@ -38,13 +38,10 @@ def labels_of(
     numbered = _by_file_name(names)
     if numbered and named and (len(_folders(names)) == 1 or _too_large(named, num_classes)):
         named = None
-    rules = {
-        "the names of the folders": named,
-        "the folders in their order": placed if num_classes is not None else None,
-        "the number before _ in the file names": numbered,
-        "the folders, in their order": placed,
-    }
-    rule, labels = next(((rule, found) for rule, found in rules.items() if found is not None), ("", None))
+    in_order = ("the folders in their order", placed)
+    rules = [("the names of the folders", named), ("the number before _ in the file names", numbered)]
+    rules.insert(2 if num_classes is None else 1, in_order)
+    rule, labels = next(((rule, found) for rule, found in rules if found is not None), ("", None))
     if labels is None:
         raise UserError(
             f"{images.note}: no labels; put the class index before _ in the file names (0013_junco.jpg), or the "
