@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from regsurgery.errors import UserError
+
 if TYPE_CHECKING:
     from regsurgery.images.image_set import ImageSet
     from regsurgery.images.sources import Content
@@ -36,14 +38,26 @@ def image_digests(pictures: ImageSet) -> list[str]:
 
 
 def _named_digests(pictures: ImageSet) -> Iterator[tuple[str, bytes]]:
-    """Name and sha256 of every image file or record, in their order."""
+    """Name and sha256 of every image file or record, in their order.
+
+    Raises:
+        UserError: an image is not there any more.
+    """
     items = iter(pictures.source.items(pictures.chosen))
     with ThreadPoolExecutor() as pool:
         while some := list(itertools.islice(items, READ_AT_ONCE)):
-            yield from zip((name for name, _ in some), pool.map(_digest, (content for _, content in some)), strict=True)
+            yield from zip((name for name, _ in some), pool.map(_digest, some), strict=True)
 
 
-def _digest(content: Content) -> bytes:
+def _digest(item: tuple[str, Content]) -> bytes:
+    name, content = item
+    try:
+        return _sha256(content)
+    except OSError as error:
+        raise UserError(f"{name}: the images changed while they were used ({error.strerror or error})") from error
+
+
+def _sha256(content: Content) -> bytes:
     if isinstance(content, Path):
         with content.open("rb") as file:
             return hashlib.file_digest(file, "sha256").digest()

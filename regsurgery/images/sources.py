@@ -108,7 +108,15 @@ def blamed(path: Path, kind: str, *errors: type[Exception]) -> Iterator[None]:
 
 
 def fingerprint_of(paths: tuple[Path, ...], *, dated: bool = True) -> str:
-    stats = [path.stat() for path in paths]
+    """Identifies files by names, sizes and, if `dated`, dates.
+
+    Raises:
+        UserError: one is not there any more.
+    """
+    try:
+        stats = [path.stat() for path in paths]
+    except OSError as error:
+        raise UserError(f"{error.filename}: the images changed while they were used ({error.strerror})") from error
     facts = [
         (path.name, stat.st_size, stat.st_mtime_ns) if dated else (path.name, stat.st_size)
         for path, stat in zip(paths, stats, strict=True)
