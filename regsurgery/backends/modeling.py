@@ -16,6 +16,7 @@ from regsurgery.checkpoints.limits import MAX_JSON_BYTES
 from regsurgery.checkpoints.safetensors_file import weights_dtype
 from regsurgery.checkpoints.writing import write_json, write_weights
 from regsurgery.errors import CheckpointError
+from regsurgery.runtime import hidden, surgery
 from regsurgery.settings import replaced
 
 if TYPE_CHECKING:
@@ -31,20 +32,29 @@ FOLDERS = itertools.count()
 
 
 def modeling_source(host: ModuleType, tail: str = "") -> str:
-    """The source of the loader file: `runtime/surgery.py`, the host's loader module, and `tail`.
+    """The source of the loader file: `runtime/hidden.py`, `runtime/surgery.py`, the host's loader module, and `tail`.
 
-    The host module's docstring and its imports from regsurgery are left out; what it imports comes before it.
+    Docstrings of modules and imports from regsurgery are left out, but for the first docstring; what a module imports
+    from the project comes before it.
     """
-    runtime = (Path(__file__).parents[1] / "runtime" / "surgery.py").read_text("utf-8")
-    assert host.__file__ is not None
-    source = Path(host.__file__).read_text("utf-8")
+    first, *others = (_text(module) for module in (hidden, surgery, host))
+    return "\n\n\n".join((first.rstrip(), *map(_body, others))) + f"\n{tail}"
+
+
+def _text(module: ModuleType) -> str:
+    assert module.__file__ is not None
+    return Path(module.__file__).read_text("utf-8")
+
+
+def _body(source: str) -> str:
+    """`source` without its docstring and what it imports from `__future__` and regsurgery."""
     lines = source.splitlines()
     for statement in reversed(ast.parse(source).body):
         module = statement.module or "" if isinstance(statement, ast.ImportFrom) else ""
         docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
         if docstring or module == "__future__" or module.split(".")[0] == "regsurgery":
             del lines[statement.lineno - 1 : statement.end_lineno]
-    return f"{runtime.rstrip()}\n\n\n{chr(10).join(lines).strip()}\n{tail}"
+    return "\n".join(lines).strip()
 
 
 def loader_digest(text: str) -> str:

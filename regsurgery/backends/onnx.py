@@ -2,6 +2,8 @@
 
 Exported without optimisation, so that parameters keep their names and values as initializers (`regsurgery verify` reads
 native mode's edited ones there, and users find `register_tokens`); runtimes fold constants when they load the file.
+Tools that quantise do not: they look for products with an initializer. So the weights of linears, which the exporter
+leaves as `Transpose(NAME)`, are written transposed, as `NAME.T`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -35,6 +38,7 @@ PROGRAM_NAME = "model.onnx"
 WEIGHTS_NAME = "model.onnx.data"
 MAX_ONE_FILE_BYTES = 3 << 29  # protobuf's limit is 2 GiB; beyond this, weights go into a file of their own
 BATCH = "batch"
+TRANSPOSED = ".T"  # after the name of a parameter that is written transposed
 
 # Times rounding (`measure.PARITY`), so 1e-4 of the largest output in float32. onnxruntime has its own kernels and
 # fuses operators: over all models of the tests at most 2e-6 of the largest output, and 1e-6 on the real ViT-Ti (1.7e-5
@@ -87,6 +91,7 @@ def emit(surgery: Surgery, folder: Path, target: Path) -> None:
     from onnxscript import ir
 
     model = _export(surgery)
+    _transpose_weights(model.graph)
     _strip(model)
     num_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     ir.save(model, folder / PROGRAM_NAME, external_data=WEIGHTS_NAME if num_bytes > MAX_ONE_FILE_BYTES else None)
@@ -107,13 +112,17 @@ def snippets(surgery: Surgery, folder: str) -> Snippets:
 
 
 def state(folder: Path) -> dict[str, Tensor]:
-    """The program's tensors, by their names in the graph."""
+    """The program's tensors by their names in the graph, and those that are written transposed by their own names."""
     require("onnx")
     from onnxscript import ir
 
     initializers = ir.load(folder / PROGRAM_NAME).graph.initializers
     arrays = {name: value.const_value.numpy() for name, value in initializers.items() if value.const_value is not None}
-    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    transposed = {
+        name.removesuffix(TRANSPOSED): value.T for name, value in tensors.items() if name.endswith(TRANSPOSED)
+    }
+    return {**tensors, **transposed}
 
 
 def reload(folder: Path, config: dict[str, Any], *, trusted: bool = False) -> nn.Module:
@@ -202,6 +211,24 @@ def _name_outputs(graph: Any, names: list[str]) -> None:
             copy.name, copy.shape, copy.type = name, value.shape, value.type
             graph.append(node)
             graph.outputs[index] = copy
+
+
+def _transpose_weights(graph: Any) -> None:
+    """Write each parameter that only a `Transpose` reads transposed, and drop that node."""
+    from onnxscript import ir
+
+    for node in [node for node in graph if node.op_type == "Transpose"]:
+        (weight,), (read,) = node.inputs, node.outputs
+        if not weight.is_initializer() or weight.const_value is None or read.is_graph_output():
+            continue
+        name = f"{weight.name}{TRANSPOSED}"
+        if name not in graph.initializers:
+            array = weight.const_value.numpy().transpose(node.attributes.get_ints("perm"))
+            graph.register_initializer(ir.val(name, const_value=ir.tensor(np.ascontiguousarray(array), name=name)))
+        read.replace_all_uses_with(graph.initializers[name])
+        graph.remove(node, safe=True)
+        if not weight.uses():
+            del graph.initializers[weight.name]
 
 
 @contextmanager

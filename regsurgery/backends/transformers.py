@@ -17,7 +17,7 @@ from regsurgery.frontends.loaded import Loaded
 from regsurgery.frontends.remote_code import code_file
 from regsurgery.frontends.transformers import from_pretrained
 from regsurgery.runtime import transformers as host_transformers
-from regsurgery.runtime.surgery import ATTENTION_CONSTANTS, OTHER_REGISTER_TOKENS, REGISTER_TOKENS
+from regsurgery.runtime.surgery import ADDED
 from regsurgery.runtime.transformers import FOREIGN
 from regsurgery.settings import quiet_transformers
 
@@ -164,8 +164,7 @@ def reload(
         stored_weights = stored_state(weight_files(folder, WEIGHTS_NAME)) if stored else None
         model, info = from_pretrained(cls, folder, stored_weights)  # nosec B615 # a folder
     # Tensors that no part of the model uses are the source's: the stock class ignores them, too.
-    ours = (REGISTER_TOKENS, OTHER_REGISTER_TOKENS, ATTENTION_CONSTANTS)
-    wrong = sorted([*info["missing_keys"], *(name for name in info["unexpected_keys"] if name.endswith(ours))])
+    wrong = sorted([*info["missing_keys"], *(name for name in info["unexpected_keys"] if name.endswith(ADDED))])
     if wrong:
         raise CheckpointError(f"{folder}: tensor '{wrong[0]}' is missing or unknown; patch the model again")
     return model.eval()

@@ -19,10 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regsurgery.runtime.hidden import PASSING, forward_with, hidden_site
+
 # The parameters that a tower gets, by mode.
 REGISTER_TOKENS, ATTENTION_CONSTANTS = "register_tokens", "attention_constants"
 # In a tower that has register tokens of its own, by that name; transformers renames whatever contains that.
 OTHER_REGISTER_TOKENS = "test_time_registers"
+ADDED = (REGISTER_TOKENS, OTHER_REGISTER_TOKENS, ATTENTION_CONSTANTS)
 
 
 def registers_for(num_patches: int, num_registers: int, chosen_for: int | None) -> int:
@@ -81,12 +84,12 @@ def repeated_registers(register_tokens_1RD: Tensor, num_registers: int) -> Tenso
 
 
 def insert_registers(tokens_BTD: Tensor, register_tokens_1RD: Tensor, start: int | None) -> Tensor:
-    """`[B, T, D]` and `[1, R, D]` to `[B, T + R, D]`, in the tokens' dtype.
+    """`[B, T, D]` and `[1, R, D]` to `[B, T + R, D]`, on the tokens' device and in their dtype.
 
     Args:
         start: index of the first register; None: after the patches.
     """
-    registers_BRD = register_tokens_1RD.to(tokens_BTD.dtype).expand(tokens_BTD.shape[0], -1, -1)
+    registers_BRD = register_tokens_1RD.to(tokens_BTD.device, tokens_BTD.dtype).expand(tokens_BTD.shape[0], -1, -1)
     if start is None:
         return torch.cat((tokens_BTD, registers_BRD), dim=1)
     return torch.cat((tokens_BTD[:, :start], registers_BRD, tokens_BTD[:, start:]), dim=1)
@@ -120,8 +123,7 @@ def pad_registers(x: Tensor, dims: Sequence[int], num_registers: int, start: int
 
 def signed_peak(values_BTK: Tensor) -> Tensor:
     """The signed value of the largest magnitude over the tokens, `[B, 1, K]`; the positive one if two tie."""
-    high_B1K = values_BTK.amax(dim=1, keepdim=True)
-    low_B1K = values_BTK.amin(dim=1, keepdim=True)
+    low_B1K, high_B1K = values_BTK.aminmax(dim=1, keepdim=True)
     return torch.where(high_B1K >= -low_B1K, high_B1K, low_B1K)
 
 
@@ -135,7 +137,7 @@ def filled(values_BnK: Tensor, patches_BNK: Tensor, fill: str) -> Tensor:
     if fill == "keep":
         return values_BnK
     if fill == "zero":
-        return torch.zeros_like(values_BnK)
+        return values_BnK.new_full((), 0).expand_as(values_BnK)
     mean_B1K = patches_BNK.mean(dim=1, keepdim=True)
     if fill == "mean":
         return mean_B1K.expand_as(values_BnK)
@@ -172,7 +174,8 @@ def neuron_shift(
         fill_prefix: fill the prefix tokens as well (the paper's Algorithm 2); otherwise they keep their values (the
             authors' code).
         one_peak: one signed extreme for all listed neurons of the block, as in the authors' code (`compat: reference`).
-        in_place: write into `hidden_BTH`; only for a tensor that nothing else reads. Ignored while autograd records.
+        in_place: write into `hidden_BTH`; only for a tensor that nothing else reads. Ignored while autograd or
+            `torch.jit.trace` records.
         num_registers: the number of registers if `scale` is one factor for all of them; by default, the number of
             factors.
 
@@ -191,12 +194,13 @@ def neuron_shift(
         peak_B1K = shared_peak(peak_B1K)
     new_prefix_BPK = filled(prefix_BPK, patches_BNK, fill) if fill_prefix else prefix_BPK
     new_patches_BNK = filled(patches_BNK, patches_BNK, fill)
-    registers = [peak_B1K * factor for factor in scale]
+    registers = [peak_B1K if factor == 1 else peak_B1K * factor for factor in scale]
     if common:
         registers = [registers[0].expand(-1, num_registers, -1)]
     order = (*registers, new_patches_BNK) if inside_prefix else (new_patches_BNK, *registers)
     shifted_BTK = torch.cat((new_prefix_BPK, *order), dim=1)
-    if in_place and not (torch.is_grad_enabled() and hidden_BTH.requires_grad):
+    recorded = torch.jit.is_tracing() or (torch.is_grad_enabled() and hidden_BTH.requires_grad)  # type: ignore[attr-defined]
+    if in_place and not recorded:
         return hidden_BTH.index_copy_(-1, index_K, shifted_BTK)
     return hidden_BTH.index_copy(-1, index_K, shifted_BTK)
 
@@ -215,46 +219,21 @@ def shift_arguments(
     }
 
 
-class ShiftedLinear(nn.Linear):
-    """A down projection with the neuron shift on its input. Made from the stock linear; same parameters, same names."""
-
-    neurons: list[int]
-    shift: dict[str, Any]
-    count: RegisterCount
-    _index_K: Tensor | None
-
-    @staticmethod
-    def operate(linear: nn.Linear, neurons: list[int], shift: dict[str, Any], count: RegisterCount) -> None:
-        if type(linear) is not nn.Linear:
-            raise TypeError(f"expected a plain torch.nn.Linear as down projection, found {type(linear).__name__}")
-        linear.__class__ = ShiftedLinear
-        assert isinstance(linear, ShiftedLinear)
-        linear.neurons, linear.shift, linear.count, linear._index_K = neurons, shift, count, None
-
-    def _index(self, device: torch.device) -> Tensor:
-        # Neither a parameter nor a buffer: a non-persistent buffer is uninitialised after a load on `meta`.
-        if torch.compiler.is_compiling():
-            return torch.tensor(self.neurons, device=device)
-        if self._index_K is None or self._index_K.device != device:
-            with torch.inference_mode(False):  # an inference tensor could not be used in a later training step
-                self._index_K = torch.tensor(self.neurons, device=device)
-        return self._index_K
-
-    def forward(self, input: Tensor) -> Tensor:
-        num_registers = None if self.count.chosen_for is None else self.count.among(input.shape[1])
-        index_K = self._index(input.device)
-        return super().forward(neuron_shift(input, index_K, **self.shift, num_registers=num_registers))
-
-
 class _Grafted:
     """Base of the classes below, each of which `_graft` mixes in before a stock module's own class."""
 
     def __reduce__(self) -> Any:
-        mixins, stock = [], type(self)
-        while issubclass(stock, _Grafted):
-            mixin, stock = stock.__bases__
-            mixins.append(mixin)
+        mixins, stock = _parts(type(self))
         return _revive, (mixins[::-1], stock), self.__dict__
+
+
+def _parts(grafted: type) -> tuple[list[type], type]:
+    """What was mixed in, last first, and the stock class."""
+    mixins = []
+    while issubclass(grafted, _Grafted):
+        mixin, grafted = grafted.__bases__
+        mixins.append(mixin)
+    return mixins, grafted
 
 
 def _grafted_class(mixin: type, stock: type) -> type:
@@ -288,11 +267,121 @@ def _graft(module: nn.Module, mixin: type, **attributes: Any) -> None:
         object.__setattr__(module, name, value)
 
 
+class _Shift:
+    """The neuron shift of one block, as a step of the module form.
+
+    Args:
+        neurons, shift, count: register neurons, keywords of `neuron_shift`, and the number of registers.
+    """
+
+    def __init__(self, neurons: Sequence[int], shift: Mapping[str, Any], count: RegisterCount) -> None:
+        self.neurons, self.shift, self.count = list(neurons), dict(shift), count
+        # Neither parameters nor buffers: a non-persistent buffer is uninitialised after a load on `meta`. By device,
+        # for replicas share it. An inference tensor could not be used in a later training step.
+        with torch.inference_mode(False):
+            self._index_of = {"cpu": torch.tensor(self.neurons, device="cpu")}
+
+    def __call__(self, hidden_BTH: Tensor, in_place: bool = True) -> Tensor:
+        """`hidden_BTH`, shifted; it is written into only if `in_place` and the block's activation is fresh."""
+        num_registers = None if self.count.chosen_for is None else self.count.among(hidden_BTH.shape[1])
+        shift = {**self.shift, "in_place": in_place and self.shift["in_place"], "num_registers": num_registers}
+        return neuron_shift(hidden_BTH, self._index(hidden_BTH.device), **shift)
+
+    def _index(self, device: torch.device) -> Tensor:
+        if torch.compiler.is_compiling():
+            return torch.tensor(self.neurons, device=device)
+        index_K = self._index_of.get(str(device))
+        if index_K is None:
+            with torch.inference_mode(False):
+                index_K = self._index_of["cpu"].to(device)
+            self._index_of[str(device)] = index_K
+        return index_K
+
+
+class _ShiftsOutput(_Grafted):
+    """A module that returns the hidden activation: shifted, for whoever reads it."""
+
+    _shift: _Shift
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden_BTH = super().forward(*args, **kwargs)  # type: ignore[misc]
+        # One that passes its input on would write into what a hook on that input was given.
+        seen = isinstance(self, PASSING) and bool(self._forward_pre_hooks)  # type: ignore[attr-defined]
+        return self._shift(hidden_BTH, in_place=not seen)
+
+
+class _ShiftsInside(_Grafted):
+    """An MLP whose own forward makes the hidden activation: the same forward, with the shift as one more step."""
+
+    _shift: _Shift
+    _down: str
+    _forwards: tuple[Any, Any]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forwards[self.training](self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    def __reduce__(self) -> Any:
+        make, args, state = super().__reduce__()
+        return make, args, {name: value for name, value in state.items() if name != "_forwards"}
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        _step_inside(self, self._down)
+
+
+def _step_inside(mlp: Any, down: str) -> None:
+    """Make the forwards of `mlp` by those of its stock class."""
+    grafted = type(mlp)
+    _, mlp.__class__ = _parts(grafted)
+    try:
+        forwards = forward_with(mlp, down, "_shift")
+    finally:
+        mlp.__class__ = grafted
+    object.__setattr__(mlp, "_forwards", forwards)
+
+
+class _ShiftsInput(_Grafted):
+    """A down projection that shifts what it is given, a copy: what else reads its input reads it unshifted."""
+
+    _shift: _Shift
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(self._shift(input, in_place=False))  # type: ignore[misc]
+
+
+def _shift_hidden(model: nn.Module, down: str, attention: str, shift: _Shift) -> None:
+    """Put `shift` where the hidden activation is made; see `hidden.py`."""
+    site = hidden_site(model, down, attention)
+    if site is None:
+        _graft(model.get_submodule(down), _ShiftsInput, _shift=shift)
+    elif site.inline:
+        _graft(site.module, _ShiftsInside, _shift=shift, _down=site.inline)
+        _step_inside(site.module, site.inline)
+    else:
+        _graft(site.module, _ShiftsOutput, _shift=shift)
+
+
+class _HoldsParameter(_Grafted):
+    """The tower. What reads its parameter refers to it, and a replica of `nn.DataParallel` must read its own."""
+
+    _readers: list[str]  # transformers evaluates annotations of a model's class, and knows no names of this file
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for path in self._readers:
+            reader: Any = self.get_submodule(path)  # type: ignore[attr-defined]
+            if reader._added.tower is not self:
+                object.__setattr__(reader, "_added", reader._added.of(self))
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
 class _Registers:
     """Shares the tower's register tokens with the module that inserts them, without a second name."""
 
     def __init__(self, tower: nn.Module, name: str, count: RegisterCount, start: int | None) -> None:
         self.tower, self.name, self.count, self.start = tower, name, count, start
+
+    def of(self, tower: nn.Module) -> _Registers:
+        return _Registers(tower, self.name, self.count, self.start)
 
     def insert(self, hidden: Tensor) -> Tensor:
         tokens_1RD: Any = getattr(self.tower, self.name)
@@ -302,13 +391,13 @@ class _Registers:
 
 
 class _InsertsRegisters(_Grafted):
-    _registers: _Registers
+    _added: _Registers
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if args:
-            args = (self._registers.insert(args[0]), *args[1:])
+            args = (self._added.insert(args[0]), *args[1:])
         else:
-            kwargs["hidden_states"] = self._registers.insert(kwargs["hidden_states"])
+            kwargs["hidden_states"] = self._added.insert(kwargs["hidden_states"])
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -346,27 +435,68 @@ def _without_map(part: Any, count: RegisterCount, start: int | None) -> Any:
 
 
 class _PadsArguments(_Grafted):
-    """Attention that is given a bias or mask over pairs of tokens, `[..., T or 1, T]`, without registers."""
+    """Attention that may be given a mask or bias over pairs of tokens, `[..., T or 1, T]`, without registers.
+
+    A mask is what the attention calls so; transformers makes one, for exports and flex attention, before there are
+    registers. Of a bias nothing but its shape is known, so all arguments are looked at where biases are given.
+    """
 
     _count: RegisterCount
     _start: int | None
+    _mask_at: list[int]
+    _biased: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = args[0] if args else next(iter(kwargs.values()))
         num_registers = self._count.among(hidden.shape[1])
-        num_tokens = hidden.shape[1] - num_registers
 
-        def padded(value: Any) -> Any:
-            if not isinstance(value, Tensor) or value.ndim < 3 or value.shape[-1] != num_tokens:
+        def padded(value: Any, is_mask: bool) -> Any:
+            if not is_mask and not self._biased:
                 return value
-            if value.shape[-2] not in (1, num_tokens):  # tokens
-                return value
-            dims = (-1,) if value.shape[-2] == 1 else (-2, -1)
-            return pad_registers(value, dims, num_registers, self._start)
+            return _padded(value, hidden.shape[1] - num_registers, num_registers, self._start)
 
         return super().forward(  # type: ignore[misc]
-            *map(padded, args), **{name: padded(value) for name, value in kwargs.items()}
+            *(padded(value, at in self._mask_at) for at, value in enumerate(args)),
+            **{name: padded(value, "mask" in name) for name, value in kwargs.items()},
         )
+
+
+def _padded(value: Any, num_tokens: int, num_registers: int, start: int | None) -> Any:
+    """`value` with entries for the registers, if it is a mask or bias over pairs of `num_tokens` tokens."""
+    if type(value).__name__ == "BlockMask":  # of flex attention, which takes a second to import
+        return _longer_block_mask(value, num_registers, start) if value.seq_lengths[1] == num_tokens else value
+    if not isinstance(value, Tensor) or value.ndim < 3 or value.shape[-1] != num_tokens:
+        return value
+    if value.shape[-2] not in (1, num_tokens):  # tokens
+        return value
+    return pad_registers(value, (-1,) if value.shape[-2] == 1 else (-2, -1), num_registers, start)
+
+
+def _longer_block_mask(mask: Any, num_registers: int, start: int | None) -> Any:
+    """A `BlockMask` of flex attention with registers, which are not masked; made once for all blocks it is given to."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    made = getattr(mask, "_with_registers", None)
+    if made is not None:
+        return made
+    num_queries, num_tokens = mask.seq_lengths
+    first = num_tokens if start is None else start
+
+    def stock(index: Tensor) -> Tensor:
+        return torch.where(index >= first + num_registers, index - num_registers, index.clamp(max=num_tokens - 1))
+
+    def is_register(index: Tensor) -> Tensor:
+        return (index >= first) & (index < first + num_registers)
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return is_register(query) | is_register(key) | mask.mask_mod(batch, head, stock(query), stock(key))
+
+    batch_size, num_heads = mask.kv_num_blocks.shape[:2]
+    sizes = (num_queries + num_registers, num_tokens + num_registers)
+    mask._with_registers = create_block_mask(
+        mask_mod, batch_size, num_heads, *sizes, device=mask.kv_num_blocks.device, BLOCK_SIZE=mask.BLOCK_SIZE
+    )
+    return mask._with_registers
 
 
 class _PadsBias(_Grafted):
@@ -409,6 +539,9 @@ class _Constants:
         self.tower, self.index, self.start = tower, index, start
         self.width = tower.attention_constants.shape[-1]  # type: ignore[index,union-attr]
 
+    def of(self, tower: nn.Module) -> _Constants:
+        return _Constants(tower, self.index, self.start)
+
     def insert(self, hidden: Tensor) -> Tensor:
         return insert_constant(hidden, self.tower.attention_constants, self.index, self.start)  # type: ignore[arg-type]
 
@@ -419,26 +552,31 @@ class _AttendsToConstant(_Grafted):
     Query, key and value may be one tensor or three; maps are stripped too, so their rows sum to less than 1.
     """
 
-    _constants: _Constants
+    _added: _Constants
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         longer: dict[int, Tensor] = {}
 
-        def inserted(value: Any) -> Any:
-            if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[-1] != self._constants.width:
+        def inserted(value: Any, first: bool) -> Any:
+            # The first argument is not looked at: while `torch.fx` traces, no value has a shape.
+            if not first and not self._is_tokens(value):
                 return value
             if id(value) not in longer:  # a tensor that is both query and key stays one tensor
-                longer[id(value)] = self._constants.insert(value)
+                longer[id(value)] = self._added.insert(value)
             return longer[id(value)]
 
         output = super().forward(  # type: ignore[misc]
-            *(inserted(value) for value in args), **{name: inserted(value) for name, value in kwargs.items()}
+            *(inserted(value, at == 0) for at, value in enumerate(args)),
+            **{name: inserted(value, name == "hidden_states") for name, value in kwargs.items()},
         )
-        start = self._constants.start
+        start = self._added.start
         if not isinstance(output, tuple):
             return strip_registers(output, (1,), 1, start)
         rest = (_without_map(part, RegisterCount(1), start) for part in output[1:])
         return (strip_registers(output[0], (1,), 1, start), *rest)
+
+    def _is_tokens(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.ndim == 3 and value.shape[-1] == self._added.width
 
 
 class _StripsHiddenStates(_Grafted):
@@ -523,9 +661,8 @@ def operate(model: nn.Module, surgery: Mapping[str, Any], *, keep_registers: boo
     names = ("placement", "fill", "prefix", "compat")
     shift = shift_arguments(num_prefix, scale, **{name: surgery[name] for name in names})
     for block, neurons in surgery["register_neurons"].items():
-        linear = tower.get_submodule(layout["down"][block])
-        in_place = block in surgery["in_place_blocks"]
-        ShiftedLinear.operate(linear, list(neurons), {**shift, "in_place": in_place}, count)  # type: ignore[arg-type]
+        step = _Shift(neurons, {**shift, "in_place": block in surgery["in_place_blocks"]}, count)
+        _shift_hidden(tower, layout["down"][block], layout["attentions"][int(block)], step)
     like = next(tower.get_submodule(layout["strip"]).parameters())
     start = register_start(surgery)
     if surgery["mode"] == "bias":
@@ -533,17 +670,19 @@ def operate(model: nn.Module, surgery: Mapping[str, Any], *, keep_registers: boo
         zeros_LD = torch.zeros(len(blocks), int(surgery["width"]), dtype=like.dtype, device=like.device)
         tower.register_parameter(ATTENTION_CONSTANTS, nn.Parameter(zeros_LD))
         one = RegisterCount(1, num_prefix=num_prefix)
-        _make_room(tower, [layout["attentions"][block] for block in blocks], layout, one, start)
-        for index, block in enumerate(blocks):
-            attention = tower.get_submodule(layout["attentions"][block])
-            _graft(attention, _AttendsToConstant, _constants=_Constants(tower, index, start))
+        readers = [layout["attentions"][block] for block in blocks]
+        _make_room(tower, readers, layout, one, start)
+        for index, path in enumerate(readers):
+            _graft(tower.get_submodule(path), _AttendsToConstant, _added=_Constants(tower, index, start))
+        _graft(tower, _HoldsParameter, _readers=readers)
         return model
     if num_registers == 0:
         return model
     zeros_1RD = torch.zeros(1, num_registers, int(surgery["width"]), dtype=like.dtype, device=like.device)
     name = surgery.get("register_name", REGISTER_TOKENS)
     tower.register_parameter(name, nn.Parameter(zeros_1RD))
-    _graft(tower.get_submodule(layout["insert"]), _InsertsRegisters, _registers=_Registers(tower, name, count, start))
+    _graft(tower.get_submodule(layout["insert"]), _InsertsRegisters, _added=_Registers(tower, name, count, start))
+    _graft(tower, _HoldsParameter, _readers=[layout["insert"]])
     where: dict[str, Any] = {"_count": count, "_start": start}
     if not keep_registers:
         _graft(tower.get_submodule(layout["strip"]), _StripsRegisters, **where)
@@ -590,8 +729,9 @@ def _make_room(
                 maker = getattr(maker, "rel_pos", maker)
                 own = hasattr(maker, "_get_rel_pos_bias") or hasattr(maker, "get_bias")
                 _graft(maker, _PadsOwnBias if own else _PadsBias, **where)
-        if given:
-            _graft(module, _PadsArguments, **where)
+        names = list(inspect.signature(module.forward).parameters)
+        masks = [at for at, name in enumerate(names) if "mask" in name]
+        _graft(module, _PadsArguments, **where, _mask_at=masks, _biased=bool(given))
 
 
 def _inside(path: str, module: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from regsurgery.runtime.surgery import ATTENTION_CONSTANTS, REGISTER_TOKENS, _graft, _Grafted, operate, register_start
+from regsurgery.runtime.surgery import ADDED, _graft, _Grafted, operate, register_start
 
 
 class _StripsIntermediates(_Grafted):
@@ -44,25 +44,60 @@ class _StripsIntermediates(_Grafted):
         return result[0], [patches(y) for y in result[1]]
 
 
+class _GroupsParameters(_Grafted):
+    """timm's groups of parameters: what the surgery added is treated like the class token."""
+
+    def no_weight_decay(self) -> set[str]:
+        return {*super().no_weight_decay(), *ADDED}  # type: ignore[misc]
+
+    def group_matcher(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        groups = super().group_matcher(*args, **kwargs)  # type: ignore[misc]
+        return {**groups, "stem": "|^".join((groups["stem"], *ADDED))}
+
+
 def load(folder: str | Path = Path(__file__).parent, *, state: Any = None, **kwargs: Any) -> nn.Module:
     """The patched model of this folder, in eval mode; `kwargs` go to `timm.create_model` (`img_size`, ...).
 
-    A `state` dict is used as it is, instead of the folder's weights.
+    As in timm, a classifier of another number of classes (`num_classes=10`) starts at random, and `features_only=True`
+    (with `out_indices`) gives feature maps of blocks. A `state` dict is used as it is, instead of the folder's weights.
     """
     import timm
     from safetensors.torch import load_file
+    from timm.models._features import FeatureGetterNet
 
     folder = Path(folder)
     surgery = json.loads((folder / "config.json").read_text("utf-8"))["regsurgery"]
+    features_only, out_indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", 3)  # timm's own default
     given, state = state is not None, state or load_file(folder / "model.safetensors")
-    model = timm.create_model(f"local-dir:{folder}", pretrained=False, **kwargs)
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=False, **kwargs)
     model.to(next(value.dtype for value in state.values() if value.is_floating_point()))
-    resize = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    added = (REGISTER_TOKENS, ATTENTION_CONSTANTS)
-    tokens = {name: state.pop(name) for name in list(state) if name.endswith(added)}
-    state = state if resize is None else resize(state, model)
+    added = {name: state.pop(name) for name in list(state) if name.endswith(ADDED)}
+    if not given:
+        _load_stock(model, state)
     operate(model, surgery)
-    model.load_state_dict({**state, **tokens}, strict=True, assign=given)
+    if given:
+        model.load_state_dict({**_resized(model)(state, model), **added}, strict=True, assign=True)
+    elif model.load_state_dict(added, strict=False).unexpected_keys:
+        raise ValueError(f"{folder}: {', '.join(added)}: no such parameter in the patched {type(model).__name__}")
     if surgery["num_registers"]:
         _graft(model, _StripsIntermediates, _start=register_start(surgery))
+    if added:
+        _graft(model, _GroupsParameters)
+    if features_only:
+        model, stock = FeatureGetterNet(model, out_indices), model
+        model.pretrained_cfg = model.default_cfg = stock.pretrained_cfg
     return model.eval()
+
+
+def _resized(model: nn.Module) -> Any:
+    """The function of timm that fits a state dict to `model`, such as position embeddings to its image size."""
+    return getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", lambda state, model: state)
+
+
+def _load_stock(model: Any, state: Any) -> None:
+    """Load weights as timm does, for the number of classes, channels and image size that `model` was made with."""
+    from timm.models import load_pretrained
+
+    convolution = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    source = {**model.pretrained_cfg, "source": "", "state_dict": state}
+    load_pretrained(model, source, model.num_classes, convolution.in_channels, _resized(model))
