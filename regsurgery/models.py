@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regsurgery.checkpoints.whole import scratch_folder
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def open_model(
-    model: str,
+    model: str | Path,
     options: LoadOptions,
     image_size: int | None = None,
     check: Callable[[Loaded], None] = lambda loaded: None,
@@ -56,10 +57,10 @@ def open_model(
                 ) from error
 
 
-def load_model(model: str, options: LoadOptions, **how: Any) -> Loaded:
+def load_model(model: str | Path, options: LoadOptions, **how: Any) -> Loaded:
     """`frontends.load.load`, or the demo, which is made here."""
-    if model != DEMO:
-        return load(model, options, **how)
+    if str(model) != DEMO:
+        return load(str(model), options, **how)
     from regsurgery.demo import write_demo
 
     with scratch_folder() as scratch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regsurgery.errors import UnsupportedModelError
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @takes(DoctorOptions)
-def doctor(model: str, options: DoctorOptions) -> Diagnosis:
+def doctor(model: str | Path, options: DoctorOptions) -> Diagnosis:
     """Whether `model` has outlier tokens, where they start and what causes them. A model that cannot be matched gets
     the diagnosis `unsupported`, with the reason.
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @takes(FindOptions)
-def find(model: str, output: str | Path | None = None, *, options: FindOptions) -> Found:
+def find(model: str | Path, output: str | Path | None = None, *, options: FindOptions) -> Found:
     """Find the register neurons of `model`, how many registers they need, and what the patches keep.
 
     Of the settings that leave no outlier token, the chosen one has the least drift of outputs from the original's, on
@@ -56,7 +56,7 @@ def find(model: str, output: str | Path | None = None, *, options: FindOptions) 
 
 
 @takes(SearchOptions)
-def find_part(model: str, stats: str | Path, part: tuple[int, int], options: SearchOptions) -> FoundPart:
+def find_part(model: str | Path, stats: str | Path, part: tuple[int, int], options: SearchOptions) -> FoundPart:
     """Run one part of `find`, as a job of an array; `find(merge=...)` puts the parts together.
 
     Args:
@@ -94,7 +94,7 @@ def search_for(task: Task, journal: Path | None, parts: dict[Path, Statistics] |
     return found
 
 
-def _task(model: str, options: SearchOptions, part: Part | None, group: Processes) -> Task:
+def _task(model: str | Path, options: SearchOptions, part: Part | None, group: Processes) -> Task:
     """The search of one process, which has its share of the images."""
     from regsurgery.search.find import Task
     from regsurgery.search.shares import share_out

@@ -74,7 +74,7 @@ class PatchResult:
 
 
 @takes(PatchOptions)
-def patch(model: str, output: str | Path, options: PatchOptions) -> PatchResult:
+def patch(model: str | Path, output: str | Path, options: PatchOptions) -> PatchResult:
     """Patch `model` and write the patched checkpoint to the new folder `output`.
 
     Args:
@@ -162,12 +162,12 @@ def _attempts(
     yield Attempt(_adapted(found.recipe, options), division)
 
 
-def _given_recipe(model: str, options: PatchOptions) -> Recipe | None:
+def _given_recipe(model: str | Path, options: PatchOptions) -> Recipe | None:
     """The recipe that the user named, if any."""
     if options.recipe is None or isinstance(options.recipe, Recipe):
         return options.recipe
     chosen = named_recipe(str(options.recipe), options.progress)
-    if chosen.model and chosen.model not in (model, Path(model).absolute().name):
+    if chosen.model and chosen.model not in (str(model), Path(model).absolute().name):
         options.progress.say(f"note: the recipe was made for {chosen.model}")
     return chosen
 

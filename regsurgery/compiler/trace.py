@@ -25,6 +25,7 @@ from regsurgery.checkpoints.limits import BROKEN
 from regsurgery.checkpoints.stored import as_shapes, fill_shapes
 from regsurgery.compiler.graph import drop_unused, is_fixed
 from regsurgery.errors import UnsupportedModelError
+from regsurgery.families import LOGIT_OUTPUTS
 from regsurgery.settings import replaced
 
 if TYPE_CHECKING:
@@ -51,6 +52,16 @@ class Traced:
     image_size: tuple[int, int]
     example: tuple[Tensor, ...]
     output_names: tuple[str, ...]
+
+    @property
+    def classes(self) -> tuple[str, int] | None:
+        """The output `[B, C]` that is logits of classes, and C; those of MAE, `[B, N, pixels]`, are none."""
+        (output,) = self.graph_module.graph.find_nodes(op="output")
+        for name in LOGIT_OUTPUTS:
+            shape = output.args[0][name].meta["val"].shape if name in self.output_names else ()
+            if len(shape) == 2:
+                return name, int(shape[1])
+        return None
 
 
 def tensor_inputs(loaded: Loaded, images: Tensor) -> list[Tensor]:

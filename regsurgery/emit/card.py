@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from regsurgery.backends.formats import backend
 from regsurgery.compiler.surgery import Surgery
 from regsurgery.emit.source_card import SourceCard, read_source_card
-from regsurgery.families import LOGIT_OUTPUTS
 from regsurgery.formats import LIBRARIES
 from regsurgery.plain import code, line, markdown
 from regsurgery.verification.size_drift import SizeDrifts
@@ -155,8 +154,8 @@ def _metadata(
 
     repo = surgery.loaded.source.repo
     tags = dict.fromkeys([*TAGS, *source_card.lists.get("tags", [])])
-    classifies = any(name in LOGIT_OUTPUTS for name in surgery.traced.output_names)
-    texts: dict[str, Any] = {**({"pipeline_tag": "image-classification"} if classifies else {}), **source_card.texts}
+    own = {} if surgery.traced.classes is None else {"pipeline_tag": "image-classification"}
+    texts: dict[str, Any] = {**own, **source_card.texts}
     derived: dict[str, Any] = {} if repo is None else {"base_model": repo, "base_model_relation": RELATION}
     return ModelCardData(
         library_name=LIBRARY_NAMES.get(fmt, fmt),

@@ -13,7 +13,6 @@ from regsurgery.errors import UserError
 from regsurgery.evaluation.labels import labels_of
 from regsurgery.evaluation.result import Result
 from regsurgery.evaluation.zero_shot import class_embeddings, zero_shot_logits
-from regsurgery.families import LOGIT_OUTPUTS
 from regsurgery.interval import Figures, Values
 from regsurgery.verification.pair import Pair
 
@@ -65,14 +64,13 @@ def _classifier(pair: Pair, prompts: str | Path | None) -> tuple[Callable[[Mappi
             return logits
 
         return zero_shot, len(classes_KE)
-    name = next((name for name in LOGIT_OUTPUTS if name in pair.traced.output_names), None)
-    if name is None:
+    if pair.traced.classes is None:
         raise UserError(
             f"{pair.folder}: the model has no classifier; give --prompts FILE for a CLIP model, or evaluate its "
             "features with another task"
         )
-    (output,) = pair.traced.graph_module.graph.find_nodes(op="output")
-    return lambda outputs: outputs[name], int(output.args[0][name].meta["val"].shape[-1])
+    name, num_classes = pair.traced.classes
+    return lambda outputs: outputs[name], num_classes
 
 
 def _names_of_classes(pair: Pair) -> dict[str, int]:

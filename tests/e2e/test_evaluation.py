@@ -275,9 +275,11 @@ def test_of_no_recipe_a_papers_setting_is_made_up() -> None:
 def test_logits_that_are_no_classes_are_compared_by_their_cosine(planted_picos: Any, tmp_path: Path) -> None:
     planted: Planted = planted_picos(next(one for one in OTHERS if one.id == "hf-mae-pretraining"))
     recipe = Recipe({block: tuple(neurons) for block, neurons in planted.neurons.items()})
-    regsurgery.patch(str(planted.folder), tmp_path / "out", recipe=recipe, num_images=8)
+    regsurgery.patch(planted.folder, tmp_path / "out", recipe=recipe, num_images=8)
     figures = {row.name for row in regsurgery.evaluate(tmp_path / "out", "fidelity", num_images=8).rows}
     assert "cosine of logits" in figures and not figures & {"KL divergence", "same first class"}
+    assert planted.located.traced.classes is None
+    assert "pipeline_tag" not in (tmp_path / "out" / "README.md").read_text("utf-8")
 
 
 def clear(neurons: Any) -> Any:
