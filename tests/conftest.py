@@ -44,7 +44,7 @@ IDS = {pico.id for pico in (*PICOS, *WHOLES)}
 
 torch.set_num_threads(1)
 # Drift at three image sizes, on 16 photos, takes half of a real model's `patch`; tests of it set their own number.
-size_drift.MAX_IMAGES = 4
+size_drift.MAX_IMAGES = size_drift.MIN_IMAGES = 2
 # torch.export takes half of a small model's `patch`, and tests patch the same models again and again.
 trace.exported = exported_once(trace.exported)
 

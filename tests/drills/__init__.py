@@ -4,6 +4,8 @@
     python -m tests.drills killed-while-writing # one
     REGSURGERY_KILLS=100 python -m tests.drills killed-while-writing
 
+Each drill tries what it is about often here, and less often in the tests (`tries`).
+
 A drill is a function marked `@drill` in a file of this package, a file a subject: it gets an empty folder, tries what
 its name says, and returns the row that it adds to the table. It raises where a promise is broken. Its name is the
 function's, with hyphens, and the first line of its docstring is the promise. `tests/e2e/test_drills.py` runs each one
@@ -13,6 +15,7 @@ function's, with hyphens, and the first line of its docstring is the promise. `t
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +30,7 @@ class Row:
     outcome: str
 
 
+OFTEN = "REGSURGERY_DRILLS_OFTEN"  # set by `python -m tests.drills`
 Drill = Callable[[Path], Row]
 _DRILLS: dict[str, Drill] = {}
 
@@ -45,6 +49,11 @@ def drills() -> dict[str, Drill]:
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
     return dict(sorted(_DRILLS.items()))
+
+
+def tries(few: int, many: int) -> int:
+    """How often to try: `few` times as a test, `many` times from the command line."""
+    return many if OFTEN in os.environ else few
 
 
 def promise(function: Drill) -> str:

@@ -9,12 +9,13 @@ import tempfile
 import traceback
 from pathlib import Path
 
-from tests.drills import drills, promise
+from tests.drills import OFTEN, drills, promise
 
 
 def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ[OFTEN] = "1"
     known = drills()
     parser = argparse.ArgumentParser(prog="python -m tests.drills", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(known)}")

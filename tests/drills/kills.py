@@ -13,9 +13,9 @@ from pathlib import Path
 
 from regsurgery.checkpoints.sums import check_sums
 from regsurgery.demo import write_demo
-from tests.drills import Row, drill
+from tests.drills import Row, drill, tries
 
-KILLS = int(os.environ.get("REGSURGERY_KILLS", "10"))
+KILLS = int(os.environ.get("REGSURGERY_KILLS", tries(6, 12)))
 PARTIAL = ".out.partial-*"
 
 

@@ -14,11 +14,9 @@ from pathlib import Path
 import psutil
 
 from tests.commands import PROGRAM
-from tests.drills import Row, drill
+from tests.drills import Row, drill, tries
 from tests.drills.command import command, in_process, refused
 from tests.photos import write_photos
-
-RUNS = 4
 
 
 def disturb(folder: Path, stop: threading.Event, rng: random.Random) -> None:
@@ -41,8 +39,8 @@ def disturb(folder: Path, stop: threading.Event, rng: random.Random) -> None:
 @drill
 def images_that_change_meanwhile(place: Path) -> Row:
     """A run on images that change ends with a result or one line, never with a traceback or half a folder."""
-    codes = []
-    for run in range(RUNS):
+    codes, runs = [], tries(2, 4)
+    for run in range(runs):
         photos, out, stop = place / "photos", place / "out", threading.Event()
         write_photos(photos, 40)
         thread = threading.Thread(target=disturb, args=(photos, stop, random.Random(run)))
@@ -58,7 +56,7 @@ def images_that_change_meanwhile(place: Path) -> Row:
         shutil.rmtree(out, ignore_errors=True)
         assert list(place.iterdir()) == []
         codes.append(str(done.code))
-    return Row(RUNS, f"exit codes {', '.join(codes)}")
+    return Row(runs, f"exit codes {', '.join(codes)}")
 
 
 @drill
@@ -72,7 +70,7 @@ def millions_of_pictures(place: Path) -> Row:
         stderr=subprocess.PIPE,
         env=dict(os.environ),
     )
-    time.sleep(30)
+    time.sleep(tries(12, 30))
     own = psutil.Process(process.pid)
     peak_mb = sum(one.memory_info().rss for one in (own, *own.children())) >> 20
     process.send_signal(signal.SIGINT)

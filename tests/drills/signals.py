@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from regsurgery.checkpoints.sums import check_sums
-from tests.drills import Row, drill
+from tests.drills import Row, drill, tries
 from tests.drills.running import ended, is_writing, patch, wait
 
 ENDING = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 130}
@@ -34,9 +34,9 @@ def heard_signals() -> None:
 @drill
 def ended_by_signals(place: Path) -> Row:
     """SIGTERM, SIGHUP and SIGINT, to a process or its group, remove what is half written; the exit code names it."""
-    tries = 0
+    tried = 0
     for number, code in ENDING.items():
-        for delay in DELAYS:
+        for delay in DELAYS[: tries(1, 2)]:
             for group in (False, True):
                 target, tmp = clean(place / "run")
                 process = patch(
@@ -48,14 +48,15 @@ def ended_by_signals(place: Path) -> Row:
                 found, said = ended(process)
                 assert found == code and said.startswith("error: ") and said.count("\n") == 1, (found, said)
                 assert not list(target.iterdir()) and not list(tmp.iterdir()), list(place.rglob("*"))
-                tries += 1
-    return Row(tries, "exit codes 143, 129, 130; one line; nothing left beside the output or in TMPDIR")
+                tried += 1
+    return Row(tried, "exit codes 143, 129, 130; one line; nothing left beside the output or in TMPDIR")
 
 
 @drill
 def ended_twice(place: Path) -> Row:
     """A second SIGTERM at once, as `timeout` sends it, does not cut off the removal."""
-    for _ in range(5):
+    count = tries(2, 5)
+    for _ in range(count):
         target, tmp = clean(place / "run")
         process = patch("demo", target / "out", env={"TMPDIR": str(tmp)})
         assert wait(is_writing(target), process)
@@ -64,7 +65,7 @@ def ended_twice(place: Path) -> Row:
             time.sleep(0.005)
         assert ended(process)[0] == 143
         assert not list(target.iterdir()) and not list(tmp.iterdir()), list(place.rglob("*"))
-    return Row(5, "exit code 143, nothing left")
+    return Row(count, "exit code 143, nothing left")
 
 
 @drill

@@ -10,10 +10,9 @@ from pathlib import Path
 from regsurgery.checkpoints.sums import check_sums, sha256
 from regsurgery.demo import write_demo
 from regsurgery.verification.original import read_record
-from tests.drills import Row, drill
+from tests.drills import Row, drill, tries
 from tests.drills.running import ended, patch
 
-MOMENTS = 10
 WEIGHTS = "model.safetensors"
 
 
@@ -27,16 +26,16 @@ def source_changed_while_read(place: Path) -> Row:
     first = (source / WEIGHTS).read_bytes()
     tail = bytes(value if index % 4 else value ^ 1 for index, value in enumerate(first[-4096:]))
     second = first[:-4096] + tail  # another last bit in the last thousand float32
-    began = time.monotonic()
+    moments, began = tries(4, 10), time.monotonic()
     assert ended(patch(source, out))[0] == 0
     seconds = time.monotonic() - began
     shutil.rmtree(out)
     seen = Counter[str]()
-    for moment in range(MOMENTS):
+    for moment in range(moments):
         for moved in (True, False):
             (source / WEIGHTS).write_bytes(first)
             process = patch(source, out)
-            time.sleep(seconds * (moment + 0.5) / MOMENTS)
+            time.sleep(seconds * (moment + 0.5) / moments)
             if moved:
                 other.write_bytes(second)
                 other.replace(source / WEIGHTS)
@@ -65,4 +64,4 @@ def source_changed_while_read(place: Path) -> Row:
             assert sorted(place.iterdir()) == [source], list(place.iterdir())
     assert seen["refused"], seen
     outcome = ", ".join(f"{what}: {count}" for what, count in seen.items())
-    return Row(2 * MOMENTS, f"{outcome}; no folder with other weights than it says")
+    return Row(2 * moments, f"{outcome}; no folder with other weights than it says")

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from regsurgery.checkpoints.sums import check_sums
-from tests.drills import Row, drill
+from tests.drills import Row, drill, tries
 from tests.drills.command import command
 
 STREAMS = {">&-": 0, "<&- >&- 2>&-": 0, ">/dev/full": 2, "2>/dev/full": 2, "| head -0; exit ${PIPESTATUS[0]}": 141}
@@ -19,7 +19,7 @@ def closed_and_full_streams(place: Path) -> Row:
     """A closed or full stream ends a run with its exit code, no traceback, and a whole folder or none."""
     out, ended = place / "out", Counter()
     for stream, code in STREAMS.items():
-        for form in ("", "--json"):
+        for form in ("", "--json")[: tries(1, 2)]:
             done = command(f"patch demo --recipe demo --num-images 2 -o {out} {form}", after=stream)
             # With --json nothing is written to stderr, so that it does not matter.
             wanted = 0 if stream.startswith("2>") and form else code
@@ -36,7 +36,7 @@ def closed_and_full_streams(place: Path) -> Row:
 def little_memory(place: Path) -> Row:
     """Under any limit of memory a run is whole, or says in one line that memory is short (C++ of torch may abort)."""
     out, ended = place / "out", Counter()
-    for limit in LIMITS_MB:
+    for limit in LIMITS_MB[:: tries(2, 1)]:
         done = command(f"patch demo --recipe demo --num-images 2 -o {out}", before=f"ulimit -v {limit * 1000};")
         short = any(line.startswith("error: memory is short") for line in done.err.splitlines())
         assert (done.code == 71 and short and "Traceback" not in done.err) or done.code in (0, 134), done
@@ -45,4 +45,4 @@ def little_memory(place: Path) -> Row:
             shutil.rmtree(out)
         assert list(place.iterdir()) == []
         ended[{0: "whole", 71: "memory is short", 134: "torch aborted"}[done.code]] += 1
-    return Row(len(LIMITS_MB), ", ".join(f"{what} {count} times" for what, count in ended.items()))
+    return Row(ended.total(), ", ".join(f"{what} {count} times" for what, count in ended.items()))

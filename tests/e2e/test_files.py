@@ -477,7 +477,7 @@ def test_the_way_from_the_trainer(
 @pytest.mark.slow
 def test_the_way_from_lightning(as_documented: Callable[[str], None], tmp_path: Path) -> None:
     """Lightning's own file is in `test_training_libraries.py`; here its layout, for a model as large as the page's."""
-    model = timm.create_model("vit_small_patch14_dinov2")
+    model = timm.create_model("vit_tiny_patch16_224")
     torch.save({"state_dict": wrapped(model, "net."), "pytorch-lightning_version": "2.6.0"}, tmp_path / "last.ckpt")
     as_documented("I fine-tuned with Lightning")
 

@@ -29,7 +29,8 @@ BLOCKS = {
     "open_clip": "visual.trunk.blocks.10",
 }
 # Of the 125 photos, all of which are what benchmarks.faithful fits on.
-FEW, SOME = 36, 60
+FEW, SOME = 36, 48
+SHOWN = 80  # of the 175 photos that figures are taken on
 PREFIX = 1 + find_recipe("vit-tiny").num_registers  # the class token and the registers
 
 
@@ -72,34 +73,27 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PatchResult]:
 
 
 @pytest.mark.real
-def test_the_real_vit_in_stock_timm_and_transformers(
-    photos: Tensor, plain: tuple[Path, PatchResult], tmp_path: Path
-) -> None:
+def test_the_real_vit_in_stock_timm(photos: Tensor, plain: tuple[Path, PatchResult], tmp_path: Path) -> None:
     model = shared("models", "vit-tiny-timm")
     options = {"recipe": "vit-tiny", "mode": "native", "images": shared("images", "calibration")}
     calibrated = regsurgery.patch(str(model), tmp_path / "calibrated", num_images=SOME, **options)
-    regsurgery.patch(
-        str(model), tmp_path / "transformers", calibrate=False, format="transformers", num_images=FEW, **options
-    )
     results = in_stock_libraries(
         tmp_path,
-        photos,
+        photos[:SHOWN],
         {
             "original": ("timm", model, BLOCKS["timm"], 1),
             "calibrated": ("timm", tmp_path / "calibrated", BLOCKS["timm"], PREFIX),
             "plain": ("timm", plain[0], BLOCKS["timm"], PREFIX),
-            "transformers": ("transformers", tmp_path / "transformers", BLOCKS["transformers"], PREFIX),
         },
     )
     original = results["original"]
     measured = {name: figures(original, results[name]) for name in ("calibrated", "plain")}
     print(measured)
-    assert len(original["output"]) == 175
+    assert len(original["output"]) == SHOWN
     assert measured["calibrated"]["kl"] <= 0.014 and measured["calibrated"]["same"] >= 0.96
     assert measured["plain"]["kl"] <= 0.033
     for each in measured.values():
         assert each["outliers"] <= 0.01 and each["worst"] <= 40
-    assert float((results["plain"]["output"] - results["transformers"]["output"]).abs().max()) <= 1e-4
     for result, num_images in ((calibrated, SOME), (plain[1], FEW)):
         assert result.verdict.passed and result.mode == "native"
         assert result.verdict.num_images == num_images // 3 and "held out" in result.verdict.images
@@ -117,15 +111,15 @@ def test_the_real_vit_is_one_network_in_three_stock_libraries(photos: Tensor, tm
         )  # fmt: skip
     models = {fmt: (fmt, tmp_path / fmt, block, PREFIX) for fmt, block in BLOCKS.items()}
     models["the trunk alone"] = ("timm", tmp_path / "open_clip", BLOCKS["timm"], PREFIX)
-    results = in_stock_libraries(tmp_path, photos[:50], models)
+    results = in_stock_libraries(tmp_path, photos[:24], models)
     first = results.pop("open_clip")
-    assert outlier_patches(first["norms"]).sum() <= 0.01 * 50
+    assert outlier_patches(first["norms"]).sum() <= 0.01 * 24
     for other in results.values():
         assert float((first["output"] - other["output"]).abs().max()) <= 1e-4
     head = load_file(model / "zero_shot_head.safetensors")
     logits = first["output"] @ head["class_embeddings"].T + head["class_bias"]
     with torch.no_grad():
-        expected = load(str(model)).model.encode_image(photos[:50]) @ head["class_embeddings"].T + head["class_bias"]  # type: ignore[operator]
+        expected = load(str(model)).model.encode_image(photos[:24]) @ head["class_embeddings"].T + head["class_bias"]  # type: ignore[operator]
     kl = F.kl_div(logits.log_softmax(-1), expected.log_softmax(-1), reduction="batchmean", log_target=True)
     assert float(kl) <= 0.033
     moved = tmp_path / "elsewhere"
