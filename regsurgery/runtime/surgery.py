@@ -222,6 +222,12 @@ def shift_arguments(
 class _Grafted:
     """Base of the classes below, each of which `_graft` mixes in before a stock module's own class."""
 
+    def __init_subclass__(cls) -> None:
+        # transformers evaluates the annotations of a model's class and its bases, and does not find what this file
+        # names where it was run without being imported.
+        cls.__annotations__ = {}
+        super().__init_subclass__()
+
     def __reduce__(self) -> Any:
         mixins, stock = _parts(type(self))
         return _revive, (mixins[::-1], stock), self.__dict__
@@ -364,7 +370,7 @@ def _shift_hidden(model: nn.Module, down: str, attention: str, shift: _Shift) ->
 class _HoldsParameter(_Grafted):
     """The tower. What reads its parameter refers to it, and a replica of `nn.DataParallel` must read its own."""
 
-    _readers: list[str]  # transformers evaluates annotations of a model's class, and knows no names of this file
+    _readers: Sequence[str]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for path in self._readers:

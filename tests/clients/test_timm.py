@@ -13,6 +13,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 import regsurgery
 from regsurgery.backends.modeling import import_modeling
+from regsurgery.backends.timm import loader_digest
 from regsurgery.recipe import Recipe
 from tests.conftest import Planted
 from tests.e2e.test_parity import pictures
@@ -40,12 +41,16 @@ def pair(
     return planted.folder, folder
 
 
+def opened(folder: Path, **arguments: Any) -> Any:
+    return import_modeling(folder, loader_digest(), trusted=False).load(folder, **arguments)
+
+
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
 @torch.no_grad()
 def test_load_takes_the_arguments_of_timm(arguments: dict[str, Any], pair: tuple[Path, Path]) -> None:
     original, folder = pair
     stock: Any = timm.create_model(f"local-dir:{original}", pretrained=True, **arguments).eval()
-    model: Any = import_modeling(folder).load(folder, **arguments)
+    model: Any = opened(folder, **arguments)
     images = pictures(2, (64, 64))[:, : arguments.get("in_chans", 3)]
     expected, found = stock(images), model(images)
     if arguments.get("features_only"):
@@ -61,7 +66,7 @@ def test_load_takes_the_arguments_of_timm(arguments: dict[str, Any], pair: tuple
 
 def test_groups_treat_what_was_added_like_the_class_token(pair: tuple[Path, Path]) -> None:
     _, folder = pair
-    model: Any = import_modeling(folder).load(folder)
+    model: Any = opened(folder)
     (added,) = [name for name, _ in model.named_parameters() if name in ("register_tokens", "attention_constants")]
     skip = model.no_weight_decay()
     for groups in (
@@ -77,9 +82,7 @@ def test_torchvision_extracts_features(pair: tuple[Path, Path]) -> None:
     from torchvision.models.feature_extraction import create_feature_extractor
 
     _, folder = pair
-    model: Any = import_modeling(folder).load(
-        folder, dynamic_img_size=False
-    )  # torch.fx cannot trace the stock one either
+    model: Any = opened(folder, dynamic_img_size=False)  # torch.fx cannot trace the stock one either
     images = pictures(2, (64, 64))
     extractor = create_feature_extractor(model, {"blocks.1.mlp.act": "hidden", "head": "logits"}).eval()
     assert torch.equal(extractor(images)["logits"], model(images))

@@ -43,6 +43,19 @@ def test_the_digest_does_not_depend_on_the_model() -> None:
     assert modeling.loader_digest(source("CLIPConfig", "CLIPModel")) == own
 
 
+def test_every_class_of_a_loader_can_be_mixed_in_before_a_model_class(tmp_path: Path) -> None:
+    """Also where no module has the loader's name; transformers looks up annotations there."""
+    from transformers import ViTModel
+
+    (tmp_path / modeling.FILE_NAME).write_text(source("ViTConfig", "ViTModel"), "utf-8")
+    loader = modeling.import_modeling(tmp_path, transformers.loader_digest(), trusted=False)
+    mixins = loader._Grafted.__subclasses__()
+    assert len(mixins) > 9
+    for mixin in mixins:
+        made = loader._grafted_class(mixin, ViTModel)
+        assert made.__mro__[1] is mixin and made.config_class is ViTModel.config_class
+
+
 @pytest.mark.parametrize(
     "change",
     [
