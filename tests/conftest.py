@@ -92,12 +92,9 @@ def pico_of(nodeid: str) -> str | None:
 
 
 def group(nodeid: str) -> str:
-    """Tests that run in one process: a pico's, which plant it once; of all others those of a file.
-
-    `test_reload.py` takes all picos to one fresh process.
-    """
+    """Tests that run in one process: a pico's, which plant it once; of all others those of a file."""
     file, pico = nodeid.partition("::")[0], pico_of(nodeid)
-    return file if pico is None or file.endswith("test_reload.py") else pico
+    return file if pico is None else pico
 
 
 def mark_tiers(items: list[pytest.Item]) -> None:

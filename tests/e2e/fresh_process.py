@@ -1,8 +1,9 @@
 """Run by tests in another process, where `import regsurgery` fails: load patched folders as a user would, run them.
 
-`python fresh_process.py MANIFEST`: MANIFEST is a torch file, a list of jobs `{library, folder, architecture,
+`python fresh_process.py [MANIFEST]`: MANIFEST is a torch file, a list of jobs `{library, folder, architecture,
 auto_class, output, inputs}`; the results, one a job, are saved as `MANIFEST.results`:
-`{outputs: {batch size: {name: tensor}}, problems: [text]}`.
+`{outputs: {batch size: {name: tensor}}, problems: [text]}`. Without one, manifests are read from lines of stdin, and
+`done MANIFEST` is printed after each.
 Works with transformers 4.57 and 5; must import nothing of the project.
 """
 
@@ -132,15 +133,8 @@ def run_open_clip(job):
 
 RUNNERS = {"transformers": run_transformers, "timm": run_timm, "open_clip": run_open_clip}
 
-if __name__ == "__main__":
-    try:
-        import regsurgery  # noqa: F401
-    except ImportError:
-        pass
-    else:
-        sys.exit("regsurgery can be imported: this proves nothing")
-    torch.set_num_threads(1)
-    manifest = sys.argv[1]
+
+def run(manifest):
     results = []
     for job in torch.load(manifest):
         try:
@@ -150,3 +144,19 @@ if __name__ == "__main__":
             outputs, problems = {}, [traceback.format_exc()]
         results.append({"outputs": outputs, "problems": problems})
     torch.save(results, f"{manifest}.results")
+
+
+if __name__ == "__main__":
+    try:
+        import regsurgery  # noqa: F401
+    except ImportError:
+        pass
+    else:
+        sys.exit("regsurgery can be imported: this proves nothing")
+    torch.set_num_threads(1)
+    if len(sys.argv) > 1:
+        run(sys.argv[1])
+    else:
+        for line in sys.stdin:
+            run(line.strip())
+            print(f"done {line.strip()}", flush=True)

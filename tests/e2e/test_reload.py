@@ -6,7 +6,7 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,17 @@ OTHER_VALUES_IN_4 = ("hf-idefics3",)
 EVERYTHING = {"output_hidden_states": True, "output_attentions": True}
 
 
+SCRIPT = Path(__file__).with_name("fresh_process.py")
+
+
 def run_fresh(jobs: list[dict[str, Any]], manifest: Path, python: str = sys.executable) -> list[dict[str, Any]]:
     """Run `fresh_process.py` on `jobs`; the results in their order."""
     torch.save(jobs, manifest)
-    script = Path(__file__).with_name("fresh_process.py")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(manifest.parent / "hf-modules")}
-    environment.pop("PYTHONPATH", None)
     done = subprocess.run(
-        [python, str(script), str(manifest)],
+        [python, str(SCRIPT), str(manifest)],
         capture_output=True,
         text=True,
-        env=environment,
+        env=environment(manifest.parent),
         cwd=manifest.parent,
         check=False,
     )
@@ -50,10 +50,48 @@ def run_fresh(jobs: list[dict[str, Any]], manifest: Path, python: str = sys.exec
     return torch.load(f"{manifest}.results")
 
 
-def job_for(planted: Planted, folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def environment(folder: Path) -> dict[str, str]:
+    found = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "hf-modules")}
+    found.pop("PYTHONPATH", None)
+    return found
+
+
+class Fresh:
+    """`fresh_process.py` in one process of `python`, which runs a job after another."""
+
+    def __init__(self, python: str, folder: Path) -> None:
+        self.folder, self.stderr = folder, folder / "stderr"
+        self.process = subprocess.Popen(
+            [python, str(SCRIPT)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.stderr.open("w"),
+            text=True,
+            env=environment(folder),
+            cwd=folder,
+        )
+
+    def run(self, job: dict[str, Any]) -> dict[str, Any]:
+        manifest = self.folder / "manifest"
+        torch.save([job], manifest)
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(f"{manifest}\n")
+        self.process.stdin.flush()
+        assert f"done {manifest}\n" in iter(self.process.stdout.readline, ""), self.stderr.read_text()[-3000:]
+        return torch.load(f"{manifest}.results")[0]
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(30)
+
+
+@functools.cache
+def job_for(planted: Planted) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Write the patched folder; the job for the fresh process, and what the graph gives for its inputs."""
     surgery = perform(planted.located, recipe_for(planted, 1))
-    folder.mkdir(parents=True)
+    folder = planted.folder.with_name("reloaded")
+    folder.mkdir()
     backend(planted.loaded.library).emit(surgery, folder, folder)
     inputs = tensor_inputs(planted.loaded, pictures(7, planted.loaded.image_size))
     names = [node.name for node in planted.traced.graph_module.graph.find_nodes(op="placeholder")]
@@ -76,31 +114,18 @@ def job_for(planted: Planted, folder: Path) -> tuple[dict[str, Any], dict[str, t
 
 
 @pytest.fixture(scope="session")
-def reloaded(
-    request: pytest.FixtureRequest,
-    planted_picos: Callable[[Pico], Planted],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[[str], dict[str, Any]]:
-    """The picos of this session, patched, written, and run in one fresh process of the given Python: id -> (result,
-    expected).
-    """
-    root = tmp_path_factory.mktemp("reload")
-    wanted = {item.callspec.params["pico"].id for item in request.session.items if item.path == Path(__file__)}  # type: ignore[attr-defined]
-    written = {pico.id: job_for(planted_picos(pico), root / pico.id) for pico in PICOS if pico.id in wanted}
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Fresh]]:
+    """Python -> a process of it where regsurgery cannot be imported, the same for all picos."""
+    processes: dict[str, Fresh] = {}
 
-    @functools.cache
-    def run(python: str) -> dict[str, Any]:
-        ids = [
-            name for name, (job, _) in written.items() if python == sys.executable or job["library"] == "transformers"
-        ]
-        other = python != sys.executable
-        jobs = [
-            {**written[name][0], **({"collects": {}} if other and name in COLLECTS_NOT_IN_4 else {})} for name in ids
-        ]
-        results = run_fresh(jobs, root / f"manifest-{len(ids)}.pt", python)
-        return {name: (result, written[name][1]) for name, result in zip(ids, results, strict=True)}
+    def process(python: str) -> Fresh:
+        if python not in processes:
+            processes[python] = Fresh(python, tmp_path_factory.mktemp("fresh"))
+        return processes[python]
 
-    return run
+    yield process
+    for each in processes.values():
+        each.close()
 
 
 def check(result: dict[str, Any], expected: dict[str, torch.Tensor], *, same_values: bool = True) -> None:
@@ -117,13 +142,20 @@ def check(result: dict[str, Any], expected: dict[str, torch.Tensor], *, same_val
 
 
 @pytest.mark.parametrize("pico", PICOS, ids=lambda pico: pico.id)
-def test_a_fresh_process_reproduces_the_graph(pico: Pico, reloaded: Callable[[str], dict[str, Any]]) -> None:
-    check(*reloaded(sys.executable)[pico.id])
+def test_a_fresh_process_reproduces_the_graph(
+    pico: Pico, planted_picos: Callable[[Pico], Planted], fresh: Callable[[str], Fresh]
+) -> None:
+    job, expected = job_for(planted_picos(pico))
+    check(fresh(sys.executable).run(job), expected)
 
 
 @pytest.mark.parametrize("pico", [p for p in PICOS if p.id.startswith("hf-")], ids=lambda pico: pico.id)
-def test_transformers_4_reproduces_the_graph(pico: Pico, reloaded: Callable[[str], dict[str, Any]]) -> None:
-    check(*reloaded(transformers_4_python())[pico.id], same_values=pico.id not in OTHER_VALUES_IN_4)
+def test_transformers_4_reproduces_the_graph(
+    pico: Pico, planted_picos: Callable[[Pico], Planted], fresh: Callable[[str], Fresh]
+) -> None:
+    job, expected = job_for(planted_picos(pico))
+    job = {**job, **({"collects": {}} if pico.id in COLLECTS_NOT_IN_4 else {})}
+    check(fresh(transformers_4_python()).run(job), expected, same_values=pico.id not in OTHER_VALUES_IN_4)
 
 
 def transformers_4_python() -> str:
