@@ -176,11 +176,11 @@ def test_patched_at_another_size(name: str, planted_picos: Callable[[Pico], Plan
     assert [(row.image_size, row.num_registers) for row in result.sizes.rows] == [
         ((96, 96), 5), ((144, 144), 10), ((192, 192), 18)
     ]  # fmt: skip
-    assert result.as_dict()["sizes"][0]["num_images"] == 4
+    assert result.as_dict()["sizes"][0]["num_images"] == size_drift.MIN_IMAGES
     record = read_run_record(folder)
     assert record["run"]["image_size"] == 96 and len(record["sizes"]) == 3
     card = (folder / "README.md").read_text()
-    assert "| 144x144 | 10 | 4 |" in card and "follows the image size" in card
+    assert f"| 144x144 | 10 | {size_drift.MIN_IMAGES} |" in card and "follows the image size" in card
     for size in (None, 128):
         verdict = regsurgery.verify(folder, image_size=size, num_images=8)
         assert verdict.passed and verdict.parity_max_abs <= 1e-5
@@ -259,6 +259,7 @@ def test_drift_at_sizes_uses_up_to_16_photos_and_fewer_for_costly_sizes(
     demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(size_drift, "MAX_IMAGES", 16)
+    monkeypatch.setattr(size_drift, "MIN_IMAGES", 4)
     files = write_photos(tmp_path / "photos", 20)
 
     def counts(name: str, **options: Any) -> list[int]:

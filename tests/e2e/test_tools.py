@@ -26,11 +26,21 @@ from regsurgery.runtime.surgery import (
     neuron_shift,
     shift_arguments,
 )
-from tests.conftest import Planted
+from tests.conftest import CHOSEN, Planted
 from tests.e2e.test_parity import largest_difference, module_form, pictures, recipe_for
-from tests.picos import Pico, by_id
+from tests.picos import PICOS, Pico, by_id
 
 MODES = ("shift", "bias")
+# Whole models have their tower's class, and parts that cannot be replicated or pickled as they stand.
+EACH = pytest.mark.parametrize(
+    ("pico", "mode"),
+    [
+        pytest.param(pico, mode, id=f"{pico.id}-{mode}")
+        for pico in PICOS
+        for mode in MODES
+        if mode == "shift" or pico.id in CHOSEN
+    ],
+)
 
 
 def surgery_of(planted: Planted, mode: str) -> Surgery:
@@ -63,9 +73,12 @@ def replace_downs(model: nn.Module, planted: Planted) -> list[Reads]:
     return made
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_what_stands_in_for_the_down_projection_reads_shifted_values(mode: str, planted: Planted) -> None:
+@EACH
+def test_what_stands_in_for_the_down_projection_reads_shifted_values(
+    pico: Pico, mode: str, planted_picos: Callable[[Pico], Planted]
+) -> None:
     """Also with gradients, where nothing is written in place: a branch beside it is trained on what it will serve."""
+    planted = planted_picos(pico)
     surgery = surgery_of(planted, mode)
     model = module_form(planted, surgery)
     images = pictures(2, planted.loaded.image_size)
@@ -83,9 +96,10 @@ def test_what_stands_in_for_the_down_projection_reads_shifted_values(mode: str, 
         assert float(seen[:, patches, neurons].abs().max()) == 0, f"block {block}"
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_replica_reads_its_own_parameter(mode: str, planted: Planted) -> None:
+@EACH
+def test_a_replica_reads_its_own_parameter(pico: Pico, mode: str, planted_picos: Callable[[Pico], Planted]) -> None:
     """As `nn.DataParallel` replicates: modules are shallow copies, linked again; parameters become attributes."""
+    planted = planted_picos(pico)
     model = module_form(planted, surgery_of(planted, mode))
     images = pictures(2, planted.loaded.image_size)
     with torch.no_grad():
@@ -108,8 +122,9 @@ def replicated(model: nn.Module) -> nn.Module:
     return copies[model]
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_copies_and_pickles_are_patched_too(mode: str, planted: Planted) -> None:
+@EACH
+def test_copies_and_pickles_are_patched_too(pico: Pico, mode: str, planted_picos: Callable[[Pico], Planted]) -> None:
+    planted = planted_picos(pico)
     model = module_form(planted, surgery_of(planted, mode))
     images = pictures(2, planted.loaded.image_size)
     others = [copy.deepcopy(model)]
