@@ -7,6 +7,7 @@ ends with `EXIT_BUG`.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 EXIT_OK = 0
@@ -18,12 +19,16 @@ EXIT_BUG = 70  # as in sysexits.h: EX_SOFTWARE
 EXIT_NO_MEMORY = 71  # EX_OSERR
 EXIT_INTERRUPTED = 130  # as in shells: 128 plus the number of the signal
 EXIT_BROKEN_PIPE = 141
+ENDLESS = re.compile(r"\S{1024,}")  # a config may name a class of any length
 
 
 class RegsurgeryError(Exception):
-    """Root of the project's own errors."""
+    """Root of the project's own errors. Of a name that is endless its message has the beginning and the end."""
 
     exit_code = EXIT_USER_ERROR
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(ENDLESS.sub(lambda found: f"{found[0][:200]}[…]{found[0][-100:]}", message))
 
 
 class UserError(RegsurgeryError):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from regsurgery.cli.console import console
-from regsurgery.errors import EXIT_BUG, EXIT_NO_MEMORY, EXIT_USER_ERROR, CheckpointError
+from regsurgery.errors import EXIT_BUG, EXIT_NO_MEMORY, EXIT_USER_ERROR, CheckpointError, UserError
 from regsurgery.memory import shortage
 from regsurgery.plain import code, markdown, plain
 from tests.commands import PROGRAM, Done
@@ -165,3 +165,10 @@ def test_text_for_markdown() -> None:
     assert markdown("<img src=x>|[a](b)\n# _b_ `c`") == "&lt;img src=x>\\|\\[a\\](b) # \\_b\\_ \\`c\\`"
     assert markdown("# head") == "\\# head" and markdown("2 -> 4 of a_b & c (95 %)") == "2 -> 4 of a_b & c (95 %)"
     assert code("a`b|c\n\x1b") == "a'b¦c \\x1b"
+
+
+def test_of_an_endless_name_a_message_has_the_beginning_and_the_end() -> None:
+    path = "/" + "p" * 1000
+    assert str(UserError(f"{path}: no {'ab' * 9000}z; give another")) == (
+        f"{path}: no {'ab' * 100}[…]{('ab' * 9000 + 'z;')[-100:]} give another"
+    )
