@@ -51,6 +51,14 @@ class BackEnd(Protocol):
         ...
 
 
+class Library(BackEnd, Protocol):
+    """A library's own format in modes shift and bias: the checkpoint as it was, and a loader file."""
+
+    def call(self, loaded: Loaded, folder: str) -> str:
+        """The expression that loads the patched model of `folder`, for messages."""
+        ...
+
+
 class Program(BackEnd, Protocol):
     """A format that needs no library: the graph itself, for one image size."""
 

@@ -27,6 +27,7 @@ UNKNOWN_CODE = (
     "neither this regsurgery nor a released one writes this file, so loading it would run unknown code; read it and "
     "allow it with --trust-remote-code (trust_remote_code=True), or patch the source again"
 )
+CALL = 'modeling_regsurgery.load("{folder}")'  # of timm and open_clip
 CLASS_OF_MODEL = re.compile(r"(?<=\n)\n\n(?=class (\w+)\(Patched\w+, transformers\.\1\):\n)")
 FOLDERS = itertools.count()
 
@@ -109,6 +110,11 @@ def write_folder(surgery: Surgery, folder: Path, config_name: str, source: str, 
     dtype = weights_dtype(surgery.loaded.weights)  # open_clip runs in float32, whatever the file's dtype
     added = {name: value.to(dtype) for name, value in surgery.new_tensors().items()}
     write_weights(surgery.loaded.weights, folder, added, surgery.place)
+
+
+def refusal(call: str) -> str:
+    """What a folder says where transformers would load the original: `call` loads the patched model."""
+    return f"this checkpoint is patched, and a stock class would ignore that; load it with {call}"
 
 
 def import_modeling(folder: Path, own: str, *, trusted: bool) -> ModuleType:

@@ -58,10 +58,12 @@ def blank_registers(tower: Canonical, num_registers: int) -> Tensor:
 
 
 def write_config(surgery: Surgery, tower: Canonical, folder: Path) -> None:
-    """Write the config from which stock timm builds the tower."""
+    """Write the config from which stock timm builds the tower, and transformers its `TimmWrapperModel`."""
     args = _args(tower, surgery.plan.num_registers)
     if surgery.loaded.library == "timm":
         config = {**surgery.loaded.config, "model_args": args}
+        if args.get("num_classes") == config.get("num_classes"):  # transformers fails where timm wrote it twice
+            del args["num_classes"]
     else:
         data = {**tower.data, "num_classes": tower.num_classes, "first_conv": "patch_embed.proj", "classifier": "head"}
         config = {

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from regsurgery.backends import modeling
-from regsurgery.backends.modeling import modeling_source, write_folder
+from regsurgery.backends.modeling import CALL, modeling_source, write_folder
 from regsurgery.checkpoints.reading import weight_files
 from regsurgery.checkpoints.stored import stored_state, without_memory
 from regsurgery.formats import WEIGHTS_NAMES, Snippets
@@ -17,6 +17,7 @@ from regsurgery.runtime import open_clip as host_open_clip
 
 if TYPE_CHECKING:
     from regsurgery.compiler.surgery import Surgery
+    from regsurgery.frontends.loaded import Loaded
 
 WEIGHTS_NAME = WEIGHTS_NAMES["open_clip"]
 CONFIG_NAME = "open_clip_config.json"
@@ -43,6 +44,10 @@ with torch.no_grad():
 def emit(surgery: Surgery, folder: Path, target: Path) -> None:
     """Write config, weights and `modeling_regsurgery.py`."""
     write_folder(surgery, folder, CONFIG_NAME, modeling_source(host_open_clip))
+
+
+def call(loaded: Loaded, folder: str) -> str:
+    return CALL.format(folder=folder)
 
 
 def loader_digest() -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from regsurgery.backends import modeling
-from regsurgery.backends.modeling import modeling_source, write_folder
+from regsurgery.backends.modeling import CALL, modeling_source, refusal, write_folder
 from regsurgery.checkpoints.reading import weight_files
 from regsurgery.checkpoints.stored import stored_state, without_memory
 from regsurgery.formats import WEIGHTS_NAMES, Snippets
@@ -16,6 +16,7 @@ from regsurgery.runtime import timm as host_timm
 
 if TYPE_CHECKING:
     from regsurgery.compiler.surgery import Surgery
+    from regsurgery.frontends.loaded import Loaded
 
 WEIGHTS_NAME = WEIGHTS_NAMES["timm"]
 CONFIG_NAME = "config.json"
@@ -39,7 +40,13 @@ with torch.no_grad():
 
 def emit(surgery: Surgery, folder: Path, target: Path) -> None:
     """Write config, weights and `modeling_regsurgery.py`."""
-    write_folder(surgery, folder, CONFIG_NAME, modeling_source(host_timm))
+    # timm refuses a tensor that it does not know; transformers, which opens timm's folders, must be told.
+    words = refusal(call(surgery.loaded, "FOLDER"))
+    write_folder(surgery, folder, CONFIG_NAME, modeling_source(host_timm), transformers_weights=words)
+
+
+def call(loaded: Loaded, folder: str) -> str:
+    return CALL.format(folder=folder)
 
 
 def loader_digest() -> str:

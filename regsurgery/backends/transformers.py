@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from regsurgery.backends import modeling
-from regsurgery.backends.modeling import FILE_NAME, modeling_source, write_folder
+from regsurgery.backends.modeling import FILE_NAME, modeling_source, refusal, write_folder
 from regsurgery.checkpoints.reading import weight_files
 from regsurgery.checkpoints.stored import stored_state
 from regsurgery.errors import CheckpointError
@@ -18,7 +19,7 @@ from regsurgery.frontends.remote_code import code_file
 from regsurgery.frontends.transformers import from_pretrained
 from regsurgery.runtime import transformers as host_transformers
 from regsurgery.runtime.surgery import ADDED
-from regsurgery.runtime.transformers import FOREIGN
+from regsurgery.runtime.transformers import FOREIGN, REFUSAL
 from regsurgery.settings import quiet_transformers
 
 if TYPE_CHECKING:
@@ -26,10 +27,11 @@ if TYPE_CHECKING:
 
 WEIGHTS_NAME = WEIGHTS_NAMES["transformers"]
 CONFIG_NAME = "config.json"
-SNIPPET = """\
-from transformers import {auto_class}
+CALL = '{auto_class}.from_pretrained("{folder}", trust_remote_code=True)'
+SNIPPET = f"""\
+from transformers import {{auto_class}}
 
-model = {auto_class}.from_pretrained("{folder}", trust_remote_code=True)
+model = {CALL}
 """
 HALF = """\
 import torch
@@ -78,13 +80,40 @@ def emit(surgery: Surgery, folder: Path, target: Path) -> None:
     classes["AutoConfig"] = config_name
     others = loaded.config.get("auto_map", {})  # of processors and tokenizers, which stay as they are
     kept = {auto: name for auto, name in others.items() if auto != "AutoConfig" and not auto.startswith("AutoModel")}
+    words = refusal(call(loaded, "FOLDER"))
     entries: dict[str, Any] = {
+        **_refusing(loaded.config, loaded.model.config, _configs_around(loaded.model, surgery.sites.tower_path), words),
+        REFUSAL: words,
         "auto_map": {**kept, **{auto: f"{Path(FILE_NAME).stem}.{name}" for auto, name in classes.items()}},
         "model_type": FOREIGN + loaded.config["model_type"],
     }
     if not loaded.config.get("architectures"):
         entries["architectures"] = [loaded.architecture]
     write_folder(surgery, folder, CONFIG_NAME, modeling_source(host_transformers, tail), **entries)
+
+
+def _configs_around(model: nn.Module, tower: str) -> frozenset[type]:
+    """The config classes of `model`, of the module `tower` in it and of those between."""
+    parts = tower.split(".") if tower else []
+    around = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1))
+    return frozenset(type(module.config) for module in around if hasattr(module, "config"))
+
+
+def _refusing(on_disk: Mapping[str, Any], config: Any, kinds: frozenset[type], words: str) -> dict[str, Any]:
+    """The entries of `on_disk`, a config as JSON, that hold configs of `kinds`; stock classes read `words` there.
+
+    `CLIPVisionModel.from_pretrained` of a whole CLIP looks at its `vision_config` alone. A text tower has other kinds,
+    and stays what it was.
+    """
+    from transformers import PreTrainedConfig
+
+    found = {}
+    for name, inner in vars(config).items():
+        entry = on_disk.get(name)
+        if isinstance(inner, PreTrainedConfig) and isinstance(entry, dict):
+            more = _refusing(entry, inner, kinds, words) | ({REFUSAL: words} if type(inner) in kinds else {})
+            found |= {name: {**entry, **more}} if more else {}
+    return found
 
 
 def _code_of(*classes: type) -> str:
@@ -116,6 +145,10 @@ def _auto_classes(loaded: Loaded) -> dict[str, str]:
     if loaded.architecture not in found.values():
         found["AutoModel"] = loaded.architecture
     return found
+
+
+def call(loaded: Loaded, folder: str) -> str:
+    return CALL.format(auto_class=auto_class(loaded), folder=folder)
 
 
 def auto_class(loaded: Loaded) -> str:

@@ -165,6 +165,8 @@ class Screen(Progress):
             f"peak memory {result.peak_rss_mb:.0f} MB",
             soft_wrap=True,
         )
+        if result.call:
+            self.out.print(f"load it with {result.call}", soft_wrap=True, markup=False)
         if pushed is not None:
             self._pushed(pushed)
         if result.verdict is None:

@@ -48,13 +48,15 @@ NEEDS_MEMORY = (
 class PatchResult:
     """What `patch` did. `output` is None for a dry run, `verdict` and `sizes` where nothing was verified.
 
-    `seconds` and `peak_rss_mb` are of the whole process so far.
+    `call` loads the output, where it needs the folder's own loader file; it is "" otherwise. `seconds` and
+    `peak_rss_mb` are of the whole process so far.
     """
 
     output: str | None
     mode: str
     format: str
     recipe: Recipe
+    call: str
     verdict: Verdict | None
     sizes: SizeDrifts | None
     seconds: float
@@ -108,7 +110,8 @@ def patch(model: str | Path, output: str | Path, options: PatchOptions) -> Patch
             else:
                 recipe, where = attempt.recipe, None if options.dry_run else str(output)
                 seconds = time.monotonic() - started
-                return PatchResult(where, recipe.mode, fmt, recipe, verdict, sizes, seconds, _peak_rss_mb())
+                call = _call(located.loaded, fmt, recipe, where)
+                return PatchResult(where, recipe.mode, fmt, recipe, call, verdict, sizes, seconds, _peak_rss_mb())
     raise AssertionError("the last attempt succeeds or raises")
 
 
@@ -321,6 +324,15 @@ def _say_what_is_patched(loaded: Loaded, images: ImageSet, progress: Progress) -
             f"{loaded.architecture} is not one of the families that the tests cover (regsurgery families); its sites "
             "were found in its graph, and the output is verified as usual"
         )
+
+
+def _call(loaded: Loaded, fmt: str, recipe: Recipe, output: str | None) -> str:
+    """What loads `output` through its own loader file, as Python; "" if it has none."""
+    from regsurgery.backends.formats import backend
+
+    if output is None or recipe.kind.stock or fmt not in LIBRARIES:
+        return ""
+    return backend(fmt, recipe.kind).call(loaded, output)
 
 
 def _peak_rss_mb() -> float:

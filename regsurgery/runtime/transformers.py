@@ -12,6 +12,8 @@ import transformers  # noqa: F401
 from regsurgery.runtime.surgery import operate
 
 FOREIGN = "regsurgery_"  # before the stock model type, on disk
+REFUSAL = "transformers_weights"  # on disk: what should name a weight file, and instead says how to load the folder
+KEPT = FOREIGN + REFUSAL  # the same in memory, where transformers would look for that file
 
 
 class PatchedConfig:
@@ -19,6 +21,9 @@ class PatchedConfig:
 
     If code is not trusted, transformers loads the stock model for a model type that it knows: the unpatched one, with
     a warning at best. For an unknown type it refuses, and says that it needs `trust_remote_code=True`.
+
+    A stock class that is named (`CLIPModel.from_pretrained`) asks nobody. It refuses a config whose entry for the name
+    of the weight file is no such name, and shows it: the call that loads the patched model.
     """
 
     @classmethod
@@ -26,13 +31,21 @@ class PatchedConfig:
         config, kwargs = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
         if isinstance(config.get("model_type"), str):
             config["model_type"] = config["model_type"].removeprefix(FOREIGN)
-        return config, kwargs
+        return _renamed(config, REFUSAL, KEPT), kwargs
 
     def to_json_string(self, *args: Any, **kwargs: Any) -> str:
-        config = json.loads(super().to_json_string(*args, **kwargs))  # type: ignore[misc]
+        config = _renamed(json.loads(super().to_json_string(*args, **kwargs)), KEPT, REFUSAL)  # type: ignore[misc]
         if "model_type" in config:
             config["model_type"] = FOREIGN + config["model_type"].removeprefix(FOREIGN)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def _renamed(config: dict[str, Any], old: str, new: str) -> dict[str, Any]:
+    """`config` with another name for the entry `old`, in the configs inside it, too."""
+    return {
+        new if name == old else name: _renamed(value, old, new) if isinstance(value, dict) else value
+        for name, value in config.items()
+    }
 
 
 class PatchedModel:

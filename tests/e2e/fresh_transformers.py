@@ -65,6 +65,7 @@ model.save_pretrained(scratch / "saved")
 assert names(scratch / "saved") == names(folder), names(scratch / "saved") ^ names(folder)
 saved = json.loads((scratch / "saved" / "config.json").read_text())
 assert (saved["regsurgery"], saved["model_type"]) == (model.config.regsurgery, "regsurgery_vit")
+assert saved["transformers_weights"] == json.loads((Path(folder) / "config.json").read_text())["transformers_weights"]
 assert model.config.model_type == "vit"
 with torch.no_grad():
     close("save_pretrained and back", load(scratch / "saved")(images).logits, logits, 2e-5)

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 import regsurgery
 from regsurgery.cli.app import main
@@ -61,6 +63,8 @@ def test_every_planted_model_in_every_host_that_can_hold_it(
         assert result.verdict.outliers_per_image.patched <= 0.1 * result.verdict.outliers_per_image.original
         assert 0 <= result.verdict.parity_max_abs < 2e-3
         assert not (tmp_path / fmt / "modeling_regsurgery.py").exists()
+        if fmt == "timm":
+            transformers_opens_it_too(tmp_path / fmt)
         if len(written) == 1:
             again = regsurgery.verify(tmp_path / fmt, num_images=16)
             assert again.passed
@@ -68,6 +72,14 @@ def test_every_planted_model_in_every_host_that_can_hold_it(
             assert again.outliers_per_image.patched == pytest.approx(patched, abs=0.2)
             assert again.cosine_output == pytest.approx(result.verdict.cosine_output, abs=2e-3)
     assert set(written) == hosts_of(planted) & set(HOSTS[planted.loaded.library])
+
+
+@torch.no_grad()
+def transformers_opens_it_too(folder: Path) -> None:
+    """Stock transformers has timm's tower of `folder` in a `TimmWrapperModel`."""
+    tower, wrapper = timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), AutoModel.from_pretrained(folder)
+    images = torch.randn(2, 3, *tower.patch_embed.img_size)
+    assert torch.equal(wrapper.eval()(images).last_hidden_state, tower.forward_features(images))
 
 
 WIDE = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "image_size": 96, "patch_size": 8}

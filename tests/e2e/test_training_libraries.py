@@ -126,16 +126,23 @@ def test_the_vision_model_of_a_pipeline_of_diffusers(tmp_path: Path) -> None:
     )
 
 
-def test_a_folder_of_sentence_transformers(tmp_path: Path) -> None:
-    sentence_transformers = pytest.importorskip("sentence_transformers")
+def write_clip(folder: Path) -> nn.Module:
+    """A CLIP of transformers with its processor."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
     model = moved(CLIPModel(CLIPConfig(**CLIP)))
+    model.save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps({"<|startoftext|>": 0, "<|endoftext|>": 98, "a</w>": 1}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    images = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    CLIPProcessor(images, CLIPTokenizer.from_pretrained(folder)).save_pretrained(folder)
+    return model
+
+
+def test_a_folder_of_sentence_transformers(tmp_path: Path) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
     source = tmp_path / "clip"
-    model.save_pretrained(source)
-    (source / "vocab.json").write_text(json.dumps({"<|startoftext|>": 0, "<|endoftext|>": 98, "a</w>": 1}))
-    (source / "merges.txt").write_text("#version: 0.2\n")
-    CLIPProcessor(CLIPImageProcessor(), CLIPTokenizer.from_pretrained(source)).save_pretrained(source)
+    model = write_clip(source)
     sentence_transformers.SentenceTransformer(str(source), device="cpu").save(str(tmp_path / "saved"))
     folder = tmp_path / "saved"
     inner = next((path.parent for path in folder.glob("*/config.json")), folder)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from regsurgery.backends.contract import BackEnd, Program, StockCode, StockHost
+from regsurgery.backends.contract import BackEnd, Library, Program, StockCode, StockHost
 from regsurgery.backends.formats import backend
 from regsurgery.cli.screen import Screen
 from regsurgery.formats import FORMATS, LIBRARIES, PROGRAMS, STOCK_CODE
@@ -21,6 +21,7 @@ CASES = [
     *((frontend(name), FrontEnd) for name in LIBRARIES),
     *((backend(name), BackEnd) for name in FORMATS),
     *((backend(name, mode), BackEnd) for name in FORMATS for mode in MODES.values()),
+    *((backend(name), Library) for name in LIBRARIES),
     *((backend(name), Program) for name in PROGRAMS),
     *((backend(name, MODES["native"]), StockHost) for name in LIBRARIES),
     *((backend(name), StockCode) for name in STOCK_CODE),

@@ -24,7 +24,8 @@ import regsurgery
 from regsurgery.cli.app import app
 from regsurgery.recipe import parse_recipe
 from tests.conftest import Planted
-from tests.picos import PICOS, Pico
+from tests.e2e.test_families import write_llava
+from tests.picos import PICOS, Pico, by_id
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATED = {ROOT / "docs" / "cli.md"}  # from the commands; test_cli.py compares
@@ -33,6 +34,16 @@ BLOCK = re.compile(r"(?:^<!-- not run: ([^\n]+) -->\n)?^```(\w*)\n(.*?)^```$", r
 SHELL = ("sh", "console")
 LANGUAGES = (*SHELL, "python", "yaml", "mermaid")
 TIMM = next(pico for pico in PICOS if pico.id.startswith("timm-"))
+
+
+def write_depth(folder: Path) -> None:
+    from transformers import DPTImageProcessor
+
+    by_id("hf-depth-anything").build(folder)
+    DPTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
+
+
+WHOLES = {"llava-patched": write_llava, "depth-patched": write_depth}  # folders, and what writes their sources
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,7 @@ def blocks_of(page: Path) -> Iterator[Block]:
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 PYTHON = sorted({block.page for block in BLOCKS if block.language == "python" and not block.reason})
+DEMOS = ("demo-patched", "demo-pt2", "native")
 
 
 def commands_of(block: Block) -> list[list[str]]:
@@ -154,15 +166,23 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     }
 
     def folder(name: str) -> Path:
-        if name not in made:
-            made[name] = root / name
+        if name in made:
+            return made[name]
+        made[name], source = root / name, root / f"{name}-source"
+        if name in WHOLES:
+            WHOLES[name](source)
+            recipe = regsurgery.Recipe({1: (3,)})
+            regsurgery.patch(str(source), made[name], recipe=recipe, num_images=2, verification=False)
+        else:
             regsurgery.patch("demo", made[name], recipe="demo", verification=False, **how[name])
         return made[name]
 
     return folder
 
 
-@pytest.mark.parametrize("page", PYTHON)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.slow] * (page == "inside.md")) for page in PYTHON]
+)
 def test_python_blocks_run(
     page: str,
     folders: Callable[[str], Path],
@@ -171,13 +191,15 @@ def test_python_blocks_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     code = [block for block in BLOCKS if block.page == page and block.language == "python" and not block.reason]
-    for name in ("demo-patched", "demo-pt2", "native"):
+    for name in (*DEMOS, *WHOLES):
         if any(re.search(rf"[\":]{name}[\"/]", block.code) for block in code):
             (tmp_path / name).symlink_to(folders(name))
     if any('"patched"' in block.code for block in code):  # of a timm model, with its own loader
         planted = planted_picos(TIMM)
         recipe = regsurgery.Recipe({block: tuple(neurons) for block, neurons in planted.neurons.items()})
         regsurgery.patch(str(planted.folder), tmp_path / "patched", recipe=recipe, num_images=4, verification=False)
+    if any('"photo.jpg"' in block.code for block in code):
+        Image.effect_noise((96, 80), 90).convert("RGB").save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     names: dict[str, Any] = {}
