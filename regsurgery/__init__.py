@@ -1,8 +1,9 @@
 """regsurgery: rewrite Vision Transformer checkpoints so that outlier tokens are gone.
 
-Public API: `doctor`, `find`, `find_part`, `patch`, `verify`, `evaluate`, `observe`, `plot_norms`, `plot_norm_maps`,
-`plot_attention`, `plot_shift_maps`, `report`, `unpatch`, `reproduce`, `diff`, `load`, `push`, `find_recipe`,
-`Recipe`. Importing the package is cheap; torch and the model libraries are imported on first use.
+Public API: `doctor`, `find`, `find_part`, `patch`, `verify`, `check`, `still_patched`, `evaluate`, `observe`,
+`plot_norms`, `plot_norm_maps`, `plot_attention`, `plot_shift_maps`, `report`, `unpatch`, `reproduce`, `diff`, `load`,
+`push`, `find_recipe`, `Recipe`. Importing the package is cheap; torch and the model libraries are imported on first
+use.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from regsurgery.version import __version__
 __all__ = [
     "Recipe",
     "__version__",
+    "check",
     "diff",
     "doctor",
     "evaluate",
@@ -30,11 +32,13 @@ __all__ = [
     "push",
     "report",
     "reproduce",
+    "still_patched",
     "unpatch",
     "verify",
 ]
 
 if TYPE_CHECKING:
+    from regsurgery.commands.check import check
     from regsurgery.commands.diff import diff
     from regsurgery.commands.doctor import doctor
     from regsurgery.commands.find import find, find_part
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
     from regsurgery.hub.push import push
     from regsurgery.recipe import Recipe, find_recipe
     from regsurgery.reporting.report import report
+    from regsurgery.verification.live import still_patched
     from regsurgery.verification.patched import load
 
 _WHERE = {
@@ -56,6 +61,7 @@ _WHERE = {
     "find_part": "commands.find",
     "patch": "commands.patch",
     "verify": "commands.verify",
+    "check": "commands.check",
     "evaluate": "evaluation.evaluate",
     "observe": "evaluation.observed",
     "plot_norms": "evaluation.plots",
@@ -67,6 +73,7 @@ _WHERE = {
     "reproduce": "commands.reproduce",
     "diff": "commands.diff",
     "load": "verification.patched",
+    "still_patched": "verification.live",
     "push": "hub.push",
     "Recipe": "recipe",
     "find_recipe": "recipe",

@@ -308,6 +308,16 @@ class VerifyOptions(ImageOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckOptions(ImageOptions):
+    """Options of `check`."""
+
+    num_images: int | None = option(8, "Maximum number of images.", min=1)
+    revision: str | None = option(None, "Hub revision.")
+
+    HIDDEN = ("seed", "tower", "device_map", "max_memory", "allow_pickle", *READING)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(ImageOptions):
     """Options of every task of `eval`.
 

@@ -35,6 +35,7 @@ backbone = timm.create_model("local-dir:{folder}", pretrained=True, num_classes=
 images = torch.zeros(1, 3, {height}, {width})  # preprocessed photos
 with torch.no_grad():
     features = backbone(images)
+    patches = backbone.forward_features(images)[:, backbone.num_prefix_tokens :]  # after class token and registers
 """
 
 
@@ -113,7 +114,10 @@ def snippets(surgery: Surgery, folder: str) -> Snippets:
     height, width = canonical(surgery.loaded, surgery.state()).image_size
     return (
         ("timm, unmodified", SNIPPET.format(folder=folder)),
-        ("Pooled features, without the classifier", FEATURES.format(folder=folder, height=height, width=width)),
+        (
+            "Pooled features, without the classifier, and those of patches",
+            FEATURES.format(folder=folder, height=height, width=width),
+        ),
     )
 
 

@@ -61,6 +61,7 @@ photo = Image.new("RGB", (640, 480))  # or Image.open("photo.jpg")
 with torch.no_grad():
     pixels = processor(photo, return_tensors="pt").pixel_values.to(backbone.dtype)
     tokens = backbone(pixels).last_hidden_state
+patches = tokens[:, 1 + backbone.config.num_register_tokens :]  # after class token and registers
 """
 
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CONFIG_NAME"]
 
+aten = torch.ops.aten
+
 PROGRAM_NAME = "model.onnx"
 WEIGHTS_NAME = "model.onnx.data"
 MAX_ONE_FILE_BYTES = 3 << 29  # protobuf's limit is 2 GiB; beyond this, weights go into a file of their own
@@ -168,7 +170,7 @@ def _export(surgery: Surgery) -> Any:
         # it that was traced for the kernel fails (BEiT's relative biases). So it is traced with the parts' strides.
         with _quiet(), sdpa_kernel(SDPBackend.MATH):
             exported = torch.onnx.export(
-                lower(_with_reshapes(surgery)),
+                lower(_with_reshapes(surgery)).run_decompositions({aten.index_copy.default: _index_copy}),
                 dynamo=True,
                 optimize=False,
                 input_names=input_names(surgery),
@@ -183,12 +185,22 @@ def _export(surgery: Surgery) -> Any:
     return exported.model
 
 
+def _index_copy(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    """Along the last dimension, by element.
+
+    The exporter scatters rows of a transposed tensor: two copies of the whole hidden activation, and in float16
+    onnxruntime 1.32 crashes (a segmentation fault in `NchwcTransformer`) where a product follows.
+    """
+    assert dim in (-1, x.ndim - 1)
+    return x.scatter(-1, index.expand_as(source), source)
+
+
 def _with_reshapes(surgery: Surgery) -> Surgery:
     """The surgery with reshapes in place of views, which the model's own trace made for the fused kernel's strides."""
     graph = torch.fx.Graph()
     graph.output(graph.graph_copy(surgery.graph_module.graph, {}))
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-        node.target = torch.ops.aten.reshape.default
+    for node in graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default
     return replace(surgery, graph_module=torch.fx.GraphModule(surgery.graph_module, graph))
 
 

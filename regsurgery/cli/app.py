@@ -24,6 +24,7 @@ from regsurgery.errors import (
     NothingToFixError,
 )
 from regsurgery.options import (
+    CheckOptions,
     DoctorOptions,
     PatchOptions,
     PushOptions,
@@ -170,6 +171,38 @@ def verify(
         verdict = verify(folder, options, progress=screen)
     screen.verified(verdict)
     if not verdict.passed:
+        raise typer.Exit(EXIT_VERIFICATION_FAILED)
+
+
+@app.command(
+    epilog="Example: regsurgery check demo-patched",
+    short_help="Is the surgery still in effect in a folder, after training, say?",
+)
+@takes(CheckOptions)
+def check(
+    folder: Annotated[
+        str,
+        typer.Argument(
+            help="Patched folder, as written or as saved again by its library, or USER/NAME on the Hub.",
+            metavar="FOLDER",
+            show_default=False,
+        ),
+    ],
+    options: CheckOptions,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Load a patched folder, and look whether its surgery is in effect: neurons shifted, no outlier tokens left.
+
+    Unlike verify it needs no original. Exit codes: 0 in effect; 1 not; 2 invalid input.
+    """
+    from regsurgery.cli.screen import Screen
+    from regsurgery.commands.check import check
+
+    with Screen(as_json=as_json, quiet=quiet) as screen:
+        seen = check(folder, options, progress=screen)
+    screen.checked(seen)
+    if not seen:
         raise typer.Exit(EXIT_VERIFICATION_FAILED)
 
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from regsurgery.search.diagnosis import Diagnosis
     from regsurgery.search.faithful import SettingRow
     from regsurgery.search.shares import FoundPart
+    from regsurgery.verification.live import StillPatched
     from regsurgery.verification.size_drift import SizeDrifts
     from regsurgery.verification.verdict import Verdict
 
@@ -181,6 +182,19 @@ class Screen(Progress):
             print(json.dumps(verdict.as_dict(), indent=2))
         self._figures(verdict)
         self._outcome(verdict)
+
+    def checked(self, seen: StillPatched) -> None:
+        if self.as_json:
+            print(json.dumps(seen.as_dict(), indent=2))
+        images = f"{seen.num_images} images"
+        norms = f"{seen.outliers_per_image:.2f} outlier tokens per image after block {seen.block}, over {images}"
+        self.out.print(f"mode {seen.mode}: {norms}; largest patch norm {seen.max_patch_norm:.4g}", soft_wrap=True)
+        if seen.silent:
+            blocks = ", ".join(map(str, seen.silent))
+            self.out.print(f"note: no register neuron of block {blocks} fired on these images", soft_wrap=True)
+        for problem in seen.problems:
+            self.out.print(problem, soft_wrap=True)
+        self.out.print("the surgery is in effect" if seen else "the surgery is not in effect")
 
     def evaluated(self, evaluation: Evaluation) -> None:
         from regsurgery.evaluation.result import FIGURES, INTERVAL, caption, cells

@@ -26,6 +26,7 @@ REGISTER_TOKENS, ATTENTION_CONSTANTS = "register_tokens", "attention_constants"
 # In a tower that has register tokens of its own, by that name; transformers renames whatever contains that.
 OTHER_REGISTER_TOKENS = "test_time_registers"
 ADDED = (REGISTER_TOKENS, OTHER_REGISTER_TOKENS, ATTENTION_CONSTANTS)
+RECORD = "_regsurgery"  # the tower's attribute that holds what was done to it
 
 
 def registers_for(num_patches: int, num_registers: int, chosen_for: int | None) -> int:
@@ -659,6 +660,7 @@ def operate(model: nn.Module, surgery: Mapping[str, Any], *, keep_registers: boo
     num_registers, num_prefix = int(surgery["num_registers"]), int(surgery["num_prefix"])
     count = RegisterCount(num_registers, surgery.get("num_patches"), num_prefix)  # older folders lack the key
     tower, layout = resolve_layout(model, surgery["layouts"])
+    object.__setattr__(tower, RECORD, surgery)
     if keep_registers and tower is not model:
         raise ValueError(
             "keep_registers=True needs the vision tower alone, without the head around it; load it with AutoModel"

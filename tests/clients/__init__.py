@@ -2,5 +2,5 @@
 
 Tier `slow`. A tool that is not installed is skipped: `pip install peft torchao grad-cam captum openvino
 onnxconverter-common` adds those that are tried here. After tools that change weights, outliers must still be gone.
-`docs/tools.md` has the figures, which `pytest -m slow -s tests/clients` prints.
+`docs/tools.md` has the figures, which `python -m tests.clients` prints.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.e2e.test_parity import pictures
 from tests.reference import outlier_patches
 
 MODES = ("shift", "bias", "native")
+figures: defaultdict[tuple[str, str], dict[str, float]] = defaultdict(dict)  # (tool, check) -> mode -> figure
 SIZE = (96, 96)
 
 
@@ -46,4 +48,5 @@ def outliers(model: nn.Module) -> float:
 
 
 def say(tool: str, mode: str, check: str, figure: float) -> None:
-    print(f"\n| {tool} | {mode} | {check} | {figure:.2g} |", end="")
+    """A row for the table of `python -m tests.clients`; `tool` begins with the name of its package."""
+    figures[tool, check][mode] = figure

@@ -29,8 +29,7 @@ def program(request: pytest.FixtureRequest, demo_folder: Path, tmp_path_factory:
 
 
 def logits(path: Path) -> np.ndarray:
-    # float16: onnxruntime 1.32 crashes in this one while it loads a shift or bias graph.
-    session = onnxruntime.InferenceSession(path, disabled_optimizers=["NchwcTransformer"])
+    session = onnxruntime.InferenceSession(path)
     return session.run(None, {session.get_inputs()[0].name: photos().numpy()})[0]
 
 
@@ -60,5 +59,23 @@ def test_float16_runs(program: Path, tmp_path: Path) -> None:
     onnx.save(float16.convert_float_to_float16(onnx.load(program), keep_io_types=True), tmp_path / "half.onnx")
     expected = logits(program)
     moved = float(abs(logits(tmp_path / "half.onnx") - expected).max() / abs(expected).max())
-    say("convert_float_to_float16", program.parent.name, "largest change of logits, relative", moved)
-    assert moved < 0.01
+    tool = "onnxconverter-common convert_float_to_float16"
+    say(tool, program.parent.name, "largest change of logits, relative", moved)
+    assert 0 < moved < 0.01
+
+
+def test_onnxsim_changes_nothing(program: Path, tmp_path: Path) -> None:
+    onnxsim = pytest.importorskip("onnxsim")
+    simplified, same = onnxsim.simplify(onnx.load(program))
+    onnx.save(simplified, tmp_path / "simplified.onnx")
+    differs = float(abs(logits(tmp_path / "simplified.onnx") - logits(program)).max())
+    say("onnxsim", program.parent.name, "largest difference of logits", differs)
+    assert same and differs < 1e-4
+
+
+def test_openvino_runs_the_file(program: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    compiled = openvino.compile_model(program, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    differs = float(abs(compiled(photos().numpy())[0] - logits(program)).max())
+    say("openvino from .onnx", program.parent.name, "largest difference of logits", differs)
+    assert differs < 1e-4

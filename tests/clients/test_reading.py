@@ -34,7 +34,7 @@ def test_openvino_reads_the_module(mode: str, folders: dict[str, Path]) -> None:
     compiled = openvino.compile_model(openvino.convert_model(model, example_input=images), "CPU", {
         "INFERENCE_PRECISION_HINT": "f32"})  # fmt: skip
     differs = float((torch.from_numpy(compiled(images.numpy())[0]) - expected).abs().max())
-    say("openvino", mode, "largest difference of logits", differs)
+    say("openvino from the module", mode, "largest difference of logits", differs)
     assert differs < 1e-4
 
 

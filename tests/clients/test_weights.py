@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import regsurgery
 from tests.clients.conftest import MODES, opened, outliers, photos, say
 
 pytestmark = pytest.mark.slow
@@ -29,6 +30,7 @@ def test_an_adapter_on_every_linear_serves_what_it_trained(mode: str, dora: bool
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
+    assert mode == "stock" or regsurgery.still_patched(model, images)
     with_gradients = model(pixel_values=images).logits.detach()
     with torch.no_grad():
         without = model(pixel_values=images).logits
@@ -63,4 +65,5 @@ def test_torchao_keeps_the_outliers_away(mode: str, kind: str, folders: dict[str
         moved = float((model(images).logits - expected).abs().max() / expected.abs().max())
     say(f"torchao {kind}", mode, "largest change of logits, relative", moved)
     assert 0 < moved < 0.5
+    assert mode == "stock" or regsurgery.still_patched(model, images)
     assert (outliers(model) > 0.5) == (mode == "stock")

@@ -2,7 +2,8 @@
 
 `python fresh_snippets.py JOBS`: JOBS is a JSON file `[[FOLDER, CODE], ...]`; every block runs by itself with its folder
 as the working directory. `import regsurgery` fails, but for blocks that say `import regsurgery`. Prints a JSON list:
-for each block "" or its traceback, and whether a torch module came out that has register tokens or attention constants.
+for each block "" or its traceback, whether a torch module came out that has register tokens or attention constants, and
+the shape of `patches`.
 """
 
 import json
@@ -35,5 +36,6 @@ for folder, code in sorted(jobs, key=lambda job: "import regsurgery" in job[1]):
         error = traceback.format_exc()
     modules = [value for value in names.values() if isinstance(value, torch.nn.Module)]
     added = any(name.split(".")[-1] in ADDED for module in modules for name, _ in module.named_parameters())
-    results.append({"folder": folder, "code": code, "error": error, "added": added})
+    patches = list(names["patches"].shape) if "patches" in names else None
+    results.append({"folder": folder, "code": code, "error": error, "added": added, "patches": patches})
 print("\n" + json.dumps(results))

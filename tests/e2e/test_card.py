@@ -149,7 +149,9 @@ def test_metadata_are_the_sources(job: str, patched: dict[str, tuple[Path, Patch
 
 
 def test_every_snippet_runs_as_written(patched: dict[str, tuple[Path, PatchResult]], tmp_path: Path) -> None:
-    check_snippets(run_snippets([folder for folder, _ in patched.values()], tmp_path), programs=("pt2", "onnx"))
+    results = run_snippets([folder for folder, _ in patched.values()], tmp_path)
+    check_snippets(results, programs=("pt2", "onnx"))
+    assert [result["patches"] for result in results if result["patches"]] == [[1, 144, 64]]  # of native mode
 
 
 def test_figures_of_the_card_are_those_of_the_verdict(patched: dict[str, tuple[Path, PatchResult]]) -> None:

@@ -26,6 +26,7 @@ from regsurgery.runtime.surgery import (
     neuron_shift,
     shift_arguments,
 )
+from regsurgery.verification.live import still_patched
 from tests.conftest import CHOSEN, Planted
 from tests.e2e.test_parity import largest_difference, module_form, pictures, recipe_for
 from tests.picos import PICOS, Pico, by_id
@@ -94,6 +95,15 @@ def test_what_stands_in_for_the_down_projection_reads_shifted_values(
         torch.testing.assert_close(reader.seen, seen, rtol=1e-5, atol=1e-5)
         patches, _ = surgery.sites.patched(surgery.plan.num_registers)
         assert float(seen[:, patches, neurons].abs().max()) == 0, f"block {block}"
+
+
+@EACH
+def test_the_surgery_is_seen_from_outside(pico: Pico, mode: str, planted_picos: Callable[[Pico], Planted]) -> None:
+    planted = planted_picos(pico)
+    model = module_form(planted, surgery_of(planted, mode))
+    images = pictures(2, planted.loaded.image_size)
+    seen = still_patched(model, images, run=lambda pixels: planted.loaded.call(model, pixels))
+    assert seen.problems == () and seen.blocks == tuple(sorted(planted.neurons))
 
 
 @EACH
