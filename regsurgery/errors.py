@@ -90,6 +90,11 @@ class PassError(RegsurgeryError):
     """A pass produced a graph that breaks the graph spec. This is a bug in regsurgery; the message names the pass."""
 
 
+def in_short(error: BaseException, most: int = 300) -> str:
+    """What a library says is wrong, on one line of at most `most` characters; the kind of error if it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def did_you_mean(word: str, known: list[str]) -> str:
     """`"; did you mean 'x'?"` for the nearest of `known`, or an empty string."""
     import difflib

@@ -68,9 +68,11 @@ class LoadOptions:
         subfolder: the folder inside MODEL that holds the checkpoint.
         device_map: where the model runs, in accelerate's terms: `auto`, or a device such as `cuda`; default: the CPU.
         max_memory: bytes, or text such as 8GB; the weights of a larger checkpoint stay on disk and are read operator
-            by operator. Default: half of the machine's free memory.
+            by operator. Default: half of the machine's free memory. It does not bound conversion, which holds a file's
+            tensors and the library's model.
         tower: path of the module whose stream of tokens is patched; needed where several match.
         sha256: the required `Source.sha256`; anything by default.
+        commit: the Hub commit that a record names; it goes before `revision` and a revision in MODEL.
         called: the model's name in what is written; by default the MODEL given.
         progress: is told how far the command has got.
     """
@@ -102,7 +104,8 @@ class LoadOptions:
     )
     max_memory: int | str | None = option(
         None,
-        "Leave the weights of larger checkpoints on disk, e.g. 8GB (default: half of the free memory).",
+        "Leave the weights of larger checkpoints on disk, e.g. 8GB (default: half of the free memory). What is "
+        "converted first is read whole all the same.",
         type="str | None",
         metavar="SIZE",
     )
@@ -110,6 +113,7 @@ class LoadOptions:
         None, "The module whose stream of tokens is patched, where several match.", metavar="PATH"
     )
     sha256: str | None = None
+    commit: str | None = None
     called: str | None = None
     progress: Progress = field(default_factory=Progress, compare=False)
 

@@ -18,7 +18,7 @@ from regsurgery.backends.dinov2_network import NORM_EPS, PATCH_SIZE, Entry, Inte
 from regsurgery.backends.native_timm import blank_registers, token_kinds
 from regsurgery.checkpoints.pickled import plain_state, unpickled
 from regsurgery.checkpoints.writing import write_json
-from regsurgery.errors import CheckpointError, UnsupportedModelError
+from regsurgery.errors import CheckpointError, UnsupportedModelError, in_short
 from regsurgery.formats import PROGRAM_CONFIG, Snippets
 from regsurgery.frontends.device import place
 from regsurgery.frontends.loaded import Entry as Traceable
@@ -204,7 +204,7 @@ def reload(folder: Path, config: dict[str, Any], *, trusted: bool = False) -> nn
         network = dinov2_network.build(entry, tensors, interpolation)
         network.load_state_dict(tensors, strict=True, assign=True)
     except (RuntimeError, LookupError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = in_short(error)
         raise CheckpointError(f"{path}: not the weights of {entry.name}: {reason}; patch the model again") from error
     return network.eval()
 

@@ -15,7 +15,7 @@ from regsurgery.backends.released import RELEASED
 from regsurgery.checkpoints.limits import MAX_JSON_BYTES
 from regsurgery.checkpoints.safetensors_file import weights_dtype
 from regsurgery.checkpoints.writing import write_json, write_weights
-from regsurgery.errors import CheckpointError
+from regsurgery.errors import CheckpointError, in_short
 from regsurgery.runtime import hidden, surgery
 from regsurgery.settings import replaced
 
@@ -136,7 +136,7 @@ def import_modeling(folder: Path, own: str, *, trusted: bool) -> ModuleType:
     try:  # compiled here instead of imported: an import would leave __pycache__ in the folder
         compiled = compile(code, str(path), "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise CheckpointError(f"{path}: not Python ({str(error)[:300]}); patch the model again") from error
+        raise CheckpointError(f"{path}: not Python ({in_short(error)}); patch the model again") from error
     package = ModuleType(f"regsurgery_folder_{next(FOLDERS)}")  # of the source's own code, which the file may import
     package.__path__ = [str(folder)]
     sys.modules[package.__name__] = package
@@ -145,5 +145,5 @@ def import_modeling(folder: Path, own: str, *, trusted: bool) -> ModuleType:
         with replaced(sys, "dont_write_bytecode", True):
             exec(compiled, module.__dict__)  # nosec B102 # checked above
     except Exception as error:  # trusted code of others may raise anything
-        raise CheckpointError(f"{path}: fails with {type(error).__name__}: {str(error)[:300]}") from error
+        raise CheckpointError(f"{path}: fails with {type(error).__name__}: {in_short(error)}") from error
     return module

@@ -9,6 +9,7 @@ from pathlib import Path
 from regsurgery.errors import ModelNotFoundError
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
+BELOW_REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)/([\w./-]*[\w.-])/*")
 CLOCK_SECONDS = 1.0  # a file may be this much newer than its metadata; huggingface_hub allows the same
 
 
@@ -46,11 +47,12 @@ def snapshot(
         ignored: for those of them that are not.
 
     Raises:
-        ModelNotFoundError: there is no such repository or revision, or it cannot be reached.
+        ModelNotFoundError: there is no such repository or revision, or it needs a token, or it cannot be reached.
     """
     import huggingface_hub
     from huggingface_hub import errors
 
+    named = named[:300]
     try:
         path = huggingface_hub.snapshot_download(
             repo,
@@ -58,21 +60,34 @@ def snapshot(
             allow_patterns=None if patterns is None else list(patterns),
             ignore_patterns=None if ignored is None else list(ignored),
         )
-    except (errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+    except errors.HFValidationError as error:
+        below = BELOW_REPOSITORY.fullmatch(repo)
+        inside = f"; is {below[2]} a folder inside {below[1]}? Give it as --subfolder {below[2]}" if below else ""
         raise ModelNotFoundError(
-            f"{named}: no such folder, and no such model on the Hub; check the spelling"
-            + (f" and the revision {revision}" if revision else "")
+            f"{named}: no such file or folder, and not a Hub id, which is USER/NAME{inside or '; check the spelling'}"
         ) from error
+    except errors.GatedRepoError as error:
+        raise ModelNotFoundError(
+            f"{named}: the Hub gives it only to those who accepted its terms: accept them on "
+            f"{huggingface_hub.constants.ENDPOINT}/{repo}, and log in with `hf auth login`, or set HF_TOKEN"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelNotFoundError(
+            f"{named}: no such file or folder, and no such model on the Hub; check the spelling, or, if it is private, "
+            "log in with `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelNotFoundError(f"{named}: {repo} has no revision {revision!r}; check its name") from error
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             raise ModelNotFoundError(
-                f"{named}: no such folder, and not in the Hub's cache either; HF_HUB_OFFLINE is set: unset it, check "
-                "the spelling, or give a folder"
+                f"{named}: no such file or folder, and not in the Hub's cache either; HF_HUB_OFFLINE is set: unset it, "
+                "check the spelling, or give a folder"
             ) from error
         failed = isinstance(error, errors.HfHubHTTPError)
         reason = f"HTTP {error.response.status_code}" if failed else type(error).__name__
         raise ModelNotFoundError(
-            f"{named}: no such folder, and the Hub could not be reached ({reason}); "
+            f"{named}: no such file or folder, and the Hub could not be reached ({reason}); "
             "check the spelling and the network, or give a folder"
         ) from error
     return Path(path), Path(path).name

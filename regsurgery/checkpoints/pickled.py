@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from regsurgery.checkpoints import torchscript
 from regsurgery.checkpoints.limits import BROKEN
-from regsurgery.errors import CheckpointError
+from regsurgery.errors import CheckpointError, in_short
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,7 +111,7 @@ def _entries(path: Path) -> list[str]:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, *BROKEN) as error:
-        raise CheckpointError(f"{path}: a broken archive ({str(error)[:200]}); get the file again") from error
+        raise CheckpointError(f"{path}: a broken archive ({in_short(error, 200)}); get the file again") from error
     names = [entry.filename for entry in entries]
     if torchscript.is_torchscript(names):
         entries = [entry for entry in entries if torchscript.is_read(entry.filename)]  # its code may be compressed

@@ -123,7 +123,7 @@ def _options_of(root: Path, run: Mapping[str, Any], where: str | Path, options: 
         allow_pickle=options.allow_pickle,
         trust_remote_code=options.trust_remote_code,
         max_memory=options.max_memory,
-        revision=run["revision"],
+        commit=run["revision"],
         sha256=run["sha256"],
         called=run["model"],
         progress=options.progress,

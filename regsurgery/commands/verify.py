@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,8 @@ def verify(folder: str | Path, options: VerifyOptions) -> Verdict:
     from regsurgery.verification.pair import reopened
 
     root = at_home(folder, options.revision)
+    if not Path(folder).is_dir():
+        options = replace(options, revision=None)  # it is that of `folder`, not of the original
     images = options.image_set()
     options.progress.stage("checksums")
     opened = open_patched(root, trusted=options.trust_remote_code)

@@ -11,7 +11,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from regsurgery.errors import UserError
+from regsurgery.errors import UserError, in_short
 from regsurgery.images.decoding import decode, orientation
 from regsurgery.images.image_set import ImageSet
 from regsurgery.images.sources import UNREADABLE
@@ -72,7 +72,7 @@ def batches(pair: Pair, images: ImageSet, paths: Mapping[str, Path]) -> Iterator
             try:
                 image = decode(content)
             except UNREADABLE as error:
-                images.broken[name] = " ".join(str(error).split())
+                images.broken[name] = in_short(error)
                 images.say(f"skipped {name}: {images.broken[name]}")
                 continue
             mask = upright_mask(paths[name], image, orientation(content))
@@ -114,7 +114,7 @@ def read_mask(path: Path) -> Image.Image:
         with Image.open(path) as mask:
             mask.load()
     except UNREADABLE as error:
-        raise UserError(f"{path}: not a readable mask ({' '.join(str(error).split())})") from error
+        raise UserError(f"{path}: not a readable mask ({in_short(error)})") from error
     if mask.mode not in ("P", "L"):
         raise UserError(f"{path}: has mode {mask.mode}; a mask must be a palette or 8-bit grey PNG of class indices")
     return mask

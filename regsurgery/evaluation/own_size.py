@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from PIL import Image
 
-from regsurgery.errors import UserError
+from regsurgery.errors import UserError, in_short
 from regsurgery.images.decoding import decode
 from regsurgery.images.image_set import ImageSet
 from regsurgery.images.sources import UNREADABLE, Content, Item
@@ -36,7 +36,7 @@ def by_size(pair: Pair, images: ImageSet) -> Iterator[tuple[Pair, Iterator[Batch
         try:
             width, height = _size(content)
         except UNREADABLE as error:
-            _skip(images, name, " ".join(str(error).split()))
+            _skip(images, name, in_short(error))
             continue
         if min(width, height) < patch:
             _skip(images, name, f"{width}x{height} pixels, smaller than a patch of {patch}")
@@ -70,7 +70,7 @@ def _batches(pair: Pair, images: ImageSet, items: Sequence[Item], size: Size, co
             try:
                 image = decode(content).crop((0, 0, size[1], size[0]))
             except UNREADABLE as error:
-                _skip(images, name, " ".join(str(error).split()))
+                _skip(images, name, in_short(error))
                 continue
             read.append((name, (pixels_of(image) - mean_311) * scale_311))
         if read:

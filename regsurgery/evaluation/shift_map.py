@@ -17,7 +17,7 @@ from regsurgery.compiler.comparison import has_classes, kl_divergence, main_outp
 from regsurgery.compiler.outliers import outliers, token_norms
 from regsurgery.compiler.taps import tap
 from regsurgery.compiler.trace import tensor_inputs
-from regsurgery.errors import UserError
+from regsurgery.errors import UserError, in_short
 from regsurgery.evaluation.result import Result
 from regsurgery.images.sources import UNREADABLE
 from regsurgery.interval import Figures, Values
@@ -207,5 +207,5 @@ def _in_mask(path: Path, grid: tuple[int, int]) -> Tensor:
         with Image.open(path) as mask:
             squeezed = mask.convert("L").resize((grid[1], grid[0]), Image.Resampling.BOX)
     except UNREADABLE as error:
-        raise UserError(f"{path}: not a readable mask ({' '.join(str(error).split())})") from error
+        raise UserError(f"{path}: not a readable mask ({in_short(error)})") from error
     return torch.from_numpy(np.array(squeezed) > 127).flatten()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from regsurgery.errors import UserError
+from regsurgery.errors import UserError, in_short
 
 MAX_ANNOTATION_BYTES = 1 << 20
 EDGES = ("xmin", "ymin", "xmax", "ymax")
@@ -45,7 +45,7 @@ def read_boxes(path: Path) -> np.ndarray:
         objects = ElementTree.fromstring(text).findall("object")  # nosec B314 # as above
         rows = [[float(each.findtext(f"bndbox/{edge}", "")) for edge in EDGES] for each in objects]
     except (OSError, ElementTree.ParseError, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = in_short(error)
         raise UserError(f"{path}: cannot be read as a VOC annotation: {reason}") from error
     boxes_G4 = np.array(rows, dtype=np.float64).reshape(-1, 4) - (1, 1, 0, 0)
     if not (boxes_G4[:, :2] < boxes_G4[:, 2:]).all():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regsurgery.checkpoints.limits import BROKEN
-from regsurgery.errors import CheckpointError
+from regsurgery.errors import CheckpointError, in_short
 
 if TYPE_CHECKING:
     from regsurgery.checkpoints.safetensors_file import SafetensorsFile
@@ -164,6 +164,6 @@ def tried(loaded: Loaded) -> None:
         elif not pixels.isfinite().all():
             problem = "it returns pixels that are not finite"
     except BROKEN as error:
-        problem = " ".join(str(error).split())[:300] or type(error).__name__
+        problem = in_short(error)
     if problem:
         raise CheckpointError(f"{loaded.folder}: its preprocessing does not work: {problem}; correct its settings")

@@ -31,7 +31,9 @@ def read_config(folder: Path, library: str | None = None) -> tuple[str, str, dic
         )
     if library is not None:
         if library not in found:
-            raise CheckpointError(f"{folder}: has the config of {' and '.join(found)}, none of {library}")
+            raise CheckpointError(
+                f"{folder}: has the config of {' and '.join(found)}, none of {library}; give --library {min(found)}"
+            )
         return library, *found[library]
     chosen = next((name for name in found if weight_files(folder, WEIGHTS_NAMES[name])), next(iter(found)))
     return chosen, *found[chosen]

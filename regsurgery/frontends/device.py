@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from regsurgery.errors import UserError
+from regsurgery.errors import UserError, in_short
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,4 +47,4 @@ def place(model: nn.Module, device_map: str | None) -> nn.Module:
             return model.to(device_map)
         return accelerate.dispatch_model(model, accelerate.infer_auto_device_map(model, no_split_module_classes=whole))
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise UserError(f"device map {device_map}: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"device map {device_map}: {in_short(error, 200)}") from error

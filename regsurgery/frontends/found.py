@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from regsurgery.checkpoints.owned import OwnedFolder
-from regsurgery.errors import UserError
+from regsurgery.errors import ModelNotFoundError, UserError
 from regsurgery.frontends.conversion.adapters import Load, is_adapter, merge_adapter
 from regsurgery.frontends.conversion.files import Scratch, convert_file
 from regsurgery.frontends.hints import where_to_look
 from regsurgery.frontends.loaded import Converted
-from regsurgery.frontends.model_id import downloaded, hub_place, library_of, revision_of
+from regsurgery.frontends.model_id import downloaded, library_of, place_of
 from regsurgery.options import LoadOptions
+
+MAX_NAME_BYTES = 255
 
 
 @dataclass(frozen=True)
@@ -45,20 +47,21 @@ def find_checkpoint(model_id: str, options: LoadOptions, load: Load) -> Found:
         UserError: an option does not go with MODEL.
     """
     if model_id and Path(model_id).is_file():
+        _refuse_revision(model_id, options)
+        if options.subfolder is not None:
+            raise UserError(f"--subfolder {options.subfolder}: {model_id} is a file, not a folder; leave it out")
         return _made(convert_file(Path(model_id), options))
     if options.arch is not None or options.prefix is not None:
-        raise UserError(f"--arch and --prefix are for a weights file, and {model_id} is none; leave them out")
-    library = options.library
+        here = "is a folder; give one of its files" if Path(model_id).is_dir() else "is no file here; check its path"
+        raise UserError(f"--arch and --prefix are for a weights file, and {model_id} {here}, or leave them out")
+    library, subfolder = options.library, options.subfolder
     if model_id and Path(model_id).is_dir():
-        folder, revision, repo = Path(model_id), options.revision, None
-        subfolder = options.subfolder
+        _refuse_revision(model_id, options)
+        folder, revision, repo = Path(model_id), options.commit, None
     else:
-        place = hub_place(model_id)
-        subfolder = options.subfolder or place.subfolder
-        folder, revision = downloaded(
-            place, model_id, revision_of(place, model_id, options), subfolder, pickles=options.allow_pickle
-        )
-        repo, library = place.repo, library or library_of(model_id)
+        place, library = place_of(model_id, options), library or library_of(model_id)
+        folder, revision = downloaded(place, model_id, library, pickles=options.allow_pickle)
+        repo, subfolder = place.repo, place.subfolder
     if subfolder is not None:
         folder = _inside(folder, subfolder, model_id)
     if is_adapter(folder):
@@ -66,8 +69,25 @@ def find_checkpoint(model_id: str, options: LoadOptions, load: Load) -> Found:
     return Found(folder, revision, repo, library)
 
 
+def check_length(path: Path) -> None:
+    """Raise `ModelNotFoundError` for a name that is longer than files and repositories can have."""
+    longest = max((len(part.encode(errors="replace")) for part in path.parts), default=0)
+    if longest > MAX_NAME_BYTES:
+        raise ModelNotFoundError(
+            f"{str(path)[:100]}...: has a name of {longest} bytes in it, more than files and models can have; check "
+            "MODEL"
+        )
+
+
 def _made(scratch: Scratch, revision: str | None = None, repo: str | None = None) -> Found:
     return Found(scratch.folder, revision, repo, scratch.library, scratch.converted, scratch.home)
+
+
+def _refuse_revision(path: str, options: LoadOptions) -> None:
+    if options.revision is not None:
+        raise UserError(
+            f"--revision {options.revision}: is for repositories on the Hub, and {path} is here; leave it out"
+        )
 
 
 def _inside(folder: Path, name: str, model_id: str) -> Path:
@@ -78,8 +98,9 @@ def _inside(folder: Path, name: str, model_id: str) -> Path:
     """
     parts = PurePosixPath(name).parts
     if not parts or PurePosixPath(name).is_absolute() or ".." in parts:
-        raise UserError(f"--subfolder {name}: must be the name of a folder inside {model_id}")
+        raise UserError(f"--subfolder {name}: must be the name of a folder inside {model_id}, without '..'")
     inner = folder.joinpath(*parts)
     if not inner.is_dir():
-        raise UserError(f"--subfolder {name}: {model_id} has no such folder{where_to_look(folder)}")
+        hint = where_to_look(folder) if folder.is_dir() else ""
+        raise UserError(f"{model_id}: has no folder {name!r} inside{hint or '; check its name'}")
     return inner

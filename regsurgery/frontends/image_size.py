@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from regsurgery.errors import UnsupportedModelError, UserError
+from regsurgery.errors import UnsupportedModelError, UserError, in_short
 from regsurgery.frontends.bounds import MAX_SIDE
 from regsurgery.frontends.libraries import frontend
 from regsurgery.frontends.loaded import Loaded
@@ -40,7 +40,7 @@ def at_image_size(loaded: Loaded, side: int | None) -> Loaded:
         resized = frontend(loaded.library).at_size(loaded, (side, side))
         _run(resized)
     except (UnsupportedModelError, *REFUSES) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = in_short(error, 200)
         raise UserError(
             f"--image-size {side}: {loaded.architecture} takes only images of {own} ({reason}); leave out --image-size"
         ) from error

@@ -24,7 +24,7 @@ from regsurgery.frontends.conversion.arch import Arch
 from regsurgery.frontends.conversion.files import convert_file, is_renamed
 from regsurgery.frontends.conversion.layout import weights_file
 from regsurgery.frontends.device import check_device
-from regsurgery.frontends.found import Found, find_checkpoint
+from regsurgery.frontends.found import Found, check_length, find_checkpoint
 from regsurgery.frontends.libraries import frontend
 from regsurgery.frontends.loaded import Checkpoint, Loaded, Source
 from regsurgery.frontends.model_id import repository_of
@@ -63,6 +63,7 @@ def load(
     options = options or LoadOptions()
     check_device(options.device_map)
     origin = Path(model_id, options.subfolder or "")  # not there if it is yet to be downloaded
+    check_length(origin)
     files = Watched.folder(origin) if model_id and origin.is_dir() else Watched.of([origin])
     with files.blamed():
         found = find_checkpoint(model_id, options, load)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -14,10 +14,15 @@ from regsurgery.options import LoadOptions
 DEMO = "demo"
 HUB_HOSTS = ("huggingface.co", "hf.co")
 HUB_PREFIXES = ("hf-hub:", "hf_hub:", "hf://")
-REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+NO_MODELS = ("datasets", "spaces")  # what else URLs of the Hub begin with
 LIBRARY_PREFIXES = ("timm", "open_clip")
+REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CONFIGS = ("*.json", "*.txt", "*.model", "README.md", "LICENSE*")
 PICKLES = ("*.bin", "*.pt", "*.pth")
+OF_OPEN_CLIP = ("open_clip_*.safetensors", "open_clip_*.bin")
+# Library -> weights of others in the same repository.
+OF_OTHERS = {"open_clip": ("model*.safetensors", "pytorch_model*.bin"), "timm": OF_OPEN_CLIP,
+             "transformers": OF_OPEN_CLIP}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ def hub_place(model_id: str) -> HubPlace:
     """The place on the Hub of a Hub id or URL, `timm:NAME` or `open_clip:ARCH/TAG`.
 
     Raises:
-        ModelNotFoundError: the library has no such model, or the text is empty, or a URL that does not name one.
+        ModelNotFoundError: the library has no such model, or the text names no repository.
     """
     prefix, _, name = model_id.partition(":")
     if prefix == "timm":
@@ -53,17 +58,31 @@ def hub_place(model_id: str) -> HubPlace:
         return HubPlace(_open_clip_repo(name))
     if not model_id.strip():
         raise ModelNotFoundError("MODEL is empty; give a folder, a Hub id, timm:NAME, open_clip:ARCH/TAG or demo")
-    for hub in HUB_PREFIXES:
-        if model_id.startswith(hub):
-            return _with_revision(model_id.removeprefix(hub))
     if model_id.startswith(("https://", "http://")):
         return _of_url(model_id)
-    return _with_revision(model_id)
-
-
-def _with_revision(name: str) -> HubPlace:
-    repo, _, revision = name.partition("@")
+    if model_id.startswith(tuple(f"{host}/" for host in HUB_HOSTS)):  # as browsers show it
+        return _of_url(f"https://{model_id}")
+    hub = next((hub for hub in HUB_PREFIXES if model_id.startswith(hub)), "")
+    repo, _, revision = model_id.removeprefix(hub).partition("@")
+    if hub and not REPOSITORY.fullmatch(repo):
+        raise ModelNotFoundError(f"{model_id}: must be {hub}USER/NAME, or {hub}USER/NAME@REVISION")
     return HubPlace(repo, revision or None)
+
+
+def place_of(model_id: str, options: LoadOptions) -> HubPlace:
+    """The place on the Hub of MODEL and its options.
+
+    Raises:
+        ModelNotFoundError: as of `hub_place`.
+        UserError: MODEL names a revision or a subfolder, and an option another.
+    """
+    place = hub_place(model_id)
+    for name, own in (("revision", place.revision), ("subfolder", place.subfolder)):
+        given = getattr(options, name)
+        if own is not None and given not in (None, own):
+            raise UserError(f"--{name} {given}: {model_id} names another {name}, {own}; give one of them")
+    revision = options.commit or place.revision or options.revision
+    return replace(place, revision=revision, subfolder=place.subfolder or options.subfolder)
 
 
 def _of_url(url: str) -> HubPlace:
@@ -72,16 +91,21 @@ def _of_url(url: str) -> HubPlace:
 
     parts = urlsplit(url)
     path = [unquote(part) for part in parts.path.split("/") if part]
-    if parts.netloc not in (*HUB_HOSTS, urlsplit(constants.ENDPOINT).netloc) or len(path) < 2:
+    if parts.netloc not in (*HUB_HOSTS, urlsplit(constants.ENDPOINT).netloc):
         raise ModelNotFoundError(
-            f"{url}: not a model on the Hugging Face Hub; download the file, and give its path with --arch"
+            f"{url}: not on the Hugging Face Hub; download what is there, and give its path (of a weights file, with "
+            "--arch)"
         )
+    if len(path) < 2 or path[0] in NO_MODELS:
+        raise ModelNotFoundError(f"{url}: not a model on the Hugging Face Hub; give {HUB_HOSTS[0]}/USER/NAME")
     repo, kind, rest = "/".join(path[:2]), path[2] if len(path) > 2 else "tree", path[3:]
-    if kind != "tree":
+    if kind in ("blob", "resolve", "raw") and len(rest) > 1:
         raise ModelNotFoundError(
             f"{url}: is one file of {repo}; give the repository, or download the file (hf download {repo} "
-            f"{'/'.join(rest[1:]) or 'FILE'}) and give its path"
+            f"{'/'.join(rest[1:])} --revision {rest[0]}) and give its path"
         )
+    if kind not in ("tree", "commit"):
+        raise ModelNotFoundError(f"{url}: is a page about {repo}; give {repo}")
     return HubPlace(repo, rest[0] if rest else None, "/".join(rest[1:]) or None)
 
 
@@ -95,12 +119,14 @@ def _timm_repo(name: str) -> str:
         tags = [full for full in timm.list_pretrained() if tag and full.startswith(f"{base}.")]
         bases = sorted({full.partition(".")[0] for full in timm.list_pretrained()})
         hint = did_you_mean(name, tags) if tags else did_you_mean(base, bases)
+        if "/" in name:
+            hint = f"; of a repository on the Hub, give the id alone: {name.removeprefix('hf-hub:')}"
         raise ModelNotFoundError(
             f"timm:{name}: timm has no pretrained model of that name"
             f"{hint or '; timm.list_pretrained() in Python lists them'}"
         )
     if not cfg.hf_hub_id:
-        raise ModelNotFoundError(f"timm:{name}: timm names no Hub repository for it; give a folder or a Hub id")
+        raise ModelNotFoundError(_not_on_the_hub("timm", name, str(cfg.url or "")))
     return f"timm/{cfg.architecture}.{cfg.tag}" if cfg.hf_hub_id == "timm/" else cfg.hf_hub_id
 
 
@@ -111,36 +137,31 @@ def _open_clip_repo(name: str) -> str:
     cfg = open_clip.get_pretrained_cfg(architecture, tag)
     if not cfg:
         known = [f"{arch}/{t}" for arch, t in open_clip.list_pretrained()]
-        raise ModelNotFoundError(f"open_clip:{name}: open_clip has no such model and tag{did_you_mean(name, known)}")
+        hint = did_you_mean(name, known) or "; of a repository on the Hub, give the id alone, and --library open_clip"
+        raise ModelNotFoundError(f"open_clip:{name}: open_clip has no such model and tag{hint}")
     if not cfg.get("hf_hub"):
-        raise ModelNotFoundError(
-            f"open_clip:{name}: open_clip names no Hub repository for it; give a folder or a Hub id"
-        )
+        raise ModelNotFoundError(_not_on_the_hub("open_clip", name, str(cfg.get("url") or "")))
     return cfg["hf_hub"].rstrip("/")
 
 
-def revision_of(place: HubPlace, model_id: str, options: LoadOptions) -> str | None:
-    """The revision to download.
-
-    Raises:
-        UserError: MODEL names one, and `--revision` another.
-    """
-    if place.revision is not None and options.revision not in (None, place.revision):
-        raise UserError(f"--revision {options.revision}: {model_id} names another revision; give one of them")
-    return place.revision or options.revision
+def _not_on_the_hub(library: str, name: str, url: str) -> str:
+    """The message for a model whose weights a library fetches from elsewhere."""
+    where = f"download {url}, and give the file with --arch {library}:{name}" if url else "give a folder or a file"
+    return f"{library}:{name}: {library} names no Hub repository for it; {where}"
 
 
-def downloaded(
-    place: HubPlace, model_id: str, revision: str | None, subfolder: str | None, *, pickles: bool
-) -> tuple[Path, str]:
-    """The repository's files for one checkpoint: at its top, or in `subfolder`; and the commit.
+def downloaded(place: HubPlace, model_id: str, library: str | None, *, pickles: bool) -> tuple[Path, str]:
+    """The repository's files for one checkpoint: at its top, or in its subfolder; and the commit.
 
-    Of folders inside only the configs are fetched, for the message that says which of them to ask for.
+    Of folders inside only the configs are fetched, for the message that says which of them to ask for. If the
+    `library` is known, the weights of others stay there.
     """
     weights = ["*.safetensors", *(PICKLES if pickles else ())]
-    if subfolder is not None:
-        return snapshot(place.repo, model_id, revision, [f"{subfolder}/{kind}" for kind in (*CONFIGS, *weights)])
-    return snapshot(place.repo, model_id, revision, [*CONFIGS, *weights], [f"*/{kind}" for kind in weights])
+    below = "" if place.subfolder is None else f"{place.subfolder}/"
+    wanted = [f"{below}{kind}" for kind in (*CONFIGS, *weights)]
+    ignored = [] if below else [f"*/{kind}" for kind in weights]
+    ignored += [f"{below}{kind}" for kind in OF_OTHERS.get(library or "", ())]
+    return snapshot(place.repo, model_id, place.revision, wanted, ignored)
 
 
 def config_folder(name: str, options: LoadOptions) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regsurgery.checkpoints.limits import BROKEN
 from regsurgery.checkpoints.stored import assign, stored_state, without_memory
-from regsurgery.errors import CheckpointError, UnsupportedModelError
+from regsurgery.errors import CheckpointError, UnsupportedModelError, in_short
 from regsurgery.frontends.device import place
 from regsurgery.frontends.loaded import Checkpoint, Loaded
 from regsurgery.options import LoadOptions
@@ -20,17 +20,20 @@ from regsurgery.runtime.open_clip import image_transform, stock_model
 
 UNLOADABLE = (*BROKEN, SafetensorError)  # what open_clip raises on broken folders
 OUTPUT_NAMES = ("image_features", "text_features", "logit_scale", "logit_bias")
+PREPROCESSING = {"mode": ("RGB",), "resize_mode": ("shortest", "longest", "squash"),
+                 "interpolation": ("bicubic", "bilinear", "random")}  # fmt: skip
 TOWER_NAMES = ("image_features", "image_tokens")
 
 
 def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     """Load an open_clip folder."""
     folder = checkpoint.folder
+    _check_preprocessing(folder / checkpoint.config_name, checkpoint.config)
     try:
         model = _model(checkpoint)
         transform = image_transform(model)
     except UNLOADABLE as error:
-        raise CheckpointError(f"{folder}: open_clip cannot load it: {' '.join(str(error).split())[:300]}") from error
+        raise CheckpointError(f"{folder}: open_clip cannot load it: {in_short(error)}") from error
     size = model.visual.image_size
 
     def preprocess_at(size: tuple[int, int]) -> Any:
@@ -67,6 +70,18 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         disk_name=lambda name: name,
         entry=entry,
     )
+
+
+def _check_preprocessing(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for a way to resize that open_clip does not know, naming the key."""
+    given = config.get("preprocess_cfg")
+    for key, known in PREPROCESSING.items():
+        value = given.get(key) if isinstance(given, dict) else None
+        if value is not None and value not in known:
+            raise CheckpointError(
+                f"{path}: {key!r} is {value!r:.80}, which open_clip does not know; correct it to one of "
+                f"{', '.join(known)}"
+            )
 
 
 def _model(checkpoint: Checkpoint, **options: Any) -> Any:

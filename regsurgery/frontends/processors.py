@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from regsurgery.checkpoints.limits import BROKEN, read_json
-from regsurgery.errors import CheckpointError, UnsupportedModelError
+from regsurgery.errors import CheckpointError, UnsupportedModelError, in_short
 from regsurgery.frontends.bounds import check_numbers
 from regsurgery.frontends.channels import mode_for, with_channels
 from regsurgery.frontends.towers import PIXELS, Tower
@@ -27,6 +27,11 @@ from regsurgery.options import LoadOptions
 FILES = ("preprocessor_config.json", "processor_config.json")
 UNTILED = {"do_image_splitting": False, "crop_to_patches": False}  # switches of processors that cut tiles
 PROBES = ((64, 48), (48, 64))  # (width, height)
+# Settings that decide whether what a processor returns has one size, or is an image at all.
+SIZING = (
+    "image_processor_type", "size", "do_resize", "crop_size", "do_center_crop", "do_pad", "size_divisor",
+    "keep_aspect_ratio", "ensure_multiple_of", "min_pixels", "max_pixels", "patch_size", "max_num_patches",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,12 @@ def preprocessing(folder: Path, tower: Tower, dtype: torch.dtype, options: LoadO
     """The preprocessing of the folder's image processor, or a plain one if it has none.
 
     Raises:
-        CheckpointError: the processor cannot be loaded.
+        CheckpointError: the processor cannot be loaded, or makes no images of one size.
         UnsupportedModelError: nothing says what size images have.
     """
     settings = [folder / name for name in FILES if (folder / name).is_file()]
     processor = _loaded(settings, folder, options) if settings else None
-    if processor is not None and (found := _own(processor, tower, dtype)) is not None:
+    if processor is not None and (found := _own(settings[0], processor, tower, dtype)) is not None:
         return found
     if tower.image_size is None:
         raise UnsupportedModelError(
@@ -65,8 +70,12 @@ def preprocessing(folder: Path, tower: Tower, dtype: torch.dtype, options: LoadO
     return _plain(tower, dtype, processor)
 
 
-def _own(processor: Any, tower: Tower, dtype: torch.dtype) -> Preprocessing | None:
-    """The preprocessing of `processor`, or None if it needs more than pictures."""
+def _own(path: Path, processor: Any, tower: Tower, dtype: torch.dtype) -> Preprocessing | None:
+    """The preprocessing of `processor`, which `path` describes, or None if it needs more than pictures.
+
+    Raises:
+        CheckpointError: it makes no images of one size, even of pictures that have the model's.
+    """
     own, note = _Own(processor, tower, dtype), f"the model's own {type(processor).__name__}"
     size = own.usual_size()
     if size is not None:
@@ -76,7 +85,13 @@ def _own(processor: Any, tower: Tower, dtype: torch.dtype) -> Preprocessing | No
     for first in (replace(own, resized=tower.image_size), replace(own, resized=tower.image_size, told=True)):
         if first.usual_size() == tower.image_size:
             return Preprocessing(first.at, tower.image_size, f"{note}, on pictures resized to one size")
-    return Preprocessing(own.at, tower.image_size, note)  # it fits no way, which `bounds.tried` reports
+    height, width = tower.image_size
+    keys = ", ".join(f"'{key}'" for key in SIZING if key in read_json(path))
+    raise CheckpointError(
+        f"{path}: {type(processor).__name__} with its {keys or 'defaults'} makes no images of {height}x{width} pixels, "
+        f"which the model takes ({own.problem()}); correct them, or remove the file: then pictures are resized, with "
+        "mean and std 0.5"
+    )
 
 
 def _loaded(settings: list[Path], folder: Path, options: LoadOptions) -> Any:
@@ -88,9 +103,7 @@ def _loaded(settings: list[Path], folder: Path, options: LoadOptions) -> Any:
         trusted = options.trust_remote_code
         return AutoImageProcessor.from_pretrained(folder, trust_remote_code=trusted)  # nosec B615 # a folder
     except BROKEN as error:
-        raise CheckpointError(
-            f"{settings[0]}: transformers cannot load it: {' '.join(str(error).split())[:300]}"
-        ) from error
+        raise CheckpointError(f"{settings[0]}: transformers cannot load it: {in_short(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -109,13 +122,21 @@ class _Own:
     told: bool = False
 
     def usual_size(self) -> tuple[int, int] | None:
-        """(height, width) of what the processor returns, or None if that depends on the picture."""
+        """(height, width) of what the processor returns; None if that depends on the picture, or is no image."""
         try:
-            sizes = {tuple(self.at(None)([Image.new("RGB", probe)]).shape[-2:]) for probe in PROBES}
+            shapes = {tuple(self.at(None)([Image.new("RGB", probe)]).shape) for probe in PROBES}
         except BROKEN:
-            return None  # `bounds.tried` runs it again, and reports the error
-        height, width = sizes.pop()
-        return None if sizes else (height, width)
+            return None  # `problem` says it
+        shape = shapes.pop()
+        return None if shapes or len(shape) != 4 else (shape[2], shape[3])
+
+    def problem(self) -> str:
+        """Why there is no `usual_size`."""
+        try:
+            shapes = [list(self.at(None)([Image.new("RGB", probe)]).shape[1:]) for probe in PROBES]
+        except BROKEN as error:
+            return in_short(error)
+        return f"it returns {' or '.join(map(str, shapes))}, by the picture"
 
     def at(self, size: tuple[int, int] | None) -> Callable[[list[Image.Image]], Tensor]:
         """The preprocessing at an image size; None: the model's own."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from regsurgery.checkpoints.limits import BROKEN
-from regsurgery.errors import CheckpointError
+from regsurgery.errors import CheckpointError, in_short
 
 
 def custom_class(folder: Path, config_path: Path, auto_map: Any, architecture: str | None) -> Any:
@@ -32,9 +32,7 @@ def custom_class(folder: Path, config_path: Path, auto_map: Any, architecture: s
     try:
         return get_class_from_dynamic_module(reference, str(folder))
     except (*BROKEN, SyntaxError) as error:
-        raise CheckpointError(
-            f"{folder}: its code cannot be run ({reference[:200]}): {' '.join(str(error).split())[:300]}"
-        ) from error
+        raise CheckpointError(f"{folder}: its code cannot be run ({reference[:200]}): {in_short(error)}") from error
 
 
 def code_file(cls: type) -> str | None:

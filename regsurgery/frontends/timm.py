@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from regsurgery.checkpoints.limits import BROKEN
 from regsurgery.checkpoints.safetensors_file import weights_dtype
 from regsurgery.checkpoints.stored import assign, stored_state, without_memory
-from regsurgery.errors import CheckpointError, UnsupportedModelError
+from regsurgery.errors import CheckpointError, UnsupportedModelError, in_short
 from regsurgery.frontends.bounds import MAX_SIDE
 from regsurgery.frontends.channels import mode_for, with_channels
 from regsurgery.frontends.device import place
@@ -32,6 +32,7 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     from timm.data.transforms_factory import create_transform
 
     dtype = weights_dtype(checkpoint.weights)
+    _check_preprocessing(folder / checkpoint.config_name, checkpoint.config)
     try:
         if checkpoint.stored:
             model: Any = stored_model(folder, checkpoint.weights, dtype)
@@ -55,7 +56,7 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         preprocess = preprocess_at(image_size)
 
     except UNLOADABLE as error:
-        raise CheckpointError(f"{folder}: timm cannot load it: {' '.join(str(error).split())[:300]}") from error
+        raise CheckpointError(f"{folder}: timm cannot load it: {in_short(error)}") from error
     output = "logits" if getattr(model, "num_classes", 0) else "output"
     return Loaded(
         **vars(checkpoint),
@@ -70,6 +71,25 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         disk_name=lambda name: name,
         channels=channels,
     )
+
+
+def _check_preprocessing(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for preprocessing that makes no images of one size, naming the key."""
+    from timm.data.transforms import str_to_interp_mode
+
+    given = config.get("pretrained_cfg", config)
+    settings = given if isinstance(given, dict) else {}
+    size = settings.get("input_size", [3, 1, 1])
+    if not isinstance(size, (list, tuple)) or len(size) != 3 or not all(type(n) is int and n > 0 for n in size):
+        raise CheckpointError(f"{path}: 'input_size' is {size!r:.80}; correct it to [channels, height, width]")
+    interpolation = settings.get("interpolation") or "bicubic"
+    try:
+        str_to_interp_mode(interpolation)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: 'interpolation' is {interpolation!r:.80}, which timm does not know; correct it, for example to "
+            "'bicubic'"
+        ) from error
 
 
 def stored_model(folder: Path, weights: Sequence[Path], dtype: torch.dtype, **options: Any) -> nn.Module:

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from regsurgery.checkpoints.limits import BROKEN, read_json
 from regsurgery.checkpoints.reading import index_of
 from regsurgery.checkpoints.stored import StoredTensor, is_stored, stored_state
-from regsurgery.errors import CheckpointError, UnsupportedModelError
+from regsurgery.errors import CheckpointError, UnsupportedModelError, in_short
 from regsurgery.families import FEATURE_LAYERS, NOISE_INPUTS, PACKED_INPUTS, TEXT_CONFIG_KEY
 from regsurgery.frontends.loaded import Checkpoint, Entry, Loaded, inside
 from regsurgery.frontends.processors import Preprocessing, preprocessing
@@ -47,7 +47,7 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
                 ignore_mismatched_sizes=True,
             )
     except UNLOADABLE as error:
-        raise CheckpointError(f"{folder}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
+        raise CheckpointError(f"{folder}: transformers cannot load it: {in_short(error)}") from error
     if not checkpoint.stored:
         _into_memory(model)
     _check_complete(checkpoint, model, info)
@@ -149,9 +149,12 @@ def _check_complete(checkpoint: Checkpoint, model: Any, info: Mapping[str, Any])
             found = info[kind][0] if isinstance(info[kind], list) else min(info[kind])
             name = found if isinstance(found, str) else found[0]
             name = _disk_names(model)(name) or name
+            wrapped = next((key for key in sorted(info["unexpected_keys"]) if key.endswith(f".{name}")), None)
+            remedy = "give a config and weights that belong together"
+            if kind == "missing_keys" and wrapped is not None:
+                remedy = f"it has {wrapped!r}: give that file itself as MODEL, where prefixes are found and left out"
             raise CheckpointError(
-                f"{checkpoint.weights[0]}: tensor '{name}' {problem} ({len(info[kind])} in all); "
-                "give a config and weights that belong together"
+                f"{checkpoint.weights[0]}: tensor '{name}' {problem} ({len(info[kind])} in all); {remedy}"
             )
 
 

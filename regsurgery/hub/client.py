@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from regsurgery.errors import HubError
+from regsurgery.errors import HubError, in_short
 from regsurgery.version import __version__
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def check_name(repo: str) -> None:
         validate_repo_id(repo)
         reason = None if repo.count("/") == 1 else "it must be USER/NAME"
     except HFValidationError as error:
-        reason = " ".join(str(error).split())
+        reason = in_short(error)
     if reason is not None:
         raise HubError(f"{repo}: not a valid repository name: {reason}")
 
@@ -66,7 +66,7 @@ def _reason(error: BaseException, again: str) -> str:
 
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
-    text = " ".join(str(error).split())[:300] or type(error).__name__
+    text = in_short(error)
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so nothing can be pushed; unset it"
     if isinstance(error, errors.LocalTokenNotFoundError):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import Path
 
 from regsurgery.checkpoints.download import snapshot
 from regsurgery.errors import RecipeError
@@ -22,7 +22,7 @@ def named_recipe(name: str, progress: Progress | None = None) -> Recipe:
         ModelNotFoundError: the repository does not exist, or cannot be reached.
     """
     found = REPOSITORY.fullmatch(name)
-    if found is None or name.endswith(FILES) or name in bundled_recipes() or Path(name).exists():
+    if found is None or name.endswith(FILES) or name in bundled_recipes() or os.path.exists(name):
         return find_recipe(name)
     folder, commit = snapshot(found["repo"], name, found["revision"], [RECIPE_NAME])
     path = folder / RECIPE_NAME

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from regsurgery.errors import UserError
+from regsurgery.errors import UserError, in_short
 from regsurgery.images.decoding import decode
 from regsurgery.images.generated import Generated
 from regsurgery.images.opening import open_source
@@ -162,7 +162,7 @@ class _Reader:
         try:
             image = decode(content)
         except UNREADABLE as error:
-            return name, " ".join(str(error).split()) or type(error).__name__
+            return name, in_short(error)
         return self.preprocess([image])[0]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from regsurgery.errors import UserError
+from regsurgery.errors import UserError, in_short
 
 SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
@@ -104,7 +104,7 @@ def blamed(path: Path, kind: str, *errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, *errors) as error:
-        raise UserError(f"{path}: cannot be read as {kind}: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{path}: cannot be read as {kind}: {in_short(error, 200)}") from error
 
 
 def fingerprint_of(paths: tuple[Path, ...], *, dated: bool = True) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from regsurgery.checkpoints.safetensors_file import read_header
 from regsurgery.checkpoints.whole import check_parent, replace_file
-from regsurgery.errors import CheckpointError, OutputError, UserError
+from regsurgery.errors import CheckpointError, OutputError, UserError, in_short
 from regsurgery.search.scores import Sums
 from regsurgery.search.shares import Part
 
@@ -74,7 +74,7 @@ def read_statistics(path: Path) -> Statistics:
         schema = facts["schema"]
     except (CheckpointError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path}: not a statistics file, or a damaged one ({' '.join(str(error).split())[:200]}); write it again "
+            f"{path}: not a statistics file, or a damaged one ({in_short(error, 200)}); write it again "
             "with regsurgery find --part I/N --stats FILE"
         ) from error
     if schema != SCHEMA:

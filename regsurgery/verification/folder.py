@@ -18,7 +18,7 @@ from regsurgery.checkpoints.limits import BROKEN
 from regsurgery.compiler.modes.native import at_size
 from regsurgery.compiler.surgery import Surgery
 from regsurgery.compiler.trace import tensor_inputs
-from regsurgery.errors import VerificationError
+from regsurgery.errors import VerificationError, in_short
 from regsurgery.formats import LIBRARIES, has_host
 from regsurgery.images.image_set import ImageSet, image_set
 from regsurgery.modes import NATIVE
@@ -55,7 +55,7 @@ def _running(what: str) -> Iterator[None]:
     try:
         yield
     except BROKEN as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = in_short(error)
         raise VerificationError(f"the written model cannot be {what}, so nothing was written: {reason}") from error
 
 

@@ -28,9 +28,12 @@ def original_of(patched: PatchedFolder, original: str | None, options: LoadOptio
     if original is None and patched.format in LIBRARIES and not patched.recipe.kind.stock:
         restored = scratch / "original"
         record = restore_original(patched.root, restored, patched.format)
-        own = replace(options, **{**dict.fromkeys(READING), "library": patched.format})
+        own = replace(options, **{**dict.fromkeys((*READING, "revision")), "library": patched.format})
         return load_model(str(restored), own, known={file.name: file.sha256 for file in record.files})
-    loaded = load_model(original or recorded["id"], replace(options, **recorded_reading(recorded)))
+    own = replace(options, **recorded_reading(recorded))
+    if original is None:
+        own = replace(own, revision=None, commit=recorded.get("revision"))
+    loaded = load_model(original or recorded["id"], own)
     if loaded.source.sha256 != recorded["sha256"]:
         raise CheckpointError(
             f"{loaded.source.id}: its weights are not the ones that were patched into {patched.root} "

@@ -14,7 +14,7 @@ from regsurgery.checkpoints.reading import weight_files
 from regsurgery.checkpoints.safetensors_file import read_header
 from regsurgery.checkpoints.sums import SUMS_NAME, check_sums, read_sums
 from regsurgery.checkpoints.watched import Watched
-from regsurgery.errors import CheckpointError, UserError
+from regsurgery.errors import CheckpointError, UserError, in_short
 from regsurgery.formats import LIBRARIES, PROGRAM_CONFIG, PROGRAMS, STOCK_CODE, WEIGHTS_NAMES
 from regsurgery.frontends.bounds import bounded_model
 from regsurgery.frontends.libraries import frontend
@@ -118,7 +118,7 @@ def reloaded(
         with bounded_model(folder / backend.CONFIG_NAME, headers):
             return rebuilt(folder, config, fmt, stored=stored, image_size=image_size, trusted=trusted)
     except unloadable as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = in_short(error)
         raise CheckpointError(f"{folder}: its model cannot be built: {reason}; patch the model again") from error
 
 
@@ -162,11 +162,13 @@ def read_patched_config(folder: Path, fmt: str) -> dict[str, Any]:
     config = read_json(path, "patch the model again")
     block = config.get("regsurgery")
     source = block.get("source") if isinstance(block, dict) else None
-    texts = [source.get(key) for key in ("id", "sha256")] if isinstance(source, dict) else [None]
+    source = source if isinstance(source, dict) else {}
+    texts = [source.get(key) for key in ("id", "sha256")]
     if (
         not isinstance(block, dict)
         or block.get("mode") not in tuple(MODES)
         or not all(isinstance(t, str) for t in texts)
+        or not isinstance(source.get("revision"), str | None)
         or not isinstance(block.get("tower"), str | None)
     ):
         raise CheckpointError(f"{path}: its 'regsurgery' entry is not one that regsurgery wrote; patch the model again")

@@ -393,7 +393,7 @@ def test_a_pickle_needs_leave_and_the_message_names_the_file(tmp_path: Path) -> 
         ("timm:test_vti", "did you mean 'test_vit'"),
         ("open_clip:ViT-B-23", "did you mean 'ViT-B-32'"),
         ("timm:test_vit2", "its tensors are not those of timm:test_vit2: Error"),
-        ("transformers:no-such/config", "--arch transformers:no-such/config: no such folder"),
+        ("transformers:no-such/config", "--arch transformers:no-such/config: no such file or folder"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path, arch: str | None, message: str) -> None:
@@ -419,6 +419,10 @@ def test_options_of_files_are_refused_for_folders(tmp_path: Path) -> None:
         load(str(tmp_path), LoadOptions(arch="timm:test_vit"))
     with pytest.raises(UserError, match=r"--ema: .*holds one set of weights"):
         load(str(tmp_path), LoadOptions(ema=True))
+    with pytest.raises(UserError, match=r"--revision v1: is for repositories on the Hub, and .* is here; leave it out"):
+        load(str(tmp_path), LoadOptions(revision="v1"))
+    with pytest.raises(UserError, match=r"--subfolder inner: .*model.safetensors is a file"):
+        load(str(tmp_path / "model.safetensors"), LoadOptions(subfolder="inner"))
 
 
 def test_damaged_weights_are_named_by_the_file_that_was_given(tmp_path: Path) -> None:
@@ -519,6 +523,21 @@ def test_a_deit3_file_with_its_first_names(tmp_path: Path) -> None:
     assert difference(opened(path, arch="timm:deit3_small_patch16_224"), model, 224) == 0.0
 
 
+def test_a_folder_with_facebooks_names_of_registers(tmp_path: Path) -> None:
+    """What timm calls `reg_token`; a position of the class token besides, and a mask token that timm drops."""
+    model = moved(timm.create_model("vit_small_patch14_reg4_dinov2", depth=3, img_size=56))
+    folder = tmp_path / "dinov2"
+    arguments = {"depth": 3, "img_size": 56}
+    timm.models.save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
+    state = renamed(folder, lambda name: name.replace("reg_token", "register_tokens")) / "model.safetensors"
+    tensors = load_file(state)
+    tensors["pos_embed"] = torch.cat([torch.zeros(1, 1, 384), tensors["pos_embed"]], dim=1)
+    save_file({**tensors, "mask_token": torch.zeros(1, 384)}, state)
+    stock = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert difference(load(str(folder)), stock, 56) == 0.0
+    regsurgery.patch(str(folder), tmp_path / "out", recipe=RECIPE, num_images=2, verification=False)
+
+
 @pytest.mark.parametrize("library", ["timm", "open_clip"])
 def test_a_folder_of_a_wrapped_model(clip_folder: Path, tmp_path: Path, library: str) -> None:
     folder, name = clip_folder, "open_clip_model.safetensors"
@@ -529,6 +548,16 @@ def test_a_folder_of_a_wrapped_model(clip_folder: Path, tmp_path: Path, library:
     renamed(folder, lambda name: f"module.{name}", name)
     assert difference(load(str(folder)), stock, PIXELS if library == "timm" else 64) == 0.0
     regsurgery.patch(str(folder), tmp_path / "out", recipe=RECIPE, num_images=2)
+
+
+def test_a_wrapped_model_of_transformers_is_read_as_a_file(tmp_path: Path) -> None:
+    """The stock loader would make up all of its weights."""
+    model = vit()
+    model.save_pretrained(tmp_path)
+    renamed(tmp_path, lambda name: f"module.{name}")
+    with pytest.raises(CheckpointError, match=r"it has 'module\.classifier\.bias': give that file itself as MODEL"):
+        load(str(tmp_path))
+    assert difference(load(str(tmp_path / "model.safetensors")), model, 64) == 0.0
 
 
 def test_a_base_model_from_the_folder_of_a_classifier(tmp_path: Path) -> None:

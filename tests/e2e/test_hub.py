@@ -26,7 +26,7 @@ from regsurgery.errors import HubError
 from tests.conftest import Job
 from tests.hub import commands
 from tests.hub.commands import Done, environment
-from tests.hub.server import Fault, File, Hub, Repo
+from tests.hub.server import LARGE, Fault, File, Hub, Repo
 
 REPO = "me/model"
 FRESH = Path(commands.__file__).with_name("fresh_load.py")
@@ -489,7 +489,7 @@ def test_every_real_folder_in_a_fresh_process(
         assert all(torch.equal(output, expected[repo]) for output in outputs[repo]), repo
 
 
-# --- recipes and subfolders from the Hub ----------------------------------------------------------------------------
+# --- recipes, revisions and subfolders from the Hub -----------------------------------------------------------------
 
 
 def test_a_recipe_comes_from_a_patched_repository_without_its_weights(
@@ -508,19 +508,136 @@ def test_a_recipe_comes_from_a_patched_repository_without_its_weights(
     assert "me/plain: has no recipe.yaml, so it is no repository" in run("recipes", "show", "me/plain").err
 
 
-def held(hub: Hub, name: str, files: dict[str, bytes]) -> None:
+def held(hub: Hub, name: str, files: dict[str, bytes]) -> Repo:
     """Put a repository with these files on the Hub."""
     hub.repos[name] = repo = Repo.new(private=False)
-    stored = {path: File(content, path.endswith(".safetensors")) for path, content in files.items()}
+    stored = {path: File(content, path.endswith(LARGE)) for path, content in files.items()}
     hub.objects |= {file.oid: file.content for file in stored.values() if file.large}
     repo.commits[repo.branches["main"]] |= stored
+    return repo
+
+
+def content_of(folder: Path, below: str = "") -> dict[str, bytes]:
+    return {below + path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def versions(hub: Hub, demo_folder: Path) -> Repo:
+    """The demo under a branch v1 and a pull request, and in a folder; on the branch main there is nothing."""
+    repo = held(hub, "me/versions", {})
+    empty = repo.branches["main"]
+    full = held(hub, "me/full", content_of(demo_folder) | content_of(demo_folder, "inner/"))
+    repo.branches |= dict.fromkeys(("v1", "refs/pr/1"), full.branches["main"])
+    repo.commits |= full.commits | {empty: repo.commits[empty]}
+    return repo
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("me/versions@v1", {}),
+        ("me/versions@v1", {"revision": "v1"}),
+        ("me/versions", {"revision": "v1"}),
+        ("hf-hub:me/versions@v1", {}),
+        ("hf://me/versions", {"revision": "refs/pr/1"}),
+        ("URL/me/versions/tree/v1", {}),
+        ("URL/me/versions/tree/refs%2Fpr%2F1", {}),
+        ("URL/me/versions/tree/v1/inner", {}),
+        ("URL/me/versions/commit/COMMIT?a=b#c", {}),
+        ("me/versions@COMMIT", {"subfolder": "inner"}),
+    ],
+)
+def test_the_ways_to_name_a_place_on_the_hub(
+    hub: Hub, call: Callable[..., Any], versions: Repo, model: str, options: dict[str, Any]
+) -> None:
+    commit = versions.branches["v1"]
+    given = model.replace("URL", hub.url).replace("COMMIT", commit)
+    found = call(partial(commands.loaded, given, **options))
+    assert isinstance(found, dict), found
+    assert found["id"] == given and found.get("repo", given) == "me/versions" and found["revision"] == commit
+
+
+NOT_FOUND = [
+    ("me/versions@v2", {}, "me/versions has no revision 'v2'; check its name"),
+    ("me/versions@v1", {"revision": "v2"}, "--revision v2: me/versions@v1 names another revision, v1; give one of"),
+    ("URL/me/versions/tree/v1/inner", {"subfolder": "b"}, "names another subfolder, inner; give one of them"),
+    ("URL/me/versions/tree/v1/outer", {}, "outer: has no folder 'outer' inside; check its name"),
+    ("URL/me/versions/blob/v1/a/b.pth", {}, "one file of me/versions; give the repository, or download the file (hf "
+     "download me/versions a/b.pth --revision v1) and give its path"),
+    ("URL/me/versions/discussions", {}, "is a page about me/versions; give me/versions"),
+    ("https://huggingface.co/datasets/me/versions", {}, "not a model on the Hugging Face Hub; give huggingface.co/"),
+    ("https://example.com/a/b.pth", {}, "not on the Hugging Face Hub; download what is there, and give its path"),
+    ("me/versions/inner", {}, "not a Hub id, which is USER/NAME; is inner a folder inside me/versions? Give it as "
+     "--subfolder inner"),
+    ("hf-hub:", {}, "hf-hub:: must be hf-hub:USER/NAME, or hf-hub:USER/NAME@REVISION"),
+    ("timm:me/versions", {}, "of a repository on the Hub, give the id alone: me/versions"),
+    ("me/" + "a" * 5000, {}, "has a name of 5000 bytes in it, more than files and models can have; check MODEL"),
+    ("me/nothing", {}, "no such model on the Hub; check the spelling, or, if it is private, log in"),
+    ("me/gated", {}, "only to those who accepted its terms: accept them on URL/me/gated, and log in with"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "options", "message"), NOT_FOUND, ids=[row[2][:40] for row in NOT_FOUND])
+def test_what_is_not_on_the_hub_is_said_with_what_to_do(
+    hub: Hub, call: Callable[..., Any], versions: Repo, model: str, options: dict[str, Any], message: str
+) -> None:
+    held(hub, "me/gated", {}).gated = True
+    told = call(partial(commands.loaded, model.replace("URL", hub.url), **options))
+    assert isinstance(told, str) and message.replace("URL", hub.url) in told and "\n" not in told, told
+
+
+@pytest.mark.slow
+def test_a_record_names_the_commit_though_the_branch_has_moved(
+    hub: Hub, run: Callable[..., Done], versions: Repo, tmp_path: Path
+) -> None:
+    model, out = f"{hub.url}/me/versions/tree/v1/inner", tmp_path / "out"
+    done = run("patch", model, "-o", out, "--recipe", "demo", "--num-images", 2, "--no-verify")
+    assert done.code == 0, done.err
+    versions.branches["v1"] = versions.branches["main"]
+    done = run("reproduce", out)
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "library", "absent"),
+    [
+        ("me/both", {}, "open_clip", ""),
+        ("me/both", {"library": "transformers"}, "transformers", "open_clip_model"),
+        ("me/both", {"library": "open_clip"}, "open_clip", "/model.safetensors"),
+        ("me/pickled", {"allow_pickle": True}, "transformers", ""),
+        ("me/pickled", {"allow_pickle": True, "library": "open_clip"}, "open_clip", "/model.safetensors"),
+    ],
+)
+def test_a_repository_of_two_libraries(
+    hub: Hub, call: Callable[..., Any], tmp_path: Path, model: str, options: dict[str, Any], library: str, absent: str
+) -> None:
+    """Safetensors win over pickles; who names the library fetches no other's weights."""
+    files = both_libraries(tmp_path)
+    if model == "me/pickled":
+        from safetensors.torch import load
+
+        torch.save(load(files.pop("open_clip_model.safetensors")), tmp_path / "weights")
+        files["open_clip_pytorch_model.bin"] = (tmp_path / "weights").read_bytes()
+    held(hub, f"{model}-{len(options)}", files)  # each with a cache of its own
+    found = call(partial(commands.loaded, f"{model}-{len(options)}", **options))
+    assert isinstance(found, dict) and found["library"] == library, found
+    assert not absent or not [path for path in hub.requests if absent in path and path.startswith("GET /me")]
+
+
+def both_libraries(folder: Path) -> dict[str, bytes]:
+    """A CLIP of open_clip and one of transformers, in one folder as they are published."""
+    from tests.picos import by_id
+
+    by_id("open-clip-no-ln-pre").build(folder / "both")
+    by_id("hf-clip").build(folder / "both")
+    return content_of(folder / "both")
 
 
 def test_only_what_a_subfolder_needs_is_fetched(
     hub: Hub, run: Callable[..., Done], demo_folder: Path, tmp_path: Path
 ) -> None:
     files = {name: b"{}" for name in ("model_index.json", "unet/config.json", "unet/model.safetensors")}
-    held(hub, REPO, files | {f"image_encoder/{path.name}": path.read_bytes() for path in demo_folder.iterdir()})
+    held(hub, REPO, files | content_of(demo_folder, "image_encoder/"))
     done = run("patch", REPO, "--recipe", "demo", "-o", tmp_path / "out")
     assert "its vision model is in image_encoder/: add --subfolder image_encoder" in done.err
     hub.requests.clear()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import regsurgery
 from regsurgery.backends import modeling
-from regsurgery.errors import SeveralStreamsError, UnsupportedModelError, VerificationError
+from regsurgery.errors import CheckpointError, SeveralStreamsError, UnsupportedModelError, VerificationError
+from regsurgery.frontends.load import load
 from regsurgery.frontends.processors import preprocessing
 from regsurgery.frontends.towers import Tower, towers
 from regsurgery.models import open_model
@@ -272,6 +274,8 @@ PROCESSORS = {  # class -> its settings, and what the tower takes
         {"size": {"longest_edge": 128}, "max_image_size": {"longest_edge": 64}},
     ),
     "any aspect": ("DPTImageProcessor", {"size": SQUARE, "ensure_multiple_of": 16, "keep_aspect_ratio": True}),
+    "no crop": ("CLIPImageProcessor", {"size": {"shortest_edge": 64}, "do_center_crop": False}),
+    "as large as the picture": ("ViTImageProcessor", {"do_resize": False}),
     "boxes wanted": ("VitPoseImageProcessor", {"size": SQUARE}),
     "grey pictures": ("ViTImageProcessor", {"size": SQUARE, "image_mean": [0.5], "image_std": [0.5]}),
 }
@@ -290,6 +294,47 @@ def test_what_processors_return_becomes_one_image_a_picture(name: str, channels:
     pixels = made_of.at(None)(pictures)
     assert made_of.image_size == (64, 64) and pixels.shape == (2, channels, 64, 64) and pixels.isfinite().all()
     assert pixels[1].mean() > pixels[0].mean()
+
+
+NO_IMAGES = {
+    "Qwen2VLImageProcessor": {"min_pixels": 3136, "max_pixels": 99999},
+    "Siglip2ImageProcessor": {"max_num_patches": 64},
+}
+
+
+@pytest.mark.parametrize("name", NO_IMAGES)
+def test_a_processor_that_makes_no_images_is_refused_by_its_keys(name: str, tmp_path: Path) -> None:
+    settings = {"image_processor_type": name, **NO_IMAGES[name]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    tower = Tower("", torch.nn.Identity(), "pixel_values", (64, 64), 3, 0)
+    keys = ", ".join(f"'{key}'" for key in settings)
+    message = (
+        rf"preprocessor_config.json: {name} with its {keys} makes no images of 64x64 pixels, which the model takes"
+    )
+    with pytest.raises(CheckpointError, match=message) as refused:
+        preprocessing(tmp_path, tower, torch.float32, LoadOptions())
+    assert "\n" not in str(refused.value) and "remove the file" in str(refused.value)
+
+
+TIMM, OPEN_CLIP = ("timm-vit-mean", "config.json"), ("open-clip-no-ln-pre", "open_clip_config.json")
+BAD_KEYS = (
+    (*TIMM, "pretrained_cfg", {"input_size": None}, "'input_size' is None; correct it to"),
+    (*TIMM, "pretrained_cfg", {"interpolation": "best"}, "'interpolation' is 'best', which timm does not know"),
+    (*OPEN_CLIP, "preprocess_cfg", {"resize_mode": "fit"}, "'resize_mode' is 'fit', which open_clip does not know; "
+     "correct it to one of shortest, longest, squash"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("pico", "file", "entry", "change", "message"), BAD_KEYS)
+def test_broken_preprocessing_is_named_by_its_key(
+    pico: str, file: str, entry: str, change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    by_id(pico).build(tmp_path)
+    config = json.loads((tmp_path / file).read_text())
+    config[entry] |= change
+    (tmp_path / file).write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"{file}: {message}"):
+        load(str(tmp_path))
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

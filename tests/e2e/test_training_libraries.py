@@ -1,6 +1,6 @@
 """What Lightning, peft, diffusers and sentence-transformers save, by their own save paths.
 
-They are not among the packages that the tests need: `pip install lightning peft diffusers sentence-transformers`.
+These packages come with the extra `test`, and are needed by nothing else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from regsurgery.errors import CheckpointError, UserError
 from regsurgery.frontends.load import load
 from regsurgery.options import LoadOptions
 from tests.e2e.test_files import PIXELS, RECIPE, TIMM, difference, moved, opened, timm_model, vit
-from tests.picos import CLIP, CLIP_VISION
+from tests.picos import CLIP, CLIP_VISION, VIT
 
 pytestmark = pytest.mark.slow
 
@@ -91,6 +91,63 @@ def test_an_adapter_of_peft_is_merged(tmp_path: Path) -> None:
     regsurgery.patch(str(tmp_path / "adapter"), tmp_path / "out", recipe=RECIPE, num_images=2)
     assert "an adapter, merged into base (weights sha256" in (tmp_path / "out" / "README.md").read_text()
     assert regsurgery.reproduce(tmp_path / "out").identical
+
+
+def test_an_adapter_with_its_own_classifier(tmp_path: Path) -> None:
+    """The usual case: a base model without classes, and a classifier that was trained with the adapter."""
+    peft = pytest.importorskip("peft")
+    from transformers import ViTForImageClassification, ViTModel
+
+    moved(ViTModel(vit().config, add_pooling_layer=False)).save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, modules_to_save=["classifier"]
+    )
+    base = ViTForImageClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    adapted = peft.get_peft_model(base, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = load(str(tmp_path / "adapter"))
+    assert loaded.architecture == "ViTForImageClassification"
+    assert difference(loaded, adapted.merge_and_unload(), 64) == 0.0
+
+
+@pytest.mark.parametrize("classes", [10, 3])
+def test_an_adapter_of_a_timm_model(tmp_path: Path, classes: int) -> None:
+    """Its name is not recorded by peft, so the message asks for it."""
+    peft = pytest.importorskip("peft")
+    import timm
+
+    timm.models.save_for_hf(timm_model(), str(tmp_path / "base"), safe_serialization=True)
+    config = peft.LoraConfig(r=4, target_modules=["qkv"], init_lora_weights=False, modules_to_save=["head"])
+    model = timm.create_model(f"local-dir:{tmp_path / 'base'}", pretrained=True, num_classes=classes)
+    adapted = peft.get_peft_model(model, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        CheckpointError, match=r"put it there as 'base_model_name_or_path': a folder, a Hub id or timm:"
+    ):
+        load(str(tmp_path / "adapter"))
+    name_base(tmp_path / "adapter", str(tmp_path / "base"))
+    loaded = load(str(tmp_path / "adapter"))
+    assert loaded.config["num_classes"] == classes
+    assert difference(loaded, adapted.merge_and_unload(), PIXELS) == 0.0
+
+
+def name_base(adapter: Path, base: str) -> None:
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": base}))
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+    """Of which peft itself only warns, and gives the model as it was."""
+    peft = pytest.importorskip("peft")
+    from transformers import ViTConfig, ViTForImageClassification
+
+    larger = ViTForImageClassification(ViTConfig(**{**VIT, "num_hidden_layers": 6}))
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(larger, config).save_pretrained(tmp_path / "adapter")
+    vit().save_pretrained(tmp_path / "base")
+    name_base(tmp_path / "adapter", str(tmp_path / "base"))
+    with pytest.raises(CheckpointError, match=r"not an adapter of the model that it names: that has no place for "):
+        load(str(tmp_path / "adapter"))
 
 
 def test_without_peft_the_message_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

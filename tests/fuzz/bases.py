@@ -21,6 +21,8 @@ PROCESSOR = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16,
 CLIP_PROCESSOR = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16}, "do_center_crop": True,
                   "crop_size": {"height": 16, "width": 16},
                   "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
+PICTURES = (("RGB", "png"), ("RGB", "jpg"), ("I;16", "png"), ("F", "tiff"), ("P", "gif"), ("RGB", "webp"),
+            ("1", "bmp"), ("RGB", "ppm"))  # fmt: skip # mode, suffix
 RECIPE = """\
 schema: 1
 model: tiny
@@ -76,6 +78,8 @@ def build(root: Path) -> Bases:
     for name, zipped in (("bin", True), ("bin-legacy", False)):
         _pickle(root / "vit", root / name, zipped)
     _files(root)
+    _adapter(root)
+    _images(root / "images")
     recipe = parse_recipe(RECIPE, "recipe.yaml")
     found: Any = None
     for name in ("timm", "vit"):
@@ -102,7 +106,7 @@ def _files(root: Path) -> None:
                               model_kwargs=TINY_TIMM, input_size=(3, 16, 16), crop_pct=0.9)  # fmt: skip
     state = timm.create_model(args.model, num_classes=3, **TINY_TIMM).state_dict()
     run = {"epoch": 1, "arch": args.model, "state_dict": state, "state_dict_ema": state, "args": args, "optimizer": {}}
-    for name in ("file-timm", "file-archive"):
+    for name in ("file-timm", "file-archive", "file-bare", "adapter", "images"):
         (root / name).mkdir()
     torch.save(run, root / "file-timm" / "weights.pth.tar")
     torch.jit.trace(Archived(openai_clip()), torch.ones(1, 64)).save(str(root / "file-archive" / "weights.pt"))
@@ -112,8 +116,40 @@ def _files(root: Path) -> None:
     wrapped = {f"net.{name}": value for name, value in vit.items()}
     torch.save({"state_dict": {**wrapped, "criterion.weight": torch.ones(3)}, "hyper_parameters": {"lr": 0.1}},
                root / "file-ckpt" / "weights.ckpt")  # fmt: skip
+    shutil.copyfile(root / "vit" / "model.safetensors", root / "file-bare" / "weights.safetensors")
+    shutil.copyfile(root / "vit" / "config.json", root / "file-bare" / "config.json")
+    (root / "file-bare" / "arch").write_text(f"transformers:{root / 'vit'}")
     save_torch_state_dict(vit, root / "file-shards", safe_serialization=False, max_shard_size="8KB")
     (root / "file-shards" / "pytorch_model.bin.index.json").rename(root / "file-shards" / "weights.index.json")
+
+
+def _adapter(root: Path) -> None:
+    """An adapter of the folder `vit`, as peft saves it."""
+    from safetensors.torch import save_file
+
+    settings = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": str(root / "vit"), "r": 2,
+                "lora_alpha": 4, "lora_dropout": 0.0, "target_modules": ["q_proj"], "modules_to_save": ["classifier"],
+                "bias": "none", "auto_mapping": {"base_model_class": "ViTForImageClassification",
+                                                 "parent_library": "transformers.models.vit.modeling_vit"}}  # fmt: skip
+    (root / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    tensors = {
+        "base_model.model.classifier.weight": torch.ones(3, 16),
+        "base_model.model.classifier.bias": torch.ones(3),
+    }
+    for block in range(2):
+        name = f"base_model.model.vit.layers.{block}.attention.q_proj"
+        tensors |= {f"{name}.lora_A.weight": torch.ones(2, 16), f"{name}.lora_B.weight": torch.ones(16, 2)}
+    save_file(tensors, root / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _images(folder: Path) -> None:
+    """A picture of each kind of file."""
+    from PIL import Image
+
+    (folder / "labels").mkdir()
+    picture = Image.linear_gradient("L").resize((24, 20))
+    for number, (mode, suffix) in enumerate(PICTURES):
+        picture.convert("L").convert(mode).save(folder / "labels" / f"{number}.{suffix}")
 
 
 def quiet() -> None:

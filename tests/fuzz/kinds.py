@@ -189,13 +189,47 @@ def _rezip(rng: Random, path: Path) -> None:
     path.write_bytes(out.getvalue())
 
 
-FILES = ("file-timm", "file-timm", "file-archive", "file-ckpt", "file-shards")
+FILES = ("file-timm", "file-timm", "file-archive", "file-ckpt", "file-shards", "file-bare")
 FILE_KEYS = ("state_dict", "state_dict_ema", "model", "teacher", "student", "args", "arch", "weight_map", "metadata",
              "model_kwargs", "num_classes", "mean", "crop_pct", "in_chans", "gp", "input_size")  # fmt: skip
 
 
+ADAPTER_KEYS = ("base_model_name_or_path", "peft_type", "task_type", "target_modules", "modules_to_save", "r", "bias",
+                "auto_mapping", "rank_pattern", "use_dora", "layers_to_transform", "revision")  # fmt: skip
+
+
 def file_of(folder: Path) -> Path:
     return next(folder.glob("weights.*"))
+
+
+def file_words(rng: Random, folder: Path) -> None:
+    """What the user says of a file: see `run_file`."""
+    right = (folder / "arch").read_text() if (folder / "arch").is_file() else "timm:vit_tiny_patch16_224"
+    library, _, name = right.partition(":")
+    said = [right, name, f"{library}:", f"timm:{name}", "open_clip:ViT-B-32", f"open_clip:{folder}", "timm:test_vit",
+            f"transformers:{folder}", "transformers:no/thing", f"{library}:{rng.choice(mutate.TEXTS)}",
+            rng.choice(mutate.TEXTS)]  # fmt: skip
+    (folder / "arch").write_text(rng.choice(said), "utf-8", "surrogatepass")
+
+
+def adapter(rng: Random, folder: Path) -> None:
+    if rng.random() < 0.5:
+        _tree(rng, folder / "adapter_config.json", ADAPTER_KEYS)
+    else:
+        rng.choice([weight_bytes, weight_header, weight_tensors])(rng, folder)
+
+
+def picture(rng: Random, folder: Path) -> None:
+    path = rng.choice(sorted((folder / "labels").iterdir()))
+    content = path.read_bytes()
+    kind = rng.randrange(6)
+    if kind == 0:
+        path.rename(folder / "labels" / rng.choice(["a.png", "a", ".a.jpg", "a.mp4", "a.jfif", "10.jpg"]))
+    elif kind == 1:
+        path.unlink()
+        path.symlink_to(rng.choice([folder, "/dev/zero", "nowhere"]))
+    else:
+        path.write_bytes(mutate.damage_bytes(rng, content, 0, rng.choice([64, 200, None])))
 
 
 def file_bytes(rng: Random, folder: Path) -> None:
@@ -215,6 +249,9 @@ def file_content(rng: Random, folder: Path) -> None:
         return
     if path.suffix == ".pt":
         _rezip(rng, path)
+        return
+    if path.suffix == ".safetensors":
+        rng.choice([weight_header, weight_tensors])(rng, folder)
         return
     content = torch.load(path, weights_only=False)
     if "args" in content and rng.random() < 0.5:
@@ -386,6 +423,69 @@ def run_file(rng: Random, folder: Path, bases: Bases) -> None:
     load(str(file_of(folder)), LoadOptions(allow_pickle=True, ema=rng.choice([None, None, False]), prefix=prefix))
 
 
+def run_words(rng: Random, folder: Path, bases: Bases) -> None:
+    from regsurgery.frontends.load import load
+    from regsurgery.options import LoadOptions
+
+    arch = (folder / "arch").read_text("utf-8", "surrogatepass")
+    how = {"subfolder": rng.choice([None, None, "", ".", "../x", "a"]), "revision": rng.choice([None, None, "main"])}
+    prefix = rng.choice([None, None, "net", "\0", "a.b"])
+    load(
+        str(file_of(folder)),
+        LoadOptions(allow_pickle=True, arch=arch, prefix=prefix, ema=rng.choice([None, True]), **how),
+    )
+
+
+def run_images(rng: Random, folder: Path, bases: Bases) -> None:
+    import torch
+
+    from regsurgery.images.image_set import image_set
+
+    found = image_set(folder, rng.choice([3, 8]), seed=rng.randrange(3))
+    list(found.batches(4, lambda images: torch.ones(len(images), 3, 4, 4)))
+
+
+def run_ids(rng: Random, folder: Path, bases: Bases) -> None:
+    """Ids of models and recipes; `me/model` is in the Hub's cache, whose other ids are refused offline."""
+    from huggingface_hub import constants
+
+    from regsurgery.frontends.load import load
+    from regsurgery.hub.recipe import named_recipe
+    from regsurgery.options import LoadOptions
+    from regsurgery.settings import replaced
+
+    repository = folder.parent / "model" / "models--me--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("c" * 40)
+    snapshot = repository / "snapshots" / ("c" * 40)
+    snapshot.mkdir(parents=True)
+    for path in list(folder.iterdir()):
+        if path.is_file():
+            path.rename(snapshot / path.name)
+    text = rng.choice(mutate.TEXTS)
+    ids = [
+        "me/model",
+        "hf-hub:me/model",
+        "me/model@main",
+        f"me/model@{text}",
+        f"https://hf.co/me/model/tree/main/{text}",
+        f"https://{text}",
+        f"timm:{text}",
+        f"open_clip:{text}",
+        f"hf://{text}",
+        text,
+        f"me/{text}",
+        "me/model/a",
+    ]
+    chosen = rng.choice(ids)
+    with replaced(constants, "HF_HUB_CACHE", str(folder)), replaced(constants, "HF_HUB_OFFLINE", True):
+        if rng.random() < 0.5:
+            named_recipe(chosen)
+        else:
+            said = text[:200]
+            load(chosen, LoadOptions(subfolder=rng.choice([None, None, said]), revision=rng.choice([None, None, said])))
+
+
 def run_header(rng: Random, folder: Path, bases: Bases) -> None:
     from regsurgery.checkpoints.safetensors_file import read_header
 
@@ -445,6 +545,10 @@ KINDS = {
     "pickle": Kind(("bin", "bin", "bin-legacy"), pickled, run_load, 8),
     "file: bytes": Kind(FILES, file_bytes, run_file, 10),
     "file: content": Kind(FILES, file_content, run_file, 16),
+    "file: words": Kind(FILES, file_words, run_words, 8),
+    "adapter": Kind(("adapter",), adapter, run_load, 8),
+    "images": Kind(("images",), picture, run_images, 10),
+    "ids": Kind(("patched-vit", "vit"), recipe_text, run_ids, 8),
     "recipe": Kind(("vit",), recipe_text, run_recipe, 15),
     "patched: config": Kind(PATCHED, patched_block, run_patched, 12),
     "patched: files": Kind(PATCHED, patched_files, run_patched, 6),

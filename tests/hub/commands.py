@@ -75,3 +75,16 @@ def load_and_run(repo: str, pixels: Any, **options: Any) -> Any:
     except RegsurgeryError as error:
         return str(error)
     return getattr(output, "logits", output)
+
+
+def loaded(model: str, **options: Any) -> dict[str, Any] | str:
+    """Library and recorded source of MODEL, or its error in words; to be called in the process."""
+    from regsurgery.errors import RegsurgeryError
+    from regsurgery.frontends.load import load
+    from regsurgery.options import LoadOptions
+
+    try:
+        found = load(model, LoadOptions(**options))
+    except RegsurgeryError as error:
+        return str(error)
+    return {"library": found.library, **found.source.as_dict()}

@@ -56,6 +56,7 @@ class Repo:
     commits: dict[str, dict[str, File]]
     branches: dict[str, str]
     messages: list[str] = field(default_factory=list)
+    gated: bool = False
 
     @classmethod
     def new(cls, private: bool) -> Repo:
@@ -210,6 +211,8 @@ class Handler(BaseHTTPRequestHandler):
                 repo = None
         if repo is None:
             raise RefusedError(404, "Repository not found", "RepoNotFound")
+        if repo.gated:
+            raise RefusedError(403, f"Access to model {name} is restricted", "GatedRepo")
         return repo
 
     def commit_of(self, repo: Repo, revision: str) -> str:

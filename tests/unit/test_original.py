@@ -258,3 +258,23 @@ def test_a_recorded_header_that_is_none_is_refused(single, tmp_path, header):
     (patched / RECORD_NAME).write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match="is broken; patch the model again"):
         restore(patched, tmp_path / "restored")
+
+
+@pytest.mark.parametrize("original", [None, "me/other@v2"])
+def test_a_recorded_source_is_read_at_its_commit(monkeypatch: pytest.MonkeyPatch, original: str | None) -> None:
+    from regsurgery.options import LoadOptions
+    from regsurgery.verification import original_of as module
+
+    source = {"id": "me/model@v1", "revision": "c0ffee", "sha256": "0" * 64, "subfolder": "inner"}
+    asked: dict[str, LoadOptions] = {}
+
+    def load_model(model: str, options: LoadOptions) -> object:
+        asked[model] = options
+        return SimpleNamespace(source=SimpleNamespace(sha256=source["sha256"], id=model))
+
+    monkeypatch.setattr(module, "load_model", load_model)
+    patched: Any = SimpleNamespace(config={"regsurgery": {"source": source}}, format="pt2", root=Path())
+    module.original_of(patched, original, LoadOptions(), Path())
+    ((model, options),) = asked.items()
+    assert model == (original or "me/model@v1")
+    assert (options.commit, options.subfolder) == ("c0ffee" if original is None else None, "inner")

@@ -30,8 +30,17 @@ class Arch:
         """The folder with the config, if `name` is one."""
         return Path(self.name) if self.name and Path(self.name).is_dir() else None
 
+    @property
+    def remedy(self) -> str:
+        """What to do if the architecture is not that of a file, for a message."""
+        if self.said_by == "--arch":
+            return "give the --arch that it was trained with"
+        if self.said_by == "the file":
+            return "give the right one with --arch"
+        return f"correct {self.said_by}, or give the weights file as MODEL, with --arch"
+
     def __str__(self) -> str:
-        return f"{self.library}:{self.name}"
+        return f"{self.library}:{self.name}" if self.name else "a CLIP of OpenAI"
 
 
 def parse_arch(text: str) -> Arch:

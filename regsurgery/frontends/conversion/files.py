@@ -14,7 +14,7 @@ from regsurgery.checkpoints.containers import Weights, WeightsFile, prefixes, re
 from regsurgery.checkpoints.owned import OwnedFolder
 from regsurgery.checkpoints.sums import combined_digest, sha256_each
 from regsurgery.checkpoints.whole import scratch_folder
-from regsurgery.errors import CheckpointError, UserError
+from regsurgery.errors import CheckpointError, UserError, in_short
 from regsurgery.frontends.bounds import bounded_model, check_numbers
 from regsurgery.frontends.conversion.arch import Arch, arch_of
 from regsurgery.frontends.conversion.tensors import shapes_of
@@ -81,10 +81,9 @@ def _described(path: Path, arch: Arch) -> Iterator[None]:
     try:
         yield
     except unloadable as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = in_short(error)
         raise CheckpointError(
-            f"{path}: {arch.library} cannot make the model that it describes ({reason}); give another --arch, or the "
-            "weights alone"
+            f"{path}: {arch.library} cannot make {arch}, as {arch.said_by} says it ({reason}); {arch.remedy}"
         ) from error
 
 
@@ -111,7 +110,7 @@ def fitted(target: Target, weights: Weights, arch: Arch, given: str | None) -> t
 
     Raises:
         CheckpointError: the tensors do not fit the architecture, whatever the prefix.
-        UserError: several prefixes lead to a model each.
+        UserError: no name has the prefix `given`, or several prefixes lead to a model each.
     """
     found: dict[str, Mapping[str, Tensor]] = {}
     problems: dict[str, str] = {}
@@ -120,17 +119,17 @@ def fitted(target: Target, weights: Weights, arch: Arch, given: str | None) -> t
         if any(prefix.startswith(other) for other in found):
             continue
         inside = {name[len(prefix) :]: value for name, value in weights.tensors.items() if name.startswith(prefix)}
-        problem = target.take(inside) if inside else f"no name begins with {prefix}"
+        if given is not None and not inside:
+            begin = ", ".join(sorted({f"{name.partition('.')[0]}." for name in weights.tensors})[:SHOWN])
+            raise UserError(f"--prefix {given}: no tensor of {weights.path} has it; their names begin with {begin}")
+        problem = target.take(inside)
         if problem is None:
             found[prefix] = inside
         else:
             problems[prefix] = problem
     if not found:
         problem = next(iter(problems.values()), "it has too few tensors")
-        raise CheckpointError(
-            f"{weights.path}: its tensors are not those of {arch}: {problem[:300]}; give the architecture that it was "
-            "trained with"
-        )
+        raise CheckpointError(f"{weights.path}: its tensors are not those of {arch}: {problem[:300]}; {arch.remedy}")
     if len(found) > 1:
         raise UserError(
             f"{weights.path}: holds several models, under {' and '.join(sorted(found))}; choose one with --prefix"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from regsurgery.checkpoints.limits import read_json
 from regsurgery.checkpoints.whole import temporary_folder
 from regsurgery.checkpoints.writing import write_json, write_tensors
-from regsurgery.errors import ModelNotFoundError, did_you_mean
+from regsurgery.errors import ModelNotFoundError, did_you_mean, in_short
 from regsurgery.formats import WEIGHTS_NAMES
 from regsurgery.frontends.conversion.arch import Arch
 from regsurgery.frontends.conversion.layout import copy_side_files
@@ -43,7 +43,7 @@ class OpenClipTarget:
             try:
                 open_clip.load_checkpoint(self._built(), str(file), strict=True)  # type: ignore[arg-type]
             except UNLOADABLE as error:
-                return " ".join(str(error).split())
+                return in_short(error)
         self._dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         return None
 
@@ -81,7 +81,7 @@ class OpenAITarget:
         try:
             self._model = build_model_from_openai_state_dict(dict(tensors))
         except UNLOADABLE as error:
-            return " ".join(str(error).split())
+            return in_short(error)
         return None
 
     def write(self, folder: Path) -> None:
@@ -125,13 +125,14 @@ def _config_of(arch: Arch) -> dict[str, Any]:
     name, _, tag = arch.name.partition("/")
     model = open_clip.get_model_config(name)
     if model is None:
-        hint = did_you_mean(name, open_clip.list_models())
+        hint = did_you_mean(name, open_clip.list_models()) or "; open_clip.list_models() in Python lists them"
         raise ModelNotFoundError(f"--arch open_clip:{arch.name}: open_clip has no such model{hint}")
     preprocessing: dict[str, Any] = {"mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD)}
     if tag:
         published = open_clip.get_pretrained_cfg(name, tag)
         if not published:
-            hint = did_you_mean(tag, open_clip.list_pretrained_tags_by_model(name))
+            tags = open_clip.list_pretrained_tags_by_model(name)
+            hint = did_you_mean(tag, tags) or f"; give open_clip:{name} alone"
             raise ModelNotFoundError(f"--arch open_clip:{arch.name}: open_clip has no such tag{hint}")
         preprocessing |= {key: published[key] for key in PREPROCESSING if published.get(key) is not None}
         if published.get("quick_gelu"):

@@ -11,7 +11,7 @@ from torch import nn
 
 from regsurgery.checkpoints.stored import without_memory
 from regsurgery.checkpoints.writing import write_tensors
-from regsurgery.errors import CheckpointError, ModelNotFoundError, did_you_mean
+from regsurgery.errors import CheckpointError, ModelNotFoundError, did_you_mean, in_short
 from regsurgery.formats import WEIGHTS_NAMES
 from regsurgery.frontends.conversion.arch import Arch
 from regsurgery.frontends.conversion.layout import copy_side_files
@@ -22,7 +22,8 @@ from regsurgery.settings import replaced
 if TYPE_CHECKING:
     from torch import Tensor
 
-SUSPECT = re.compile(r"^(module|_orig_mod)\.|(^|\.)gamma_\d+$")  # wrappers, and DeiT-III's first names of layer scales
+# Wrappers, DeiT-III's first names of layer scales, and facebook's name of DINOv2's registers, which patching adds.
+SUSPECT = re.compile(r"^(module|_orig_mod)\.|(^|\.)gamma_\d+$|^register_tokens$")
 # Arguments of timm's training script -> of `create_model`.
 ARGUMENTS = {"gp": "global_pool", "in_chans": "in_chans"}
 
@@ -63,7 +64,7 @@ class TimmTarget:
                     **{**self._options, "num_classes": num_classes},
                 )
         except UNLOADABLE as error:
-            return " ".join(str(error).split())
+            return in_short(error)
         model.pretrained_cfg = {**own, "num_classes": num_classes}
         self._model = model.to(common_dtype(tensors))
         return None
@@ -114,7 +115,7 @@ def is_renamed(folder: Path, names: Iterable[str]) -> bool:
         with without_memory():
             model = timm.create_model(f"local-dir:{folder}", pretrained=False)
     except UNLOADABLE as error:
-        raise CheckpointError(f"{folder}: timm cannot load it: {' '.join(str(error).split())[:300]}") from error
+        raise CheckpointError(f"{folder}: timm cannot load it: {in_short(error)}") from error
     return not suspect <= model.state_dict().keys()
 
 
@@ -124,7 +125,9 @@ def _check_known(name: str) -> None:
 
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
-        raise ModelNotFoundError(f"--arch timm:{name}: timm has no such model{did_you_mean(base, timm.list_models())}")
+        hint = did_you_mean(base, timm.list_models()) or "; timm.list_models() in Python lists them"
+        raise ModelNotFoundError(f"--arch timm:{name}: timm has no such model{hint}")
     if tag and timm.models.get_pretrained_cfg(name, allow_unregistered=False) is None:
         tags = timm.list_pretrained(f"{base}.*")
-        raise ModelNotFoundError(f"--arch timm:{name}: timm knows no such tag{did_you_mean(name, tags)}")
+        hint = did_you_mean(name, tags) or f"; give timm:{base} alone"
+        raise ModelNotFoundError(f"--arch timm:{name}: timm knows no such tag{hint}")

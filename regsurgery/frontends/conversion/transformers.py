@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regsurgery.checkpoints.writing import write_tensors
-from regsurgery.errors import CheckpointError
+from regsurgery.errors import CheckpointError, in_short
 from regsurgery.formats import WEIGHTS_NAMES
 from regsurgery.frontends.config import read_config
 from regsurgery.frontends.conversion.arch import Arch
@@ -40,8 +40,10 @@ class TransformersTarget:
                 config = config_class.from_pretrained(self._folder, trust_remote_code=self._options.trust_remote_code)
                 return len(getattr(self._class, "from_config", self._class)(config).state_dict())
         except UNLOADABLE as error:
-            reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"{self._folder}: transformers cannot make the model: {reason}") from error
+            reason = in_short(error)
+            raise CheckpointError(
+                f"{self._folder}: transformers cannot make the model that its config describes: {reason}; correct it"
+            ) from error
 
     def take(self, tensors: Mapping[str, Tensor]) -> str | None:
         try:
@@ -49,7 +51,7 @@ class TransformersTarget:
                 how = {"trust_remote_code": self._options.trust_remote_code, "ignore_mismatched_sizes": True}
                 _, info = from_pretrained(self._class, self._folder, tensors, **how)  # nosec B615 # a folder
         except UNLOADABLE as error:
-            return " ".join(str(error).split())
+            return in_short(error)
         for kind, problem in (("missing_keys", "is missing"), ("mismatched_keys", "has another shape")):
             for found in sorted(info.get(kind) or (), key=str):
                 return f"tensor {found if isinstance(found, str) else found[0]!r} {problem} ({len(info[kind])} in all)"
