@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -251,12 +252,9 @@ def _grafted_class(mixin: type, stock: type) -> type:
         "__doc__": stock.__doc__,
     }
     if "forward" in vars(mixin):  # keep the signature of the stock forward, from which the Trainer picks inputs
-
-        @functools.wraps(stock.forward)  # type: ignore[attr-defined]
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return mixin.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
-
-        names["forward"] = forward
+        own: Any = vars(mixin)["forward"]  # a copy of it: a function that calls it would be one more call
+        copied = FunctionType(own.__code__, own.__globals__, own.__name__, own.__defaults__, own.__closure__)
+        names["forward"] = functools.wraps(stock.forward)(copied)  # type: ignore[attr-defined]
     return type(stock.__name__, (mixin, stock), names)
 
 
@@ -454,6 +452,9 @@ class _PadsArguments(_Grafted):
     _biased: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        masked = len(args) > 1 or any(value is not None and "mask" in name for name, value in kwargs.items())
+        if not masked and not self._biased:  # as a rule, and once a block
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         hidden = args[0] if args else next(iter(kwargs.values()))
         num_registers = self._count.among(hidden.shape[1])
 
