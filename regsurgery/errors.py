@@ -19,6 +19,8 @@ EXIT_NO_MEMORY = 71  # EX_OSERR
 EXIT_INTERRUPTED = 130  # as in shells: 128 plus the number of the signal
 EXIT_BROKEN_PIPE = 141
 
+LISTED = "regsurgery families lists what is supported"  # what next, for a model that is refused
+
 
 class RegsurgeryError(Exception):
     """Root of the project's own errors."""
