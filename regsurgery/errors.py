@@ -21,6 +21,8 @@ EXIT_INTERRUPTED = 130  # as in shells: 128 plus the number of the signal
 EXIT_BROKEN_PIPE = 141
 ENDLESS = re.compile(r"\S{1024,}")  # a config may name a class of any length
 
+LISTED = "regsurgery families lists what is supported"  # what next, for a model that is refused
+
 
 class RegsurgeryError(Exception):
     """Root of the project's own errors. Of a name that is endless its message has the beginning and the end."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regsurgery.checkpoints.whole import scratch_folder
-from regsurgery.errors import SeveralStreamsError, UnsupportedModelError, several
+from regsurgery.errors import LISTED, SeveralStreamsError, UnsupportedModelError, several
 from regsurgery.frontends.load import load
 from regsurgery.frontends.loaded import Loaded, inside
 from regsurgery.frontends.model_id import DEMO
@@ -52,9 +52,7 @@ def open_model(
             except SeveralStreamsError as error:
                 raise SeveralStreamsError(f"{loaded.source.id}: {error}") from error
             except UnsupportedModelError as error:
-                raise UnsupportedModelError(
-                    f"{loaded.source.id}: {error}; regsurgery families lists what is supported"
-                ) from error
+                raise UnsupportedModelError(f"{loaded.source.id}: {error}; {LISTED}") from error
 
 
 def load_model(model: str | Path, options: LoadOptions, **how: Any) -> Loaded:

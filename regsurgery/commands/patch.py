@@ -98,7 +98,7 @@ def patch(model: str | Path, output: str | Path, options: PatchOptions) -> Patch
     with copies_ahead(output) as copies:
         how = {"look_through": options.verification, "use_meanwhile": partial(_copy_early, copies, given, options)}
         located = open_model(model, options, options.image_size, partial(_check_writable, given, options), **how)
-        _say_what_is_patched(located.loaded, images, progress)
+        _say_what_is_patched(located, images, progress)
         for attempt in _attempts(located, output, given, images, options):
             try:
                 with located.loaded.files.blamed():
@@ -317,13 +317,16 @@ def _check_memory(loaded: Loaded, what: str) -> None:
         )
 
 
-def _say_what_is_patched(loaded: Loaded, images: ImageSet, progress: Progress) -> None:
+def _say_what_is_patched(located: Located, images: ImageSet, progress: Progress) -> None:
+    loaded = located.loaded
     progress.say(f"preprocessing: {loaded.preprocess_note}; images: {images.note}")
     if family_of(loaded.library, loaded.architecture) is None:
         progress.say(
             f"{loaded.architecture} is not one of the families that the tests cover (regsurgery families); its sites "
             "were found in its graph, and the output is verified as usual"
         )
+    if loaded.tower is not None:
+        progress.say(f"tower: {loaded.tower}, as named; every other stream of tokens stays as it is")
 
 
 def _call(loaded: Loaded, fmt: str, recipe: Recipe, output: str | None) -> str:

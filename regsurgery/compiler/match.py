@@ -170,8 +170,8 @@ def _vision_stream(
     ]
     if not vision:
         raise UnsupportedModelError(
-            f"no match: none of the {len(streams)} residual stream(s) is that of a vision transformer (fed by the "
-            "image alone, with an MLP on the stream)"
+            "no match: no residual stream of the graph is fed by the image alone and has an MLP on it, as a vision "
+            "transformer's is"
         )
     named = [stream for stream in vision if tower is None or inside(stream.path, tower) or inside(tower, stream.path)]
     if not named:
@@ -183,7 +183,7 @@ def _vision_stream(
         if not any(other is not stream and is_ancestor(masks, other.adds[0], stream.root) for other in named)
     ]
     if len(first) > 1:
-        raise SeveralStreamsError(f"no match: {several(sorted(stream.path for stream in first))}")
+        raise SeveralStreamsError(several(sorted(stream.path for stream in first)))
     (stream,) = first
     if tower is None:
         for other in vision:

@@ -91,7 +91,7 @@ def trace(loaded: Loaded, image_size: tuple[int, int] | None = None) -> Traced:
     fixed = next((node.name for node in placeholders if is_fixed(node.meta["val"].shape[0])), None)
     if fixed is not None:
         raise UnsupportedModelError(
-            f"a graph of {loaded.architecture} would take one batch size only: its forward turns that of '{fixed}' "
+            f"a graph of {_traced_module(loaded)} would take one batch size only: its forward turns that of '{fixed}' "
             "into a number, as len() and int() do"
         )
     image = next(
@@ -118,8 +118,11 @@ def exported(loaded: Loaded, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
                 loaded.model, empty_args, empty_kwargs, dynamic_shapes=_by_signature(*dynamic), strict=False
             )
     except UNTRACEABLE as error:
-        what = f"{loaded.architecture}, module {loaded.entry}" if loaded.entry else loaded.architecture
-        raise UnsupportedModelError(f"torch.export cannot trace {what}: {_reason(error)}") from error
+        raise UnsupportedModelError(f"torch.export cannot trace {_traced_module(loaded)}: {_reason(error)}") from error
+
+
+def _traced_module(loaded: Loaded) -> str:
+    return f"{loaded.architecture}, module {loaded.entry}" if loaded.entry else loaded.architecture
 
 
 def _reason(error: Exception) -> str:

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from regsurgery.checkpoints.limits import BROKEN, read_json
 from regsurgery.checkpoints.reading import index_of
 from regsurgery.checkpoints.stored import StoredTensor, is_stored, stored_state
-from regsurgery.errors import CheckpointError, UnsupportedModelError, in_short
+from regsurgery.errors import LISTED, CheckpointError, UnsupportedModelError, in_short
 from regsurgery.families import FEATURE_LAYERS, NOISE_INPUTS, PACKED_INPUTS, TEXT_CONFIG_KEY
 from regsurgery.frontends.loaded import Checkpoint, Entry, Loaded, inside
 from regsurgery.frontends.processors import Preprocessing, preprocessing
@@ -82,17 +82,19 @@ def _towers(checkpoint: Checkpoint, model: nn.Module, named: str | None) -> tupl
     folder, name = checkpoint.folder, type(model).__name__
     for parameter, reason in PACKED_INPUTS.items():
         if parameter in inspect.signature(model.forward).parameters:
-            raise UnsupportedModelError(f"{folder}: {name} is not supported: {reason} (its input '{parameter}')")
+            raise UnsupportedModelError(
+                f"{folder}: {name} is not supported: {reason} (its input '{parameter}'); {LISTED}"
+            )
     found = towers(model)
     if not found and pixel_input(model) is not None:
         raise UnsupportedModelError(
             f"{folder}: {name} decodes step by step, so only its vision tower could be patched, and no module of it "
-            "takes images alone, cuts them into patches and holds transformer blocks"
+            f"takes images alone, cuts them into patches and holds transformer blocks; {LISTED}"
         )
     if not found:
         raise UnsupportedModelError(
-            f"{folder}: neither {name} nor a module of it takes images ({' or '.join(PIXELS)}), so it is not a vision "
-            "model; give one that takes images"
+            f"{folder}: neither {name} nor a module of it takes images as pixels ({' or '.join(PIXELS)}); give a model "
+            "that does"
         )
     if named is None:
         return found

@@ -247,7 +247,7 @@ def test_a_text_model(tmp_path):
     BertModel(BertConfig(vocab_size=9, **sizes)).save_pretrained(tmp_path / "bert")
     before = everything(tmp_path)
     done = program("patch", tmp_path / "bert", "--recipe", "demo", "-q", "-o", tmp_path / "out")
-    assert_refused(done, tmp_path / "bert", "BertModel", "not a vision model")
+    assert_refused(done, tmp_path / "bert", "BertModel", "takes images as pixels")
     assert everything(tmp_path) == before
 
 

@@ -37,11 +37,11 @@ def timm_model(entry: str, **args: object) -> Callable[[Path], None]:
 REFUSED = {
     "ConvNeXt, a convolutional network": (
         _transformers("ConvNextModel", "ConvNextConfig", **SMALL, image_size=64),
-        r"no match: .*(no vision transformer|none of the \d+ residual stream|dimensions)",
+        r"no match: .*(no vision transformer|no residual stream|dimensions)",
     ),
     "ResNet, without a residual stream of tokens": (
         timm_model("resnet10t", num_classes=4),
-        r"no match: .*(no vision transformer|none of the \d+ residual stream|dimensions)",
+        r"no match: .*(no vision transformer|no residual stream|dimensions)",
     ),
     "Swin, hierarchical": (
         _transformers("SwinModel", "SwinConfig", embed_dim=16, image_size=64, depths=[1, 1], num_heads=[1, 1],
@@ -80,7 +80,7 @@ REFUSED = {
     ),
     "a text model": (
         _transformers("BertModel", "BertConfig", **TINY_TEXT),
-        r"neither BertModel nor a module of it takes images \(.*\), so it is not a vision model; give one that",
+        r"neither BertModel nor a module of it takes images as pixels \(.*\); give a model that does",
     ),
 }  # fmt: skip
 

@@ -175,7 +175,8 @@ def test_of_two_streams_none_is_patched_silently(run: Run, tmp_path: Path) -> No
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.to_yaml())
     command = ("patch", folder, "-o", out, "--recipe", recipe, "--num-images", "2")
-    assert run(*command, "--tower", "blocks.0.blocks.1").code == 0
+    done = run(*command, "--tower", "blocks.0.blocks.1")
+    assert done.code == 0 and "tower: blocks.0.blocks.1, as named; every other stream of tokens stays" in done.err
     assert same_but_for_registers(folder, out) == "register_tokens"
     block = json.loads((out / "config.json").read_text())["regsurgery"]
     assert block["tower"] == "blocks.0.blocks.1"
@@ -200,6 +201,44 @@ def test_of_two_towers_none_is_patched_silently(tmp_path: Path) -> None:
         open_model(str(folder), LoadOptions())
     located = open_model(str(folder), LoadOptions(tower="model.video_tower"))
     assert located.loaded.entry == located.sites.tower_path == "model.video_tower"
+
+
+def write_depth_pro(folder: Path) -> Path:
+    """A tower for the whole image and one for its patches."""
+    tower = {**VIT, "model_type": "dinov2"}
+    _transformers(
+        "DepthProForDepthEstimation", "DepthProConfig", image_model_config=tower, patch_model_config=tower,
+        fov_model_config=tower, patch_size=64, fusion_hidden_size=16, intermediate_hook_ids=[1, 0],
+        intermediate_feature_dims=[16, 16], scaled_images_ratios=[0.5, 1], scaled_images_overlap_ratios=[0.0, 0.2],
+        scaled_images_feature_dims=[16, 16], use_fov_model=False,
+    )(folder)  # fmt: skip
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("write", "named", "other"),
+    [
+        (write_video_llava, "model.image_tower", "model.video_tower"),
+        (write_depth_pro, "depth_pro.encoder.patch_encoder.model", "depth_pro.encoder.image_encoder.model"),
+    ],
+    ids=["Video-LLaVA", "Depth Pro"],
+)
+def test_the_named_tower_is_patched_and_the_other_stays(
+    write: Callable[[Path], Path], named: str, other: str, tmp_path: Path
+) -> None:
+    folder, out = write(tmp_path / "model"), tmp_path / "out"
+    with pytest.raises(SeveralStreamsError, match=rf"--tower {named}\b"):
+        open_model(str(folder), LoadOptions())
+    assert regsurgery.patch(str(folder), out, recipe=RECIPE, num_images=2, tower=named).verdict.passed  # type: ignore[union-attr]
+    added = same_but_for_registers(folder, out)
+    assert added.endswith("register_tokens")
+    stock, patched = load(str(folder)).model, regsurgery.load(out)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        pairs = [[model.get_submodule(path)(images)[0] for model in (stock, patched)] for path in (named, other)]
+    assert pairs[0][0].shape == pairs[0][1].shape and not torch.equal(*pairs[0])
+    assert torch.equal(*pairs[1])
 
 
 # --- whole or nothing ------------------------------------------------------------------------------------------------

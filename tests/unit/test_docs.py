@@ -39,7 +39,7 @@ TIMM = next(pico for pico in PICOS if pico.id.startswith("timm-"))
 def write_depth(folder: Path) -> None:
     from transformers import DPTImageProcessor
 
-    by_id("hf-depth-anything").build(folder)
+    by_id("whole-depth-anything").build(folder)
     DPTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
 
 

@@ -29,7 +29,7 @@ def insert_constants(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
         site = plan.sites.blocks[block]
         if not site.attention_input:
             raise UnsupportedModelError(
-                f"mode bias: the projections of block {block}'s attention read different tokens"
+                f"mode bias: the projections of block {block}'s attention read different tokens; use mode shift"
             )
         tokens, end = find_node(graph_module, site.attention_input), find_node(graph_module, site.attention_output)
         value = tokens.meta["val"]

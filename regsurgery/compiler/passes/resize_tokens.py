@@ -23,7 +23,7 @@ from regsurgery.compiler.graph import hint, module_path, shape_of
 from regsurgery.compiler.ops import ADDS, DIM_ARGUMENT, EXPANDS, POSITIONAL, RESHAPES, SLICES, aten
 from regsurgery.compiler.passes.plan import INSERTED, ORIGINAL_SHAPE, PassResult, Plan, concatenations, register_region
 from regsurgery.compiler.passes.reshape_rule import reshaped
-from regsurgery.errors import UnsupportedModelError
+from regsurgery.errors import LISTED, UnsupportedModelError
 from regsurgery.runtime.surgery import pad_registers
 
 
@@ -103,7 +103,7 @@ def resize_tokens(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
 def _refuse(node: fx.Node, reason: str, error: type[UnsupportedModelError] = UnsupportedModelError) -> NoReturn:
     path = module_path(node)
     where = f" in {path}" if path else ""
-    raise error(f"no room for a register: {reason} (node '{node.name}', {node.target}{where})")
+    raise error(f"no room for a register: {reason} (node '{node.name}', {node.target}{where}); {LISTED}")
 
 
 def _propagate(node: fx.Node, region: _Region) -> None:
