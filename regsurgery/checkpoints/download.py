@@ -76,7 +76,7 @@ def snapshot(
             f"{named}: no such file or folder, and no such model on the Hub; check the spelling, or, if it is private, "
             "log in with `hf auth login`"
         ) from error
-    except errors.RevisionNotFoundError as error:
+    except (errors.RevisionNotFoundError, UnicodeEncodeError) as error:  # the latter: half a pair of surrogates
         raise ModelNotFoundError(f"{named}: {repo} has no revision {revision!r}; check its name") from error
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         if huggingface_hub.constants.HF_HUB_OFFLINE:

@@ -559,6 +559,7 @@ def test_the_ways_to_name_a_place_on_the_hub(
 
 NOT_FOUND = [
     ("me/versions@v2", {}, "me/versions has no revision 'v2'; check its name"),
+    ("me/versions@\ud800", {}, r"me/versions has no revision '\ud800'; check its name"),
     ("me/versions@v1", {"revision": "v2"}, "--revision v2: me/versions@v1 names another revision, v1; give one of"),
     ("URL/me/versions/tree/v1/inner", {"subfolder": "b"}, "names another subfolder, inner; give one of them"),
     ("URL/me/versions/tree/v1/outer", {}, "outer: has no folder 'outer' inside; check its name"),

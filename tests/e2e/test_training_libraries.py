@@ -146,6 +146,12 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     peft.get_peft_model(larger, config).save_pretrained(tmp_path / "adapter")
     vit().save_pretrained(tmp_path / "base")
     name_base(tmp_path / "adapter", str(tmp_path / "base"))
+    config_path = tmp_path / "adapter" / "adapter_config.json"
+    settings = config_path.read_text()
+    config_path.write_text(json.dumps({**json.loads(settings), "target_modules": "("}))
+    with pytest.raises(CheckpointError, match=r"peft cannot merge it: missing \), unterminated subpattern"):
+        load(str(tmp_path / "adapter"))
+    config_path.write_text(settings)
     with pytest.raises(CheckpointError, match=r"not an adapter of the model that it names: that has no place for "):
         load(str(tmp_path / "adapter"))
 

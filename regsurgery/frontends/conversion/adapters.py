@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,7 @@ def _merged(model: Any, folder: Path, tensors: Tensors) -> Any:
     try:
         adapted = peft.PeftModel.from_pretrained(model, str(folder))
         taken = peft.get_peft_model_state_dict(adapted)
-    except BROKEN as error:
+    except (*BROKEN, re.error) as error:  # it takes names of modules for patterns
         raise CheckpointError(f"{folder}: peft cannot merge it: {in_short(error)}; {MERGE}") from error
     lost = sorted(tensors.keys() - taken.keys())
     if lost:  # peft itself only warns

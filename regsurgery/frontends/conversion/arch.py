@@ -10,6 +10,7 @@ from regsurgery.errors import CheckpointError, UserError, did_you_mean
 from regsurgery.formats import LIBRARIES
 from regsurgery.frontends.config import CONFIG_NAMES, read_config
 
+MAX_NAME = 255  # characters of a file or a model
 EXAMPLES = "timm:NAME, transformers:CONFIG_DIR_OR_ID or open_clip:ARCH"
 
 
@@ -52,7 +53,9 @@ def parse_arch(text: str) -> Arch:
     library, colon, name = text.partition(":")
     if not colon or not name or library not in LIBRARIES:
         hint = did_you_mean(library, list(LIBRARIES)) if colon else ""
-        raise UserError(f"--arch {text}: must be {EXAMPLES}{hint}")
+        raise UserError(f"--arch {text[:300]}: must be {EXAMPLES}{hint}")
+    if max(len(part) for part in (*Path(name).parts, "")) > MAX_NAME:
+        raise UserError(f"--arch {text[:100]}...: has a name of more than {MAX_NAME} characters; must be {EXAMPLES}")
     return Arch(library, name)
 
 

@@ -16,6 +16,7 @@ from regsurgery.checkpoints.sums import combined_digest, sha256_each
 from regsurgery.checkpoints.whole import scratch_folder
 from regsurgery.errors import CheckpointError, UserError, in_short
 from regsurgery.frontends.bounds import bounded_model, check_numbers
+from regsurgery.frontends.config import read_config
 from regsurgery.frontends.conversion.arch import Arch, arch_of
 from regsurgery.frontends.conversion.tensors import shapes_of
 from regsurgery.frontends.libraries import frontend
@@ -56,6 +57,8 @@ def convert_file(path: Path, options: LoadOptions, arch: Arch | None = None) -> 
     arch = arch or arch_of(file, options.arch)
     if arch.library == "transformers" and arch.folder is None:
         arch = Arch(arch.library, str(config_folder(arch.name, options)), arch.said_by)
+    if arch.folder is not None:
+        read_config(arch.folder, arch.library)  # refuses a folder without one
     weights = file.weights(options.ema, arch.library)
     check_numbers(path, dict(file.arguments))
     with scratch_folder() as home:
