@@ -158,7 +158,7 @@ def _transformers_model(
         return loaded.model
     how = {} if num_classes is None else {"num_labels": num_classes}
     with quiet_transformers():
-        model, info = from_pretrained(
+        model, info = from_pretrained(  # nosec B615 # a folder
             cls, loaded.folder, None, ignore_mismatched_sizes=True, trust_remote_code=options.trust_remote_code, **how
         )
     lacking = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
