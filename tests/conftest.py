@@ -45,7 +45,7 @@ IDS = {pico.id for pico in (*PICOS, *WHOLES)}
 
 torch.set_num_threads(1)
 # Drift at three image sizes, on 16 photos, takes half of a real model's `patch`; tests of it set their own number.
-size_drift.MAX_IMAGES = size_drift.MIN_IMAGES = 2
+size_drift.MAX_IMAGES = 2
 # Native mode and bias of small models need no more to fit on.
 division.GENERATED_TO_FIT = 32
 # torch.export takes half of a small model's `patch`, and tests patch the same models again and again.

@@ -259,7 +259,6 @@ def test_drift_at_sizes_uses_up_to_16_photos_and_fewer_for_costly_sizes(
     demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(size_drift, "MAX_IMAGES", 16)
-    monkeypatch.setattr(size_drift, "MIN_IMAGES", 4)
     files = write_photos(tmp_path / "photos", 20)
 
     def counts(name: str, **options: Any) -> list[int]:
