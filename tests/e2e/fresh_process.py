@@ -1,7 +1,7 @@
 """Run by tests in another process, where `import regsurgery` fails: load patched folders as a user would, run them.
 
-`python fresh_process.py [MANIFEST]`: MANIFEST is a torch file, a list of jobs `{library, folder, architecture,
-auto_class, output, inputs}`; the results, one a job, are saved as `MANIFEST.results`:
+`python fresh_process.py [MANIFEST]`: MANIFEST is a torch file, a list of jobs `{library, folder, source,
+architecture, auto_class, output, inputs}`; the results, one a job, are saved as `MANIFEST.results`:
 `{outputs: {batch size: {name: tensor}}, problems: [text]}`. Without one, manifests are read from lines of stdin, and
 `done MANIFEST` is printed after each.
 Works with transformers 4.57 and 5; must import nothing of the project.
@@ -54,7 +54,7 @@ def run_transformers(job):
     more = {"output_hidden_states": True} if job["entry"] else {}
     outputs = {size: flat(entry(**{k: v[:size] for k, v in job["inputs"].items()}, **more)) for size in BATCHES}
     patched = auto.from_pretrained(job["folder"], trust_remote_code=True).eval()
-    stock = getattr(transformers, job["architecture"]).from_pretrained(job["folder"]).eval()
+    stock = getattr(transformers, job["architecture"]).from_pretrained(job["source"]).eval()
     for each in (patched, stock):
         each.set_attn_implementation("eager")
     patched, stock = patched.get_submodule(job["entry"]), stock.get_submodule(job["entry"])

@@ -210,6 +210,7 @@ def fresh_jobs(
             "entry": "",
             "library": library,
             "folder": str(patched[library][0]),
+            "source": str(shared("models", FOLDERS[library])),
             "architecture": "ViTForImageClassification",
             "auto_class": "AutoModelForImageClassification",
             "output": "logits",

@@ -105,6 +105,7 @@ def job_for(planted: Planted) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         "entry": planted.loaded.entry,
         "library": planted.loaded.library,
         "folder": str(folder),
+        "source": str(planted.folder),
         "architecture": planted.loaded.architecture,
         "auto_class": auto,
         "output": planted.traced.output_names[0],

@@ -176,7 +176,7 @@ def test_a_repository_needs_no_download_of_weights(
         regsurgery.reproduce(REPO, images=photos)
     result = regsurgery.reproduce(REPO, images=photos, source=str(source))
     assert result.identical and result.differences == {}
-    with pytest.raises(ModelNotFoundError, match="someone/else: no such folder"):
+    with pytest.raises(ModelNotFoundError, match="someone/else: no such file or folder"):
         regsurgery.reproduce("someone/else")
 
 
