@@ -16,13 +16,13 @@ from regsurgery.checkpoints.limits import MAX_JSON_BYTES
 from regsurgery.checkpoints.safetensors_file import weights_dtype
 from regsurgery.checkpoints.writing import write_json, write_weights
 from regsurgery.errors import CheckpointError, in_short
-from regsurgery.runtime import hidden, surgery
 from regsurgery.settings import replaced
 
 if TYPE_CHECKING:
     from regsurgery.compiler.surgery import Surgery
 
 FILE_NAME = "modeling_regsurgery.py"
+RUNTIME = Path(__file__).parents[1] / "runtime"
 UNKNOWN_CODE = (
     "neither this regsurgery nor a released one writes this file, so loading it would run unknown code; read it and "
     "allow it with --trust-remote-code (trust_remote_code=True), or patch the source again"
@@ -38,13 +38,10 @@ def modeling_source(host: ModuleType, tail: str = "") -> str:
     Docstrings of modules and imports from regsurgery are left out, but for the first docstring; what a module imports
     from the project comes before it.
     """
-    first, *others = (_text(module) for module in (hidden, surgery, host))
+    assert host.__file__ is not None
+    common = (RUNTIME / name for name in ("hidden.py", "surgery.py"))
+    first, *others = (path.read_text("utf-8") for path in (*common, Path(host.__file__)))
     return "\n\n\n".join((first.rstrip(), *map(_body, others))) + f"\n{tail}"
-
-
-def _text(module: ModuleType) -> str:
-    assert module.__file__ is not None
-    return Path(module.__file__).read_text("utf-8")
 
 
 def _body(source: str) -> str:

@@ -208,7 +208,10 @@ BROKEN = {
     "kernel": (lambda model: edit_config(model, attn_implementation="owner/code"), "'attn_implementation' names code"),
     "preprocessor's code": (processor_code, "preprocessor_config.json"),
     "preprocessor too large": (lambda model: edit_processor(model, size={"height": 10**6, "width": 96}), "'height' is"),
-    "preprocessor of two channels": (lambda model: edit_processor(model, image_mean=[0.5] * 2), "its preprocessing"),
+    "preprocessor of two channels": (
+        lambda model: edit_processor(model, image_mean=[0.5] * 2),
+        "correct them, or remove the file",
+    ),
     "preprocessor of nothing": (lambda model: edit_processor(model, image_std=[0.0] * 3), "its preprocessing"),
     "nan": (
         change_tensor(lambda name, tensor: {name: tensor * float("nan")}),
