@@ -16,6 +16,7 @@ import psutil
 from tests.commands import PROGRAM
 from tests.drills import Row, drill, tries
 from tests.drills.command import command, in_process, refused
+from tests.drills.signals import heard_signals
 from tests.photos import write_photos
 
 
@@ -69,12 +70,16 @@ def millions_of_pictures(place: Path) -> Row:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env=dict(os.environ),
+        preexec_fn=heard_signals,
     )
-    time.sleep(tries(12, 30))
-    own = psutil.Process(process.pid)
-    peak_mb = sum(one.memory_info().rss for one in (own, *own.children())) >> 20
-    process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
+    try:
+        time.sleep(tries(12, 30))
+        own = psutil.Process(process.pid)
+        peak_mb = sum(one.memory_info().rss for one in (own, *own.children())) >> 20
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
     assert process.returncode == 130 and b"Traceback" not in error, error
     assert peak_mb < 4000 and list(place.iterdir()) == [], peak_mb
     return Row(4, f"3 refused; a million: {peak_mb} MB, interrupted with 130")
