@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torchvision.transforms.functional import pil_to_tensor
 
 from regsurgery.checkpoints.limits import read_json
 from regsurgery.errors import UserError
 from regsurgery.formats import LIBRARIES
 from regsurgery.options import CheckOptions, takes
 from regsurgery.verification.live import still_patched
+from regsurgery.verification.pair import pixels_of
 from regsurgery.verification.patched import at_home, folder_format, read_patched_config, reloaded
 
 if TYPE_CHECKING:
@@ -92,6 +92,6 @@ def _pixels(pictures: list[Image], *, size: tuple[int, int], settings: tuple[lis
     """`[B, 3, H, W]`, float32: resized and normalised, which is enough for norms."""
     height, width = size
     resized = [picture.convert("RGB").resize((width, height)) for picture in pictures]
-    pixels_BCHW = torch.stack([pil_to_tensor(picture) for picture in resized]).float() / 255
+    pixels_BCHW = torch.stack([pixels_of(picture) for picture in resized])
     mean_C11, std_C11 = (torch.tensor(values).reshape(3, 1, 1) for values in settings)
     return (pixels_BCHW - mean_C11) / std_C11

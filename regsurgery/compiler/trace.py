@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from regsurgery.checkpoints.limits import BROKEN
 from regsurgery.checkpoints.stored import as_shapes, fill_shapes
+from regsurgery.compiler.comparison import has_classes
 from regsurgery.compiler.graph import drop_unused, is_fixed
 from regsurgery.errors import UnsupportedModelError
 from regsurgery.families import LOGIT_OUTPUTS
@@ -58,9 +59,8 @@ class Traced:
         """The output `[B, C]` that is logits of classes, and C; those of MAE, `[B, N, pixels]`, are none."""
         (output,) = self.graph_module.graph.find_nodes(op="output")
         for name in LOGIT_OUTPUTS:
-            shape = output.args[0][name].meta["val"].shape if name in self.output_names else ()
-            if len(shape) == 2:
-                return name, int(shape[1])
+            if name in self.output_names and has_classes(name, value := output.args[0][name].meta["val"]):
+                return name, int(value.shape[1])
         return None
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regsurgery.errors import UserError
+from regsurgery.images.sources import changed
 
 if TYPE_CHECKING:
     from regsurgery.images.image_set import ImageSet
@@ -54,7 +54,7 @@ def _digest(item: tuple[str, Content]) -> bytes:
     try:
         return _sha256(content)
     except OSError as error:
-        raise UserError(f"{name}: the images changed while they were used ({error.strerror or error})") from error
+        raise changed(name, error) from error
 
 
 def _sha256(content: Content) -> bytes:

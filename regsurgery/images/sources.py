@@ -107,6 +107,11 @@ def blamed(path: Path, kind: str, *errors: type[Exception]) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read as {kind}: {in_short(error, 200)}") from error
 
 
+def changed(name: str, error: OSError) -> UserError:
+    """The error for an image that was there, and cannot be read any more."""
+    return UserError(f"{name}: the images changed while they were used ({error.strerror or error})")
+
+
 def fingerprint_of(paths: tuple[Path, ...], *, dated: bool = True) -> str:
     """Identifies files by names, sizes and, if `dated`, dates.
 
@@ -116,7 +121,7 @@ def fingerprint_of(paths: tuple[Path, ...], *, dated: bool = True) -> str:
     try:
         stats = [path.stat() for path in paths]
     except OSError as error:
-        raise UserError(f"{error.filename}: the images changed while they were used ({error.strerror})") from error
+        raise changed(error.filename, error) from error
     facts = [
         (path.name, stat.st_size, stat.st_mtime_ns) if dated else (path.name, stat.st_size)
         for path, stat in zip(paths, stats, strict=True)
