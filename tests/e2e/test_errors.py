@@ -53,9 +53,10 @@ def program(*args: object, max_file_bytes: int | None = None, **env: str) -> Don
         if max_file_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
 
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    # Where no file may get large, Python would write the start of a .pyc, and each later import would read that.
+    written = {"PYTHONDONTWRITEBYTECODE": "1" if max_file_bytes is not None else ""}
     done = subprocess.run([PROGRAM, *map(str, args)], capture_output=True, text=True, preexec_fn=limit,
-                          env={**kept, "HF_HUB_OFFLINE": "1", **env})  # fmt: skip
+                          env={**os.environ, **written, "HF_HUB_OFFLINE": "1", **env})  # fmt: skip
     return Done(done.returncode, done.stdout, done.stderr)
 
 
