@@ -34,7 +34,12 @@ JOBS = {
 DEFAULT = ("bias pt2", "timm native", "open_clip")  # every library, mode and kind of format; the rest is slow
 PROGRAM = """
 import json, sys
+import torch
 import regsurgery
+from regsurgery.compiler import trace
+from tests.exported import exported_once
+torch.set_num_threads(1)
+trace.exported = exported_once(trace.exported)  # the jobs have three models
 jobs, where = json.loads(sys.argv[1]), sys.argv[2]
 for name, (folder, neurons, mode, fmt) in jobs.items():
     recipe = regsurgery.Recipe({int(block): tuple(listed) for block, listed in neurons.items()})
@@ -62,7 +67,7 @@ def twice(
         root = tmp_path_factory.mktemp(where)
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM, json.dumps(jobs), str(root)],
-            env={**os.environ, "PYTHONHASHSEED": seed},
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2])},
             capture_output=True,
             text=True,
             check=False,
