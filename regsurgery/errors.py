@@ -97,6 +97,14 @@ def in_short(error: BaseException, most: int = 300) -> str:
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
+def library_fails(library: str, where: object, error: BaseException) -> CheckpointError:
+    """The error for what a `library` cannot load from the folder or file `where`, with what to do."""
+    return CheckpointError(
+        f"{where}: {library} cannot load it: {in_short(error)}; correct what this names, or get the files again (if "
+        f"{library} alone loads them, please report this)"
+    )
+
+
 def did_you_mean(word: str, known: list[str]) -> str:
     """`"; did you mean 'x'?"` for the nearest of `known`, or an empty string."""
     import difflib

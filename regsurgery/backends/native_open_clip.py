@@ -18,7 +18,7 @@ from regsurgery.backends.native_timm import tower_tensors, write_config
 from regsurgery.checkpoints.reading import weight_files
 from regsurgery.checkpoints.whole import temporary_folder
 from regsurgery.checkpoints.writing import write_json, write_tensors
-from regsurgery.errors import CheckpointError, UnsupportedModelError, in_short
+from regsurgery.errors import UnsupportedModelError, library_fails
 from regsurgery.formats import WEIGHTS_NAMES, Snippets
 from regsurgery.frontends.open_clip import UNLOADABLE, stored_model
 from regsurgery.runtime.open_clip import stock_model
@@ -95,7 +95,7 @@ def reload(folder: Path, config: dict[str, Any], *, trusted: bool = False, store
             model: Any = stock_model(scratch)
             open_clip.load_checkpoint(model, str(folder / WEIGHTS_NAME), strict=True)
         except UNLOADABLE as error:
-            raise CheckpointError(f"{folder}: open_clip cannot load it: {in_short(error)}") from error
+            raise library_fails("open_clip", folder, error) from error
     return model.eval()
 
 

@@ -12,7 +12,7 @@ from regsurgery.backends.canonical import Canonical, canonical, config_block, st
 from regsurgery.checkpoints.reading import weight_files
 from regsurgery.checkpoints.safetensors_file import weights_dtype
 from regsurgery.checkpoints.writing import write_json, write_tensors
-from regsurgery.errors import CheckpointError, UnsupportedModelError, in_short
+from regsurgery.errors import UnsupportedModelError, library_fails
 from regsurgery.formats import WEIGHTS_NAMES, Snippets
 from regsurgery.frontends.timm import stored_model
 
@@ -140,7 +140,7 @@ def reload(
             return stored_model(folder, weights, dtype, **options).eval()
         return timm.create_model(f"local-dir:{folder}", pretrained=True, **options).to(dtype).eval()
     except RuntimeError as error:
-        raise CheckpointError(f"{folder}: timm cannot load it: {in_short(error)}") from error
+        raise library_fails("timm", folder, error) from error
 
 
 def outputs(model: Any, images: Tensor, num_registers: int) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from regsurgery.backends.native_timm import blank_registers, token_kinds
 from regsurgery.checkpoints.reading import weight_files
 from regsurgery.checkpoints.stored import stored_state
 from regsurgery.checkpoints.writing import write_json, write_sharded
-from regsurgery.errors import CheckpointError, UnsupportedModelError, in_short
+from regsurgery.errors import CheckpointError, UnsupportedModelError, library_fails
 from regsurgery.formats import WEIGHTS_NAMES, Snippets
 from regsurgery.frontends.transformers import UNLOADABLE, from_pretrained
 from regsurgery.settings import quiet_transformers
@@ -243,7 +243,7 @@ def reload(
             stored_weights = stored_state(weight_files(folder, WEIGHTS_NAME)) if stored else None
             model, info = from_pretrained(cls, folder, stored_weights)  # nosec B615 # a folder
     except UNLOADABLE as error:
-        raise CheckpointError(f"{folder}: transformers cannot load it: {in_short(error)}") from error
+        raise library_fails("transformers", folder, error) from error
     problems = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if problems:
         raise CheckpointError(

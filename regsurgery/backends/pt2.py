@@ -14,7 +14,7 @@ from regsurgery.backends.pt2_archive import foreign_part
 from regsurgery.checkpoints.writing import write_json
 from regsurgery.compiler.passes.spec import CALLABLES
 from regsurgery.compiler.trace import EXAMPLE_BATCH
-from regsurgery.errors import CheckpointError, PassError
+from regsurgery.errors import CheckpointError, PassError, library_fails
 from regsurgery.formats import PROGRAM_CONFIG
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _load(folder: Path) -> torch.export.ExportedProgram:
     try:
         return torch.export.load(folder / PROGRAM_NAME)
     except (RuntimeError, ValueError, OSError) as error:
-        raise CheckpointError(f"{folder / PROGRAM_NAME}: torch cannot load it: {str(error).splitlines()[0]}") from error
+        raise library_fails("torch", folder / PROGRAM_NAME, error) from error
 
 
 def foreign_code(folder: Path) -> str | None:

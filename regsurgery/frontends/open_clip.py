@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regsurgery.checkpoints.limits import BROKEN
 from regsurgery.checkpoints.stored import assign, stored_state, without_memory
-from regsurgery.errors import CheckpointError, UnsupportedModelError, in_short
+from regsurgery.errors import CheckpointError, UnsupportedModelError, library_fails
 from regsurgery.frontends.device import place
 from regsurgery.frontends.loaded import Checkpoint, Loaded
 from regsurgery.options import LoadOptions
@@ -33,7 +33,7 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         model = _model(checkpoint)
         transform = image_transform(model)
     except UNLOADABLE as error:
-        raise CheckpointError(f"{folder}: open_clip cannot load it: {in_short(error)}") from error
+        raise library_fails("open_clip", folder, error) from error
     size = model.visual.image_size
 
     def preprocess_at(size: tuple[int, int]) -> Any:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from regsurgery.checkpoints.limits import BROKEN, read_json
-from regsurgery.errors import CheckpointError, UnsupportedModelError, in_short
+from regsurgery.errors import CheckpointError, UnsupportedModelError, in_short, library_fails
 from regsurgery.frontends.bounds import check_numbers
 from regsurgery.frontends.channels import mode_for, with_channels
 from regsurgery.frontends.towers import PIXELS, Tower
@@ -103,7 +103,7 @@ def _loaded(settings: list[Path], folder: Path, options: LoadOptions) -> Any:
         trusted = options.trust_remote_code
         return AutoImageProcessor.from_pretrained(folder, trust_remote_code=trusted)  # nosec B615 # a folder
     except BROKEN as error:
-        raise CheckpointError(f"{settings[0]}: transformers cannot load it: {in_short(error)}") from error
+        raise library_fails("transformers", settings[0], error) from error
 
 
 @dataclass(frozen=True)

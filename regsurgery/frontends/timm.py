@@ -14,7 +14,7 @@ from torch import nn
 from regsurgery.checkpoints.limits import BROKEN
 from regsurgery.checkpoints.safetensors_file import weights_dtype
 from regsurgery.checkpoints.stored import assign, stored_state, without_memory
-from regsurgery.errors import CheckpointError, UnsupportedModelError, in_short
+from regsurgery.errors import CheckpointError, UnsupportedModelError, library_fails
 from regsurgery.frontends.bounds import MAX_SIDE
 from regsurgery.frontends.channels import mode_for, with_channels
 from regsurgery.frontends.device import place
@@ -56,7 +56,7 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         preprocess = preprocess_at(image_size)
 
     except UNLOADABLE as error:
-        raise CheckpointError(f"{folder}: timm cannot load it: {in_short(error)}") from error
+        raise library_fails("timm", folder, error) from error
     output = "logits" if getattr(model, "num_classes", 0) else "output"
     return Loaded(
         **vars(checkpoint),

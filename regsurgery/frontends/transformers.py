@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from regsurgery.checkpoints.limits import BROKEN, read_json
 from regsurgery.checkpoints.reading import index_of
 from regsurgery.checkpoints.stored import StoredTensor, is_stored, stored_state
-from regsurgery.errors import LISTED, CheckpointError, UnsupportedModelError, in_short
+from regsurgery.errors import LISTED, CheckpointError, UnsupportedModelError, library_fails
 from regsurgery.families import FEATURE_LAYERS, NOISE_INPUTS, PACKED_INPUTS, TEXT_CONFIG_KEY
 from regsurgery.frontends.loaded import Checkpoint, Entry, Loaded, inside
 from regsurgery.frontends.processors import Preprocessing, preprocessing
@@ -47,7 +47,7 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
                 ignore_mismatched_sizes=True,
             )
     except UNLOADABLE as error:
-        raise CheckpointError(f"{folder}: transformers cannot load it: {in_short(error)}") from error
+        raise library_fails("transformers", folder, error) from error
     if not checkpoint.stored:
         _into_memory(model)
     _check_complete(checkpoint, model, info)

@@ -14,7 +14,14 @@ from typing import Any
 import pytest
 
 from regsurgery.cli.console import console
-from regsurgery.errors import EXIT_BUG, EXIT_NO_MEMORY, EXIT_USER_ERROR, CheckpointError, UserError
+from regsurgery.errors import (
+    EXIT_BUG,
+    EXIT_NO_MEMORY,
+    EXIT_USER_ERROR,
+    CheckpointError,
+    UserError,
+    library_fails,
+)
 from regsurgery.memory import shortage
 from regsurgery.plain import code, markdown, plain
 from tests.commands import PROGRAM, Done
@@ -172,3 +179,8 @@ def test_of_an_endless_name_a_message_has_the_beginning_and_the_end() -> None:
     assert str(UserError(f"{path}: no {'ab' * 9000}z; give another")) == (
         f"{path}: no {'ab' * 100}[…]{('ab' * 9000 + 'z;')[-100:]} give another"
     )
+
+
+def test_what_a_library_cannot_load_is_one_line_with_what_to_do() -> None:
+    said = str(library_fails("timm", Path("folder"), ValueError("a\nb")))
+    assert said.startswith("folder: timm cannot load it: a b; correct what this names, or get the files again")

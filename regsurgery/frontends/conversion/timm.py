@@ -11,7 +11,7 @@ from torch import nn
 
 from regsurgery.checkpoints.stored import without_memory
 from regsurgery.checkpoints.writing import write_tensors
-from regsurgery.errors import CheckpointError, ModelNotFoundError, did_you_mean, in_short
+from regsurgery.errors import ModelNotFoundError, did_you_mean, in_short, library_fails
 from regsurgery.formats import WEIGHTS_NAMES
 from regsurgery.frontends.conversion.arch import Arch
 from regsurgery.frontends.conversion.layout import copy_side_files
@@ -115,7 +115,7 @@ def is_renamed(folder: Path, names: Iterable[str]) -> bool:
         with without_memory():
             model = timm.create_model(f"local-dir:{folder}", pretrained=False)
     except UNLOADABLE as error:
-        raise CheckpointError(f"{folder}: timm cannot load it: {in_short(error)}") from error
+        raise library_fails("timm", folder, error) from error
     return not suspect <= model.state_dict().keys()
 
 
