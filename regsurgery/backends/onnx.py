@@ -170,8 +170,9 @@ def _export(surgery: Surgery) -> Any:
         # it that was traced for the kernel fails (BEiT's relative biases). So it is traced with the parts' strides.
         with _quiet(), sdpa_kernel(SDPBackend.MATH):
             exported = torch.onnx.export(
-                lower(_with_reshapes(surgery)).run_decompositions({aten.index_copy.default: _index_copy}),
+                lower(_with_reshapes(surgery)),
                 dynamo=True,
+                custom_translation_table={aten.index_copy.default: _index_copy},
                 optimize=False,
                 input_names=input_names(surgery),
                 output_names=names,
@@ -185,14 +186,17 @@ def _export(surgery: Surgery) -> Any:
     return exported.model
 
 
-def _index_copy(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+def _index_copy(x: Any, dim: int, index: Any, source: Any) -> Any:
     """Along the last dimension, by element.
 
     The exporter scatters rows of a transposed tensor: two copies of the whole hidden activation, and in float16
     onnxruntime 1.32 crashes (a segmentation fault in `NchwcTransformer`) where a product follows.
     """
-    assert dim in (-1, x.ndim - 1)
-    return x.scatter(-1, index.expand_as(source), source)
+    from onnxscript.onnx_opset import opset18
+
+    op: Any = opset18  # its types are those of constants
+    assert dim == -1 or dim == len(x.shape) - 1
+    return op.ScatterElements(x, op.Expand(index, op.Shape(source)), source, axis=-1)
 
 
 def _with_reshapes(surgery: Surgery) -> Surgery:

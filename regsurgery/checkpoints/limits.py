@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from regsurgery.errors import CheckpointError, UserError
 
 # What libraries raise on broken configs and weights, in addition to their own exceptions.
 BROKEN = (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError,
-          AssertionError, MemoryError, NameError, StopIteration, EOFError)  # fmt: skip
+          AssertionError, MemoryError, NameError, StopIteration, EOFError, struct.error)  # fmt: skip
 
 MAX_JSON_BYTES = 16 << 20  # the labels of ImageNet-21k with their descriptions are 3 MB
 

@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from regsurgery.errors import UserError, in_short
-from regsurgery.images.decoding import decode, orientation
+from regsurgery.images.decoding import decode, opened, orientation
 from regsurgery.images.image_set import ImageSet
 from regsurgery.images.sources import UNREADABLE
 from regsurgery.verification.pair import Pair, normalisation, pixels_of
@@ -111,7 +111,7 @@ def upright_mask(path: Path, image: Image.Image, turned: int) -> Image.Image:
 
 def read_mask(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as mask:
+        with opened(path) as mask:
             mask.load()
     except UNREADABLE as error:
         raise UserError(f"{path}: not a readable mask ({in_short(error)})") from error

@@ -19,6 +19,7 @@ from regsurgery.compiler.taps import tap
 from regsurgery.compiler.trace import tensor_inputs
 from regsurgery.errors import UserError, in_short
 from regsurgery.evaluation.result import Result
+from regsurgery.images.decoding import opened
 from regsurgery.images.sources import UNREADABLE
 from regsurgery.interval import Figures, Values
 from regsurgery.runtime.surgery import signed_peak
@@ -204,7 +205,7 @@ def _in_mask(path: Path, grid: tuple[int, int]) -> Tensor:
     from PIL import Image
 
     try:
-        with Image.open(path) as mask:
+        with opened(path) as mask:
             squeezed = mask.convert("L").resize((grid[1], grid[0]), Image.Resampling.BOX)
     except UNREADABLE as error:
         raise UserError(f"{path}: not a readable mask ({in_short(error)})") from error

@@ -89,7 +89,10 @@ def _of_url(url: str) -> HubPlace:
     """The place that a URL of the Hub names."""
     from huggingface_hub import constants
 
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:  # brackets of an IPv6 address that are not closed
+        raise ModelNotFoundError(f"{url}: not a URL ({error}); give {HUB_HOSTS[0]}/USER/NAME") from error
     path = [unquote(part) for part in parts.path.split("/") if part]
     if parts.netloc not in (*HUB_HOSTS, urlsplit(constants.ENDPOINT).netloc):
         raise ModelNotFoundError(

@@ -6,7 +6,9 @@ import contextlib
 import functools
 import io
 import random
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +18,7 @@ import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 
+from regsurgery.errors import in_short
 from regsurgery.images.generated import NOISE, dead_leaves, noise_texture
 from regsurgery.images.sources import Content, Stretch
 
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 MOST_ELONGATED = 50
 USUAL_RANGES = (1, 255, 65535)  # from 0; the first of floats alone
 MIN_SPAN = 1e-12
+# What Pillow's decoders raise on damaged files besides `UNREADABLE`.
+DAMAGED = (RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, AssertionError,
+           struct.error, zlib.error)  # fmt: skip
 
 
 @functools.lru_cache(maxsize=64)  # 13 MB; a command looks at the same few pictures several times
@@ -40,7 +46,7 @@ def decode(content: Content) -> Image:
     """
     if isinstance(content, str):
         return _generated(content).copy()
-    with _opened(content) as image:
+    with opened(content) as image:
         long, short = max(image.size), min(image.size)
         if long > MOST_ELONGATED * short:  # resized by its shorter side it would take a multiple of the memory
             raise ValueError(f"{image.width}x{image.height} pixels: one side is over {MOST_ELONGATED} times the other")
@@ -56,12 +62,17 @@ def orientation(content: Content) -> int:
     """
     if isinstance(content, str):
         return 1
-    with _opened(content) as image:
+    with opened(content) as image:
         return image.getexif().get(PIL.ExifTags.Base.Orientation, 1)
 
 
 @contextlib.contextmanager
-def _opened(content: Path | Stretch | bytes) -> Iterator[Image]:
+def opened(content: Path | Stretch | bytes) -> Iterator[Image]:
+    """The picture of an item as Pillow opens it, as long as it is used.
+
+    Raises:
+        OSError, SyntaxError, ValueError: not a readable image; also while it is used.
+    """
     if isinstance(content, Stretch):
         content = content.read()
     with warnings.catch_warnings():
@@ -73,6 +84,8 @@ def _opened(content: Path | Stretch | bytes) -> Iterator[Image]:
             raise ValueError("not an image format that Pillow knows" if content != b"" else "empty") from error
         except PIL.Image.DecompressionBombError as error:
             raise ValueError(str(error)) from error
+        except DAMAGED as error:
+            raise ValueError(f"damaged ({in_short(error, 100)})") from error
 
 
 def _eight_bit(image: Image) -> Image:

@@ -79,10 +79,10 @@ def _shown_files(folder: Path) -> Iterator[Path]:
 
 
 def _begins_as_picture(path: Path) -> bool:
-    import PIL.Image
+    from regsurgery.images.decoding import opened
 
     try:
-        with PIL.Image.open(path):
+        with opened(path):
             return True
     except UNREADABLE:
         return False

@@ -2,47 +2,25 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import shutil
+import signal
 import time
 from collections import Counter
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from regsurgery.checkpoints.sums import check_sums
 from regsurgery.demo import write_demo
 from tests.drills import Row, drill, tries
+from tests.drills.running import PARTIAL, Process, ended, patch, wait
 
 KILLS = int(os.environ.get("REGSURGERY_KILLS", tries(6, 12)))
-PARTIAL = ".out.partial-*"
 
 
-def patch(folder: str, out: str) -> None:
-    import torch
-
-    import regsurgery
-
-    torch.set_num_threads(1)
-    regsurgery.patch(folder, out, recipe="demo", num_images=8)
-
-
-def start(folder: Path, out: Path) -> BaseProcess:
-    """A process of its own, forked from one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch", "transformers", "regsurgery.commands.patch", "regsurgery.compiler.surgery"]
-    )
-    process = context.Process(target=patch, args=(str(folder), str(out)))
-    process.start()
-    return process
-
-
-def wait_for_partial(process: BaseProcess, folder: Path, left: set[Path]) -> None:
+def wait_for_partial(process: Process, folder: Path, left: set[Path]) -> None:
     """Wait until `process` begins to write, which is not what earlier ones `left`."""
-    while process.is_alive() and not set(folder.glob(PARTIAL)) - left:
-        time.sleep(0.002)
+    wait(lambda: set(folder.glob(PARTIAL)) - left, process)
 
 
 def sharded_demo(folder: Path) -> Path:
@@ -60,12 +38,12 @@ def sharded_demo(folder: Path) -> Path:
 
 def seconds_of_writing(source: Path, out: Path) -> float:
     """From the first byte written to the end of a run."""
-    start(source, out).join(120)  # the server imports
+    assert ended(patch(source, out))[0] == 0  # what it is forked from imports
     shutil.rmtree(out)
-    process = start(source, out)
+    process = patch(source, out)
     wait_for_partial(process, out.parent, set())
     began = time.monotonic()
-    process.join(120)
+    assert ended(process)[0] == 0
     check_sums(out)
     shutil.rmtree(out)
     return time.monotonic() - began
@@ -79,11 +57,11 @@ def killed_while_writing(place: Path) -> Row:
     out, rng, left = target / "out", random.Random(0), Counter()
     writing = seconds_of_writing(source, out)
     for _ in range(KILLS):
-        process = start(source, out)
+        process = patch(source, out)
         wait_for_partial(process, target, set(target.iterdir()))
-        process.join(rng.uniform(0, 1.1 * writing))
-        process.kill()
-        process.join(30)
+        wait(lambda: False, process, rng.uniform(0, 1.1 * writing))
+        process.send_signal(signal.SIGKILL)
+        ended(process)
         partial = list(target.glob(PARTIAL))
         assert len(partial) <= 2, partial  # copies, and the folder; what the last run left is gone
         left["a partial folder"] += bool(partial)
@@ -93,9 +71,7 @@ def killed_while_writing(place: Path) -> Row:
             left["a whole folder"] += 1
         assert sorted(target.iterdir()) == sorted(partial)
     assert left["a partial folder"] >= KILLS // 2, left
-    process = start(source, out)
-    process.join(120)
-    assert process.exitcode == 0
+    assert ended(patch(source, out))[0] == 0
     check_sums(out)
     assert list(target.iterdir()) == [out]
     outcome = ", ".join(f"{what} {count} times" for what, count in left.items())

@@ -7,15 +7,17 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from regsurgery.checkpoints.owned import OwnedFolder
 from regsurgery.checkpoints.sums import check_sums
 from tests.drills import Row, drill, tries
-from tests.drills.running import ended, patch, wait
+from tests.drills.running import ended, hang_up_ends, patch, wait
 
 SIZES = (64, 256, 512, 1024)  # KiB of room; a patched demo has about 1,100
 
@@ -37,14 +39,12 @@ def mounted(folder: Path, options: str) -> Iterator[bool]:
         folder.rmdir()
 
 
-def limited(kibibytes: int) -> Callable[[], None]:
+def limit(kibibytes: int) -> None:
     """In the new process, no file gets larger; writing more is an error."""
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (kibibytes << 10, kibibytes << 10))
-
-    return limit
+    hang_up_ends()
+    sys.dont_write_bytecode = True  # or each later import of a module would read the start of a .pyc
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (kibibytes << 10, kibibytes << 10))
 
 
 @drill
@@ -56,11 +56,9 @@ def a_full_disk(place: Path) -> Row:
             target, tmp = place / "target", place / "tmp"
             with mounted(place / full, f"size={size}k") as is_mounted:
                 (place / ("tmp" if full == "target" else "target")).mkdir()
-                limit = None if is_mounted else limited(size)
                 how = how if is_mounted else "RLIMIT_FSIZE"
-                # or Python would leave the start of a .pyc beside a module, where a file may not get larger
-                env = {"TMPDIR": str(tmp), "PYTHONDONTWRITEBYTECODE": "1"}
-                process = patch("demo", target / "out", env=env, preexec_fn=limit)
+                prepare = hang_up_ends if is_mounted else partial(limit, size)
+                process = patch("demo", target / "out", env={"TMPDIR": str(tmp)}, prepare=prepare)
                 code, said = ended(process)
                 if code == 0:
                     assert full == "tmp" or size == max(SIZES)

@@ -1,45 +1,159 @@
-"""The command line in a process of its own, for drills: a run of a second, at a moment that the drill picks."""
+"""The command line in a process of its own, for drills: a run of a second, at a moment that the drill picks.
+
+The process is forked from one that has imported everything: importing takes five times as long as the run.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from tests.drills.kills import PARTIAL
-
+PARTIAL = ".out.partial-*"
 COMMAND = [sys.executable, "-m", "regsurgery"]
 
 
-def patch(source: Path | str, out: Path, *more: object, **how: Any) -> subprocess.Popen[str]:
-    """Start `regsurgery patch SOURCE --recipe demo -o OUT`; `how` goes to `Popen`, `env` is added to this process's."""
-    arguments = ["patch", source, "--recipe", "demo", "--num-images", "8", "-q", "-o", out, *more]
-    how.setdefault("preexec_fn", partial(signal.signal, signal.SIGHUP, signal.SIG_DFL))  # `nohup pytest` ignores it
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **how.pop("env", {})}
+class Process(Protocol):
+    """What drills need of a process; that of `subprocess` has it too."""
+
+    pid: int
+
+    @property
+    def returncode(self) -> int | None: ...
+    def poll(self) -> int | None: ...
+    def send_signal(self, number: int, /) -> None: ...
+    def communicate(self, *, timeout: float | None = None) -> tuple[str, str]: ...
+
+
+class Forked:
+    """`regsurgery ARGUMENTS` in a new process.
+
+    Args:
+        env: added to the environment.
+        cwd: its working directory; this process's by default.
+        prepare: called in the new process before anything else; a function of a module.
+        start_new_session: in a process group of its own.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        env: Mapping[str, str],
+        cwd: Path | None = None,
+        prepare: Callable[[], object] | None = None,
+        start_new_session: bool = False,
+    ) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.drills.preloaded"])
+        self.streams = Path(tempfile.mkdtemp(prefix="drill-"))
+        (self.streams / "stderr").touch()
+        how = (list(arguments), str(self.streams), dict(env), cwd or Path.cwd(), prepare, start_new_session)
+        self.process = context.Process(target=_run, args=how)
+        self.process.start()
+        assert self.process.pid is not None
+        self.pid: int = self.process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, number: int, /) -> None:
+        if self.process.is_alive():
+            os.kill(self.pid, number)
+
+    def communicate(self, *, timeout: float | None = None) -> tuple[str, str]:
+        """What it wrote to stdout and stderr, after its end.
+
+        Raises:
+            TimeoutError: it does not end in `timeout` seconds.
+        """
+        self.process.join(timeout)
+        if self.process.is_alive():
+            raise TimeoutError(f"process {self.pid} has not ended after {timeout} s")
+        out, err = ((self.streams / name).read_text("utf-8") for name in ("stdout", "stderr"))
+        shutil.rmtree(self.streams)
+        return out, err
+
+
+def _run(
+    arguments: list[str],
+    streams: str,
+    env: dict[str, str],
+    cwd: Path,
+    prepare: Callable[[], object] | None,
+    start_new_session: bool,
+) -> None:
+    from regsurgery.__main__ import run
+
+    if start_new_session:
+        os.setsid()
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        file = os.open(Path(streams) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+        setattr(sys, name, open(number, "w", encoding="utf-8", buffering=1, closefd=False))  # noqa: SIM115
+    os.environ.update(env)
+    tempfile.tempdir = None  # as TMPDIR says now
+    os.chdir(cwd)
+    if prepare is not None:
+        prepare()
+    sys.argv = ["regsurgery", *arguments]
+    run()
+
+
+def hang_up_ends() -> None:
+    """In the new process: SIGHUP does what it does by default, which `nohup pytest` has changed."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def patch(
+    source: Path | str,
+    out: Path,
+    *more: object,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    prepare: Callable[[], object] = hang_up_ends,
+    start_new_session: bool = False,
+    before: Sequence[str] = (),
+) -> Process:
+    """Start `regsurgery patch SOURCE --recipe demo -o OUT`; see `Forked`.
+
+    Args:
+        before: words before the command, which is then started anew, not forked.
+    """
+    words = [str(word) for word in ("patch", source, "--recipe", "demo", "--num-images", 8, "-q", "-o", out, *more)]
+    if not before:
+        return Forked(words, env or {}, cwd, prepare, start_new_session)
     return subprocess.Popen(
-        [*how.pop("before", ()), *COMMAND, *map(str, arguments)],
+        [*before, *COMMAND, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=env,
-        **how,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **(env or {})},
+        cwd=cwd,
     )
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+def ended(process: Process) -> tuple[int, str]:
     """Exit code and stderr, of which an error has one line and no traceback."""
     _, said = process.communicate(timeout=120)
     assert "Traceback" not in said, said
+    assert process.returncode is not None
     return process.returncode, said
 
 
-def wait(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 60.0) -> bool:
+def wait(condition: Callable[[], object], process: Process, seconds: float = 60.0) -> bool:
     """Wait until `condition` holds or `process` ends; whether it came to hold."""
     until = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < until:

@@ -40,7 +40,7 @@ def ended_by_signals(place: Path) -> Row:
             for group in (False, True):
                 target, tmp = clean(place / "run")
                 process = patch(
-                    "demo", target / "out", env={"TMPDIR": str(tmp)}, start_new_session=True, preexec_fn=heard_signals
+                    "demo", target / "out", env={"TMPDIR": str(tmp)}, start_new_session=True, prepare=heard_signals
                 )
                 assert wait(is_writing(target), process), process.communicate()
                 time.sleep(delay)

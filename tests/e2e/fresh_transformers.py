@@ -79,7 +79,9 @@ optimizer.step()
 assert float((model.vit.register_tokens - before).abs().max()) > 0, "the register tokens did not learn"
 print("training step: ok")
 
-compiled = torch.compile(load(), fullgraph=True)
+# Whether it is captured whole is ours; what inductor makes of it is torch's, and looking once is enough.
+backend = "inductor" if transformers.__version__ >= "5" else "aot_eager"
+compiled = torch.compile(load(), fullgraph=True, backend=backend)
 with torch.no_grad():
     close("torch.compile", compiled(images).logits, logits, 1e-4)
     close("torch.compile, another batch", compiled(images[:2]).logits, logits[:2], 1e-4)

@@ -3,10 +3,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,8 @@ from PIL import Image
 from regsurgery.checkpoints.sums import write_sums
 from regsurgery.demo import write_demo
 from tests.commands import PROGRAM, Done
+from tests.drills.places import limit
+from tests.drills.running import patch as forked
 from tests.photos import write_photos
 
 PARTS = ["README.md", "SHA256SUMS", "before_after.png", "config.json", "model.safetensors", "modeling_regsurgery.py",
@@ -48,15 +50,9 @@ def model(demo, tmp_path) -> Path:
     return shutil.copytree(demo, tmp_path / "model")
 
 
-def program(*args: object, max_file_bytes: int | None = None, **env: str) -> Done:
-    def limit() -> None:
-        if max_file_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
-
-    # Where no file may get large, Python would write the start of a .pyc, and each later import would read that.
-    written = {"PYTHONDONTWRITEBYTECODE": "1" if max_file_bytes is not None else ""}
-    done = subprocess.run([PROGRAM, *map(str, args)], capture_output=True, text=True, preexec_fn=limit,
-                          env={**os.environ, **written, "HF_HUB_OFFLINE": "1", **env})  # fmt: skip
+def program(*args: object, **env: str) -> Done:
+    done = subprocess.run([PROGRAM, *map(str, args)], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONDONTWRITEBYTECODE": "", "HF_HUB_OFFLINE": "1", **env})  # fmt: skip
     return Done(done.returncode, done.stdout, done.stderr)
 
 
@@ -387,9 +383,10 @@ def test_a_disk_that_is_full_at_the_end(run, demo, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["transformers", "pt2", "onnx"])
 def test_a_file_that_may_not_grow_to_its_size(demo, tmp_path, fmt):
-    done = program("patch", demo, "--recipe", "demo", "--format", fmt, "-q", "-o", tmp_path / "out", *FEW,
-                   max_file_bytes=100_000)  # fmt: skip
-    assert_refused(done, tmp_path / "out")
+    process = forked(demo, tmp_path / "out", "--format", fmt, prepare=partial(limit, 100))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode is not None
+    assert_refused(Done(process.returncode, out, err), tmp_path / "out")
     assert everything(tmp_path) == set()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,16 @@ def test_an_archive_of_openai_says_all(openai_archive: Path, tmp_path: Path) -> 
     assert loaded.config["model_cfg"]["quick_gelu"] is True
     assert difference(loaded, stock, 32) == 0.0
     regsurgery.patch(str(openai_archive), tmp_path / "out", recipe=RECIPE, num_images=2, allow_pickle=True)
+
+
+def test_an_archive_that_ends_within_a_number(openai_archive: Path, tmp_path: Path) -> None:
+    """Python's unpickler raises a struct.error there."""
+    cut = tmp_path / "cut.pt"
+    with zipfile.ZipFile(openai_archive) as whole, zipfile.ZipFile(cut, "w") as archive:
+        for entry in whole.namelist():
+            archive.writestr(entry, b"\x80\x02M\x01" if entry.endswith("/data.pkl") else whole.read(entry))
+    with pytest.raises(CheckpointError, match="cannot be read as plain weights"):
+        opened(cut)
 
 
 def test_an_archive_is_read_without_running_it(openai_archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:

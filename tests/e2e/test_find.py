@@ -57,7 +57,7 @@ def as_lists(recipe: regsurgery.Recipe) -> dict[int, list[int]]:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(("images", "num_images"), [("calibration", None), (None, 96)])
+@pytest.mark.parametrize(("images", "num_images"), [("calibration", 64), (None, 64)])
 def test_the_real_vit_gets_the_setting_with_the_least_drift(
     images: str | None, num_images: int | None, tmp_path: Path
 ) -> None:
@@ -159,7 +159,7 @@ def test_what_is_chosen_has_the_planted_neurons_and_drifts_less(seed: int, tmp_p
 def test_planted_neurons_are_found_in_a_model_of_dinov2_small_size(tmp_path: Path) -> None:
     _transformers("Dinov2Model", "Dinov2Config", **SMALL)(tmp_path / "model")
     truth = plant_model(tmp_path / "model", {1: 2, 4: 3}, 0)
-    found = regsurgery.find(str(tmp_path / "model"), num_images=24)
+    found = regsurgery.find(str(tmp_path / "model"), num_images=16)
     check_planted(found, truth.neurons)
 
 

@@ -567,6 +567,7 @@ NOT_FOUND = [
      "download me/versions a/b.pth --revision v1) and give its path"),
     ("URL/me/versions/discussions", {}, "is a page about me/versions; give me/versions"),
     ("https://huggingface.co/datasets/me/versions", {}, "not a model on the Hugging Face Hub; give huggingface.co/"),
+    ("https://[x/y", {}, "; give huggingface.co/USER/NAME"),
     ("https://example.com/a/b.pth", {}, "not on the Hugging Face Hub; download what is there, and give its path"),
     ("me/versions/inner", {}, "not a Hub id, which is USER/NAME; is inner a folder inside me/versions? Give it as "
      "--subfolder inner"),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import regsurgery
 from tests.conftest import Planted, tiered
 from tests.picos import DINOV2_VITS14, PICOS, Pico
 
@@ -34,13 +35,23 @@ JOBS = {
 DEFAULT = ("bias pt2", "timm native", "open_clip")  # every library, mode and kind of format; the rest is slow
 PROGRAM = """
 import json, sys
-import regsurgery
-jobs, where = json.loads(sys.argv[1]), sys.argv[2]
-for name, (folder, neurons, mode, fmt) in jobs.items():
-    recipe = regsurgery.Recipe({int(block): tuple(listed) for block, listed in neurons.items()})
-    regsurgery.patch(folder, f"{where}/{name} {len(where)}", recipe=recipe, mode=mode, format=fmt, num_images=4,
-                     calibrate=False)
+from pathlib import Path
+import tests.conftest  # what makes tests fast: a thread, few pictures to fit on, one export a model
+from tests.e2e.test_same_bytes import write
+write(json.loads(sys.argv[1]), Path(sys.argv[2]))
 """
+Jobs = dict[str, tuple[str, dict[int, list[int]], str, str | None]]
+
+
+def write(jobs: Jobs, where: Path) -> None:
+    for name, (folder, neurons, mode, fmt) in jobs.items():
+        recipe = regsurgery.Recipe({int(block): tuple(listed) for block, listed in neurons.items()})
+        regsurgery.patch(folder, folder_of(name, where), recipe=recipe, mode=mode, format=fmt, num_images=4,
+                         calibrate=False)  # fmt: skip
+
+
+def folder_of(name: str, where: Path) -> Path:
+    return where / f"{name} {len(str(where))}"
 
 
 @pytest.fixture(scope="module")
@@ -49,34 +60,32 @@ def twice(
     planted_picos: Callable[[Pico], Planted],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[dict[str, Path], dict[str, Path]]:
-    """The folders of the jobs that this session tests, written by two processes."""
+    """The folders of the jobs that this session tests: of this process, and of another with another hash seed."""
     picos = {pico.id: pico for pico in (*PICOS, DINOV2_VITS14)}
     wanted = {item.callspec.params["job"] for item in request.session.items if item.path == Path(__file__)}  # type: ignore[attr-defined]
-    jobs = {}
+    jobs: Jobs = {}
     for name, (pico, mode, fmt) in JOBS.items():
         if name in wanted:
             planted = planted_picos(picos[pico])
             jobs[name] = (str(planted.folder), planted.neurons, mode, fmt)
-    runs = []
-    for seed, where in (("1", "one"), ("2", "another")):
-        root = tmp_path_factory.mktemp(where)
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, json.dumps(jobs), str(root)],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        runs.append({name: root / f"{name} {len(str(root))}" for name in jobs})
-    return runs[0], runs[1]
+    here, there = (tmp_path_factory.mktemp(name) for name in ("one", "another"))
+    write(jobs, here)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(jobs), str(there)],
+        env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {name: folder_of(name, here) for name in jobs}, {name: folder_of(name, there) for name in jobs}
 
 
 @pytest.mark.parametrize("job", tiered((name for name in JOBS if name != "open_clip native"), DEFAULT))
 def test_the_sums_are_the_same(job: str, twice: tuple[dict[str, Path], dict[str, Path]]) -> None:
     sums = [(run[job] / "SHA256SUMS").read_text().splitlines() for run in twice]
     assert len(sums[0]) >= 4
-    assert list(difflib.unified_diff(*sums, lineterm="", n=0)) == []
+    assert list(difflib.unified_diff(sums[0], sums[1], lineterm="", n=0)) == []
 
 
 @pytest.mark.parametrize("job", tiered(["open_clip native"], DEFAULT))

@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from regsurgery.errors import UserError
-from regsurgery.images.decoding import decode
+from regsurgery.evaluation.masks import read_mask
+from regsurgery.images.decoding import decode, orientation
 from regsurgery.images.generated import Generated
 from regsurgery.images.image_set import DEFAULT_GENERATED, IN_PROCESS, MIN_IMAGES, ImageSet, image_set
 from regsurgery.images.opening import open_source
@@ -134,6 +135,24 @@ def test_damaged_metadata_are_no_matter():
     with pytest.warns(UserWarning, match="Tag data larger than file"):
         Image.open(io.BytesIO(content))
     assert decode(content).size == (4, 1)
+
+
+def damaged_dds() -> bytes:
+    """Pillow's decoder raises a NotImplementedError on it, and others on damaged files of other formats."""
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "DDS")
+    content = bytearray(file.getvalue())
+    content[80:84] = bytes(4)  # the flags of its pixel format
+    with pytest.raises(NotImplementedError):
+        Image.open(io.BytesIO(content)).load()
+    return bytes(content)
+
+
+@pytest.mark.parametrize("read", [decode, orientation, read_mask])
+def test_whatever_a_decoder_raises_the_image_is_unreadable(read, tmp_path):
+    (tmp_path / "image.dds").write_bytes(damaged_dds())
+    with pytest.raises((ValueError, UserError), match=r"damaged [(]Unknown pixel format"):
+        read(tmp_path / "image.dds")
 
 
 @pytest.mark.parametrize("count", [0, -1])
