@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from regsurgery.emit.picture import palette, tiles
-from regsurgery.verification.verdict_text import counted, ends, sentence
+from regsurgery.verification.verdict_text import ends, sentence
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -107,7 +107,8 @@ def three_figures(verdict: Verdict, cost: Cost) -> tuple[Figure, Figure, Figure]
         meaning = f"1 means the same direction. 95 % interval: {ends(verdict, 'cosine_output', 3)}."
         kept = Figure(f"cosine of {verdict.output} to the original's", f"{verdict.cosine_output:.3f}", meaning)
     else:
-        meaning = f"The first class is the original's on so many of {counted(verdict)}."
+        kind = "Generated pictures" if verdict.evidence == "generated" else "Images"
+        meaning = f"{kind} whose most probable class is still the original's."
         kept = Figure("predictions unchanged", f"{verdict.num_same} of {verdict.num_images}", meaning)
     if not cost.num_registers:
         added = Figure("tokens added", "0", "One constant key and value in each attention.")

@@ -301,6 +301,31 @@ def test_everything_is_reached_by_keyboard(page: Page) -> None:
     assert {"head", "map-block", "map-original", "boxes", "neuron", "!" + ACTS + ".png"} <= reached
 
 
+def test_a_page_without_attention_boxes_and_neurons_works(
+    browser: Browser, made: Report, complaints: list[str], tmp_path: Path
+) -> None:
+    """As of a model without class token, a report with --no-boxes, and a recipe without neurons."""
+    text = made.path.read_text("utf-8")
+    start = text.index(">", text.index('<script id="data"')) + 1
+    end = text.index("</script>", start)
+    data = json.loads(text[start:end])
+    data |= {"attention": None, "registers": None, "heads": 0, "neurons": []}
+    data["activations"] = {"data": "", "low": [], "high": []}
+    data["images"] = [{**image, "boxes": None} for image in data["images"]]
+    path = tmp_path / "page.html"
+    path.write_text(text[:start] + json.dumps(data).replace("<", "\\u003c") + text[end:], "utf-8")
+    for page in opened(browser, path, complaints):
+        assert page.eval_on_selector_all("#kind option", "all => all.map(one => one.value)") == [
+            "norms",
+            "shared",
+            "own",
+        ]
+        page.focus("#map-original")
+        page.keyboard.press("ArrowDown")
+        assert "attention" not in page.inner_text("#readout") and "norm" in page.inner_text("#readout")
+    assert complaints == []
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_no_finding_of_axe_and_no_side_scrolling_on_a_phone(
     browser: Browser, made: Report, axe: str, complaints: list[str], scheme: str
