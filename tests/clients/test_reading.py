@@ -56,11 +56,14 @@ def test_grad_cam_maps_patches(mode: str, folders: dict[str, Path]) -> None:
     model: Any = Logits(opened(folders[mode]))
     backbone = next(model.model.children())
     blocks = backbone.layers if hasattr(backbone, "layers") else backbone.encoder.layer
+    block = blocks[-1]  # before its attention: after it, the class token alone has gradients
+    layer = block.layernorm_before if hasattr(block, "layernorm_before") else block.norm1
 
     def maps(tokens: Tensor) -> Tensor:
-        return tokens[:, -144:].reshape(len(tokens), 12, 12, -1).permute(0, 3, 1, 2)
+        first = tokens.shape[1] - 144 if mode == "native" else 1  # registers come before the patches, or after them
+        return tokens[:, first : first + 144].reshape(len(tokens), 12, 12, -1).permute(0, 3, 1, 2)
 
-    with grad_cam.GradCAM(model, [blocks[-1].mlp], reshape_transform=maps) as cam:
-        found = cam(photos(2))
+    with grad_cam.GradCAM(model, [layer], reshape_transform=maps) as cam:
+        found = cam(photos(2), targets=None)  # the class of the largest logit
     say("grad-cam", mode, "largest value of the map", float(found.max()))
     assert found.shape == (2, 96, 96) and float(found.max()) > 0

@@ -21,6 +21,7 @@ from regsurgery.backends import onnx
 from regsurgery.backends.onnx import INEXACT, emit, reload
 from regsurgery.checkpoints.sums import write_sums
 from regsurgery.cli.app import main
+from regsurgery.commands.patch import PatchResult
 from regsurgery.compiler.surgery import Surgery, perform
 from regsurgery.compiler.trace import tensor_inputs
 from regsurgery.recipe import Recipe
@@ -29,6 +30,7 @@ from regsurgery.verification.patched import folder_format
 from tests.conftest import Planted, shared, tiered
 from tests.e2e.test_parity import pictures, recipe_for
 from tests.picos import PICOS, Pico, by_id
+from tests.reference import outlier_patches
 
 BATCHES = (1, 2, 7)
 NODE = Path(__file__).parent / "node"
@@ -205,7 +207,9 @@ def test_a_broken_file(demo_onnx: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-def test_the_real_vit_with_onnxruntime_and_numpy_alone(tmp_path: Path) -> None:
+def test_the_real_vit_with_onnxruntime_and_numpy_alone(
+    patched_real: Callable[[str, str], tuple[Path, PatchResult]], tmp_path: Path
+) -> None:
     model = str(shared("models", "vit-tiny-transformers"))
     result = regsurgery.patch(
         model, tmp_path / "out", recipe="vit-tiny", format="onnx", images=shared("images", "labelled"), num_images=8
@@ -222,12 +226,32 @@ def test_the_real_vit_with_onnxruntime_and_numpy_alone(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    regsurgery.patch(model, tmp_path / "module", recipe="vit-tiny", num_images=4)
     with torch.no_grad():
-        expected = regsurgery.load(tmp_path / "module")(images).logits
+        expected = regsurgery.load(patched_real("transformers", "shift")[0])(images).logits
     for batch in BATCHES:
         given = torch.from_numpy(np.load(tmp_path / f"{batch}.npy"))
         assert float((given - expected[:batch]).abs().max()) <= allowed(expected)
+    quantised_it_has_no_outliers(tmp_path / "out" / "model.onnx", tmp_path / "int8.onnx", images[:2])
+
+
+def quantised_it_has_no_outliers(program: Path, quantised: Path, images: Tensor) -> None:
+    """A quarter of the size, and after each residual addition of each block no patch token is an outlier."""
+    import onnx as onnx_package
+    import onnxruntime
+    from onnxruntime.quantization import quantize_dynamic
+
+    quantize_dynamic(program, quantised)
+    assert quantised.stat().st_size <= 0.3 * program.stat().st_size
+    graph = (model := onnx_package.load(quantised)).graph
+    for node in [node for node in graph.node if node.op_type == "Add"]:
+        graph.output.append(onnx_package.ValueInfoProto(name=node.output[0]))
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    values = (torch.from_numpy(value) for value in session.run(None, {"pixel_values": images.numpy()}))
+    streams = [value for value in values if value.ndim == 3 and value.shape[2] == 192 and value.shape[1] > 197]
+    assert len(streams) >= 2 * 12
+    for stream_BTD in streams:
+        assert not outlier_patches(stream_BTD[:, 1:197].norm(dim=-1)).any()
+    assert float(streams[-1][:, 197:].norm(dim=-1).min()) > 100, "the registers have the norm"
 
 
 @pytest.fixture(scope="module")
