@@ -429,7 +429,7 @@ class ReportOptions(ImageOptions):
     Attributes:
         num_images: maximum number.
         original: MODEL to compare with, if the folder cannot restore the original.
-        boxes: draw LOST's boxes.
+        boxes: find LOST's boxes; the page draws them on demand.
         block: of LOST's features; default: the fourth from the end.
         kind: of LOST's features: keys, queries or values.
         bias: added to LOST's similarities.
@@ -437,7 +437,7 @@ class ReportOptions(ImageOptions):
 
     num_images: int | None = option(16, "Maximum number of images.", min=1)
     original: str | None = option(None, "MODEL to compare with (default: the one that was patched).", metavar="MODEL")
-    boxes: bool = option(True, "Draw LOST's boxes.", "--boxes/--no-boxes")
+    boxes: bool = option(True, "Find LOST's boxes; the page draws them on demand.", "--boxes/--no-boxes")
     block: int | None = option(None, "Block of LOST's features (default: the fourth from the end).")
     kind: str = option("keys", "LOST's features: keys, queries or values.")
     bias: float = option(-0.2, "Number added to LOST's similarities.")

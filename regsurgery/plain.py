@@ -6,6 +6,7 @@ Names of folders, files, models and tensors, labels, licences and a recipe's pro
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 MARKDOWN = re.compile(r"[\\`*\[\]<|~$]|(?<!\w)_|_(?!\w)|&(?=[#\w]+;)|^(?=[#>+-])")
 
@@ -22,6 +23,16 @@ def plain(text: str) -> str:
 def line(text: str) -> str:
     """`text` in one line, plain."""
     return plain(" ".join(text.split()))
+
+
+def plural(count: int, noun: str) -> str:
+    """`count` and `noun`: "1 register", "3 registers"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def in_blocks(blocks: Collection[int]) -> str:
+    """Which blocks: "block 7", "blocks 6, 7"."""
+    return f"block{'' if len(blocks) == 1 else 's'} {', '.join(map(str, blocks))}"
 
 
 def markdown(text: str) -> str:

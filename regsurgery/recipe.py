@@ -18,6 +18,7 @@ import yaml
 
 from regsurgery.errors import RecipeError, did_you_mean
 from regsurgery.modes import MODES, Mode
+from regsurgery.plain import plural
 
 RECIPE_NAME = "recipe.yaml"  # in a patched folder
 SCHEMA = 1
@@ -382,8 +383,8 @@ def _checked(recipe: Recipe, where: str) -> Recipe:
         raise RecipeError(f"{where}: mode {recipe.mode} needs register neurons")
     if len(recipe.scale) != recipe.num_registers:
         raise RecipeError(
-            f"{where}: scale lists {len(recipe.scale)} numbers for {recipe.num_registers} register(s); list one per "
-            "register"
+            f"{where}: scale lists {len(recipe.scale)} numbers for {plural(recipe.num_registers, 'register')}; list "
+            "one per register"
         )
     return recipe
 

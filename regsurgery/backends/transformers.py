@@ -171,7 +171,7 @@ def snippets(surgery: Surgery, folder: str) -> Snippets:
     height, width = surgery.traced.image_size
     kept = REGISTERS.format(folder=folder, height=height, width=width)
     start = surgery.sites.num_prefix if surgery.sites.placement == "prefix" else surgery.sites.num_tokens
-    return first, (f"Tokens of the bare tower, including the register token(s) from index {start} on", kept)
+    return first, (f"Tokens of the bare tower, including register tokens from index {start} on", kept)
 
 
 def _shows_registers(surgery: Surgery) -> bool:

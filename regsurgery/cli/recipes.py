@@ -12,7 +12,7 @@ from regsurgery.cli.completion import recipes
 from regsurgery.cli.ending import print_error
 from regsurgery.cli.options import AsJson, Quiet
 from regsurgery.errors import EXIT_USER_ERROR, RecipeError
-from regsurgery.plain import plain
+from regsurgery.plain import in_blocks, plain, plural
 
 app = typer.Typer(
     name="recipes",
@@ -92,9 +92,8 @@ def validate(
         else:
             problems[str(file)] = None
             if not (as_json or quiet):
-                blocks = ", ".join(map(str, recipe.register_neurons))
-                name = plain(str(file))
-                print(f"{name}: valid; {recipe.num_neurons} register neurons in block(s) {blocks}, mode {recipe.mode}")
+                neurons = f"{plural(recipe.num_neurons, 'register neuron')} in {in_blocks(recipe.register_neurons)}"
+                print(f"{plain(str(file))}: valid; {neurons}, mode {recipe.mode}")
     valid = not any(problems.values())
     if as_json:
         each = [{"file": file, "valid": problem is None, "error": problem} for file, problem in problems.items()]

@@ -11,6 +11,7 @@ from rich.table import Table
 from regsurgery.cli.console import console
 from regsurgery.families import FAMILIES, REFUSED
 from regsurgery.modes import NATIVE, SHIFT
+from regsurgery.plain import in_blocks
 
 if TYPE_CHECKING:
     from regsurgery.recipe import Recipe
@@ -21,8 +22,7 @@ def recipe_table(found: Mapping[str, Recipe]) -> None:
     for name in ("recipe", "model", "register neurons"):
         table.add_column(name, overflow="fold")
     for name, recipe in found.items():
-        blocks = ", ".join(map(str, recipe.register_neurons))
-        table.add_row(name, recipe.model, f"{recipe.num_neurons} in block(s) {blocks}")
+        table.add_row(name, recipe.model, f"{recipe.num_neurons} in {in_blocks(recipe.register_neurons)}")
     console().print(table)
 
 

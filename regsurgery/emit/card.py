@@ -9,6 +9,7 @@ Everything in it comes from the surgery, the verdict and the source's own card; 
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from regsurgery.backends.formats import backend
 from regsurgery.compiler.surgery import Surgery
 from regsurgery.emit.source_card import SourceCard, read_source_card
 from regsurgery.formats import LIBRARIES
-from regsurgery.plain import code, line, markdown
+from regsurgery.plain import code, line, markdown, plural
 from regsurgery.verification.size_drift import SizeDrifts
 from regsurgery.verification.verdict import MIN_IMAGES_FOR_PERCENT, Verdict
 from regsurgery.verification.verdict_text import counted, ends, remarks, rows, sentence, share_text, title
@@ -24,7 +25,7 @@ from regsurgery.verification.verdict_text import counted, ends, remarks, rows, s
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
-THIS_FOLDER = "."  # its bytes do not depend on the folder's name
+MAX_NAME = 60  # characters of a source's name in the path of the snippets
 LIBRARY_NAMES = {"pt2": "pytorch", "dinov2": "pytorch"}  # the Hub's names that differ from ours
 TAGS = ("regsurgery", "test-time-registers", "register-tokens", "vision-transformer")
 # Of the Hub's relations (adapter, merge, quantized, finetune), only this one is true: the folder holds a whole model,
@@ -68,11 +69,12 @@ def model_card(
     loaded, plan = surgery.loaded, surgery.plan
     source_card = read_source_card(loaded.folder)
     data = _metadata(surgery, fmt, verdict, run, source_card)
+    here = path_in_card(loaded.source.name)
     snippets = (
-        *backend(fmt, surgery.recipe.kind).snippets(surgery, THIS_FOLDER),
-        ("regsurgery, whatever the format", LOADER.format(folder=THIS_FOLDER)),
+        *backend(fmt, surgery.recipe.kind).snippets(surgery, here),
+        ("regsurgery, whatever the format", LOADER.format(folder=here)),
     )
-    num_tokens = surgery.sites.num_tokens
+    num_tokens, neurons = surgery.sites.num_tokens, _neurons(surgery)
     body = _template().render(
         name=loaded.source.name,
         source=loaded.source,
@@ -88,8 +90,11 @@ def model_card(
         num_parameters=sum(value.numel() for value in loaded.model.parameters()),
         image_size=surgery.traced.image_size,
         fit=surgery.config_block.get("fit"),
+        here=here,
         snippets=snippets,
-        neurons=_neurons(surgery),
+        neurons=neurons,
+        has_contributions=any(neuron.contribution for neuron in neurons),
+        has_activations=any(neuron.activation for neuron in neurons),
         found_by=_text(surgery.recipe.provenance.get("found_by")),
         positional=_positional(surgery, verdict),
         verdict=verdict,
@@ -106,6 +111,16 @@ def model_card(
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}", ignore_metadata_errors=False))
 
 
+def path_in_card(name: str) -> str:
+    """What stands in a card for the path of the folder: the card's bytes do not depend on the folder's own name.
+
+    Args:
+        name: the source's, which may hold anything; what is left can stand in a string of Python and on a command line.
+    """
+    kept = re.sub(r"[^A-Za-z0-9._]+", "-", name.rpartition("/")[2]).strip("-.")[:MAX_NAME].rstrip("-.")
+    return f"{kept or 'model'}-patched"
+
+
 @functools.cache
 def _template() -> Any:
     import jinja2
@@ -118,7 +133,7 @@ def _template() -> Any:
         lstrip_blocks=True,
         finalize=_escaped,
     )
-    environment.filters |= {"code": lambda text: _Markdown(code(text)), "program": _Markdown}
+    environment.filters |= {"code": lambda text: _Markdown(code(text)), "program": _Markdown, "plural": plural}
     return environment.get_template("card.md.j2")
 
 

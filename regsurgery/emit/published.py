@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from regsurgery.checkpoints.sums import SUMS_NAME, read_sums
-from regsurgery.emit.card import THIS_FOLDER
 from regsurgery.emit.run_record import RUN_RECORD_NAME, read_run_record
 from regsurgery.emit.source_card import CARD_NAME
 from regsurgery.formats import PROGRAM_CONFIG
@@ -23,9 +22,7 @@ from regsurgery.frontends.model_id import DEMO
 from regsurgery.recipe import RECIPE_NAME
 
 PYTHON_BLOCK = re.compile(r"(?<=^```python\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
-HERE = re.escape(THIS_FOLDER)
-ABOUT_THE_DOT = re.compile(rf"^`{HERE}` stands for the path of this folder .*\n\n", re.MULTILINE)
-COMMAND = re.compile(rf"(?<=regsurgery )(reproduce|verify) {HERE}(?=[\s`])")
+ABOUT_THE_PATH = re.compile(r"^`([\w.-]+)` stands for the path of this folder .*\n\n", re.MULTILINE)
 DOWNLOAD = "from huggingface_hub import snapshot_download\n\nfolder = snapshot_download({arguments})\n"
 
 
@@ -114,14 +111,19 @@ def _named_after(text: str, repo: str, revision: str | None) -> str:
 
 def _card(text: str, repo: str, revision: str | None) -> str:
     """A model card whose snippets and commands load the model from the Hub."""
-    text = PYTHON_BLOCK.sub(lambda block: _snippet(block.group(), repo, revision), text)
-    return ABOUT_THE_DOT.sub("", COMMAND.sub(rf"\1 {repo}", text))
+    about = ABOUT_THE_PATH.search(text)
+    if about is None:  # somebody wrote another one
+        return text
+    here = re.escape(about[1])
+    text = PYTHON_BLOCK.sub(lambda block: _snippet(block.group(), here, repo, revision), text)
+    text = re.sub(rf"(?<=regsurgery )(reproduce|verify) {here}(?=[\s`])", rf"\1 {repo}", text)
+    return ABOUT_THE_PATH.sub("", text)
 
 
-def _snippet(code: str, repo: str, revision: str | None) -> str:
-    """`code`, changed to load `repo` instead of the folder."""
+def _snippet(code: str, here: str, repo: str, revision: str | None) -> str:
+    """`code`, changed to load `repo` instead of the folder, for whose path `here` stands (a pattern)."""
     quoted = f'"{repo}"' + (f', revision="{revision}"' if revision else "")
-    code = re.sub(rf'(from_pretrained|regsurgery\.load)\("{HERE}"', lambda call: f"{call[1]}({quoted}", code)
-    code = re.sub(rf'"local-dir:{HERE}"', f'"hf-hub:{repo}{"@" + revision if revision else ""}"', code)
-    local = re.sub(rf'"{HERE}/([^"]+)"', r'f"{folder}/\1"', re.sub(rf'"{HERE}"', "folder", code))
+    code = re.sub(rf'(from_pretrained|regsurgery\.load)\("{here}"', lambda call: f"{call[1]}({quoted}", code)
+    code = re.sub(rf'"local-dir:{here}"', f'"hf-hub:{repo}{"@" + revision if revision else ""}"', code)
+    local = re.sub(rf'"{here}/([^"]+)"', r'f"{folder}/\1"', re.sub(rf'"{here}"', "folder", code))
     return code if local == code else DOWNLOAD.format(arguments=quoted) + local

@@ -59,32 +59,7 @@ def norm_curve(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "x": {"field": "block", "type": "ordinal", "axis": {"labelAngle": 0}},
             "y": {"field": "norm", "type": "quantitative", "scale": {"type": "log"}, "title": "L2 norm"},
             "color": MODEL_COLOR,
-            "strokeDash": {
-                "field": "figure",
-                "type": "nominal",
-                "title": None,
-                "legend": {"orient": "top", "symbolType": "stroke"},
-            },
-        },
-    )
-
-
-def settings_curve(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Drift by the number of registers, a line for each set of neurons.
-
-    Args:
-        rows: of the search's table, see `Recipe.table`; rows with a fill other than zero are left out.
-    """
-    kept = [row for row in rows if row["fill"] == "zero" and row["outliers_per_image"] < 1]
-    return _chart(
-        "Drift from the original by the number of register tokens, for every set of neurons that was tried",
-        height=200,
-        data={"values": [{key: row[key] for key in ("name", "num_registers", "drift")} for row in kept]},
-        mark={"type": "line", "point": True, "tooltip": True},
-        encoding={
-            "x": {"field": "num_registers", "type": "quantitative", "title": "registers", "axis": {"tickMinStep": 1}},
-            "y": {"field": "drift", "type": "quantitative", "title": "drift"},
-            "color": {"field": "name", "type": "nominal", "title": None, "legend": {"orient": "top"}},
+            "strokeDash": {"field": "figure", "type": "nominal", "legend": None},  # the caption says which is which
         },
     )
 

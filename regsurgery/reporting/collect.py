@@ -17,6 +17,7 @@ from torch import Tensor
 from regsurgery.compiler.outliers import token_norms
 from regsurgery.errors import UnsupportedModelError
 from regsurgery.evaluation import discovery
+from regsurgery.reporting.components import colours
 from regsurgery.reporting.packing import size_of_maps
 from regsurgery.verification.observing import Observation
 from regsurgery.verification.pair import Pair, normalisation
@@ -67,7 +68,9 @@ class Collected:
         attention: side -> attention of the class token to each patch, `[L, A, I, N]`, rows summing to less than 1; None
             for a model without a class token or with attention that cannot be observed (`attention_note` says why).
             Heads are averaged (A = 1) if they would make the page too large.
-        register_attention: mean attention of the class token to the registers in the patched model, `[L]`.
+        register_attention: attention of the class token to all registers in the patched model, mean over the heads,
+            `[L, I]`.
+        colours: axes -> side -> features of the patches after the last block as colours, see `components.colours`.
         neurons: (block, index) of the register neurons shown; `activations` are theirs in the original, `[K, I, N]`.
     """
 
@@ -77,6 +80,7 @@ class Collected:
     attention: Mapping[str, Tensor] | None
     attention_note: str
     register_attention: Tensor | None
+    colours: Mapping[str, Mapping[str, Tensor]]
     neurons: tuple[tuple[int, int], ...]
     activations: Tensor
 
@@ -109,6 +113,7 @@ def collect(
         for side, observation in zip(SIDES, seen, strict=True):
             norms = [token_norms(observation.patches(block)) for block in blocks]
             parts.setdefault(f"norms {side}", []).append(torch.stack(norms).cpu())
+            parts.setdefault(f"features {side}", []).append(observation.patches(blocks[-1]).float().cpu())
             if not note:
                 patches, registers = _class_attention(observation, blocks, averaged)
                 parts.setdefault(f"attention {side}", []).append(patches)
@@ -128,7 +133,8 @@ def collect(
         norms={side: joined(f"norms {side}") for side in SIDES},
         attention=None if note else {side: joined(f"attention {side}") for side in SIDES},
         attention_note=note,
-        register_attention=None if note else torch.cat(parts["register patched"], dim=-1).mean(dim=-1),
+        register_attention=None if note else torch.cat(parts["register patched"], dim=-1),
+        colours=colours({side: torch.cat(parts[f"features {side}"]) for side in SIDES}),
         neurons=tuple(neurons),
         activations=torch.cat(parts["activations"], dim=1),
     )

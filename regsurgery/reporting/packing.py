@@ -26,22 +26,25 @@ def packed_maps(maps_MN: Tensor) -> dict[str, Any]:
     largest_M1 = maps_MN.amax(dim=-1, keepdim=True)
     steps = (maps_MN / largest_M1.clamp_min(1e-12) * 255).round().to(torch.uint8)
     scale = [_significant(value) for value in largest_M1.flatten().tolist()]
-    return {"scale": scale, "data": _base64(steps.contiguous().numpy().tobytes())}
+    return {"scale": scale, **packed_bytes(steps)}
 
 
 def packed_activations(values_KIN: Tensor) -> dict[str, Any]:
-    """Each neuron's activations `[K, I, N]` as bytes, 0 to 255 from the neuron's smallest to its largest."""
+    """Each neuron's activations `[K, I, N]` as bytes, 0 to 255 from the neuron's smallest to its largest, which are in
+    `low` and `high`.
+    """
     low = values_KIN.amin(dim=(1, 2), keepdim=True)
     high = values_KIN.amax(dim=(1, 2), keepdim=True)
     steps = ((values_KIN - low) / (high - low).clamp_min(1e-12) * 255).round().to(torch.uint8)
-    return {"data": _base64(steps.contiguous().numpy().tobytes())}
+    ends = {
+        name: [_significant(value) for value in end.flatten().tolist()] for name, end in (("low", low), ("high", high))
+    }
+    return {**ends, **packed_bytes(steps)}
 
 
-def packed_colors() -> dict[str, str]:
-    """Red, green and blue for values from 0 to 255: viridis, which is also readable in greyscale."""
-    from matplotlib import colormaps
-
-    return {"data": _base64(colormaps["viridis"](range(256), bytes=True)[:, :3].tobytes())}
+def packed_bytes(levels: Tensor) -> dict[str, str]:
+    """A uint8 tensor of any shape."""
+    return {"data": _base64(levels.contiguous().numpy().tobytes())}
 
 
 def size_of_maps(shape: tuple[int, ...]) -> int:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from regsurgery.reporting import charts
+from regsurgery.emit.picture import palette
+from regsurgery.reporting import charts, settings
 from regsurgery.reporting.collect import SIDES, Collected, Lost
-from regsurgery.reporting.packing import packed_activations, packed_colors, packed_maps, packed_norms
-from regsurgery.verification.verdict_text import FigureRow, counted, remarks, rows, sentence, title
+from regsurgery.reporting.opening import Cost, jpeg_url, lead, opening, three_figures
+from regsurgery.reporting.packing import packed_activations, packed_bytes, packed_maps, packed_norms
+from regsurgery.reporting.tables import Row, number
+from regsurgery.verification.verdict_text import FigureRow, counted, remarks, rows, sentence
 from regsurgery.version import __version__
 
 if TYPE_CHECKING:
@@ -23,16 +26,6 @@ if TYPE_CHECKING:
     from regsurgery.verification.verdict import Verdict
 
 BINS = 60
-SETTINGS = {  # key of a row of the search's table -> its column
-    "name": "neurons",
-    "num_registers": "registers",
-    "fill": "patches keep",
-    "outliers_per_image": "outliers per image",
-    "register_norm": "norm of a register",
-    "drift": "drift",
-    "kl": "KL divergence",
-    "cost": "tokens added, %",
-}
 
 
 @dataclass(frozen=True)
@@ -40,13 +33,21 @@ class ReportSubject:
     """What the report is about.
 
     Attributes:
+        folder: the name of the patched folder.
         source: `id`, `revision` and `sha256` of what was patched, as its config records them.
     """
 
-    name: str
+    folder: str
     mode: str
     recipe: Recipe
     source: Mapping[str, Any]
+    cost: Cost
+
+    @property
+    def name(self) -> str:
+        """The model's Hub repository, or the name of its folder: a page that is shared tells no path."""
+        identifier, is_local = self.source["id"], self.source.get("revision") is None
+        return self.source.get("repo") or (Path(identifier).name if is_local else identifier) or self.folder
 
 
 def page(subject: ReportSubject, verdict: Verdict, collected: Collected, lost: Lost | None) -> str:
@@ -58,36 +59,35 @@ def page(subject: ReportSubject, verdict: Verdict, collected: Collected, lost: L
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("regsurgery"), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    settings = subject.recipe.table()
     specs = {
         "histogram": charts.histogram(*_range(collected)),
         "curve": charts.norm_curve(_curve(collected)),
-        **({"settings-chart": charts.settings_curve(settings)} if settings else {}),
     }
     return environment.get_template("report.html.j2").render(
-        title=subject.name,
-        mode=subject.mode,
+        subject=subject,
         version=__version__,
-        num_images=verdict.num_images,
-        images_note=verdict.images,
+        load_line=f"import regsurgery; model = regsurgery.load({subject.folder!r})",
+        measured_on=_measured_on(verdict),
+        lead=lead(verdict, subject.cost),
+        figures=three_figures(verdict, subject.cost),
+        opening=opening(verdict, collected.examples),
         verdict=verdict,
         sentence=sentence(verdict),
         remarks=remarks(verdict),
         grade="bad" if verdict.failures else "unsure" if verdict.warnings or not verdict.is_judged else "good",
-        heading=title(verdict),
-        rows=figures(verdict, collected),
-        neurons=_neurons(subject.recipe, collected),
-        has_contributions=bool(_contributions(subject.recipe)),
-        settings=[(_mark(row), [_cell(row.get(key)) for key in SETTINGS]) for row in settings],
-        settings_columns=SETTINGS.values(),
-        has_boxes=lost is not None,
-        boxes_note=""
-        if lost is None
-        else f"Boxes: LOST on the {lost.kind} of block {lost.block}, bias {lost.bias:g}, at the model's input size; "
-        "it draws one box in every image, without labels.",
+        figure_rows=[
+            Row(row.name, (row.original, row.patched, row.interval, row.images), row.meaning)
+            for row in _figure_rows(verdict, collected)
+        ],
+        compared=settings.compared(subject.recipe),
+        heat_map=settings.heat_map(subject.recipe),
+        levels=settings.LEVELS,
+        settings_rows=settings.all_rows(subject.recipe),
+        settings_columns=("neurons", *settings.COLUMNS.values(), "setting"),
+        neuron_rows=_neurons(subject.recipe, collected),
+        lost=lost,
         attention_note=collected.attention_note,
         recipe=subject.recipe.to_yaml(),
-        source=subject.source,
         style=Markup(_text("report.css")),  # nosec B704 # our file
         vega=Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),  # nosec B704 # the library
         script=Markup(_text("report.js")),  # nosec B704 # our file
@@ -95,18 +95,24 @@ def page(subject: ReportSubject, verdict: Verdict, collected: Collected, lost: L
     )
 
 
-def figures(verdict: Verdict, collected: Collected) -> list[FigureRow]:
+def _measured_on(verdict: Verdict) -> str:
+    """The images, counted once: the note on them mostly begins with their number."""
+    note = verdict.images
+    return note if note.startswith(f"{verdict.num_images} ") else f"{verdict.num_images} of {note}"
+
+
+def _figure_rows(verdict: Verdict, collected: Collected) -> list[FigureRow]:
     """The table of before and after."""
     found = rows(verdict)
     if collected.register_attention is not None:
-        given, images = f"{float(collected.register_attention[-1]):.3f}", counted(verdict).split()[0]
+        given, images = f"{float(collected.register_attention[-1].mean()):.3f}", counted(verdict).split()[0]
         found.append(FigureRow("attention of the class token to registers, last block", "0", given, "", images))
     return found
 
 
 def _data(collected: Collected, probe: int, specs: Mapping[str, Any]) -> dict[str, Any]:
     low, high = _range(collected)
-    attention = collected.attention
+    attention, taken = collected.attention, collected.register_attention
     return {
         "grid": collected.grid,
         "blocks": list(range(len(collected.norms["original"]))),
@@ -114,18 +120,18 @@ def _data(collected: Collected, probe: int, specs: Mapping[str, Any]) -> dict[st
         "heads": 0 if attention is None else attention["original"].shape[1],
         "neurons": [f"{block}:{index}" for block, index in collected.neurons],
         "images": [
-            {
-                "name": example.name,
-                "src": f"data:image/jpeg;base64,{base64.b64encode(example.jpeg).decode('ascii')}",
-                "boxes": example.boxes,
-            }
+            {"name": example.name, "src": jpeg_url(example.jpeg), "boxes": example.boxes}
             for example in collected.examples
         ],
         "norms": {side: packed_norms(_in_medians(collected, side)) for side in SIDES},
         "attention": None if attention is None else {side: packed_maps(attention[side]) for side in SIDES},
+        "registers": None if taken is None else [[float(f"{share:.4g}") for share in row] for row in taken.tolist()],
+        "components": {
+            axes: {side: packed_bytes(found[side]) for side in SIDES} for axes, found in collected.colours.items()
+        },
         "activations": packed_activations(collected.activations),
         "histogram": {"low": low, "high": high, "bins": BINS},
-        "colors": packed_colors(),
+        "palette": packed_bytes(torch.frombuffer(bytearray(palette().tobytes()), dtype=torch.uint8)),
         "charts": specs,
     }
 
@@ -159,46 +165,31 @@ def _curve(collected: Collected) -> list[dict[str, Any]]:
     return rows
 
 
-def _neurons(recipe: Recipe, collected: Collected) -> list[dict[str, Any]]:
+def _neurons(recipe: Recipe, collected: Collected) -> list[Row]:
     """A row for every neuron whose activations were collected."""
     known = _contributions(recipe)
     rows = []
     for (block, index), values_IN in zip(collected.neurons, collected.activations, strict=True):
         largest_I = values_IN.gather(1, values_IN.abs().argmax(dim=1, keepdim=True))
-        rows.append(
-            {
-                "block": block,
-                "index": index,
-                "contribution": _number(known.get((block, index))),
-                "largest": f"{float(largest_I.mean()):.2f}",
-                "median": f"{float(values_IN.median()):z.2f}",
-            }
+        cells = (
+            number(known.get((block, index))),
+            f"{float(largest_I.mean()):.2f}",
+            f"{float(values_IN.median()):z.2f}",
         )
+        rows.append(Row(f"{block}:{index}", cells))
     return rows
 
 
-def _contributions(recipe: Recipe) -> dict[tuple[int, int], float]:
+def _contributions(recipe: Recipe) -> dict[tuple[int, int], Any]:
     """(block, neuron) -> the contribution that `find` measured."""
     listed = recipe.provenance.get("candidates")
     if not isinstance(listed, list):
         return {}
     found = {}
     for entry in listed:
-        if isinstance(entry, dict) and {"block", "index", "contribution"} <= entry.keys():
-            found[entry["block"], entry["index"]] = entry["contribution"]
+        if isinstance(entry, dict) and isinstance(entry.get("block"), int) and isinstance(entry.get("index"), int):
+            found[entry["block"], entry["index"]] = entry.get("contribution")
     return found
-
-
-def _mark(row: Mapping[str, Any]) -> str:
-    return ", ".join(word for word, is_so in (("chosen", row["chosen"]), ("paper", row["paper"])) if is_so)
-
-
-def _cell(value: object) -> str:
-    return value[:200] if isinstance(value, str) else _number(value)
-
-
-def _number(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else "–"
 
 
 def _text(name: str) -> str:

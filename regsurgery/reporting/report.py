@@ -14,7 +14,7 @@ from regsurgery.options import ReportOptions, takes
 if TYPE_CHECKING:
     from regsurgery.verification.verdict import Verdict
 
-NEEDS = {"vl_convert": "vl-convert-python", "scipy": "scipy", "matplotlib": "matplotlib"}
+NEEDS = {"vl_convert": "vl-convert-python", "scipy": "scipy"}
 MAX_BYTES = 8_000_000
 
 
@@ -60,6 +60,7 @@ def report(folder: str | Path, output: str | Path | None = None, *, options: Rep
         raise UserError(f"report needs {' and '.join(missing)}; install with: pip install 'regsurgery[eval]'")
     from regsurgery.emit.run_record import fitted_of, judged
     from regsurgery.reporting.collect import Lost, collect
+    from regsurgery.reporting.opening import Cost
     from regsurgery.reporting.page import ReportSubject, page
     from regsurgery.verification.folder import verify_pair
     from regsurgery.verification.observing import check_block
@@ -78,7 +79,10 @@ def report(folder: str | Path, output: str | Path | None = None, *, options: Rep
         lost = Lost(check_block(pair.original, block), options.kind, options.bias) if options.boxes else None
         collected = collect(pair, images, progress, lost)
         source = opened.config["regsurgery"]["source"]
-        html = page(ReportSubject(root.absolute().name, pair.mode, opened.recipe, source), verdict, collected, lost)
+        tokens, added = pair.sites.num_tokens, pair.patched.side.registers
+        cost = Cost(added.stop - added.start, tokens, collected.grid[0] * collected.grid[1])
+        subject = ReportSubject(root.absolute().name, pair.mode, opened.recipe, source, cost)
+        html = page(subject, verdict, collected, lost)
     content = html.encode()
     if len(content) > MAX_BYTES:
         raise UserError(

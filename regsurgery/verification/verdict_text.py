@@ -4,9 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from regsurgery.plain import plural
 from regsurgery.verification.verdict import MIN_IMAGES_FOR_PERCENT, BeforeAfter, Verdict
 
 NO_INTERVAL = "no interval"
+MEANINGS = {  # the start of a figure's name -> what it is
+    "outlier tokens": "Patches whose norm is more than 5 times the median of their image.",
+    "largest patch norm, mean": "Of each image the largest norm, averaged over the images.",
+    "largest patch norm, worst": "The largest norm of all patches of all images.",
+    "median patch norm": "The norm of a usual patch; it should stay as it was.",
+    "register token": "The norm that the outliers had should be here now.",
+    "margin": "How far registers and other tokens lie apart for the neurons that tell them apart.",
+    "cosine of patches": "How similar the other patches are to the original's; 1 is the same direction.",
+    "cosine": "How similar the output is to the original's; 1 is the same direction.",
+    "KL divergence to": "How far the class probabilities moved from the original's, in nats; 0 is not at all, 0.01 is "
+    "little.",
+    "same first class": "Images whose most probable class is still the original's.",
+    "KL divergence, register unused": "The same distance if as many registers are appended and nothing is shifted onto "
+    "them: what any additional token does.",
+    "1 - cosine": "The distance of the output if as many registers are appended and nothing is shifted onto them: what "
+    "any additional token does.",
+    "drift": "The first distance divided by the second: 1 is no more than any additional token does.",
+    "attention of": "The share of its attention that the class token gives to the registers, in the last block.",
+}
 
 
 @dataclass(frozen=True)
@@ -23,6 +43,11 @@ class FigureRow:
     patched: str
     interval: str
     images: str
+
+    @property
+    def meaning(self) -> str:
+        """What the figure is, for a reader who does not know it."""
+        return next((meaning for start, meaning in MEANINGS.items() if self.name.startswith(start)), "")
 
 
 def title(verdict: Verdict) -> str:
@@ -71,7 +96,7 @@ def ends(verdict: Verdict, figure: str, digits: int) -> str:
 def counted(verdict: Verdict) -> str:
     """The number and kind of images: "175 images", "32 generated pictures"."""
     kind = "generated picture" if verdict.evidence == "generated" else "image"
-    return f"{verdict.num_images} {kind}{'' if verdict.num_images == 1 else 's'}"
+    return plural(verdict.num_images, kind)
 
 
 def share_text(hits: int, count: int) -> str:

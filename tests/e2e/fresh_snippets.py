@@ -1,14 +1,15 @@
 """Run by tests in another process: the ```python blocks of model cards, as they are written.
 
-`python fresh_snippets.py JOBS`: JOBS is a JSON file `[[FOLDER, CODE], ...]`; every block runs by itself with its folder
-as the working directory. `import regsurgery` fails, but for blocks that say `import regsurgery`. Prints a JSON list:
-for each block "" or its traceback, whether a torch module came out that has register tokens or attention constants, and
-the shape of `patches`.
+`python fresh_snippets.py JOBS`: JOBS is a JSON file `[[FOLDER, NAME, CODE], ...]`; every block runs by itself in a
+directory where its folder is called NAME, which is what the card calls it. `import regsurgery` fails, but for blocks
+that say `import regsurgery`. Prints a JSON list: for each block "" or its traceback, whether a torch module came out
+that has register tokens or attention constants, and the shape of `patches`.
 """
 
 import json
 import os
 import sys
+import tempfile
 import traceback
 
 import torch
@@ -19,11 +20,13 @@ results = []
 with open(sys.argv[1]) as file:
     jobs = json.load(file)
 path = list(sys.path)
-for folder, code in sorted(jobs, key=lambda job: "import regsurgery" in job[1]):
-    os.chdir(folder)
+for folder, name, code in sorted(jobs, key=lambda job: "import regsurgery" in job[2]):
+    place = tempfile.mkdtemp(dir=os.path.dirname(sys.argv[1]))
+    os.symlink(folder, os.path.join(place, name))
+    os.chdir(place)
     sys.path[:] = path
     sys.modules.pop("modeling_regsurgery", None)
-    sys.path_importer_cache.pop(".", None)  # it remembers which folder "." was
+    sys.path_importer_cache.pop(name, None)  # it remembers which folder that was
     if "import regsurgery" in code:
         sys.modules.pop("regsurgery", None)
     else:

@@ -23,6 +23,8 @@ from PIL import Image
 import regsurgery
 from regsurgery.commands.patch import PatchResult
 from regsurgery.demo import write_demo
+from regsurgery.emit.card import path_in_card
+from regsurgery.emit.published import _card
 from regsurgery.emit.run_record import read_run_record
 from regsurgery.recipe import find_recipe
 from regsurgery.verification.verdict_text import rows, sentence, title
@@ -91,8 +93,15 @@ def snippets(folder: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (folder / "README.md").read_text(), re.DOTALL | re.MULTILINE)
 
 
+def called(folder: Path) -> str:
+    """What the card calls the folder."""
+    found = re.search("^`(.+)` stands for the path of this folder", (folder / "README.md").read_text(), re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
 def run_snippets(folders: list[Path], tmp_path: Path) -> list[dict[str, Any]]:
-    jobs = [(str(folder), code) for folder in folders for code in snippets(folder)]
+    jobs = [(str(folder), called(folder), code) for folder in folders for code in snippets(folder)]
     assert len(jobs) == 3 * len(folders)
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     done = subprocess.run(
@@ -176,17 +185,17 @@ def test_figures_of_the_card_are_those_of_the_verdict(patched: dict[str, tuple[P
 
 
 def test_costs_are_counted(patched: dict[str, tuple[Path, PatchResult]]) -> None:
-    assert "1 more token(s) in every block: 146 instead of 145 at 96x96 pixels" in body(patched["shift"][0])
+    assert "1 more token in every block: 146 instead of 145 at 96x96 pixels" in body(patched["shift"][0])
     assert "64 additional parameters, on top of 222,410." in body(patched["shift"][0])
     text = body(patched["bias"][0])
-    assert "more token(s)" not in text and "one constant key and value in each of 2 attentions" in text
+    assert "more token" not in text and "one constant key and value in each of 2 attentions" in text
 
 
 def test_generated_pictures_are_called_so(patched: dict[str, tuple[Path, PatchResult]]) -> None:
     assert "**No photo was used**" in body(patched["shift"][0])
     assert "(evidence: generated)" in body(patched["shift"][0])
     assert "| 4 generated |" in body(patched["shift"][0]) and "On 4 generated pictures," in body(patched["shift"][0])
-    assert "regsurgery reproduce . ```" in body(patched["shift"][0])
+    assert "regsurgery reproduce pico-vit-patched ```" in body(patched["shift"][0])
 
 
 def test_a_folder_that_nobody_verified_says_so(patched: dict[str, tuple[Path, PatchResult]]) -> None:
@@ -224,8 +233,10 @@ def test_a_local_source_is_called_by_its_name_and_is_no_base_model(demo_folder: 
     assert "Source: a local folder called `demo`" in text and "The source's files name no licence" in text
     data = check_metadata(folder)
     assert data.base_model is None and data.get("base_model_relation") is None and data.license is None
-    assert "| 1 | 25 | 123 | 5.25 |" in text and "| 1 | 73 | not recorded | not recorded |" in text
+    assert "| 1 | 25 | 123 | 5.25 |" in text and "| 1 | 73 | – | – |" in text
     assert "Found by: a test." in text
+    regsurgery.patch(str(demo_folder), tmp_path / "given", recipe=recipe, verification=False)
+    assert "| block | register neuron | |---|---| | 1 | 25 |" in body(tmp_path / "given"), "no columns without figures"
     assert "The outliers are **positional**" in text
 
 
@@ -258,7 +269,7 @@ def test_cards_of_the_real_models(name: str, real: dict[str, tuple[Path, PatchRe
         assert result.verdict is not None and result.verdict.positional is True
     assert "The outliers are **positional**" in text  # the corners
     assert "**No photo was used**" not in text
-    assert "regsurgery reproduce . --images FOLDER" in text
+    assert "regsurgery reproduce vit-tiny" in text and "-patched --images FOLDER" in text
     assert "| 7 | 417 |" in text
 
 
@@ -293,6 +304,31 @@ def hostile_card(tmp_path_factory: pytest.TempPathFactory) -> str:
     recipe = replace(find_recipe("demo"), provenance=provenance)
     regsurgery.patch(str(source), root / "out", recipe=recipe, num_images=4)
     return (root / "out" / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    "name, path",
+    [
+        ("vit-tiny-timm", "vit-tiny-timm-patched"),
+        ("someone/pico.vit_1", "pico.vit_1-patched"),
+        (HOSTILE, "evil-0-t-img-src-x-onerror-alert-1-b-l-j-a-x-patched"),
+        ("...", "model-patched"),
+        ("é" * 99, "model-patched"),
+        ("-rf" * 99, f"rf{'-rf' * 19}-patched"),
+    ],
+)
+def test_what_the_card_calls_the_folder_can_stand_in_a_program(name: str, path: str) -> None:
+    assert path_in_card(name) == path
+
+
+def test_of_a_card_of_an_earlier_version_the_hub_gets_its_own_path(
+    patched: dict[str, tuple[Path, PatchResult]],
+) -> None:
+    folder, _ = patched["shift"]
+    text = (folder / "README.md").read_text()
+    earlier = text.replace(called(folder), ".")
+    assert earlier != text and _card(earlier, REPO, None) == _card(text, REPO, None)
+    assert f'regsurgery.load("{REPO}")' in _card(text, REPO, None) and called(folder) not in _card(text, REPO, None)
 
 
 def test_a_licence_without_a_name_of_its_own(demo_folder: Path, tmp_path: Path) -> None:

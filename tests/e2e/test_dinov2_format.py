@@ -21,7 +21,7 @@ from regsurgery.backends.canonical import canonical
 from regsurgery.backends.dinov2_network import ENTRIES, Entry
 from regsurgery.backends.native_timm import blank_registers
 from regsurgery.commands.patch import PatchResult
-from regsurgery.emit.published import _snippet
+from regsurgery.emit.published import ABOUT_THE_PATH, _snippet
 from regsurgery.errors import CheckpointError, UnsupportedModelError, UserError
 from regsurgery.families import FAMILIES
 from regsurgery.formats import STOCK_CODE
@@ -195,13 +195,20 @@ def test_verify_eval_and_reproduce(written: tuple[str, Path, PatchResult], run: 
     assert done.code == 2 and "native mode changes weights" in done.err
 
 
-def test_the_cards_snippets_run(written: tuple[str, Path, PatchResult], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cards_snippets_run(
+    written: tuple[str, Path, PatchResult], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     _, folder, _ = written
     monkeypatch.setattr(torch.hub, "load", hub_load)
-    monkeypatch.chdir(folder)
-    found = re.findall(r"^```python\n(.*?)^```", (folder / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    text = (folder / "README.md").read_text()
+    (called,) = ABOUT_THE_PATH.findall(text)
+    (tmp_path / called).symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    found = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     assert len(found) == 3
-    assert all('torch.load(f"{folder}/model.pth", map' in _snippet(code, "USER/NAME", None) for code in found[:2])
+    assert all(
+        'torch.load(f"{folder}/model.pth", map' in _snippet(code, called, "USER/NAME", None) for code in found[:2]
+    )
     for code in found:
         names: dict[str, Any] = {}
         exec(compile(code, "README.md", "exec"), names)

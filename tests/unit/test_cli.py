@@ -335,9 +335,7 @@ def test_validate_names_file_key_and_remedy(run, tmp_path):
     good, typo, absent = (tmp_path / name for name in ("good.yaml", "typo.yaml", "absent.yaml"))
     good.write_text(VALID, "utf-8")
     typo.write_text(TYPO, "utf-8")
-    assert run("recipes", "validate", good) == Done(
-        0, f"{good}: valid; 1 register neurons in block(s) 7, mode shift\n", ""
-    )
+    assert run("recipes", "validate", good) == Done(0, f"{good}: valid; 1 register neuron in block 7, mode shift\n", "")
     done = run("recipes", "validate", typo, good, absent)
     assert done.code == 2
     assert done.out.startswith(f"{good}: valid") and done.out.count("\n") == 1

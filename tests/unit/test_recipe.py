@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from regsurgery.errors import RecipeError
+from regsurgery.plain import plural
 from regsurgery.recipe import Recipe, bundled_recipes, find_recipe, parse_recipe, recipe_for_model
 
 RECIPES_DATA = Path(__file__).parents[2].parent / "shared" / "recipes-data"
@@ -133,7 +134,9 @@ def test_no_registers_and_no_neurons_are_accepted():
 @pytest.mark.parametrize("num_registers, scale", [(1, "[1, 2]"), (3, "[1, 2]"), (1, "[]")])
 def test_a_scale_list_of_the_wrong_length_is_refused(num_registers, scale):
     message = refusal(MINIMAL + f"num_registers: {num_registers}\nscale: {scale}")
-    assert f"scale lists {len(yaml.safe_load(scale))} numbers for {num_registers} register(s)" in message
+    assert (
+        f"scale lists {len(yaml.safe_load(scale))} numbers for {plural(num_registers, 'register')}; list one" in message
+    )
 
 
 @pytest.mark.parametrize(
