@@ -446,6 +446,62 @@ class ReportOptions(ImageOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SurveyOptions(ImageOptions):
+    """Options of `survey`.
+
+    Attributes:
+        images: where they are; every stage opens them itself.
+        voc: images in VOC layout, for `eval lost`.
+        labelled: images with labels, for `eval classify`.
+        prompts: of the labels' classes, for models with a text tower.
+        num_scored: maximum number of images of `voc`, and of `labelled`.
+        mode: those of `modes.MODES` that are tried; by default all.
+        only: names of models in the list; by default all.
+        keep: keep the patched folders.
+        free_cache: remove every model from the Hub's cache after its turn, unless it was there before.
+        retry: run again the stages that failed.
+    """
+
+    voc: str | Path | None = option(None, "Images in VOC layout, for object discovery (LOST).", type="Path | None")
+    labelled: str | Path | None = option(None, "Images with labels, for accuracy.", type="Path | None")
+    prompts: str | Path | None = option(
+        None, "Zero-shot: a file with one class per line, its prompts separated by tabs.", type="Path | None"
+    )
+    num_scored: int | None = option(None, "Maximum number of images of --voc, and of --labelled.", min=1)
+    mode: Sequence[str] | None = option(
+        None, "shift, native or bias (default: all). May be repeated.", type="list[str] | None", complete="modes"
+    )
+    only: Sequence[str] | None = option(
+        None, "Name of a model in LIST (default: all). May be repeated.", type="list[str] | None", metavar="NAME"
+    )
+    keep: bool = option(False, "Keep the patched folders.")
+    free_cache: bool = option(
+        False, "Remove each model from the Hub's cache after its turn, if it was not there before."
+    )
+    retry: bool = option(False, "Run again what failed.")
+
+    HIDDEN = ("image_size", "revision", "tower", *READING)
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The modes to try, in the order of `modes.MODES`."""
+        return tuple(mode for mode in MODES if not self.mode or mode in self.mode)
+
+    def checked(self) -> None:
+        super().checked()
+        for mode in self.mode or ():
+            _one_of("mode", mode, tuple(MODES))
+        if self.prompts is not None and self.labelled is None:
+            raise UserError(f"--prompts {self.prompts}: goes with --labelled, the images of its classes")
+        for name in ("images", "voc", "labelled", "prompts"):
+            where = getattr(self, name)
+            if where is not None and not isinstance(where, (str, Path)):
+                raise UserError(f"--{name}: give a path, which every stage opens itself")
+            if where is not None and not Path(where).exists():
+                raise UserError(f"--{name} {where}: no such file or folder; check the spelling")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReproduceOptions(LoadOptions):
     """Options of `reproduce`; the revision comes from the record.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from regsurgery.families import family_of
 from regsurgery.formats import LIBRARIES, PROGRAMS, STOCK_CODE, any_size, has_host
 from regsurgery.frontends.loaded import Loaded
 from regsurgery.hub.recipe import named_recipe
+from regsurgery.machine import peak_rss_mb
 from regsurgery.models import open_model
 from regsurgery.modes import MODES, NATIVE, SHIFT
 from regsurgery.options import PatchOptions, takes
@@ -111,7 +110,7 @@ def patch(model: str | Path, output: str | Path, options: PatchOptions) -> Patch
                 recipe, where = attempt.recipe, None if options.dry_run else str(output)
                 seconds = time.monotonic() - started
                 call = _call(located.loaded, fmt, recipe, where)
-                return PatchResult(where, recipe.mode, fmt, recipe, call, verdict, sizes, seconds, _peak_rss_mb())
+                return PatchResult(where, recipe.mode, fmt, recipe, call, verdict, sizes, seconds, peak_rss_mb())
     raise AssertionError("the last attempt succeeds or raises")
 
 
@@ -336,8 +335,3 @@ def _call(loaded: Loaded, fmt: str, recipe: Recipe, output: str | None) -> str:
     if output is None or recipe.kind.stock or fmt not in LIBRARIES:
         return ""
     return backend(fmt, recipe.kind).call(loaded, output)
-
-
-def _peak_rss_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
