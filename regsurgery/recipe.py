@@ -26,7 +26,8 @@ MAX_REGISTERS = 64
 MAX_INDEX = 2**31 - 1
 FILLS = ("zero", "mean", "outliers", "keep")
 PREFIXES = ("keep", "fill")
-COMPATS = ("none", "reference")
+REFERENCE = "reference"  # one shared extreme for all neurons of a block, as the authors' code has it
+COMPATS = ("none", REFERENCE)
 CHOSEN = ("register_neurons", "num_registers", "fill", "num_patches")  # settings that `find` decides
 
 
@@ -73,6 +74,10 @@ class Recipe:
         scale = (self.scale[0] if self.scale else 1.0,) * num_registers
         recipe = replace(self, num_registers=num_registers, num_patches=None, scale=scale)
         return _checked(recipe, "--num-registers")
+
+    def with_compat(self, compat: str) -> Recipe:
+        """The same recipe with other extremes, and with the same number of registers at every image size."""
+        return _checked(replace(self, compat=compat, num_patches=None), "--compat")
 
     def with_mode(self, mode: str) -> Recipe:
         """The same recipe in another mode; native mode needs no fill, and drops that of the shift.

@@ -23,7 +23,7 @@ from regsurgery.models import open_model
 from regsurgery.modes import MODES, NATIVE, SHIFT
 from regsurgery.options import PatchOptions, takes
 from regsurgery.progress import Progress
-from regsurgery.recipe import Recipe, recipe_for_model
+from regsurgery.recipe import COMPATS, REFERENCE, Recipe, recipe_for_model
 
 if TYPE_CHECKING:
     from regsurgery.compiler.located import Located
@@ -140,7 +140,9 @@ class Attempt:
 def _attempts(
     located: Located, output: Path, given: Recipe | None, images: ImageSet, options: PatchOptions
 ) -> Iterator[Attempt]:
-    """The given recipe; otherwise the bundled one for the model, if there is one, then the one that is found."""
+    """The given recipe; otherwise the bundled one for the model, if there is one and not the authors' method is wanted,
+    then the one that is found.
+    """
     from regsurgery.commands.find import search_for
     from regsurgery.search.division import Division
     from regsurgery.search.find import Task
@@ -154,7 +156,7 @@ def _attempts(
         return
     source = located.loaded.source
     bundled = recipe_for_model(source.repo or source.id)
-    if bundled is not None:
+    if bundled is not None and options.compat != REFERENCE:
         name, recipe = bundled
         options.progress.say(f"recipe: {name} (bundled)")
         yield Attempt(_adapted(recipe, options), whole, f"recipe {name}", is_last=False)
@@ -175,7 +177,9 @@ def _given_recipe(model: str | Path, options: PatchOptions) -> Recipe | None:
 
 
 def _adapted(recipe: Recipe, options: PatchOptions) -> Recipe:
-    """`recipe` with the number of registers and the mode that the user wants."""
+    """`recipe` with the number of registers, the extremes and the mode that the user wants."""
+    if options.compat not in (COMPATS[0], recipe.compat):
+        recipe = recipe.with_compat(options.compat)
     if options.num_registers not in (None, recipe.num_registers):
         recipe = recipe.with_num_registers(options.num_registers)
     return recipe if options.mode is None else recipe.with_mode(options.mode)

@@ -40,7 +40,10 @@ def start(listed: Path, output: Path, *more: object, **env: str) -> subprocess.P
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=600)
+    try:
+        out, err = process.communicate(timeout=1800)
+    finally:
+        process.kill()
     assert "Traceback" not in err, err
     return process.returncode, out, err
 
