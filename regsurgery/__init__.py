@@ -2,8 +2,8 @@
 
 Public API: `doctor`, `find`, `find_part`, `patch`, `verify`, `check`, `still_patched`, `evaluate`, `observe`,
 `plot_norms`, `plot_norm_maps`, `plot_attention`, `plot_shift_maps`, `report`, `unpatch`, `reproduce`, `diff`, `load`,
-`push`, `find_recipe`, `Recipe`. Importing the package is cheap; torch and the model libraries are imported on first
-use.
+`push`, `survey`, `find_recipe`, `Recipe`. Importing the package is cheap; torch and the model libraries are imported
+on first use.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ __all__ = [
     "report",
     "reproduce",
     "still_patched",
+    "survey",
     "unpatch",
     "verify",
 ]
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from regsurgery.hub.push import push
     from regsurgery.recipe import Recipe, find_recipe
     from regsurgery.reporting.report import report
+    from regsurgery.surveying.survey import survey
     from regsurgery.verification.live import still_patched
     from regsurgery.verification.patched import load
 
@@ -75,6 +77,7 @@ _WHERE = {
     "load": "verification.patched",
     "still_patched": "verification.live",
     "push": "hub.push",
+    "survey": "surveying.survey",
     "Recipe": "recipe",
     "find_recipe": "recipe",
 }

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 READING = ("arch", "ema", "prefix", "library", "subfolder")  # fields of `LoadOptions`, which records keep
+PUBLISHED = ("compat", "norm_threshold", "detect_block", "top_layer", "top_k")  # fields of `SearchOptions`
 PRECISIONS = ("checkpoint", "bf16")
 
 
@@ -191,6 +192,11 @@ class SearchOptions(ImageOptions):
             in float32 and float64). Decisions on the pilot's images always use the checkpoint's dtype.
         smallest: the smallest set of neurons that suppresses the outlier tokens, with one register, whatever the drift.
         num_registers: the number of registers; default: the number with the least drift.
+        compat: one of `recipe.COMPATS`. With `reference` the recipe is that of the authors' method as they published it
+            (`search.reference`), with one shared extreme per block; ours is tried beside it.
+        norm_threshold, detect_block, top_layer, top_k: its hyperparameters. Defaults: mean + 3 standard deviations of
+            the patch norms, the last but one block, the block where outliers emerge, and the smallest number of neurons
+            that suppresses them.
     """
 
     num_registers: int | None = option(
@@ -199,6 +205,11 @@ class SearchOptions(ImageOptions):
     smallest: bool = option(False, "Use the smallest set of neurons and one register (the paper's setting).")
     force: bool = option(False, "Search even if the model was trained with registers.")
     precision: str = option(PRECISIONS[0], "Precision of the pass over all images: checkpoint, or bf16 (autocast).")
+    compat: str = option("none", "reference: the authors' method as published, beside ours; see docs/differences.md.")
+    norm_threshold: float | None = option(None, "Of the reference: norm above which a patch is an outlier.")
+    detect_block: int | None = option(None, "Of the reference: block after which norms are taken (from 0).")
+    top_layer: int | None = option(None, "Of the reference: last block whose neurons are ranked (from 0).")
+    top_k: int | None = option(None, "Of the reference: number of neurons.", min=1)
 
     @property
     def registers_are_free(self) -> bool:
@@ -208,14 +219,21 @@ class SearchOptions(ImageOptions):
     @property
     def decisive(self) -> dict[str, Any]:
         """What the outcome of a search depends on, other than model and images."""
-        names = ("seed", "force", "precision", "smallest", "num_registers")
+        names = ("seed", "force", "precision", "smallest", "num_registers", *PUBLISHED)
         return {name: getattr(self, name) for name in names}
 
     def checked(self) -> None:
         super().checked()
         _one_of("precision", self.precision, PRECISIONS)
-        from regsurgery.recipe import MAX_REGISTERS
+        from regsurgery.recipe import COMPATS, MAX_REGISTERS
 
+        _one_of("compat", self.compat, COMPATS)
+        for name in PUBLISHED if self.compat == COMPATS[0] else ():
+            if name != "compat" and getattr(self, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag} {getattr(self, name)}: goes with --compat reference")
+        if self.norm_threshold is not None and not 0 < self.norm_threshold < float("inf"):
+            raise UserError(f"--norm-threshold {self.norm_threshold}: must be a positive number")
         if self.num_registers is not None and not 1 <= self.num_registers <= MAX_REGISTERS:
             raise UserError(f"--num-registers {self.num_registers}: must be from 1 to {MAX_REGISTERS}")
 
@@ -443,6 +461,62 @@ class ReportOptions(ImageOptions):
     bias: float = option(-0.2, "Number added to LOST's similarities.")
 
     HIDDEN = ("allow_pickle", "revision", "image_size", "seed", *READING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurveyOptions(ImageOptions):
+    """Options of `survey`.
+
+    Attributes:
+        images: where they are; every stage opens them itself.
+        voc: images in VOC layout, for `eval lost`.
+        labelled: images with labels, for `eval classify`.
+        prompts: of the labels' classes, for models with a text tower.
+        num_scored: maximum number of images of `voc`, and of `labelled`.
+        mode: those of `modes.MODES` that are tried; by default all.
+        only: names of models in the list; by default all.
+        keep: keep the patched folders.
+        free_cache: remove every model from the Hub's cache after its turn, unless it was there before.
+        retry: run again the stages that failed.
+    """
+
+    voc: str | Path | None = option(None, "Images in VOC layout, for object discovery (LOST).", type="Path | None")
+    labelled: str | Path | None = option(None, "Images with labels, for accuracy.", type="Path | None")
+    prompts: str | Path | None = option(
+        None, "Zero-shot: a file with one class per line, its prompts separated by tabs.", type="Path | None"
+    )
+    num_scored: int | None = option(None, "Maximum number of images of --voc, and of --labelled.", min=1)
+    mode: Sequence[str] | None = option(
+        None, "shift, native or bias (default: all). May be repeated.", type="list[str] | None", complete="modes"
+    )
+    only: Sequence[str] | None = option(
+        None, "Name of a model in LIST (default: all). May be repeated.", type="list[str] | None", metavar="NAME"
+    )
+    keep: bool = option(False, "Keep the patched folders.")
+    free_cache: bool = option(
+        False, "Remove each model from the Hub's cache after its turn, if it was not there before."
+    )
+    retry: bool = option(False, "Run again what failed.")
+
+    HIDDEN = ("image_size", "revision", "tower", *READING)
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The modes to try, in the order of `modes.MODES`."""
+        return tuple(mode for mode in MODES if not self.mode or mode in self.mode)
+
+    def checked(self) -> None:
+        super().checked()
+        for mode in self.mode or ():
+            _one_of("mode", mode, tuple(MODES))
+        if self.prompts is not None and self.labelled is None:
+            raise UserError(f"--prompts {self.prompts}: goes with --labelled, the images of its classes")
+        for name in ("images", "voc", "labelled", "prompts"):
+            where = getattr(self, name)
+            if where is not None and not isinstance(where, (str, Path)):
+                raise UserError(f"--{name}: give a path, which every stage opens itself")
+            if where is not None and not Path(where).exists():
+                raise UserError(f"--{name} {where}: no such file or folder; check the spelling")
 
 
 @dataclass(frozen=True, kw_only=True)

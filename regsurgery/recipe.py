@@ -19,16 +19,16 @@ import yaml
 from regsurgery.errors import RecipeError, did_you_mean
 from regsurgery.modes import MODES, Mode
 from regsurgery.plain import plural
+from regsurgery.strict_yaml import check_schema, mapping, shown, text_of
 
 RECIPE_NAME = "recipe.yaml"  # in a patched folder
 SCHEMA = 1
 MAX_REGISTERS = 64
-MAX_BYTES = 1 << 16  # a second of parsing
 MAX_INDEX = 2**31 - 1
-MAX_DEPTH = 64
 FILLS = ("zero", "mean", "outliers", "keep")
 PREFIXES = ("keep", "fill")
-COMPATS = ("none", "reference")
+REFERENCE = "reference"  # one shared extreme for all neurons of a block, as the authors' code has it
+COMPATS = ("none", REFERENCE)
 CHOSEN = ("register_neurons", "num_registers", "fill", "num_patches")  # settings that `find` decides
 
 
@@ -75,6 +75,10 @@ class Recipe:
         scale = (self.scale[0] if self.scale else 1.0,) * num_registers
         recipe = replace(self, num_registers=num_registers, num_patches=None, scale=scale)
         return _checked(recipe, "--num-registers")
+
+    def with_compat(self, compat: str) -> Recipe:
+        """The same recipe with other extremes, and with the same number of registers at every image size."""
+        return _checked(replace(self, compat=compat, num_patches=None), "--compat")
 
     def with_mode(self, mode: str) -> Recipe:
         """The same recipe in another mode; native mode needs no fill, and drops that of the shift.
@@ -163,7 +167,7 @@ def by_blocks(neurons: Sequence[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
 
 
 class _PlainDumper(yaml.SafeDumper):
-    """SafeDumper that writes a value out wherever it occurs; `_StrictLoader` does not read aliases."""
+    """SafeDumper that writes a value out wherever it occurs; `strict_yaml` does not read aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -184,84 +188,37 @@ KEYS = [
 ]
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice (plain YAML silently keeps the last) and aliases, which can nest a
-    few lines into billions of values.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(
-                None, None, "aliases (*name) are not supported; write the value out", self.peek_event().start_mark
-            )
-        return super().compose_node(parent, index)
-
-    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
-        if self.flow_level >= MAX_DEPTH:  # the scanner's time grows with its square
-            raise yaml.MarkedYAMLError(None, None, f"more than {MAX_DEPTH} nested brackets", self.get_mark())
-        super().fetch_flow_collection_start(TokenClass)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            try:
-                twice = key in seen
-            except TypeError as error:
-                raise yaml.constructor.ConstructorError(
-                    None, None, "a key is a list or a mapping", key_node.start_mark
-                ) from error
-            if twice:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {_shown(key)} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-# ValueError, TypeError, KeyError and AttributeError come from the constructors of numbers, dates and sets.
-NOT_YAML = (yaml.YAMLError, RecursionError, ValueError, TypeError, LookupError, AttributeError, OverflowError)
-
-
 def parse_recipe(text: str, where: str) -> Recipe:
     """Read a recipe from YAML text; `where` (a file name) opens every error message.
 
     Raises:
         RecipeError: malformed YAML, unknown key or value, a wrong type, a schema this version does not know.
     """
-    data = _mapping(text, where)
+    data = mapping(text, where, "recipe", KEYS, RecipeError)
 
     def fail(message: str) -> NoReturn:
         raise RecipeError(f"{where}: {message}")
 
-    for key in data:
-        if key not in KEYS:
-            fail(f"unknown key {_shown(str(key))}{did_you_mean(_shown(key, ''), KEYS)}")
-    if "schema" not in data:
-        fail(f"the key 'schema' is missing; this version writes schema: {SCHEMA}")
-    if type(data["schema"]) is not int or data["schema"] != SCHEMA:
-        fail(
-            f"schema {_shown(data['schema'], '')} is not known to this version of regsurgery (it reads schema {SCHEMA})"
-        )
+    check_schema(data, where, SCHEMA, RecipeError)
     if "register_neurons" not in data:
         fail("the key 'register_neurons' is missing; give it as {block: [neuron, ...]}")
 
     num_registers = data.get("num_registers", 1)
     if type(num_registers) is not int or not 0 <= num_registers <= MAX_REGISTERS:
-        fail(f"num_registers must be a whole number from 0 to {MAX_REGISTERS}, found {_shown(num_registers)}")
+        fail(f"num_registers must be a whole number from 0 to {MAX_REGISTERS}, found {shown(num_registers)}")
     num_patches = data.get("num_patches")
     if num_patches is not None and not (type(num_patches) is int and 1 <= num_patches <= MAX_INDEX):
         fail(
             f"num_patches must be a whole number from 1 to {MAX_INDEX}, or null for the same number of registers at "
-            f"every image size, found {_shown(num_patches)}"
+            f"every image size, found {shown(num_patches)}"
         )
     scale = data.get("scale", 1.0)
     scales = scale if isinstance(scale, list) else [scale] * num_registers
     if not all(type(factor) in (int, float) and abs(factor) < 1e6 for factor in scales):
-        fail(f"scale must be a number, or a list with one number per register, found {_shown(scale)}")
+        fail(f"scale must be a number, or a list with one number per register, found {shown(scale)}")
     model = data.get("model", "")
     if not isinstance(model, str):
-        fail(f"model must be text, found {_shown(model)}")
+        fail(f"model must be text, found {shown(model)}")
     provenance = {} if data.get("provenance") is None else data["provenance"]
     if not isinstance(provenance, dict):
         fail("provenance must be a mapping")
@@ -280,33 +237,19 @@ def parse_recipe(text: str, where: str) -> Recipe:
     return _checked(recipe, where)
 
 
-def _mapping(text: str, where: str) -> dict[Any, Any]:
-    """The mapping in a YAML text."""
-    if len(text) > MAX_BYTES:
-        raise RecipeError(f"{where}: has {len(text)} characters, a recipe may have at most {MAX_BYTES}; shorten it")
-    try:
-        data = yaml.load(text, Loader=_StrictLoader)  # nosec B506 # a SafeLoader
-    except NOT_YAML as error:
-        what = str(error).replace('in "<unicode string>", ', "at ")  # PyYAML's name for a text
-        raise RecipeError(f"{where}: not valid YAML: {' '.join(what.split())[:400]}; correct it") from error
-    if not isinstance(data, dict):
-        raise RecipeError(f"{where}: expected a mapping with the keys {', '.join(KEYS)}")
-    return data
-
-
 def _neurons(data: Any, fail: Any) -> dict[int, tuple[int, ...]]:
     if not isinstance(data, dict):
         fail("register_neurons must be {block: [neuron, ...]}")
     result: dict[int, tuple[int, ...]] = {}
     for block in data:
         if not _is_index(block):
-            fail(f"block {_shown(block)} under 'register_neurons' must be a whole number from 0 to {MAX_INDEX}")
+            fail(f"block {shown(block)} under 'register_neurons' must be a whole number from 0 to {MAX_INDEX}")
     for block, neurons in sorted(data.items()):
         if not isinstance(neurons, list) or not neurons:
             fail(f"block {block} under 'register_neurons' must have a list of at least one neuron")
         for neuron in neurons:
             if not _is_index(neuron):
-                fail(f"neuron {_shown(neuron)} of block {block} must be a whole number from 0 to {MAX_INDEX}")
+                fail(f"neuron {shown(neuron)} of block {block} must be a whole number from 0 to {MAX_INDEX}")
         if len(set(neurons)) < len(neurons):
             twice = next(neuron for neuron, times in Counter(neurons).items() if times > 1)
             fail(f"neuron {twice} of block {block} is listed twice")
@@ -327,13 +270,13 @@ def _is_row(row: Any) -> bool:
 def _setting(value: Any) -> str:
     """A setting as text: equal for equal settings, in whatever order neurons are listed."""
     if not isinstance(value, Mapping):
-        return _shown(value, "")
+        return shown(value, "")
     pairs = [
         (block, neuron)
         for block, neurons in value.items()
         for neuron in (neurons if isinstance(neurons, (list, tuple)) else [neurons])
     ]
-    return _shown(", ".join(f"{block}:{neuron}" for block, neuron in sorted(pairs, key=_by_number)) or "none", "")
+    return shown(", ".join(f"{block}:{neuron}" for block, neuron in sorted(pairs, key=_by_number)) or "none", "")
 
 
 def _by_number(pair: tuple[Any, Any]) -> tuple[Any, ...]:
@@ -344,15 +287,6 @@ def _is_index(value: Any) -> bool:
     return type(value) is int and 0 <= value <= MAX_INDEX
 
 
-def _shown(value: Any, quote: str | None = None) -> str:
-    """`value` in an error message: as Python writes it, or between `quote`s; cut if long."""
-    try:
-        text = repr(value) if quote is None or not str(value).isprintable() else f"{quote}{value}{quote}"
-    except ValueError:  # a whole number with thousands of digits
-        return "a number with thousands of digits"
-    return text if len(text) <= 100 else f"{text[:100]}..."
-
-
 def _checked(recipe: Recipe, where: str) -> Recipe:
     for key, value, allowed in (
         ("mode", recipe.mode, tuple(MODES)),
@@ -361,8 +295,8 @@ def _checked(recipe: Recipe, where: str) -> Recipe:
         ("compat", recipe.compat, COMPATS),
     ):
         if value not in allowed:
-            near = did_you_mean(_shown(value, ""), list(allowed))
-            raise RecipeError(f"{where}: {key} must be one of {', '.join(allowed)}, found {_shown(value)}{near}")
+            near = did_you_mean(shown(value, ""), list(allowed))
+            raise RecipeError(f"{where}: {key} must be one of {', '.join(allowed)}, found {shown(value)}{near}")
     if not 0 <= recipe.num_registers <= MAX_REGISTERS:
         raise RecipeError(f"{where}: num_registers must be from 0 to {MAX_REGISTERS}, found {recipe.num_registers}")
     if recipe.num_registers == 0 and recipe.register_neurons:
@@ -436,13 +370,7 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         RecipeError: the file cannot be read, or is not a recipe.
     """
-    try:
-        with path.open("rb") as file:
-            return parse_recipe(file.read(MAX_BYTES * 4 + 1).decode("utf-8"), str(path))
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror or error}); give a recipe file") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not a UTF-8 text file; give a recipe file") from error
+    return parse_recipe(text_of(path, "recipe", RecipeError), str(path))
 
 
 def recipe_for_model(model_id: str) -> tuple[str, Recipe] | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from regsurgery.cli import evaluations, recipes
+from regsurgery.cli.completion import lists
 from regsurgery.cli.ending import exit_code_of
 from regsurgery.cli.options import AsJson, Model, OutputFolder, Patched, Quiet, takes
 from regsurgery.errors import (
@@ -31,6 +32,7 @@ from regsurgery.options import (
     ReportOptions,
     ReproduceOptions,
     SearchOptions,
+    SurveyOptions,
     VerifyOptions,
 )
 from regsurgery.version import __version__
@@ -231,6 +233,43 @@ def report(
     with Screen(as_json=as_json, quiet=quiet) as screen:
         made = report(folder, output, options=options, progress=screen)
     screen.reported(made)
+
+
+@app.command(
+    epilog="Example: regsurgery survey published -o survey --images photos",
+    short_help="Fill a table over many models; can be killed and continued.",
+)
+@takes(SurveyOptions)
+def survey(
+    listed: Annotated[
+        str,
+        typer.Argument(
+            help="List of models, a YAML file, or a bundled one: published.",
+            metavar="LIST",
+            show_default=False,
+            autocompletion=lists,
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the survey; continued if it has one.", metavar="FOLDER")
+    ],
+    options: SurveyOptions,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Run doctor, find, patch (the paper's setting and ours, every mode) and eval for each model of a list.
+
+    What is done is kept in FOLDER: the same command continues. A model that fails leaves the others alone.
+    Exit codes: 0 done; 1 a model failed, see the table; 2 invalid input.
+    """
+    from regsurgery.cli.screen import Screen
+    from regsurgery.surveying.survey import survey
+
+    with Screen(as_json=as_json, quiet=quiet) as screen:
+        found = survey(listed, output, options, progress=screen)
+    screen.surveyed(found)
+    if found.failed:
+        raise typer.Exit(EXIT_VERIFICATION_FAILED)
 
 
 @app.command(epilog="Example: regsurgery unpatch demo-patched -o demo-restored")

@@ -29,6 +29,13 @@ def recipes(incomplete: str) -> list[tuple[str, str]]:
     return _matching({name: recipe.model for name, recipe in bundled_recipes().items()}, incomplete)
 
 
+def lists(incomplete: str) -> list[tuple[str, str]]:
+    """Names of bundled lists of models."""
+    from regsurgery.surveying.listed import BUNDLED
+
+    return _matching(dict.fromkeys(BUNDLED, "24 published models"), incomplete)
+
+
 def modes(incomplete: str) -> list[tuple[str, str]]:
     """Values of `--mode`."""
     from regsurgery.recipe import MODES

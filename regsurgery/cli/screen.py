@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from regsurgery.search.diagnosis import Diagnosis
     from regsurgery.search.faithful import SettingRow
     from regsurgery.search.shares import FoundPart
+    from regsurgery.surveying.survey import Survey
     from regsurgery.verification.live import StillPatched
     from regsurgery.verification.size_drift import SizeDrifts
     from regsurgery.verification.verdict import Verdict
@@ -229,6 +230,18 @@ class Screen(Progress):
             print(json.dumps(report.as_dict(), indent=2))
         size = f"{report.size / 1e6:.1f} MB"
         self.out.print(f"wrote {report.path}: {report.num_images} images, {size}", soft_wrap=True)
+
+    def surveyed(self, survey: Survey) -> None:
+        if self.as_json:
+            print(json.dumps(survey.as_dict(), indent=2))
+        for model in survey.models:
+            self.out.print(f"{model.name}: {model.summary}", soft_wrap=True)
+            for record in model.records:
+                if record.error is not None:
+                    self.out.print(f"  {record.stage}: {record.outcome}: {record.error}", soft_wrap=True)
+        self.out.print(f"wrote survey.md, survey.html and survey.json in {survey.output}", soft_wrap=True)
+        if survey.failed:
+            self.out.print(f"failed: {', '.join(survey.failed)}", soft_wrap=True)
 
     def found(self, found: Found, output: Path) -> None:
         if self.as_json:

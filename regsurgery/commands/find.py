@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regsurgery.checkpoints.whole import check_parent, replace_file
-from regsurgery.errors import OutputError, RecipeError
+from regsurgery.errors import OutputError, RecipeError, UserError
 from regsurgery.models import open_model
 from regsurgery.options import FindOptions, SearchOptions, takes
-from regsurgery.recipe import find_recipe
+from regsurgery.recipe import REFERENCE, find_recipe
 
 if TYPE_CHECKING:
     from regsurgery.search.decide import Found
@@ -42,6 +42,8 @@ def find(model: str | Path, output: str | Path | None = None, *, options: FindOp
     from regsurgery.search.statistics_file import read_parts
 
     output = None if output is None else Path(output)
+    if options.merge and options.compat == REFERENCE:
+        raise UserError("--compat reference: looks at the images itself, which --merge does not; leave one of them out")
     if output is not None:
         _check_recipe_output(output)
     with processes() as group:

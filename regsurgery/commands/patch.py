@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,11 +18,12 @@ from regsurgery.families import family_of
 from regsurgery.formats import LIBRARIES, PROGRAMS, STOCK_CODE, any_size, has_host
 from regsurgery.frontends.loaded import Loaded
 from regsurgery.hub.recipe import named_recipe
+from regsurgery.machine import peak_rss_mb
 from regsurgery.models import open_model
 from regsurgery.modes import MODES, NATIVE, SHIFT
 from regsurgery.options import PatchOptions, takes
 from regsurgery.progress import Progress
-from regsurgery.recipe import Recipe, recipe_for_model
+from regsurgery.recipe import COMPATS, REFERENCE, Recipe, recipe_for_model
 
 if TYPE_CHECKING:
     from regsurgery.compiler.located import Located
@@ -111,7 +110,7 @@ def patch(model: str | Path, output: str | Path, options: PatchOptions) -> Patch
                 recipe, where = attempt.recipe, None if options.dry_run else str(output)
                 seconds = time.monotonic() - started
                 call = _call(located.loaded, fmt, recipe, where)
-                return PatchResult(where, recipe.mode, fmt, recipe, call, verdict, sizes, seconds, _peak_rss_mb())
+                return PatchResult(where, recipe.mode, fmt, recipe, call, verdict, sizes, seconds, peak_rss_mb())
     raise AssertionError("the last attempt succeeds or raises")
 
 
@@ -141,7 +140,9 @@ class Attempt:
 def _attempts(
     located: Located, output: Path, given: Recipe | None, images: ImageSet, options: PatchOptions
 ) -> Iterator[Attempt]:
-    """The given recipe; otherwise the bundled one for the model, if there is one, then the one that is found."""
+    """The given recipe; otherwise the bundled one for the model, if there is one and not the authors' method is wanted,
+    then the one that is found.
+    """
     from regsurgery.commands.find import search_for
     from regsurgery.search.division import Division
     from regsurgery.search.find import Task
@@ -155,7 +156,7 @@ def _attempts(
         return
     source = located.loaded.source
     bundled = recipe_for_model(source.repo or source.id)
-    if bundled is not None:
+    if bundled is not None and options.compat != REFERENCE:
         name, recipe = bundled
         options.progress.say(f"recipe: {name} (bundled)")
         yield Attempt(_adapted(recipe, options), whole, f"recipe {name}", is_last=False)
@@ -176,7 +177,9 @@ def _given_recipe(model: str | Path, options: PatchOptions) -> Recipe | None:
 
 
 def _adapted(recipe: Recipe, options: PatchOptions) -> Recipe:
-    """`recipe` with the number of registers and the mode that the user wants."""
+    """`recipe` with the number of registers, the extremes and the mode that the user wants."""
+    if options.compat not in (COMPATS[0], recipe.compat):
+        recipe = recipe.with_compat(options.compat)
     if options.num_registers not in (None, recipe.num_registers):
         recipe = recipe.with_num_registers(options.num_registers)
     return recipe if options.mode is None else recipe.with_mode(options.mode)
@@ -336,8 +339,3 @@ def _call(loaded: Loaded, fmt: str, recipe: Recipe, output: str | None) -> str:
     if output is None or recipe.kind.stock or fmt not in LIBRARIES:
         return ""
     return backend(fmt, recipe.kind).call(loaded, output)
-
-
-def _peak_rss_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)

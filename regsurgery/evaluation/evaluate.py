@@ -17,14 +17,18 @@ The package is called `evaluation`, not `evaluate`, because `regsurgery.evaluate
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regsurgery.errors import UserError
 from regsurgery.evaluation.result import Evaluation
 from regsurgery.evaluation.tasks import TASKS, task_module
 from regsurgery.options import EvaluateOptions
+
+if TYPE_CHECKING:
+    from regsurgery.images.image_set import ImageSet
+    from regsurgery.verification.pair import Pair
 
 
 def evaluate(folder: str | Path, task: str, options: EvaluateOptions | None = None, **given: Any) -> Evaluation:
@@ -38,38 +42,53 @@ def evaluate(folder: str | Path, task: str, options: EvaluateOptions | None = No
     Raises:
         UserError: there is no such task or option, or the input is at fault; see `errors`.
     """
-    from regsurgery.evaluation.pictures import check_png, write_pictures
+    from regsurgery.evaluation.pictures import check_png
     from regsurgery.verification.pair import open_pair
 
-    module = task_module(task)
+    task_module(task)
     options = options or _options(task, given)
-    progress, png, settings = options.progress, options.png, options.settings
-    if png is not None:
-        check_png(task, Path(png))
+    if options.png is not None:
+        check_png(task, Path(options.png))
     images = options.image_set()
     with open_pair(folder, options.original, options) as pair:
-        progress.say(f"preprocessing: {pair.loaded.preprocess_note}; images: {images.note}")
-        result = module.evaluate(pair, images, progress=progress, seed=options.seed, **settings)
-        found = pair.outliers.per_image
-        no_neurons = pair.recipe is not None and not pair.recipe.register_neurons
-        evaluation = Evaluation(
-            task=task,
-            folder=pair.folder,
-            format=pair.format,
-            mode=pair.mode,
-            images=images.note,
-            num_images=result.num_images or images.num_images - len(images.broken),
-            outliers_per_image=found,
-            expectation=_expectation(pair.is_same, no_neurons, found),
-            rows=tuple(result.rows),
-            notes=result.notes,
-            details=result.details,
-            settings=settings,
-        )
-        if png is not None:
-            for written in write_pictures(task, evaluation, pair, images, Path(png)):
-                progress.say(f"wrote {written}")
-        return evaluation
+        return evaluate_pair(pair, task, images, options)
+
+
+def evaluate_pair(pair: Pair, task: str, images: ImageSet, options: EvaluateOptions) -> Evaluation:
+    """One task on models that are open, for several on one pair; `options.images` is not read.
+
+    Raises:
+        UserError: as of `evaluate`.
+    """
+    from regsurgery.verification.pair import OutlierCount
+
+    module = task_module(task)
+    progress, settings = options.progress, options.settings
+    progress.say(f"preprocessing: {pair.loaded.preprocess_note}; images: {images.note}")
+    pair = replace(pair, outliers=OutlierCount())
+    result = module.evaluate(pair, images, progress=progress, seed=options.seed, **settings)
+    found = pair.outliers.per_image
+    no_neurons = pair.recipe is not None and not pair.recipe.register_neurons
+    evaluation = Evaluation(
+        task=task,
+        folder=pair.folder,
+        format=pair.format,
+        mode=pair.mode,
+        images=images.note,
+        num_images=result.num_images or images.num_images - len(images.broken),
+        outliers_per_image=found,
+        expectation=_expectation(pair.is_same, no_neurons, found),
+        rows=tuple(result.rows),
+        notes=result.notes,
+        details=result.details,
+        settings=settings,
+    )
+    if options.png is not None:
+        from regsurgery.evaluation.pictures import write_pictures
+
+        for written in write_pictures(task, evaluation, pair, images, Path(options.png)):
+            progress.say(f"wrote {written}")
+    return evaluation
 
 
 def _options(task: str, given: dict[str, Any]) -> EvaluateOptions:

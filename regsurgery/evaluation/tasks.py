@@ -123,7 +123,12 @@ def task_module(task: str) -> ModuleType:
     """
     if task not in TASKS:
         raise UserError(f"no task '{task}'; there are {', '.join(TASKS)}{did_you_mean(task, list(TASKS))}")
+    check_extra()
+    return importlib.import_module(f"regsurgery.evaluation.{task.replace('-', '_')}")
+
+
+def check_extra() -> None:
+    """Raise `UserError` if a package of the extra `eval` is not installed."""
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"eval needs {' and '.join(missing)}; install with: pip install 'regsurgery[eval]'")
-    return importlib.import_module(f"regsurgery.evaluation.{task.replace('-', '_')}")

@@ -20,6 +20,7 @@ from torch import Tensor
 from regsurgery.errors import UserError
 from regsurgery.frontends.loaded import Loaded
 
+TEXT_EMBEDDERS = {"open_clip": "encode_text", "transformers": "get_text_features"}  # methods of models that have one
 IMAGE_EMBEDDINGS = ("image_embeds", "image_features")  # names in transformers and open_clip
 
 
@@ -44,14 +45,21 @@ def class_embeddings(loaded: Loaded, prompts: Path) -> Tensor:
     return torch.stack([F.normalize(_embedded(loaded, of_class).mean(dim=0), dim=-1) for of_class in classes])
 
 
+def has_text_tower(loaded: Loaded) -> bool:
+    """Whether the model embeds texts, as `class_embeddings` needs."""
+    return hasattr(loaded.model, TEXT_EMBEDDERS.get(loaded.library, ""))
+
+
 def _embedded(loaded: Loaded, prompts: list[str]) -> Tensor:
     """Unit embeddings of prompts, `[P, E]`, float32."""
     model: Any = loaded.model
     device = next(model.parameters()).device
-    if loaded.library == "open_clip" and hasattr(model, "encode_text"):
+    if not has_text_tower(loaded):
+        raise UserError(f"{loaded.source.id}: has no text tower; leave out --prompts to use its own classes")
+    if loaded.library == "open_clip":
         tokens_PL = _open_clip_tokenizer(loaded)(prompts).to(device)
         features_PE = model.encode_text(tokens_PL)
-    elif loaded.library == "transformers" and hasattr(model, "get_text_features"):
+    else:
         from transformers import AutoTokenizer
 
         try:
@@ -62,8 +70,6 @@ def _embedded(loaded: Loaded, prompts: list[str]) -> Tensor:
         encoded = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").to(device)
         features_PE = model.get_text_features(**encoded)
         features_PE = getattr(features_PE, "pooler_output", features_PE)
-    else:
-        raise UserError(f"{loaded.source.id}: has no text tower; leave out --prompts to use its own classes")
     return F.normalize(features_PE.float(), dim=-1)
 
 

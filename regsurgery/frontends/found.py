@@ -60,7 +60,9 @@ def find_checkpoint(model_id: str, options: LoadOptions, load: Load) -> Found:
         folder, revision, repo = Path(model_id), options.commit, None
     else:
         place, library = place_of(model_id, options), library or library_of(model_id)
+        options.progress.stage("download")
         folder, revision = downloaded(place, model_id, library, pickles=options.allow_pickle)
+        options.progress.stage("load")
         repo, subfolder = place.repo, place.subfolder
     if subfolder is not None:
         folder = _inside(folder, subfolder, model_id)

@@ -14,18 +14,19 @@ import torch
 from regsurgery.compiler.located import Located, OfLocated
 from regsurgery.compiler.match import match
 from regsurgery.compiler.trace import trace
-from regsurgery.errors import NothingToFixError, UnsupportedModelError
+from regsurgery.errors import NothingToFixError, UnsupportedModelError, UserError
 from regsurgery.frontends.image_size import text
 from regsurgery.frontends.libraries import frontend
 from regsurgery.images.digests import image_digests
 from regsurgery.images.tars import Tars
 from regsurgery.options import PRECISIONS, SearchOptions
-from regsurgery.recipe import Recipe
+from regsurgery.recipe import REFERENCE, Recipe
 from regsurgery.runtime.surgery import registers_for
 from regsurgery.search.diagnosis import Diagnosis
-from regsurgery.search.drift import DriftTrials, Graphs
-from regsurgery.search.faithful import FILLS, POOL, Choice, Cure, choose, grow, register_counts
+from regsurgery.search.drift import DriftTrials, Graphs, Setting
+from regsurgery.search.faithful import FILLS, POOL, Choice, Cure, SettingRow, choose, grow, register_counts
 from regsurgery.search.journal import TrialJournal
+from regsurgery.search.reference import Ranking, rank, sweep
 from regsurgery.search.scores import Candidate, Scorer, Sums
 from regsurgery.search.selection import GONE, Selection, select
 from regsurgery.search.shares import BATCH, PILOT_IMAGES, Share
@@ -86,6 +87,7 @@ class Found:
         num_images: images that the scores are summed over.
         candidates: the best by contribution.
         judged_on: description of the images that settings were compared on.
+        reference: the authors' ranking, where their method was asked for; `recipe` is then theirs.
     """
 
     recipe: Recipe
@@ -97,11 +99,19 @@ class Found:
     candidates: tuple[Candidate, ...]
     second_resolution: SecondResolution
     judged_on: str
+    reference: Ranking | None = None
+
+    @property
+    def remaining(self) -> float:
+        """Outliers per image that the paper's setting leaves, ours or as the authors' code has it."""
+        if self.reference is None:
+            return self.smallest.glance.outliers
+        return next(float(row.tried.outliers.mean()) for row in self.choice.rows if row.chosen)
 
     @property
     def suppressed(self) -> bool:
-        """Whether shifting removes the outliers, and the registers take over their norm."""
-        return self.smallest.suppressed
+        """Whether shifting removes the outliers, and, of our own settings, the registers take over their norm."""
+        return self.smallest.suppressed if self.reference is None else self.remaining <= GONE
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -125,6 +135,7 @@ class Found:
             "sweep": [row.as_dict() for row in self.choice.rows],
             "suppressed": self.suppressed,
             "second_resolution": self.second_resolution.as_dict(),
+            **({} if self.reference is None else {"reference": _of_reference(self.reference)}),
         }
 
 
@@ -193,11 +204,64 @@ def decide(search: Search, diagnosis: Diagnosis, sums: Sums, ranked: Sequence[Ca
     choice = _choose(search, cure, smallest, [(c.block, c.neuron) for c in ranked], batches, judging)
     progress.stage("second resolution")
     choice, second = _second_resolution(search, cure, choice)
-    recipe = replace(choice.setting.recipe(), model=loaded.source.name, num_patches=second.num_patches)
+    num_patches, reference = second.num_patches, None
+    if search.options.compat == REFERENCE:
+        reference, row = _reference(search, cure, diagnosis, batches, judging)
+        choice, num_patches, second = choice.beside(row), None, replace(second, note=f"ours {second.note}")
+    recipe = replace(choice.setting.recipe(), model=loaded.source.name, num_patches=num_patches)
     found = Found(
-        recipe, diagnosis, smallest, choice, sums.threshold, sums.num_images, tuple(ranked), second, judged_on
+        recipe=recipe,
+        diagnosis=diagnosis,
+        smallest=smallest,
+        choice=choice,
+        threshold=sums.threshold,
+        num_images=sums.num_images,
+        candidates=tuple(ranked),
+        second_resolution=second,
+        judged_on=judged_on,
+        reference=reference,
     )
     return replace(found, recipe=replace(recipe, provenance=_rounded(_facts(search, found))))
+
+
+def _reference(
+    search: Search,
+    cure: Cure,
+    diagnosis: Diagnosis,
+    batches: Sequence[torch.Tensor],
+    judging: Sequence[torch.Tensor],
+) -> tuple[Ranking, SettingRow]:
+    """The authors' method: the ranking, and its setting, tried on the images `judging`.
+
+    Raises:
+        UserError: a hyperparameter cannot be used; see `reference`.
+    """
+    options, progress = search.options, search.progress
+    own = search.share.own
+    progress.stage("reference", own.num_images)
+    assert diagnosis.emergence_block is not None
+    ranking = rank(search.located, own, diagnosis.emergence_block, options, progress.advance)
+
+    def setting(count: int) -> Setting:
+        return Setting(ranking.best(count), options.num_registers or 1, compat=REFERENCE)
+
+    progress.stage("reference: number of neurons")
+    grown, ranked = search.trials("reference", batches, 0), f"{len(ranking.scored)} neurons are ranked"
+    top_k = options.top_k or sweep(lambda count: cure.gone(grown(setting(count))), len(ranking.scored))
+    if top_k is None:
+        raise UserError(
+            f"--compat reference: {ranked} in blocks 0 to {ranking.top_layer}, and no number of the best suppresses "
+            "the outliers; give --top-k, or another --top-layer"
+        )
+    if top_k > len(ranking.scored):
+        raise UserError(f"--top-k {top_k}: only {ranked} in blocks 0 to {ranking.top_layer}")
+    tried = search.trials("reference, judged", judging, 0)(setting(top_k))
+    cost = 100 * setting(top_k).num_registers / search.sites.num_tokens
+    progress.say(
+        f"reference: {ranking.num_outliers / own.num_images:.2f} patches per image above {ranking.threshold:.4g} after "
+        f"block {ranking.detect_block}; top_layer {ranking.top_layer}, top_k {top_k}"
+    )
+    return ranking, SettingRow(f"reference, top_k {top_k}", setting(top_k), tried, cost)
 
 
 def _facts(search: Search, found: Found) -> dict[str, Any]:
@@ -224,8 +288,8 @@ def _facts(search: Search, found: Found) -> dict[str, Any]:
         "emergence_block": diagnosis.emergence_block,
         "settled_block": diagnosis.settled_block,
         "threshold": found.threshold,
-        "outliers_per_image": {"original": diagnosis.outliers_per_image, "patched": found.smallest.glance.outliers},
-        "suppressed": found.smallest.suppressed,
+        "outliers_per_image": {"original": diagnosis.outliers_per_image, "patched": found.remaining},
+        "suppressed": found.suppressed,
         "candidates": [
             {
                 "block": c.block,
@@ -238,7 +302,19 @@ def _facts(search: Search, found: Found) -> dict[str, Any]:
         ],
         "sweep": [row.as_dict() for row in found.choice.rows],
         "second_resolution": found.second_resolution.as_dict(),
+        **({} if found.reference is None else {"reference": _of_reference(found.reference)}),
         "images_seen": _images_seen(search.share),
+    }
+
+
+def _of_reference(ranking: Ranking) -> dict[str, Any]:
+    return {
+        "norm_threshold": ranking.threshold,
+        "detect_block": ranking.detect_block,
+        "top_layer": ranking.top_layer,
+        "num_images": ranking.num_images,
+        "num_outliers": ranking.num_outliers,
+        "scores": [[block, neuron, score] for block, neuron, score in ranking.scored[:SHOWN_CANDIDATES]],
     }
 
 

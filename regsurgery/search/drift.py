@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -27,7 +27,7 @@ from regsurgery.compiler.passes.pipeline import apply_passes
 from regsurgery.compiler.passes.plan import plan_surgery
 from regsurgery.compiler.taps import tap
 from regsurgery.compiler.trace import tensor_inputs
-from regsurgery.recipe import Recipe, by_blocks
+from regsurgery.recipe import REFERENCE, Recipe, by_blocks
 from regsurgery.runtime.surgery import insert_registers, neuron_shift
 
 Neurons = tuple[tuple[int, int], ...]  # (block, neuron), ascending
@@ -38,11 +38,12 @@ FIGURES = ("drift", "outliers", "register_norm", "cosine_output", "cosine_patche
 
 @dataclass(frozen=True)
 class Setting:
-    """What `find` chooses: register neurons, how many registers, and what the patches keep."""
+    """What `find` chooses: register neurons, how many registers, and what the patches keep; `compat` as in a recipe."""
 
     neurons: Neurons
     num_registers: int = 1
     fill: str = "zero"
+    compat: str = "none"
 
     def recipe(self) -> Recipe:
         """The recipe of this setting, in mode shift."""
@@ -51,12 +52,14 @@ class Setting:
             num_registers=self.num_registers,
             scale=(1.0,) * self.num_registers,
             fill=self.fill,
+            compat=self.compat,
         )
 
     def key(self) -> str:
         """The setting as text, to remember trials by."""
         neurons = " ".join(f"{block}:{neuron}" for block, neuron in self.neurons)
-        return f"{self.num_registers} {self.fill} {neurons}"
+        compat = "" if self.compat == "none" else f"{self.compat} "
+        return f"{self.num_registers} {self.fill} {compat}{neurons}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,8 +166,10 @@ class DriftTrials:
     @torch.no_grad()
     def _run(self, setting: Setting) -> Tried:
         streams, graph_module = self._from_first_block(setting.num_registers)
-        graph_module = _with_fill(graph_module, setting.fill)
-        _shift(graph_module, by_blocks(setting.neurons))
+        neurons = by_blocks(setting.neurons)
+        shared = set(neurons) if setting.compat == REFERENCE else set()  # of no neurons there is no extreme
+        graph_module = _shifting(graph_module, setting.fill, shared)
+        _shift(graph_module, neurons)
         figures: dict[str, list[Tensor]] = {}
         for stream_BTD, inputs, original in zip(streams, self.inputs, self.originals, strict=True):
             with warnings.catch_warnings():
@@ -225,19 +230,27 @@ class DriftTrials:
 def _shift(graph_module: fx.GraphModule, neurons: Mapping[int, Sequence[int]]) -> None:
     """Set the neurons, by block, that the shifts of `graph_module` take."""
     for name, listed in graph_module.named_buffers():
-        prefix, _, block = name.rpartition("_")
-        if prefix == "register_neurons":
-            chosen = torch.tensor(neurons.get(int(block), ()), dtype=torch.int64, device=listed.device)
+        block = _block_of(name)
+        if block is not None:
+            chosen = torch.tensor(neurons.get(block, ()), dtype=torch.int64, device=listed.device)
             setattr(graph_module, name, chosen)
 
 
-def _with_fill(graph_module: fx.GraphModule, fill: str) -> fx.GraphModule:
-    """`graph_module`, or a copy of it whose shifts fill the patches differently."""
+def _shifting(graph_module: fx.GraphModule, fill: str, shared: Collection[int]) -> fx.GraphModule:
+    """`graph_module`, or a copy whose shifts fill patches differently, and in the blocks `shared` share an extreme."""
     shifts = graph_module.graph.find_nodes(op="call_function", target=neuron_shift)
-    if all(shift.kwargs["fill"] == fill for shift in shifts):
+    how = [{"fill": fill, "one_peak": _block_of(str(shift.args[1])) in shared} for shift in shifts]
+    if all(shift.kwargs | own == shift.kwargs for shift, own in zip(shifts, how, strict=True)):
         return graph_module
     other = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
-    for shift in other.graph.find_nodes(op="call_function", target=neuron_shift):
-        shift.kwargs = {**shift.kwargs, "fill": fill}
+    copied = other.graph.find_nodes(op="call_function", target=neuron_shift)
+    for shift, own in zip(copied, how, strict=True):
+        shift.kwargs = {**shift.kwargs, **own}
     other.recompile()
     return other
+
+
+def _block_of(name: str) -> int | None:
+    """The block whose neurons are in the buffer of that name, or the node that gets it."""
+    prefix, _, block = name.rpartition("_")
+    return int(block) if prefix == "register_neurons" else None

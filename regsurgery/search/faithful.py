@@ -82,6 +82,7 @@ class SettingRow:
             "top_k": len(self.setting.neurons),
             "num_registers": self.setting.num_registers,
             "fill": self.setting.fill,
+            **({} if self.setting.compat == "none" else {"compat": self.setting.compat}),
             "outliers_per_image": figures.pop("outliers"),
             **figures,
             "cost": self.cost,
@@ -109,6 +110,11 @@ class Choice:
         """The same table with another of `ranked` chosen."""
         rows = tuple(replace(row, chosen=row.setting == setting) for row in self.rows)
         return Choice((setting, *(one for one in self.ranked if one != setting)), rows)
+
+    def beside(self, row: SettingRow) -> Choice:
+        """`row` chosen instead; the setting that was is called ours."""
+        rows = tuple(replace(one, name=f"{one.name} (ours)", chosen=False) if one.chosen else one for one in self.rows)
+        return Choice((row.setting, *self.ranked), (*rows, replace(row, chosen=True)))
 
 
 def register_counts(outliers: float, fixed: int | None = None) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from PIL import Image
 import regsurgery
 from regsurgery.cli.app import app
 from regsurgery.recipe import parse_recipe
+from regsurgery.surveying.listed import parse_list
 from tests.conftest import Planted
 from tests.e2e.test_families import write_llava
 from tests.picos import PICOS, Pico, by_id
@@ -141,11 +142,11 @@ def test_a_wrong_command_would_be_seen(line: str) -> None:
         parse(line.split())
 
 
-def test_yaml_blocks_are_recipes() -> None:
+def test_yaml_blocks_are_recipes_or_lists_of_models() -> None:
     found = [block for block in BLOCKS if block.language == "yaml"]
     assert found
     for block in found:
-        parse_recipe(block.code, str(block))
+        (parse_list if block.page == "survey.md" else parse_recipe)(block.code, str(block))
 
 
 def write_noise(folder: Path, count: int) -> Path:

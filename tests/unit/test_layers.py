@@ -26,6 +26,8 @@ LAYERS = (
         "families",
         "formats",
         "interval",
+        "machine",
+        "strict_yaml",
         "runtime",
         "recipe",
     ),
@@ -36,7 +38,7 @@ LAYERS = (
     ("models", "demo"),
     ("search", "backends"),
     ("verification", "emit"),
-    ("evaluation", "reporting", "hub", "commands"),
+    ("evaluation", "reporting", "hub", "commands", "surveying"),
     ("cli", "__main__", "__init__"),
 )
 MAX_PARAMETERS = 8

@@ -1,0 +1,68 @@
+"""A process of its own for every stage: it may crash, and its peak memory is the stage's.
+
+It is forked from a server that has imported the libraries and done nothing else, so that it begins at once and with
+nothing of earlier stages in its memory. It ends with the process that started it, however that ends.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from regsurgery.errors import UserError
+
+IMPORTED = ("torch", "transformers", "timm", "open_clip", "regsurgery.surveying.work")
+ENDED_BY_USER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def run_apart(function: Callable[..., None], *arguments: Any, log: Path) -> int:
+    """Call `function(*arguments)` in a process of its own, which prints into the file `log`; its exit code.
+
+    The code is that of `multiprocessing`: 0, 1 after an exception, minus the number of a signal that ended it.
+
+    Raises:
+        UserError: somebody ended the process, by a signal such as a shell sends.
+    """
+    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    if sys.platform == "linux":
+        multiprocessing.get_context("forkserver").set_forkserver_preload(list(IMPORTED))
+    process = context.Process(target=_called, args=(function, arguments, str(log)))
+    process.start()
+    try:
+        process.join()
+    finally:
+        process.kill()
+        process.join()
+    code = process.exitcode
+    assert code is not None
+    if -code in ENDED_BY_USER:
+        raise UserError(f"{log}: its process was ended by {ended(code)}; run the same command again to continue")
+    return code
+
+
+def ended(code: int) -> str:
+    """How a process ended, from its exit code: the signal's name, or the code."""
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _called(function: Callable[..., None], arguments: tuple[Any, ...], log: str) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    for stream in (1, 2):  # also what libraries print from C
+        os.dup2(file, stream)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C goes to all of the group; there is nothing to tidy up here
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    function(*arguments)
+
+
+def _end_with_parent() -> None:
+    """Otherwise a stage would go on after `kill -9` of the survey, beside the one that continues it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
