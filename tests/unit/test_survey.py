@@ -112,7 +112,7 @@ def test_the_bundled_list_has_models_that_their_libraries_know() -> None:
 @pytest.fixture
 def surveyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """`survey` of LIST with stages that write what `RESULTS` and `outcomes` say; `ran` has them in their order."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     (tmp_path / "list.yaml").write_text(LIST)
 
     def run(outcomes: dict[str, str] | None = None, **options: Any) -> Any:
@@ -211,6 +211,20 @@ def test_without_register_neurons_nothing_is_searched(surveyed: Any, monkeypatch
     found = surveyed()
     assert surveyed.ran == ["one: doctor", "two & more: doctor"] and found.failed == ()
     assert [model.summary for model in found.models] == ["already_registered"] * 2
+
+
+def test_what_was_in_the_cache_before_stays_there(
+    surveyed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the survey was stopped and its own download is there when it continues."""
+    freed: list[str] = []
+    monkeypatch.setattr("regsurgery.surveying.survey.free", lambda model: freed.append(model) or 0)
+    (tmp_path / "cache" / "models--user--one").mkdir(parents=True)
+    with pytest.raises(KeyboardInterrupt):
+        surveyed({"two & more: find": "stopped"}, free_cache=True)
+    (tmp_path / "cache" / "models--user--two").mkdir()
+    surveyed(free_cache=True)
+    assert freed == ["user/two"]
 
 
 def test_images_can_be_added_but_not_changed(surveyed: Any, tmp_path: Path) -> None:
