@@ -81,7 +81,7 @@ def fuzz(
     outcome = Outcome(ended={name: Counter() for name in kinds})
     with _workplace() as place:
         bases = build(place / "bases")
-        for warm in ("vit", "timm", "open_clip"):  # what the libraries import and cache is no growth
+        for warm in ("vit", "timm", "open_clip", "adapter"):  # what the libraries import and cache is no growth
             _warm(bases.folders[warm])
         before = _peak_mb()
         with _limited():
