@@ -151,6 +151,9 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     config_path.write_text(json.dumps({**json.loads(settings), "target_modules": "("}))
     with pytest.raises(CheckpointError, match=r"peft cannot merge it: missing \), unterminated subpattern"):
         load(str(tmp_path / "adapter"))
+    config_path.write_text(json.dumps({**json.loads(settings), "r": 10**7}))  # matrices of 1.3 GB
+    with pytest.raises(CheckpointError, match=r"peft cannot merge it: .*size mismatch"):
+        load(str(tmp_path / "adapter"))
     config_path.write_text(settings)
     with pytest.raises(CheckpointError, match=r"not an adapter of the model that it names: that has no place for "):
         load(str(tmp_path / "adapter"))

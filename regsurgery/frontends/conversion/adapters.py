@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -179,15 +180,23 @@ def _merged(model: Any, folder: Path, tensors: Tensors) -> Any:
     """
     import peft  # pyright: ignore[reportMissingImports]  # not everybody needs it
 
-    try:
-        adapted = peft.PeftModel.from_pretrained(model, str(folder))
+    with _refused_by_peft(folder):
+        # On `meta` until the weights are there: a config may name a rank of two million.
+        adapted = peft.PeftModel.from_pretrained(model, str(folder), low_cpu_mem_usage=True)
         taken = peft.get_peft_model_state_dict(adapted)
-    except (*BROKEN, re.error) as error:  # it takes names of modules for patterns
-        raise CheckpointError(f"{folder}: peft cannot merge it: {in_short(error)}; {MERGE}") from error
     lost = sorted(tensors.keys() - taken.keys())
     if lost:  # peft itself only warns
         raise CheckpointError(
             f"{folder}: is not an adapter of the model that it names: that has no place for {lost[0]!r} ({len(lost)} "
             f"tensors in all); correct {BASE_KEY!r} in {CONFIG_NAME}"
         )
-    return adapted.merge_and_unload()  # type: ignore[operator]
+    with _refused_by_peft(folder):
+        return adapted.merge_and_unload()  # type: ignore[operator]
+
+
+@contextmanager
+def _refused_by_peft(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (*BROKEN, re.error) as error:  # it takes names of modules for patterns
+        raise CheckpointError(f"{folder}: peft cannot merge it: {in_short(error)}; {MERGE}") from error
