@@ -58,7 +58,8 @@ def _only_weights(root: Path):
     from tests.fuzz.bases import Bases
     from tests.fuzz.kinds import LOADED
 
-    for name in LOADED:
+    names = (*LOADED, "adapter")
+    for name in names:
         (root / name).mkdir()
         save_file({"a": torch.ones(3)}, root / name / "model.safetensors")
-    return Bases({name: root / name for name in LOADED}, None, None)
+    return Bases({name: root / name for name in names}, None, None)
