@@ -157,6 +157,7 @@ def test_metadata_are_the_sources(job: str, patched: dict[str, tuple[Path, Patch
     assert (data.eval_results is None) == (job == "unverified")
 
 
+@pytest.mark.slow
 def test_every_snippet_runs_as_written(patched: dict[str, tuple[Path, PatchResult]], tmp_path: Path) -> None:
     results = run_snippets([folder for folder, _ in patched.values()], tmp_path)
     check_snippets(results, programs=("pt2", "onnx"))

@@ -98,6 +98,7 @@ def test_every_cell_is_as_the_matrix_says(pico: Pico, planted_picos: Callable[[P
         assert largest_difference(graph, module) <= pico.tolerance
 
 
+@pytest.mark.families
 def test_every_row_and_every_member_has_a_model(tmp_path: Path) -> None:
     found = []
     for pico in (*PICOS, *WHOLES):
@@ -420,7 +421,7 @@ def write_llava(folder: Path) -> Planted:
     return planted
 
 
-@pytest.mark.parametrize("shards", tiered([1, 3], [3]))
+@pytest.mark.parametrize("shards", tiered([1, 3], []))
 def test_llava(shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, out = tmp_path / "llava", tmp_path / "patched"
     planted = write_llava(folder)

@@ -90,7 +90,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", tiered(KINDS, ["swiglu"]))
 @pytest.mark.parametrize("seed", tiered(range(2), [0]))
 def test_planted_sets_are_gone_or_the_margin_is_too_small(kind: str, seed: int, tmp_path: Path) -> None:
     architecture, config_class, config = KINDS[kind]
@@ -198,6 +198,7 @@ def demo_native(demo_folder: Path, pictures: Path, tmp_path_factory: pytest.Temp
     return folder
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes(
     demo_folder: Path, demo_native: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -243,6 +244,7 @@ def test_only_the_neurons_rows_and_columns_and_the_registers_change(demo_folder:
     assert model.config.num_register_tokens == 1
 
 
+@pytest.mark.slow
 def test_transformers_4_loads_the_same(demo_folder: Path, demo_native: Path, tmp_path: Path) -> None:
     pixels = next(image_set(None, 8).batches(8, load(str(demo_folder)).preprocess))
     model = {"demo": ("transformers", demo_native, "dinov2_with_registers.encoder.layer.2", 2)}
@@ -298,6 +300,7 @@ def test_each_of_several_registers_gets_the_whole_constants(
     assert result.verdict.register_norm == pytest.approx(one.register_norm, rel=0.1)
 
 
+@pytest.mark.slow
 def test_pt2_runs_with_torch_alone_and_verifies(
     demo_folder: Path, demo_native: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -328,7 +331,8 @@ def test_without_photos_the_closed_form_is_written_and_that_is_said(
     assert json.loads((tmp_path / "out" / RUN_RECORD_NAME).read_text())["run"]["calibrate"] is False
 
 
-@pytest.mark.parametrize("gains", tiered([True, False], [False]))
+@pytest.mark.slow
+@pytest.mark.parametrize("gains", [True, False])
 def test_calibration_on_generated_pictures_counts_where_pictures_of_another_kind_confirm_it(
     gains: bool, demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,6 +352,7 @@ def test_calibration_on_generated_pictures_counts_where_pictures_of_another_kind
     assert (weights[0] == weights[1]) != gains
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_the_best_weights_so_far_and_reproduce_gives_the_same(
     demo_folder: Path, pictures: Path, tmp_path: Path
 ) -> None:
