@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 READING = ("arch", "ema", "prefix", "library", "subfolder")  # fields of `LoadOptions`, which records keep
-PUBLISHED = ("compat", "norm_threshold", "detect_block", "top_layer", "top_k")  # fields of `SearchOptions`
+OF_REFERENCE = ("norm_threshold", "detect_block", "top_layer", "top_k")  # fields of `SearchOptions`
 PRECISIONS = ("checkpoint", "bf16")
 
 
@@ -219,7 +219,7 @@ class SearchOptions(ImageOptions):
     @property
     def decisive(self) -> dict[str, Any]:
         """What the outcome of a search depends on, other than model and images."""
-        names = ("seed", "force", "precision", "smallest", "num_registers", *PUBLISHED)
+        names = ("seed", "force", "precision", "smallest", "num_registers", "compat", *OF_REFERENCE)
         return {name: getattr(self, name) for name in names}
 
     def checked(self) -> None:
@@ -228,8 +228,8 @@ class SearchOptions(ImageOptions):
         from regsurgery.recipe import COMPATS, MAX_REGISTERS
 
         _one_of("compat", self.compat, COMPATS)
-        for name in PUBLISHED if self.compat == COMPATS[0] else ():
-            if name != "compat" and getattr(self, name) is not None:
+        for name in OF_REFERENCE:
+            if self.compat == COMPATS[0] and getattr(self, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"{flag} {getattr(self, name)}: goes with --compat reference")
         if self.norm_threshold is not None and not 0 < self.norm_threshold < float("inf"):

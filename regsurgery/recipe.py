@@ -19,7 +19,7 @@ import yaml
 from regsurgery.errors import RecipeError, did_you_mean
 from regsurgery.modes import MODES, Mode
 from regsurgery.plain import plural
-from regsurgery.strict_yaml import check_schema, mapping, shown, text_of
+from regsurgery.strict_yaml import check_one_of, check_schema, mapping, shown, text_of
 
 RECIPE_NAME = "recipe.yaml"  # in a patched folder
 SCHEMA = 1
@@ -294,9 +294,7 @@ def _checked(recipe: Recipe, where: str) -> Recipe:
         ("prefix", recipe.prefix, PREFIXES),
         ("compat", recipe.compat, COMPATS),
     ):
-        if value not in allowed:
-            near = did_you_mean(shown(value, ""), list(allowed))
-            raise RecipeError(f"{where}: {key} must be one of {', '.join(allowed)}, found {shown(value)}{near}")
+        check_one_of(key, value, allowed, where, RecipeError)
     if not 0 <= recipe.num_registers <= MAX_REGISTERS:
         raise RecipeError(f"{where}: num_registers must be from 0 to {MAX_REGISTERS}, found {recipe.num_registers}")
     if recipe.num_registers == 0 and recipe.register_neurons:

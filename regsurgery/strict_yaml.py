@@ -108,6 +108,13 @@ def check_schema(data: Mapping[Any, Any], where: str, known: int, error: type[Us
         )
 
 
+def check_one_of(key: str, value: Any, known: Sequence[str], where: str, error: type[UserError]) -> None:
+    """Raise `error` unless the `value` of a key is one of `known`."""
+    if value not in known:
+        near = did_you_mean(shown(value, ""), list(known))
+        raise error(f"{where}: {key} must be one of {', '.join(known)}, found {shown(value)}{near}")
+
+
 def shown(value: Any, quote: str | None = None) -> str:
     """`value` in an error message: as Python writes it, or between `quote`s; cut if long."""
     try:

@@ -33,7 +33,7 @@ def lists(incomplete: str) -> list[tuple[str, str]]:
     """Names of bundled lists of models."""
     from regsurgery.surveying.listed import BUNDLED
 
-    return _matching(dict.fromkeys(BUNDLED, "24 published models"), incomplete)
+    return _matching(dict.fromkeys(BUNDLED, "models that others published"), incomplete)
 
 
 def modes(incomplete: str) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from regsurgery.emit.picture import palette, tiles
-from regsurgery.verification.verdict_text import ends, sentence
+from regsurgery.verification.verdict_text import MEANINGS, ends, sentence
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -101,7 +101,7 @@ def three_figures(verdict: Verdict, cost: Cost) -> tuple[Figure, Figure, Figure]
     outliers = Figure(
         "outlier patches per image",
         f"{found.original:.2f} → {found.patched:.2f}",
-        "Patches whose norm is more than 5 times the median of their image.",
+        MEANINGS["outlier tokens"],
     )
     if verdict.num_same is None:
         meaning = f"1 means the same direction. 95 % interval: {ends(verdict, 'cosine_output', 3)}."

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from regsurgery.emit.picture import palette
+from regsurgery.html import html_template
 from regsurgery.reporting import charts, settings
 from regsurgery.reporting.collect import SIDES, Collected, Lost
 from regsurgery.reporting.opening import Cost, jpeg_url, lead, opening, three_figures
@@ -52,18 +53,14 @@ class ReportSubject:
 
 def page(subject: ReportSubject, verdict: Verdict, collected: Collected, lost: Lost | None) -> str:
     """The report as HTML."""
-    import jinja2
     import vl_convert
     from markupsafe import Markup
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("regsurgery"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
     specs = {
         "histogram": charts.histogram(*_range(collected)),
         "curve": charts.norm_curve(_curve(collected)),
     }
-    return environment.get_template("report.html.j2").render(
+    return html_template("report.html.j2").render(
         subject=subject,
         version=__version__,
         load_line=f"import regsurgery; model = regsurgery.load({subject.folder!r})",

@@ -30,8 +30,7 @@ def run_apart(function: Callable[..., None], *arguments: Any, log: Path) -> int:
         UserError: somebody ended the process, by a signal such as a shell sends.
     """
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-    if sys.platform == "linux":
-        multiprocessing.get_context("forkserver").set_forkserver_preload(list(IMPORTED))
+    context.set_forkserver_preload(list(IMPORTED))  # which `spawn` does not use
     process = context.Process(target=_called, args=(function, arguments, str(log)))
     process.start()
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,7 +13,7 @@ from regsurgery.errors import UserError, did_you_mean
 from regsurgery.modes import MODES, SHIFT
 from regsurgery.options import READING
 from regsurgery.recipe import bundled_recipes
-from regsurgery.strict_yaml import check_keys, check_schema, mapping, shown, text_of
+from regsurgery.strict_yaml import check_keys, check_one_of, check_schema, mapping, shown, text_of
 
 SCHEMA = 1
 BUNDLED = ("published",)  # lists that come along, by name
@@ -145,16 +145,16 @@ def _expected(data: Any, where: str) -> Expected:
     if not isinstance(data, dict):
         raise UserError(f"{where}: must be a mapping with a figure and its source, found {shown(data)}")
     figure = _text(data, "figure", where)
-    _one_of("figure", figure, tuple(FIGURES), where)
+    check_one_of("figure", figure, tuple(FIGURES), where, UserError)
     where, holds = f"{where} {figure}", FIGURES[figure]
     check_keys(data, where, ("figure", "source", "mode", "images", "note", *holds), UserError)
     given = {key: _typed(data, key, where) for key in data}
     if not any(key in given for key in holds):
         raise UserError(f"{where}: says nothing; give {' or '.join(holds)}")
     made = Expected(**{**given, "source": _text(data, "source", where)})
-    _one_of("mode", made.mode, tuple(MODES), where)
+    check_one_of("mode", made.mode, tuple(MODES), where, UserError)
     if made.recipe is not None:
-        _one_of("recipe", made.recipe, tuple(bundled_recipes()), where)
+        check_one_of("recipe", made.recipe, tuple(bundled_recipes()), where, UserError)
     return made
 
 
@@ -170,9 +170,3 @@ def _typed(data: Mapping[str, Any], key: str, where: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{where}: '{key}' has a value of the wrong kind, {shown(value)}")
     return value
-
-
-def _one_of(key: str, value: str, known: Sequence[str], where: str) -> None:
-    if value not in known:
-        near = did_you_mean(value, list(known))
-        raise UserError(f"{where}: {key} must be one of {', '.join(known)}, found {shown(value)}{near}")

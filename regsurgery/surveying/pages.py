@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from regsurgery.checkpoints.whole import replace_file
-from regsurgery.plain import line, markdown
+from regsurgery.html import html_template
+from regsurgery.plain import markdown
 from regsurgery.surveying.records import write_whole
 from regsurgery.surveying.tables import Surveyed, Table, machines, tables
 from regsurgery.version import __version__
@@ -58,10 +59,4 @@ def as_markdown(facts: Sequence[str], shown: Sequence[Table]) -> str:
 
 def as_html(facts: Sequence[str], shown: Sequence[Table]) -> str:
     """The page for browsers: one file, nothing to fetch, light and dark."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("regsurgery"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["line"] = line
-    return environment.get_template("survey.html.j2").render(title=TITLE, facts=facts, tables=shown)
+    return html_template("survey.html.j2").render(title=TITLE, facts=facts, tables=shown)

@@ -225,8 +225,4 @@ def _chosen(entries: Sequence[Entry], only: Sequence[str] | None, listed: str | 
 
 def _surveyed(output: Path, entries: Sequence[Entry], options: SurveyOptions) -> tuple[Surveyed, ...]:
     """The models with what is known of them."""
-    found = []
-    for entry in entries:
-        folder = output / MODELS / entry.slug
-        found.append(Surveyed(entry, tuple(records_of(folder, options))))
-    return tuple(found)
+    return tuple(Surveyed(entry, tuple(records_of(output / MODELS / entry.slug, options))) for entry in entries)

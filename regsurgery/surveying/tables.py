@@ -8,6 +8,7 @@ from typing import Any
 
 from regsurgery.evaluation.result import number
 from regsurgery.modes import MODES
+from regsurgery.plain import plural
 from regsurgery.recipe import bundled_recipes
 from regsurgery.surveying.listed import Entry, Expected
 from regsurgery.surveying.records import CRASHED, FAILED, NOTHING, REFUSED, Record
@@ -80,8 +81,8 @@ class Surveyed:
         found = self.result(FIND)
         if not found:
             return self.verdict
-        count = found["num_registers"]
-        return f"{self.verdict}: {_neurons(found['register_neurons'])}; {count} register{'' if count == 1 else 's'}"
+        registers = plural(found["num_registers"], "register")
+        return f"{self.verdict}: {_neurons(found['register_neurons'])}; {registers}"
 
     def figure(self, variant: Variant, task: str, name: str) -> Mapping[str, Any] | None:
         """The row of that name among the figures of a task; if every block has one, that of the last block but one."""

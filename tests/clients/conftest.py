@@ -35,6 +35,17 @@ def opened(folder: Path, **kwargs: Any) -> Any:
     return AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True, **kwargs).eval()
 
 
+class Logits(nn.Module):
+    """What tracers take: tensors in, one tensor out; of a model of transformers, or of a program."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model(pixels)["logits"]
+
+
 def photos(count: int = 4) -> Tensor:
     return pictures(count, SIZE)
 

@@ -7,23 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import regsurgery
-from tests.clients.conftest import MODES, photos, say
+from tests.clients.conftest import MODES, Logits, photos, say
 
 pytestmark = pytest.mark.slow
-
-
-class Logits(nn.Module):
-    """A program's logits alone."""
-
-    def __init__(self, program: nn.Module) -> None:
-        super().__init__()
-        self.program = program
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.program(pixels)["logits"]
 
 
 @pytest.fixture(scope="module", params=MODES)

@@ -7,22 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tests.clients.conftest import MODES, opened, photos, say
+from tests.clients.conftest import MODES, Logits, opened, photos, say
 
 pytestmark = pytest.mark.slow
-
-
-class Logits(nn.Module):
-    """What tracers take: tensors in, one tensor out."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.model(pixels).logits
 
 
 @pytest.mark.parametrize("mode", ["stock", *MODES])

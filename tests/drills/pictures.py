@@ -16,7 +16,7 @@ import psutil
 from tests.commands import PROGRAM
 from tests.drills import Row, drill, tries
 from tests.drills.command import command, in_process, refused
-from tests.drills.signals import heard_signals
+from tests.drills.running import heard_signals
 from tests.photos import write_photos
 
 

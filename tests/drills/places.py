@@ -17,7 +17,7 @@ from pathlib import Path
 from regsurgery.checkpoints.owned import OwnedFolder
 from regsurgery.checkpoints.sums import check_sums
 from tests.drills import Row, drill, tries
-from tests.drills.running import ended, hang_up_ends, patch, wait
+from tests.drills.running import ended, heard_signals, patch, wait
 
 SIZES = (64, 256, 512, 1024)  # KiB of room; a patched demo has about 1,100
 
@@ -41,7 +41,7 @@ def mounted(folder: Path, options: str) -> Iterator[bool]:
 
 def limit(kibibytes: int) -> None:
     """In the new process, no file gets larger; writing more is an error."""
-    hang_up_ends()
+    heard_signals()
     sys.dont_write_bytecode = True  # or each later import of a module would read the start of a .pyc
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (kibibytes << 10, kibibytes << 10))
@@ -57,7 +57,7 @@ def a_full_disk(place: Path) -> Row:
             with mounted(place / full, f"size={size}k") as is_mounted:
                 (place / ("tmp" if full == "target" else "target")).mkdir()
                 how = how if is_mounted else "RLIMIT_FSIZE"
-                prepare = hang_up_ends if is_mounted else partial(limit, size)
+                prepare = heard_signals if is_mounted else partial(limit, size)
                 process = patch("demo", target / "out", env={"TMPDIR": str(tmp)}, prepare=prepare)
                 code, said = ended(process)
                 if code == 0:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 PARTIAL = ".out.partial-*"
+ENDING = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 130}  # exit codes
 COMMAND = [sys.executable, "-m", "regsurgery"]
 
 
@@ -112,9 +113,10 @@ def _run(
     run()
 
 
-def hang_up_ends() -> None:
-    """In the new process: SIGHUP does what it does by default, which `nohup pytest` has changed."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def heard_signals() -> None:
+    """In the new process: signals are as a terminal gives them, whatever this one was started with."""
+    for number in ENDING:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def patch(
@@ -123,7 +125,7 @@ def patch(
     *more: object,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
-    prepare: Callable[[], object] = hang_up_ends,
+    prepare: Callable[[], object] = heard_signals,
     start_new_session: bool = False,
     before: Sequence[str] = (),
 ) -> Process:

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from regsurgery.checkpoints.sums import check_sums
 from tests.drills import Row, drill, tries
-from tests.drills.running import ended, is_writing, patch, wait
+from tests.drills.running import ENDING, ended, is_writing, patch, wait
 
-ENDING = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 130}
 DELAYS = (0.0, 0.2)  # seconds after the first byte is written
 
 
@@ -25,12 +24,6 @@ def clean(place: Path) -> tuple[Path, Path]:
     return place / "target", place / "tmp"
 
 
-def heard_signals() -> None:
-    """In the new process: signals are as a terminal gives them, whatever this one was started with."""
-    for number in ENDING:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-
 @drill
 def ended_by_signals(place: Path) -> Row:
     """SIGTERM, SIGHUP and SIGINT, to a process or its group, remove what is half written; the exit code names it."""
@@ -39,9 +32,7 @@ def ended_by_signals(place: Path) -> Row:
         for delay in DELAYS[: tries(1, 2)]:
             for group in (False, True):
                 target, tmp = clean(place / "run")
-                process = patch(
-                    "demo", target / "out", env={"TMPDIR": str(tmp)}, start_new_session=True, prepare=heard_signals
-                )
+                process = patch("demo", target / "out", env={"TMPDIR": str(tmp)}, start_new_session=True)
                 assert wait(is_writing(target), process), process.communicate()
                 time.sleep(delay)
                 (os.killpg if group else os.kill)(process.pid, number)

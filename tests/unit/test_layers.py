@@ -21,6 +21,7 @@ LAYERS = (
         "garbage",
         "memory",
         "plain",
+        "html",
         "settings",
         "modes",
         "families",
