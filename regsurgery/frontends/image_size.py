@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from regsurgery.errors import UnsupportedModelError, UserError, in_short
 from regsurgery.frontends.bounds import MAX_SIDE
 from regsurgery.frontends.libraries import frontend
 from regsurgery.frontends.loaded import Loaded
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 LARGER = (1.5, 2.0)  # times the model's own size
 # What a model raises for images of a size that it does not take.
 REFUSES = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, NotImplementedError, IndexError)
+
+
+class Ran(NamedTuple):
+    """The preprocessed images, `[B, C, H, W]`, and the model's outputs."""
+
+    images_BCHW: Tensor
+    outputs: dict[str, Tensor]
 
 
 def at_image_size(loaded: Loaded, side: int | None) -> Loaded:
@@ -36,9 +48,11 @@ def at_image_size(loaded: Loaded, side: int | None) -> Loaded:
             f"--image-size {side}: {loaded.source.id} cuts images into patches of {text(patch)}; give a multiple of "
             f"{step}, such as {below} or {below + step}"
         )
+    import PIL.Image
+
     try:
         resized = frontend(loaded.library).at_size(loaded, (side, side))
-        _run(resized)
+        run_on(resized, [PIL.Image.new("RGB", (side, side))])
     except (UnsupportedModelError, *REFUSES) as error:
         reason = in_short(error, 200)
         raise UserError(
@@ -58,14 +72,13 @@ def larger_sizes(loaded: Loaded, size: tuple[int, int]) -> tuple[tuple[int, int]
     return tuple((_whole(by * height, patch[0]), _whole(by * width, patch[1])) for by in LARGER)
 
 
-def takes(loaded: Loaded, size: tuple[int, int]) -> Loaded | None:
-    """`loaded` for images of `size` (height, width), or None if the model takes none of that size."""
+def takes(loaded: Loaded, size: tuple[int, int], images: list[Image]) -> tuple[Loaded, Ran] | None:
+    """`loaded` for images of `size` (height, width), and its run on `images`; None if it takes none of that size."""
     try:
         resized = frontend(loaded.library).at_size(loaded, size)
-        _run(resized)
+        return resized, run_on(resized, images)
     except (UnsupportedModelError, *REFUSES):
         return None
-    return resized
 
 
 def patch_size(loaded: Loaded) -> tuple[int, int] | None:
@@ -86,13 +99,12 @@ def _whole(pixels: float, patch: int) -> int:
     return max(1, round(pixels / patch)) * patch
 
 
-def _run(loaded: Loaded) -> None:
-    """Run a blank image through the preprocessing and the model; exceptions pass through."""
-    import PIL.Image
-
-    height, width = loaded.image_size
-    images = loaded.preprocess([PIL.Image.new("RGB", (width, height))])
-    if tuple(images.shape[-2:]) != (height, width):
-        raise UnsupportedModelError(f"its preprocessing returns images of {text((images.shape[-2], images.shape[-1]))}")
+def run_on(loaded: Loaded, images: list[Image]) -> Ran:
+    """Run images through the preprocessing and the model; exceptions pass through."""
+    images_BCHW = loaded.preprocess(images)
+    if tuple(images_BCHW.shape[-2:]) != loaded.image_size:
+        returned = text((images_BCHW.shape[-2], images_BCHW.shape[-1]))
+        raise UnsupportedModelError(f"its preprocessing returns images of {returned}")
+    images_BCHW = images_BCHW.to(next(loaded.model.parameters()).device)
     with torch.no_grad():
-        loaded.call(loaded.model, images.to(next(loaded.model.parameters()).device))
+        return Ran(images_BCHW, loaded.call(loaded.model, images_BCHW))

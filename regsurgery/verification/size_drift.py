@@ -6,6 +6,7 @@ quick check, not a verification: `regsurgery verify --image-size` counts outlier
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from regsurgery.backends.formats import backend
 from regsurgery.compiler.comparison import has_classes, kl_divergence, main_output, output_cosine
 from regsurgery.compiler.surgery import Surgery
 from regsurgery.formats import LIBRARIES, STOCK_CODE, any_size, has_host
-from regsurgery.frontends.image_size import larger_sizes, takes, text
+from regsurgery.frontends.image_size import Ran, larger_sizes, run_on, takes, text
 from regsurgery.frontends.loaded import Loaded
 from regsurgery.images.decoding import decode
 from regsurgery.images.generated import Generated
@@ -101,17 +102,18 @@ def drift_at_sizes(
     for size in sizes:
         num_patches = (surgery.sites.num_tokens - surgery.sites.num_prefix) * math.prod(size) // math.prod(own)
         count = min(len(images), int(MAX_WORK / (_num_parameters(loaded) * num_patches)))
-        resized = loaded if size == own else None
+        first, *others = _batches(images[:count], max(1, BATCH_PATCHES // num_patches))
         if count < min(MIN_IMAGES, len(images)):
             costly.append(size)
-        elif (resized := resized or takes(loaded, size)) is None:
+        elif (taken := (loaded, run_on(loaded, first)) if size == own else takes(loaded, size, first)) is None:
             refused.append(size)
         else:
             patched = module
             if size != own and fmt not in ONE_FOR_ALL:
                 patched = rebuilt(folder, config, fmt, stored=loaded.stored, image_size=size)
+            resized, ran = taken
             run = _Runs(resized, patched, fmt, mode, config["regsurgery"])
-            measure, values = run.drift(images[:count], max(1, BATCH_PATCHES // num_patches))
+            measure, values = run.drift(ran, others)
             rows.append(SizeDrift(size, _registers(surgery, num_patches), count, measure, *_mean(values)))
         progress.advance(1)
     notes = []
@@ -151,12 +153,16 @@ class _Runs:
         self.host = backend(fmt, mode) if has_host(fmt, mode) else None
 
     @torch.no_grad()
-    def drift(self, images: list[Image], batch_size: int) -> tuple[str, Tensor]:
-        """The name of the measure, and its value for every image, `[B]`."""
+    def drift(self, first: Ran, others: list[list[Image]]) -> tuple[str, Tensor]:
+        """The name of the measure, and its value for every image, `[B]`.
+
+        Args:
+            first: the original's run on the first batch.
+            others: the other batches.
+        """
         measure, values = "", []
-        for start in range(0, len(images), batch_size):
-            batch = self.loaded.preprocess(images[start : start + batch_size])
-            before, after = self.loaded.call(self.loaded.model, batch), self._patched(batch)
+        for ran in itertools.chain([first], (run_on(self.loaded, images) for images in others)):
+            before, after = ran.outputs, self._patched(ran.images_BCHW)
             main = main_output(tuple(name for name in before if name in after))
             if has_classes(main, before[main]):
                 measure, value_B = KL, kl_divergence(before[main], after[main])
@@ -183,6 +189,11 @@ def _first(pictures: ImageSet, count: int) -> Iterator[Image]:
             yield decode(content)
         except UNREADABLE:
             continue
+
+
+def _batches(images: list[Image], size: int) -> list[list[Image]]:
+    """At least one, which may be empty."""
+    return [images[start : start + size] for start in range(0, max(1, len(images)), size)]
 
 
 def _registers(surgery: Surgery, num_patches: int) -> int:

@@ -33,8 +33,7 @@ from tests.e2e.test_model_ids import TINY, cached, patch
 from tests.picos import CORE, Pico, _transformers
 from tests.planting import plant_model, random_counts, split_real_neuron
 
-SEEDS = int(os.environ.get("REGSURGERY_SEEDS", "6"))
-FORMATS = ("vit-tiny-transformers", "vit-tiny-timm", "vit-tiny-openclip")
+SEEDS = int(os.environ.get("REGSURGERY_SEEDS", "4"))
 
 
 def check_planted(found: Found, planted: Mapping[int, Sequence[int]]) -> None:
@@ -81,10 +80,9 @@ def test_the_real_vit_gets_the_setting_with_the_least_drift(
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", [name for name in FORMATS if name != "vit-tiny-timm"])
-def test_the_smallest_set_of_the_real_vit_in_other_libraries(name: str) -> None:
+def test_the_smallest_set_of_the_real_vit_in_another_library() -> None:
     found = regsurgery.find(
-        str(shared("models", name)), images=shared("images", "calibration"), num_images=24, smallest=True
+        str(shared("models", "vit-tiny-openclip")), images=shared("images", "calibration"), num_images=24, smallest=True
     )
     check_the_real_neuron(found)
     recipe = found.recipe

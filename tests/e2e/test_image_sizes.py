@@ -57,6 +57,8 @@ def test_module_form_equals_the_graph_of_every_size(name: str, planted_picos: Ca
     block = perform(planted.located, recipe).config_block
     assert (block["num_registers"], block["num_patches"]) == (2, 64)
     for size, num_registers in SIZES.items():
+        if size == (64, 64) and not planted.pico.bias:  # its own size, as in test_parity.py
+            continue
         loaded = frontend(planted.loaded.library).at_size(planted.loaded, size)
         located = locate(loaded, Progress(), size)
         traced, sites = located.traced, located.sites

@@ -59,10 +59,9 @@ def test_the_neurons_of_a_hub_id_without_a_bundled_recipe_are_found(demo_folder:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("model", [f"timm:{TINY}", f"timm/{TINY}"])
-def test_the_bundled_recipe_is_found_for_its_model(model: str, tmp_path: Path) -> None:
+def test_the_bundled_recipe_is_found_for_its_model(tmp_path: Path) -> None:
     cached(tmp_path / "home", f"timm/{TINY}", shared("models", "vit-tiny-timm"))
-    done = patch(model, tmp_path / "home", tmp_path)
+    done = patch(f"timm:{TINY}", tmp_path / "home", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "recipe: vit-tiny (bundled)" in done.stderr
     assert "7:417" in done.stdout

@@ -29,7 +29,7 @@ BLOCKS = {
     "open_clip": "visual.trunk.blocks.10",
 }
 # Of the 125 photos, all of which are what benchmarks.faithful fits on.
-FEW, SOME = 36, 48
+FEW, SOME = 36, 42
 SHOWN = 80  # of the 175 photos that figures are taken on
 PREFIX = 1 + find_recipe("vit-tiny").num_registers  # the class token and the registers
 

@@ -22,14 +22,11 @@ JOBS = {
     "bias": ("hf-vit-classes", "bias", None),
     "native": ("hf-vit-classes", "native", "transformers"),
     "pt2": ("hf-vit-classes", "shift", "pt2"),
-    "bias pt2": ("hf-vit-classes", "bias", "pt2"),
-    "native pt2": ("hf-vit-classes", "native", "pt2"),
     "timm": ("timm-vit", "shift", None),
     "timm native": ("timm-vit", "native", "timm"),
-    "timm pt2": ("timm-vit", "shift", "pt2"),
     "open_clip": ("open-clip", "shift", None),
     "open_clip native": ("open-clip", "native", "open_clip"),
-    "open_clip pt2": ("open-clip", "shift", "pt2"),
+    "open_clip pt2": ("open-clip", "native", "pt2"),
     "dinov2": ("dinov2-vits14", "native", "dinov2"),
 }
 DEFAULT = ("open_clip",)  # every library, mode and format is slow

@@ -61,9 +61,7 @@ def test_the_same_figures_and_bytes(name: str, planted_picos: Callable[[Pico], P
     [
         ("hf-dinov2", "transformers", True),
         ("hf-vit-classes", "timm", False),
-        ("timm-vit", "timm", True),
         ("timm-vit", "transformers", False),
-        ("open-clip", "timm", False),
         ("open-clip-over-timm", "open_clip", True),
     ],
 )

@@ -213,7 +213,8 @@ def test_a_broken_record_is_refused_and_writes_nothing(source, tmp_path, change,
 def test_a_record_that_inflates_to_more_than_the_folder_is_refused_in_little_memory(source, tmp_path, key):
     patched = patch(source, tmp_path / "patched")
     record = json.loads((patched / RECORD_NAME).read_text())
-    record["files"] |= {f"zeros{n}": {"sha256": "0", key: packed(bytes(1 << 24))} for n in range(60)}
+    zeros = packed(bytes(1 << 24))
+    record["files"] |= {f"zeros{n}": {"sha256": "0", key: zeros} for n in range(60)}
     (patched / RECORD_NAME).write_text(json.dumps(record))
     tracemalloc.start()
     try:
