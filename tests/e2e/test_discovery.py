@@ -1,4 +1,4 @@
-"""`eval lost`, `probe`, `knn`, `segment` and `shift-map` on the patched demo; `lost` on photos."""
+"""Dense tasks of `eval`, frozen features and `shift-map` on the patched demo; some of them on photos."""
 
 from __future__ import annotations
 
@@ -153,6 +153,98 @@ def test_lost_names_what_is_missing(pair: Pair, voc: Path, tmp_path: Path) -> No
         figures(pair, "lost", folder)
     with pytest.raises(UserError, match="'key' is not a kind of feature; choose from queries, keys, values"):
         figures(pair, "lost", voc, kind=["key"])
+
+
+# --- foreground, rollout and correspondence --------------------------------------------------------------------------
+
+
+def in_boxes() -> float:
+    """The share of a picture's pixels that are in a box, mean over those with objects."""
+    shares = []
+    for index, (width, height) in enumerate(SIZES):
+        canvas = np.zeros((height, width))
+        canvas[: height // 2, : width // 2] = canvas[7:70, 19:90] = 1
+        if index != 4:
+            shares.append(canvas.mean())
+    return float(np.mean(shares))
+
+
+def test_foregrounds_and_rollout_are_measured_beside_chance(
+    patched: Path, pair: Pair, voc: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["regsurgery", "eval", "foreground", str(patched), "--images", str(voc), "--block", "2", "--block", "-1"]
+    assert run([*command, "--kind", "keys", "--method", "kmeans", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    by_setting = {(each["name"], *each["where"].values()): each for each in printed["figures"]}
+    assert printed["num_images"] == len(SIZES) and len(printed["figures"]) == len(by_setting) == 2 * (1 + 2)
+    assert ("foreground IoU", 3, "keys", "kmeans") in by_setting
+    whole = by_setting["foreground IoU", "", "", "whole image"]
+    assert whole["original"] == whole["patched"] and whole["original"]["n"] == 5
+    assert whole["original"]["value"] == pytest.approx(in_boxes(), abs=0.02)
+    for name in ("original", "patched"):
+        assert 0 < by_setting["foreground IoU", 2, "keys", "kmeans"][name]["value"] < 1
+
+    found, _ = figures(pair, "rollout", voc)
+    maps = {(row.name, row.where["map"]): row for row in found.rows}
+    assert len(maps) == 8 and found.num_images == len(SIZES)
+    for (name, of), row in maps.items():
+        assert row.original is not None and row.patched is not None and row.patched.n == 5
+        if name == "to registers":
+            assert row.original.value == 0 and row.patched.value > 0.001
+        elif of == "uniform":
+            assert row.original == row.patched
+            assert row.original.value == pytest.approx(in_boxes(), abs=0.04), "middles of patches count"
+        elif name == "in the boxes":
+            assert row.original.value != row.patched.value
+
+
+@torch.no_grad()
+def expected_pck(model: Any, pixels: torch.Tensor) -> float:
+    """Of patches of mirror images, with hooks and loops."""
+    kept: list[torch.Tensor] = []
+    hook = model.vit.layers[BLOCK].register_forward_hook(lambda module, args, output: kept.append(output))
+    model(pixels), model(pixels.flip(-1))
+    hook.remove()
+    hits = []
+    for image, mirrored in zip(*kept, strict=True):
+        for patch in range(144):
+            cosines = torch.cosine_similarity(mirrored[1 + patch][None], image[1:145], dim=-1)
+            row, column = divmod(int(cosines.argmax()), 12)
+            true_row, true_column = patch // 12, 11 - patch % 12
+            hits.append(abs(row - true_row) + abs(column - true_column) <= 1)
+    return float(np.mean(hits))
+
+
+def test_correspondences_are_those_of_the_written_models(
+    patched: Path, demo_folder: Path, pair: Pair, voc: Path
+) -> None:
+    from transformers import ViTForImageClassification
+
+    images = image_set(voc / "JPEGImages")
+    found, _ = figures(pair, "correspondence", voc / "JPEGImages", block=[BLOCK], kind=["tokens"])
+    of = {(row.name, row.where["warp"]): row for row in found.rows}
+    assert len(of) == 6
+    pixels = torch.cat([batch.pixels for batch in pair.batches(images)])
+    models = {"original": ViTForImageClassification.from_pretrained(demo_folder), "patched": regsurgery.load(patched)}
+    for side, model in models.items():
+        given = getattr(of["PCK, one patch", "mirror"], side)
+        assert given.value == pytest.approx(expected_pck(model.eval(), pixels), abs=0.005) and given.n == len(SIZES)
+    for warp in ("homography", "mirror"):
+        near, tenth, outliers = (of[f"PCK, {name}", warp] for name in ("one patch", "a tenth", "outlier patches"))
+        assert near.patched is not None and tenth.patched is not None and near.patched.value <= tenth.patched.value
+        assert outliers.original is not None and outliers.patched is not None
+        assert outliers.original.value < outliers.patched.value and outliers.patched.n < len(SIZES)
+
+
+def test_settings_of_dense_tasks_that_do_not_exist_are_named(pair: Pair, voc: Path) -> None:
+    with pytest.raises(UserError, match="there is no warp 'shear'; choose from homography, mirror"):
+        figures(pair, "correspondence", voc, warp=["shear"])
+    with pytest.raises(UserError, match="there is no method 'cut'; choose from kmeans, ncut"):
+        figures(pair, "foreground", voc, method=["cut"])
+    with pytest.raises(UserError, match="eval foreground: 'key' is not a kind of feature; choose from tokens, queries"):
+        figures(pair, "foreground", voc, kind=["key"])
+    with pytest.raises(UserError, match="block 9 does not exist"):
+        figures(pair, "correspondence", voc, block=[9])
 
 
 def run(command: list[str]) -> int:
