@@ -4,17 +4,20 @@
 
 Each task sees every image of its kind, and every setting below is measured and kept; they were written down, and
 committed, before the first figure was seen. The blocks are the one of LOST's best setting on the ViT-Ti, and its last.
-The tables of docs/evaluation.md are printed from the file, without measuring, by
+The tables of docs/evaluation.md are rows of what this prints from the file, without measuring:
 
     python -m benchmarks.dense --json benchmarks/dense.json
 
-with the original, each folder, and the paired difference with its 95 % interval (bootstrap over the images).
+with each folder's figure and, in brackets, the 95 % interval of its paired difference to the original (bootstrap over
+the images). Intervals are of one figure each: nothing is chosen among them, and they are not corrected for their
+number.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -40,7 +43,7 @@ def measure(task: str, folder: str, images: Path, blocks: list[int]) -> dict[str
     for row in found.rows:
         name = "; ".join([row.name, *(str(value) for value in row.where.values() if value != "")])
         given = row.as_dict()
-        figures[name] = {side: None if given[side] is None else list(given[side].values()) for side in SIDES}
+        figures[name] = {side: given[side] and [*map(_rounded, given[side].values())] for side in SIDES}
     return {
         "images": found.images,
         "mode": found.mode,
@@ -49,26 +52,24 @@ def measure(task: str, folder: str, images: Path, blocks: list[int]) -> dict[str
     }
 
 
-def table(of_folders: dict[str, Any]) -> str:
-    """Markdown: a row for each figure."""
-    first = next(iter(of_folders.values()))
-    head = ["figure", "n", "original", *(text for name in of_folders for text in (f"`{name}`", "difference"))]
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 5)
+
+
+def table(of_folders: dict[str, Any]) -> list[str]:
+    """Markdown, line by line: a row for each figure; in brackets the interval of the difference to the original."""
+    head = ["figure", "n", "original", *of_folders]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for name, figure in first["figures"].items():
-        cells = [name, str(figure["original"][3]), _text(figure["original"])]
-        for found in of_folders.values():
-            cells += [_text(found["figures"][name]["patched"]), _text(found["figures"][name]["difference"], True)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    for name, figure in next(iter(of_folders.values()))["figures"].items():
+        value, _, _, n = figure["original"]
+        cells = [_patched(found["figures"][name]) for found in of_folders.values()]
+        lines.append(f"| {' | '.join([name, str(n), f'{100 * value:.1f}', *cells])} |")
+    return lines
 
 
-def _text(estimate: list[Any] | None, is_difference: bool = False) -> str:
-    if estimate is None:
-        return ""
-    value, low, high = (None if one is None else 100 * one for one in estimate[:3])
-    if not is_difference or low is None:
-        return f"{value:.1f}"
-    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+def _patched(figure: dict[str, Any]) -> str:
+    (value, *_), (_, low, high, _) = figure["patched"], figure["difference"]
+    return f"{100 * value:.1f}" if low is None else f"{100 * value:.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def main() -> None:
@@ -89,14 +90,12 @@ def main() -> None:
                 args.json.write_text(_dumped(kept), "utf-8")
                 print(f"{task}, {name}: {kept[task][name]['cpu_seconds']} s of CPU", flush=True)
     for task, of_folders in kept.items():
-        print(f"\n{task}, {next(iter(of_folders.values()))['images']}, %\n\n{table(of_folders)}")
+        print(f"\n{task}, {next(iter(of_folders.values()))['images']}, %\n", *table(of_folders), sep="\n")
 
 
 def _dumped(kept: dict[str, Any]) -> str:
     """JSON with a line for each figure."""
-    text = json.dumps(kept, indent=1)
-    marked = [line.strip() if len(line) - len(line.lstrip()) > 4 else f"\n{line}" for line in text.split("\n")]
-    return "".join(marked).replace(',"', ', "').lstrip("\n") + "\n"
+    return re.sub(r"\{[^{}]*\}", lambda figure: " ".join(figure[0].split()), json.dumps(kept, indent=1)) + "\n"
 
 
 if __name__ == "__main__":

@@ -378,20 +378,39 @@ def test_an_unpatched_model_has_nothing_to_move() -> None:
 # --- photos ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.real
-def test_lost_finds_more_objects_on_photos_after_the_shift(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 of the 91 photos of the most frequent size, so that one size is traced."""
-    source, root = shared("images", "voc2007-subset"), tmp_path / "voc"
+    source, root = shared("images", "voc2007-subset"), tmp_path_factory.mktemp("photos") / "voc"
     (root / "JPEGImages").mkdir(parents=True)
     (root / "Annotations").symlink_to(source / "Annotations")
-    photos = [path for path in sorted((source / "JPEGImages").iterdir()) if PIL.Image.open(path).size == (500, 375)]
-    for path in photos[:40]:
+    found = [path for path in sorted((source / "JPEGImages").iterdir()) if PIL.Image.open(path).size == (500, 375)]
+    for path in found[:40]:
         (root / "JPEGImages" / path.name).symlink_to(path)
-    folder = tmp_path / "patched"
-    model = str(shared("models", "vit-tiny-timm"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ViT-Ti in the paper's setting."""
+    model, folder = str(shared("models", "vit-tiny-timm")), tmp_path_factory.mktemp("real") / "patched"
     regsurgery.patch(model, folder, recipe=Recipe({7: (417,)}), verification=False)
-    evaluation = evaluate(folder, "lost", images=root, block=8, kind=["keys"], bias=[-0.2])
+    return folder
+
+
+@pytest.mark.real
+def test_lost_finds_more_objects_on_photos_after_the_shift(real: Path, photos: Path) -> None:
+    evaluation = evaluate(real, "lost", images=photos, block=8, kind=["keys"], bias=[-0.2])
     corloc = evaluation["CorLoc"]
     assert corloc.original is not None and corloc.patched is not None and corloc.difference is not None
     assert corloc.patched.n == 40
     assert corloc.difference.low is not None and corloc.difference.low > 0.1, corloc
+
+
+@pytest.mark.real
+def test_the_normalised_cut_of_photos_is_cut_off_outliers_before_the_shift(real: Path, photos: Path) -> None:
+    found = evaluate(real, "foreground", images=photos, num_images=16, block=[8], kind=["values"], method=["ncut"])
+    for name in ("CorLoc", "foreground IoU"):
+        (row,) = found.select(name, method="ncut")
+        assert row.original is not None and row.original.value < 0.1, row
+        assert row.difference is not None and row.difference.low is not None and row.difference.low > 0.1, row

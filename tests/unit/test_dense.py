@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +15,13 @@ from torch import Tensor
 pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
 
+import scipy.linalg
+
+from benchmarks import dense
 from regsurgery.evaluation import boxed, correspondence, foreground, rollout
 
 ROWS, COLUMNS = 8, 10
+ROOT = Path(__file__).parents[2]
 
 
 def codes(points_BP2: Tensor) -> Tensor:
@@ -92,7 +98,7 @@ def test_pck_counts_patches_within_the_bounds_and_those_that_were_outliers() -> 
 def blobs(noise: float) -> tuple[np.ndarray, np.ndarray]:
     """Features `[N, D]` of an object, a smaller one of its kind and a background, and where the objects are."""
     inside = np.zeros((ROWS, COLUMNS), dtype=bool)
-    inside[2:6, 3:8] = inside[6:8, 9] = True
+    inside[2:6, 3:8] = inside[:2, 9] = True
     features = np.where(inside[..., None], [0.1, 1.0, 0.0], [1.0, 0.0, 0.1]).reshape(-1, 3)
     features += noise * np.random.default_rng(0).normal(size=features.shape)
     return features / np.linalg.norm(features, axis=1, keepdims=True), inside
@@ -116,6 +122,14 @@ def test_the_foreground_of_kmeans_is_what_touches_the_edge_less() -> None:
     assert foreground.box_around(front, seed).tolist() == [1, 1, COLUMNS - 1, ROWS - 1]
 
 
+def test_the_sign_of_an_eigenvector_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, inside = blobs(0.05)
+    eigh: Any = scipy.linalg.eigh
+    for sign in (1, -1):
+        monkeypatch.setattr(scipy.linalg, "eigh", lambda *given, sign=sign, **how: (0, sign * eigh(*given, **how)[1]))
+        assert np.array_equal(foreground.by_ncut(features, (ROWS, COLUMNS), 0)[0], inside)
+
+
 def test_no_patch_moved_to_the_other_side_makes_a_smaller_normalised_cut() -> None:
     features, _ = blobs(0.05)
     joined = np.where(features @ features.T > foreground.TAU, 1.0, foreground.EPSILON)
@@ -134,7 +148,7 @@ def test_foregrounds_are_scored_against_all_boxes_and_boxes_against_one() -> Non
     inside = boxed.covered(objects, (ROWS, COLUMNS), 4)
     _, mask = blobs(0)
     assert inside.sum() == 21 and foreground._iou((mask, (2, 3)), inside) == 20 / (22 + 21 - 20)
-    assert foreground._hit((mask, (2, 3)), objects) == 1 and foreground._hit((mask, (6, 9)), objects) == 0
+    assert foreground._hit((mask, (2, 3)), objects) == 1 and foreground._hit((mask, (0, 9)), objects) == 0
     nothing = np.zeros((0, 4))
     assert np.isnan(foreground._hit((mask, (2, 3)), nothing)) and np.isnan(foreground._iou((mask, (2, 3)), 0 * inside))
 
@@ -194,3 +208,13 @@ def test_what_goes_to_a_constant_key_stays_there() -> None:
     map_BN, constant_B = rollout.split(looked, rollout.rolled_out(looked, 0))
     torch.testing.assert_close(map_BN.float(), product[:, 0, 1:5])
     torch.testing.assert_close(constant_B.float(), product[:, 0, 5])
+
+
+def test_the_documented_figures_are_the_recorded_ones() -> None:
+    recorded = json.loads((ROOT / "benchmarks" / "dense.json").read_text("utf-8"))
+    lines = [line for of_folders in recorded.values() for line in dense.table(of_folders)]
+    page = (ROOT / "docs" / "evaluation.md").read_text("utf-8").split("\n")
+    names = {name for of_folders in recorded.values() for found in of_folders.values() for name in found["figures"]}
+    shown = [line for line in page if line.startswith("| ") and line.split("|")[1].strip() in names]
+    assert len(shown) == 17 + 8 + 16 and set(shown) <= set(lines)
+    assert page.count(lines[0]) == 3
