@@ -424,6 +424,36 @@ class LostOptions(EvaluateOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CorrespondenceOptions(EvaluateOptions):
+    """Options of `eval correspondence`."""
+
+    block: Sequence[int] | None = option(
+        None, "Features of this block, from 0 (default: the last four). May be repeated.", type="list[int] | None"
+    )
+    kind: Sequence[str] | None = option(
+        None, "tokens, queries, keys or values (default: all). May be repeated.", type="list[str] | None"
+    )
+    warp: Sequence[str] | None = option(
+        None, "homography or mirror (default: both). May be repeated.", type="list[str] | None"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForegroundOptions(EvaluateOptions):
+    """Options of `eval foreground`."""
+
+    block: Sequence[int] | None = option(
+        None, "Features of this block, from 0 (default: the last four). May be repeated.", type="list[int] | None"
+    )
+    kind: Sequence[str] | None = option(
+        None, "tokens, queries, keys or values (default: all). May be repeated.", type="list[str] | None"
+    )
+    method: Sequence[str] | None = option(
+        None, "kmeans or ncut (default: both). May be repeated.", type="list[str] | None"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SegmentOptions(EvaluateOptions):
     """Options of `eval segment`."""
 

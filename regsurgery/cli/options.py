@@ -32,8 +32,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors, and the output of --json.")]
 
 TYPES = {"bool": bool, "int": int, "float": float, "str": str, "Path": Path, "list[str]": list[str],
-         "list[float]": list[float]}  # fmt: skip
-METAVARS = {"int": "N", "float": "X", "Path": "PATH", "list[float]": "X"}  # texts: `Flag.metavar`, or the field's name
+         "list[int]": list[int], "list[float]": list[float]}  # fmt: skip
+# Of texts: `Flag.metavar`, or the field's name.
+METAVARS = {"int": "N", "list[int]": "N", "float": "X", "list[float]": "X", "Path": "PATH"}
 
 
 def takes(options: type[Any], hide: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from regsurgery.verification.verdict import Verdict
 
 BAR_WIDTH = 16
+UNLIMITED = 10_000  # columns, to ask how wide a table would be
 PLAIN_EVERY = 10.0  # seconds between two lines about the same stage, if no bar can be drawn
 
 
@@ -198,28 +199,16 @@ class Screen(Progress):
         self.out.print("the surgery is in effect" if seen else "the surgery is not in effect")
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        from regsurgery.evaluation.result import FIGURES, INTERVAL, caption, cells
+        from regsurgery.cli.tables import evaluation_table, with_places_below
+        from regsurgery.evaluation.result import caption, cells
 
         if self.as_json:
             print(json.dumps(evaluation.as_dict(), indent=2))
         self.out.print(caption(evaluation), soft_wrap=True)
         head, body = cells(evaluation)
-        table = Table(
-            *(name for name in head if name != INTERVAL), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
-        )
-        table.columns[0].overflow = "fold"
-        for column in table.columns[1:]:  # if it is too wide, the names are what wraps
-            column.no_wrap = True
-            if column.header in FIGURES:
-                column.justify = "right"
-        for row in body:
-            shown: list[str] = []
-            for name, cell in zip(head, row, strict=True):
-                if name != INTERVAL:
-                    shown.append(cell)
-                elif cell:  # an interval goes below its figure
-                    shown[-1] += f"\n{cell}"
-            table.add_row(*map(Text, shown))  # verbatim: [ms] is not markup
+        table = evaluation_table(head, body)
+        if self.out.measure(table, options=self.out.options.update(max_width=UNLIMITED)).maximum > self.out.width:
+            table = evaluation_table(*with_places_below(head, body))
         self.out.print(table)
         for line in (evaluation.expectation, *evaluation.notes):
             if line:

@@ -1,12 +1,13 @@
-"""The tables of `regsurgery recipes` and `regsurgery families`."""
+"""The tables of `regsurgery recipes`, `regsurgery families` and `regsurgery eval`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from regsurgery.cli.console import console
 from regsurgery.families import FAMILIES, REFUSED
@@ -24,6 +25,42 @@ def recipe_table(found: Mapping[str, Recipe]) -> None:
     for name, recipe in found.items():
         table.add_row(name, recipe.model, f"{recipe.num_neurons} in {in_blocks(recipe.register_neurons)}")
     console().print(table)
+
+
+def evaluation_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> Table:
+    """The `cells` of an evaluation, every interval below its figure. If it is too wide, the first column wraps."""
+    from regsurgery.evaluation.result import FIGURES, INTERVAL
+
+    table = Table(
+        *(name for name in head if name != INTERVAL), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:]:
+        column.no_wrap = True
+        if column.header in FIGURES:
+            column.justify = "right"
+    for row in body:
+        shown: list[str] = []
+        for name, cell in zip(head, row, strict=True):
+            if name != INTERVAL:
+                shown.append(cell)
+            elif cell:
+                shown[-1] += f"\n{cell}"
+        table.add_row(*map(Text, shown))  # verbatim: [ms] is not markup
+    return table
+
+
+def with_places_below(head: Sequence[str], body: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """The same cells in fewer columns: block, head or setting below the name of the figure."""
+    from regsurgery.evaluation.result import COLUMNS
+
+    count = next(index for index, name in enumerate(head) if name in COLUMNS)
+    below = [", ".join(filter(None, row[1:count])) for row in (head, *body)]
+    narrow = [
+        ["\n".join(filter(None, (row[0], places))), *row[count:]]
+        for row, places in zip((head, *body), below, strict=True)
+    ]
+    return narrow[0], narrow[1:]
 
 
 FAMILY_COLUMNS = ("library", "family", "models", "shift, bias", "native", "other sizes", "registers")

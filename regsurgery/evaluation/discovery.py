@@ -38,7 +38,9 @@ def _boxes(similarity_BNN: Tensor, height: int, width: int) -> np.ndarray:
     seed_B1, similar_BN = seeds(similarity_BNN)
     votes_BN = (similar_BN[:, None].to(similarity_BNN) @ similarity_BNN)[:, 0]
     mask_BHW = (votes_BN > 0).reshape(batch, height, width).cpu().numpy()
-    return np.stack([_box(mask_HW, divmod(int(seed), width)) for mask_HW, seed in zip(mask_BHW, seed_B1, strict=True)])
+    return np.stack(
+        [box_around(mask_HW, divmod(int(seed), width)) for mask_HW, seed in zip(mask_BHW, seed_B1, strict=True)]
+    )
 
 
 def seeds(similarity_BNN: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +58,7 @@ def seeds(similarity_BNN: Tensor) -> tuple[Tensor, Tensor]:
     return seed_B1, to_seed_BN & eligible_BN
 
 
-def _box(mask_HW: np.ndarray, seed: tuple[int, int]) -> np.ndarray:
+def box_around(mask_HW: np.ndarray, seed: tuple[int, int]) -> np.ndarray:
     """The box around the region of `mask_HW`, connected by patch sides, that has the seed; else around the seed."""
     from scipy import ndimage
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from regsurgery.errors import UserError
 from regsurgery.evaluation.discovery import boxes, found
 from regsurgery.evaluation.own_size import by_size
+from regsurgery.evaluation.patch_features import OF_ATTENTION, checked_kinds, chosen_blocks, patch_features
 from regsurgery.evaluation.result import Result
-from regsurgery.evaluation.voc import boxes_of_image
+from regsurgery.evaluation.voc import objects_of
 from regsurgery.interval import Figures, Row, Values
-from regsurgery.verification.observing import Observation, check_block
+from regsurgery.verification.observing import Observation
 from regsurgery.verification.pair import Pair
 from regsurgery.verification.verdict_text import share_text
 
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from regsurgery.images.image_set import ImageSet
     from regsurgery.progress import Progress
 
-LAST_BLOCKS = 4
-KINDS = ("queries", "keys", "values")
 BIASES = (0.0, -0.2, -0.4)
 SHOWN = 16  # images whose boxes are kept, for pictures
 Setting = tuple[tuple[str, int | str], ...]
@@ -45,7 +43,7 @@ def evaluate(
     progress: Progress,
     seed: int,
     block: int | None = None,
-    kind: Sequence[str] = KINDS,
+    kind: Sequence[str] = OF_ATTENTION,
     bias: Sequence[float] = BIASES,
 ) -> Result:
     """CorLoc: the share of images whose box has an IoU of 0.5 or more with one of their objects.
@@ -53,21 +51,16 @@ def evaluate(
     Args:
         images: `DIR/JPEGImages/NAME.jpg` with objects in `DIR/Annotations/NAME.xml`; images without are left out.
         block: by default each of the last four.
-        kind: some of `KINDS`, as attention reads them, all heads together.
+        kind: some of `OF_ATTENTION`, as attention reads them, all heads together.
         bias: numbers added to the similarity (cosine) of any two patches; each is tried.
 
     Raises:
         UserError: the images have no annotations, or a setting is not valid.
         UnsupportedModelError: the model takes only one image size.
     """
-    unknown = sorted(set(kind) - set(KINDS))
-    if unknown:
-        raise UserError(f"eval lost: '{unknown[0]}' is not a kind of feature; choose from {', '.join(KINDS)}")
-    depth = pair.original.num_blocks
-    blocks = range(max(0, depth - LAST_BLOCKS), depth) if block is None else [check_block(pair.original, block)]
-    objects = {name: boxes_of_image(Path(name)) for name, _ in images.source.items(images.chosen)}
-    if not any(map(len, objects.values())):
-        raise UserError(f"{images.note}: their annotations have no objects to discover; give images with objects")
+    checked_kinds("lost", kind, OF_ATTENTION)
+    blocks = chosen_blocks(pair, None if block is None else [block])
+    objects = objects_of(images)
     shown = dict.fromkeys(list(objects)[:SHOWN])
     figures = Figures(seed)
     progress.stage("lost", images.num_images)
@@ -95,16 +88,10 @@ def _drawn(side: Observation, blocks: Sequence[int], kinds: Sequence[str], biase
     rows, columns = side.subject.grid
     drawn: dict[Setting, np.ndarray] = {}
     for block, kind in itertools.product(blocks, kinds):
-        given = boxes(_features(side, block, kind), rows, columns, biases) * side.subject.patch_size
+        given = boxes(patch_features(side, block, kind), rows, columns, biases) * side.subject.patch_size
         for bias, boxes_B4 in zip(biases, given, strict=True):
             drawn[("block", block), ("features", kind), ("bias", f"{bias:g}")] = boxes_B4
     return drawn
-
-
-def _features(side: Observation, block: int, kind: str) -> Tensor:
-    """All heads' queries, keys or values of the patches, `[B, N, D]`."""
-    features_BATC = {"queries": side.queries, "keys": side.keys, "values": side.values}[kind](block)
-    return features_BATC[:, :, side.subject.attended_patches].transpose(1, 2).flatten(2)
 
 
 def _hits(boxes_B4: np.ndarray, names: Sequence[str], objects: dict[str, np.ndarray]) -> Tensor:

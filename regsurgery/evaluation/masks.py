@@ -7,19 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from regsurgery.errors import UserError, in_short
-from regsurgery.images.decoding import decode, opened, orientation
+from regsurgery.evaluation.squeezed import squeezed, stacked
+from regsurgery.images.decoding import opened, orientation
 from regsurgery.images.image_set import ImageSet
 from regsurgery.images.sources import UNREADABLE
-from regsurgery.verification.pair import Pair, normalisation, pixels_of
+from regsurgery.verification.pair import Pair
 
 FOLDERS = ("SegmentationClass", "masks")
 IGNORED = 255
-BATCH = 8
 # EXIF orientations that swap width and height, as in `PIL.ImageOps.exif_transpose`.
 TURNS = {
     5: Image.Transpose.TRANSPOSE,
@@ -63,25 +62,11 @@ def with_masks(images: ImageSet, folder: Path | None) -> tuple[ImageSet, dict[st
 
 
 def batches(pair: Pair, images: ImageSet, paths: Mapping[str, Path]) -> Iterator[MaskedBatch]:
-    mean_311, scale_311 = normalisation(pair.loaded)
     height, width = pair.original.image_size
-    items = list(images.source.items(images.chosen))
-    for start in range(0, len(items), BATCH):
-        numbers, pixels, masks = [], [], []
-        for number, (name, content) in enumerate(items[start : start + BATCH], start):
-            try:
-                image = decode(content)
-            except UNREADABLE as error:
-                images.broken[name] = in_short(error)
-                images.say(f"skipped {name}: {images.broken[name]}")
-                continue
-            mask = upright_mask(paths[name], image, orientation(content))
-            numbers.append(number)
-            squeezed = image.resize((width, height), Image.Resampling.BICUBIC)
-            pixels.append((pixels_of(squeezed) - mean_311) * scale_311)
-            masks.append(np.asarray(mask.resize((width, height), Image.Resampling.NEAREST)))
-        if numbers:
-            yield MaskedBatch(numbers, torch.stack(pixels).to(pair.traced.example[0].dtype), np.stack(masks))
+    for batch in squeezed(pair, images):
+        masks = [upright_mask(paths[one.name], one.image, orientation(one.content)) for one in batch]
+        resized = [np.asarray(mask.resize((width, height), Image.Resampling.NEAREST)) for mask in masks]
+        yield MaskedBatch([one.number for one in batch], stacked(batch), np.stack(resized))
 
 
 def upright_mask(path: Path, image: Image.Image, turned: int) -> Image.Image:

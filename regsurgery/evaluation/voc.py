@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from regsurgery.errors import UserError, in_short
 
+if TYPE_CHECKING:
+    from regsurgery.images.image_set import ImageSet
+
 MAX_ANNOTATION_BYTES = 1 << 20
 EDGES = ("xmin", "ymin", "xmax", "ymax")
+
+
+def objects_of(images: ImageSet) -> dict[str, np.ndarray]:
+    """The boxes of the objects in each image, by the image's name, `[G, 4]`; some may have none, but not all.
+
+    Raises:
+        UserError: an annotation is missing or broken, or no image has objects.
+    """
+    objects = {name: boxes_of_image(Path(name)) for name, _ in images.source.items(images.chosen)}
+    if not any(map(len, objects.values())):
+        raise UserError(f"{images.note}: their annotations have no objects to discover; give images with objects")
+    return objects
 
 
 def boxes_of_image(path: Path) -> np.ndarray:

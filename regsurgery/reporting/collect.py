@@ -17,6 +17,7 @@ from torch import Tensor
 from regsurgery.compiler.outliers import token_norms
 from regsurgery.errors import UnsupportedModelError
 from regsurgery.evaluation import discovery
+from regsurgery.evaluation.patch_features import patch_features
 from regsurgery.reporting.components import colours
 from regsurgery.reporting.packing import size_of_maps
 from regsurgery.verification.observing import Observation
@@ -176,8 +177,7 @@ def _boxes(seen: Sequence[Observation], lost: Lost) -> list[dict[str, Box]]:
     found: list[dict[str, Box]] = []
     for side, observation in zip(SIDES, seen, strict=True):
         subject = observation.subject
-        heads_BATC = getattr(observation, lost.kind)(lost.block)
-        features_BND = heads_BATC.transpose(1, 2).flatten(2)[:, subject.attended_patches]
+        features_BND = patch_features(observation, lost.block, lost.kind)
         rows, columns = subject.grid
         found = found or [{} for _ in features_BND]
         for boxes, (left, top, right, bottom) in zip(

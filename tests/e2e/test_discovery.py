@@ -1,4 +1,4 @@
-"""`eval lost`, `probe`, `knn`, `segment` and `shift-map` on the patched demo; `lost` on photos."""
+"""Dense tasks of `eval`, frozen features and `shift-map` on the patched demo; some of them on photos."""
 
 from __future__ import annotations
 
@@ -155,6 +155,98 @@ def test_lost_names_what_is_missing(pair: Pair, voc: Path, tmp_path: Path) -> No
         figures(pair, "lost", voc, kind=["key"])
 
 
+# --- foreground, rollout and correspondence --------------------------------------------------------------------------
+
+
+def in_boxes() -> float:
+    """The share of a picture's pixels that are in a box, mean over those with objects."""
+    shares = []
+    for index, (width, height) in enumerate(SIZES):
+        canvas = np.zeros((height, width))
+        canvas[: height // 2, : width // 2] = canvas[7:70, 19:90] = 1
+        if index != 4:
+            shares.append(canvas.mean())
+    return float(np.mean(shares))
+
+
+def test_foregrounds_and_rollout_are_measured_beside_chance(
+    patched: Path, pair: Pair, voc: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["regsurgery", "eval", "foreground", str(patched), "--images", str(voc), "--block", "2", "--block", "-1"]
+    assert run([*command, "--kind", "keys", "--method", "kmeans", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    by_setting = {(each["name"], *each["where"].values()): each for each in printed["figures"]}
+    assert printed["num_images"] == len(SIZES) and len(printed["figures"]) == len(by_setting) == 2 * (1 + 2)
+    assert ("foreground IoU", 3, "keys", "kmeans") in by_setting
+    whole = by_setting["foreground IoU", "", "", "whole image"]
+    assert whole["original"] == whole["patched"] and whole["original"]["n"] == 5
+    assert whole["original"]["value"] == pytest.approx(in_boxes(), abs=0.02)
+    for name in ("original", "patched"):
+        assert 0 < by_setting["foreground IoU", 2, "keys", "kmeans"][name]["value"] < 1
+
+    found, _ = figures(pair, "rollout", voc)
+    maps = {(row.name, row.where["map"]): row for row in found.rows}
+    assert len(maps) == 8 and found.num_images == len(SIZES)
+    for (name, of), row in maps.items():
+        assert row.original is not None and row.patched is not None and row.patched.n == 5
+        if name == "to registers":
+            assert row.original.value == 0 and row.patched.value > 0.001
+        elif of == "uniform":
+            assert row.original == row.patched
+            assert row.original.value == pytest.approx(in_boxes(), abs=0.04), "middles of patches count"
+        elif name == "in the boxes":
+            assert row.original.value != row.patched.value
+
+
+@torch.no_grad()
+def expected_pck(model: Any, pixels: torch.Tensor) -> float:
+    """Of patches of mirror images, with hooks and loops."""
+    kept: list[torch.Tensor] = []
+    hook = model.vit.layers[BLOCK].register_forward_hook(lambda module, args, output: kept.append(output))
+    model(pixels), model(pixels.flip(-1))
+    hook.remove()
+    hits = []
+    for image, mirrored in zip(*kept, strict=True):
+        for patch in range(144):
+            cosines = torch.cosine_similarity(mirrored[1 + patch][None], image[1:145], dim=-1)
+            row, column = divmod(int(cosines.argmax()), 12)
+            true_row, true_column = patch // 12, 11 - patch % 12
+            hits.append(abs(row - true_row) + abs(column - true_column) <= 1)
+    return float(np.mean(hits))
+
+
+def test_correspondences_are_those_of_the_written_models(
+    patched: Path, demo_folder: Path, pair: Pair, voc: Path
+) -> None:
+    from transformers import ViTForImageClassification
+
+    images = image_set(voc / "JPEGImages")
+    found, _ = figures(pair, "correspondence", voc / "JPEGImages", block=[BLOCK], kind=["tokens"])
+    of = {(row.name, row.where["warp"]): row for row in found.rows}
+    assert len(of) == 6
+    pixels = torch.cat([batch.pixels for batch in pair.batches(images)])
+    models = {"original": ViTForImageClassification.from_pretrained(demo_folder), "patched": regsurgery.load(patched)}
+    for side, model in models.items():
+        given = getattr(of["PCK, one patch", "mirror"], side)
+        assert given.value == pytest.approx(expected_pck(model.eval(), pixels), abs=0.005) and given.n == len(SIZES)
+    for warp in ("homography", "mirror"):
+        near, tenth, outliers = (of[f"PCK, {name}", warp] for name in ("one patch", "a tenth", "outlier patches"))
+        assert near.patched is not None and tenth.patched is not None and near.patched.value <= tenth.patched.value
+        assert outliers.original is not None and outliers.patched is not None
+        assert outliers.original.value < outliers.patched.value and outliers.patched.n < len(SIZES)
+
+
+def test_settings_of_dense_tasks_that_do_not_exist_are_named(pair: Pair, voc: Path) -> None:
+    with pytest.raises(UserError, match="there is no warp 'shear'; choose from homography, mirror"):
+        figures(pair, "correspondence", voc, warp=["shear"])
+    with pytest.raises(UserError, match="there is no method 'cut'; choose from kmeans, ncut"):
+        figures(pair, "foreground", voc, method=["cut"])
+    with pytest.raises(UserError, match="eval foreground: 'key' is not a kind of feature; choose from tokens, queries"):
+        figures(pair, "foreground", voc, kind=["key"])
+    with pytest.raises(UserError, match="block 9 does not exist"):
+        figures(pair, "correspondence", voc, block=[9])
+
+
 def run(command: list[str]) -> int:
     before, sys.argv = sys.argv, command
     try:
@@ -286,20 +378,39 @@ def test_an_unpatched_model_has_nothing_to_move() -> None:
 # --- photos ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.real
-def test_lost_finds_more_objects_on_photos_after_the_shift(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 of the 91 photos of the most frequent size, so that one size is traced."""
-    source, root = shared("images", "voc2007-subset"), tmp_path / "voc"
+    source, root = shared("images", "voc2007-subset"), tmp_path_factory.mktemp("photos") / "voc"
     (root / "JPEGImages").mkdir(parents=True)
     (root / "Annotations").symlink_to(source / "Annotations")
-    photos = [path for path in sorted((source / "JPEGImages").iterdir()) if PIL.Image.open(path).size == (500, 375)]
-    for path in photos[:40]:
+    found = [path for path in sorted((source / "JPEGImages").iterdir()) if PIL.Image.open(path).size == (500, 375)]
+    for path in found[:40]:
         (root / "JPEGImages" / path.name).symlink_to(path)
-    folder = tmp_path / "patched"
-    model = str(shared("models", "vit-tiny-timm"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ViT-Ti in the paper's setting."""
+    model, folder = str(shared("models", "vit-tiny-timm")), tmp_path_factory.mktemp("real") / "patched"
     regsurgery.patch(model, folder, recipe=Recipe({7: (417,)}), verification=False)
-    evaluation = evaluate(folder, "lost", images=root, block=8, kind=["keys"], bias=[-0.2])
+    return folder
+
+
+@pytest.mark.real
+def test_lost_finds_more_objects_on_photos_after_the_shift(real: Path, photos: Path) -> None:
+    evaluation = evaluate(real, "lost", images=photos, block=8, kind=["keys"], bias=[-0.2])
     corloc = evaluation["CorLoc"]
     assert corloc.original is not None and corloc.patched is not None and corloc.difference is not None
     assert corloc.patched.n == 40
     assert corloc.difference.low is not None and corloc.difference.low > 0.1, corloc
+
+
+@pytest.mark.real
+def test_the_normalised_cut_of_photos_is_cut_off_outliers_before_the_shift(real: Path, photos: Path) -> None:
+    found = evaluate(real, "foreground", images=photos, num_images=16, block=[8], kind=["values"], method=["ncut"])
+    for name in ("CorLoc", "foreground IoU"):
+        (row,) = found.select(name, method="ncut")
+        assert row.original is not None and row.original.value < 0.1, row
+        assert row.difference is not None and row.difference.low is not None and row.difference.low > 0.1, row

@@ -209,9 +209,10 @@ def test_python_blocks_run(
     sys.modules.pop("modeling_regsurgery", None)
 
 
-def test_the_picture_is_drawn(folders: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", ["picture.py", "features_picture.py"])
+def test_the_pictures_are_drawn(folders: Callable[[str], Path], tmp_path: Path, script: str) -> None:
     photos = write_noise(tmp_path, 4)
-    draw = runpy.run_path(str(ROOT / "docs" / "picture.py"))["draw"]
+    draw = runpy.run_path(str(ROOT / "docs" / script))["draw"]
     draw(str(folders("demo-patched")), str(photos), 2).savefig(tmp_path / "picture.png")
     with Image.open(tmp_path / "picture.png") as picture:
         assert picture.width > 500
