@@ -420,41 +420,34 @@ class _StripsRegisters(_Grafted):
         return strip_registers(hidden, (1,), self._count.among(hidden.shape[1]), self._start)
 
 
-class _StripsAttention(_Grafted):
-    """Strips the attention maps that an attention module also returns; their rows then sum to less than 1."""
-
-    _count: RegisterCount
-    _start: int | None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward(*args, **kwargs)  # type: ignore[misc]
-        if not isinstance(output, tuple):
-            return output
-        return tuple(_without_map(part, self._count, self._start) for part in output)
-
-
-def _without_map(part: Any, count: RegisterCount, start: int | None) -> Any:
-    if not isinstance(part, Tensor) or part.ndim != 4:
-        return part
-    return strip_registers(part, (2, 3), count.among(part.shape[-1]), start)
-
-
-class _PadsArguments(_Grafted):
-    """Attention that may be given a mask or bias over pairs of tokens, `[..., T or 1, T]`, without registers.
+class _TakesMoreTokens(_Grafted):
+    """Attention that may be given a mask or bias over pairs of tokens, `[..., T or 1, T]`, without registers, and may
+    return attention maps, from which they are cut off; the rows of a map then sum to less than 1.
 
     A mask is what the attention calls so; transformers makes one, for exports and flex attention, before there are
-    registers. Of a bias nothing but its shape is known, so all arguments are looked at where biases are given.
+    registers. Of a bias nothing but its shape is known, so all arguments are looked at where biases are given. One
+    class for both, and no more than needed where there is neither: every call takes time, in every block.
     """
 
     _count: RegisterCount
     _start: int | None
     _mask_at: list[int]
     _biased: bool
+    _strips: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        masked = len(args) > 1 or any(value is not None and "mask" in name for name, value in kwargs.items())
-        if not masked and not self._biased:  # as a rule, and once a block
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        looked_at = self._biased or len(args) > 1
+        for name in kwargs:
+            if "mask" in name and kwargs[name] is not None:
+                looked_at = True
+        if looked_at:
+            args, kwargs = self._longer(args, kwargs)
+        output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if self._strips and isinstance(output, tuple):
+            return tuple(_without_map(part, self._count, self._start) for part in output)
+        return output
+
+    def _longer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden = args[0] if args else next(iter(kwargs.values()))
         num_registers = self._count.among(hidden.shape[1])
 
@@ -463,10 +456,16 @@ class _PadsArguments(_Grafted):
                 return value
             return _padded(value, hidden.shape[1] - num_registers, num_registers, self._start)
 
-        return super().forward(  # type: ignore[misc]
-            *(padded(value, at in self._mask_at) for at, value in enumerate(args)),
-            **{name: padded(value, "mask" in name) for name, value in kwargs.items()},
+        return (
+            tuple(padded(value, at in self._mask_at) for at, value in enumerate(args)),
+            {name: padded(value, "mask" in name) for name, value in kwargs.items()},
         )
+
+
+def _without_map(part: Any, count: RegisterCount, start: int | None) -> Any:
+    if not isinstance(part, Tensor) or part.ndim != 4:
+        return part
+    return strip_registers(part, (2, 3), count.among(part.shape[-1]), start)
 
 
 def _padded(value: Any, num_tokens: int, num_registers: int, start: int | None) -> Any:
@@ -680,7 +679,7 @@ def operate(model: nn.Module, surgery: Mapping[str, Any], *, keep_registers: boo
         tower.register_parameter(ATTENTION_CONSTANTS, nn.Parameter(zeros_LD))
         one = RegisterCount(1, num_prefix=num_prefix)
         readers = [layout["attentions"][block] for block in blocks]
-        _make_room(tower, readers, layout, one, start)
+        _make_room(tower, readers, layout, one, start, strips=False)
         for index, path in enumerate(readers):
             _graft(tower.get_submodule(path), _AttendsToConstant, _added=_Constants(tower, index, start))
         _graft(tower, _HoldsParameter, _readers=readers)
@@ -697,9 +696,7 @@ def operate(model: nn.Module, surgery: Mapping[str, Any], *, keep_registers: boo
         _graft(tower.get_submodule(layout["strip"]), _StripsRegisters, **where)
         for collector in _collectors(model, tower, layout):
             _graft(collector, _StripsHiddenStates, _start=start)
-    for path in layout["attentions"]:
-        _graft(tower.get_submodule(path), _StripsAttention, **where)
-    _make_room(tower, layout["attentions"], layout, count, start)
+    _make_room(tower, layout["attentions"], layout, count, start, strips=True)
     return model
 
 
@@ -719,11 +716,20 @@ def _collectors(model: nn.Module, tower: nn.Module, layout: Mapping[str, Any]) -
 
 
 def _make_room(
-    tower: nn.Module, attentions: Sequence[str], layout: Mapping[str, Any], count: RegisterCount, start: int | None
+    tower: nn.Module,
+    attentions: Sequence[str],
+    layout: Mapping[str, Any],
+    count: RegisterCount,
+    start: int | None,
+    *,
+    strips: bool,
 ) -> None:
     """Make attention that uses positions, or biases over pairs of tokens, accept more tokens.
 
     A bias is either made inside the attention or given to it.
+
+    Args:
+        strips: cut the further tokens off the attention maps that it returns.
     """
     where: dict[str, Any] = {"_count": count, "_start": start}
     everywhere = layout["attentions"]
@@ -740,7 +746,7 @@ def _make_room(
                 _graft(maker, _PadsOwnBias if own else _PadsBias, **where)
         names = list(inspect.signature(module.forward).parameters)
         masks = [at for at, name in enumerate(names) if "mask" in name]
-        _graft(module, _PadsArguments, **where, _mask_at=masks, _biased=bool(given))
+        _graft(module, _TakesMoreTokens, **where, _mask_at=masks, _biased=bool(given), _strips=strips)
 
 
 def _inside(path: str, module: str) -> bool:
