@@ -32,10 +32,9 @@ def any_size(format: str, mode: Mode) -> bool:
     return format not in PROGRAMS and not (format == "open_clip" and mode.stock)
 
 
-def require(format: str) -> None:
-    """Raise `UserError` if a package is not installed that the format needs."""
+def require(format: str, what: str | None = None) -> None:
+    """Raise `UserError` if a package is not installed that the format, or `what` is made with it, needs."""
     missing = [name for name in EXTRAS.get(format, ()) if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(
-            f"format {format}: needs {' and '.join(missing)}; install with: pip install 'regsurgery[{format}]'"
-        )
+        what = what or f"format {format}"
+        raise UserError(f"{what}: needs {' and '.join(missing)}; install with: pip install 'regsurgery[{format}]'")

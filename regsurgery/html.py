@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from importlib import resources
 from typing import TYPE_CHECKING
 
 from regsurgery.plain import line
@@ -19,3 +21,14 @@ def html_template(name: str) -> Template:
     )
     environment.filters["line"] = line
     return environment.get_template(name)
+
+
+def inline(*names: str) -> str:
+    """Files of ours, one after another, for a style or script element."""
+    folder = resources.files("regsurgery") / "templates"
+    return "".join((folder / name).read_text("utf-8") for name in names)
+
+
+def inline_json(value: object) -> str:
+    """JSON that is safe inside a script element."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

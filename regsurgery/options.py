@@ -481,6 +481,8 @@ class ReportOptions(ImageOptions):
         block: of LOST's features; default: the fourth from the end.
         kind: of LOST's features: keys, queries or values.
         bias: added to LOST's similarities.
+        live: also write a page that runs both models in the browser, see `reporting.live`.
+        onnxruntime_web: the archive of onnxruntime-web for that page; by default it is fetched once.
     """
 
     num_images: int | None = option(16, "Maximum number of images.", min=1)
@@ -489,8 +491,22 @@ class ReportOptions(ImageOptions):
     block: int | None = option(None, "Block of LOST's features (default: the fourth from the end).")
     kind: str = option("keys", "LOST's features: keys, queries or values.")
     bias: float = option(-0.2, "Number added to LOST's similarities.")
+    live: bool = option(False, "Also write a page that runs both models in the browser, on photos of its reader.")
+    onnxruntime_web: str | Path | None = option(
+        None,
+        "For --live: the file that npm pack onnxruntime-web writes (default: fetched once from the npm registry).",
+        type="Path | None",
+        metavar="FILE",
+    )
 
     HIDDEN = ("allow_pickle", "revision", "image_size", "seed", *READING)
+
+    def checked(self) -> None:
+        super().checked()
+        if self.live:
+            require("onnx", "--live")
+        elif self.onnxruntime_web is not None:
+            raise UserError(f"--onnxruntime-web {self.onnxruntime_web}: goes with --live")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -575,6 +591,9 @@ class PushOptions:
         create_pr: open a pull request instead.
         force: replace the contents of a repository that regsurgery did not write.
         dry_run: list files and sizes without pushing.
+        space: push the report, and its live page if it has one, as a static Space too; see `hub.space`.
+        space_name: USER/NAME of the Space; default: the repository's, with `-report` after it.
+        report: the report's file; default: where `report` writes it.
     """
 
     private: bool | None = option(
@@ -585,12 +604,22 @@ class PushOptions:
     create_pr: bool = option(False, "Open a pull request instead.")
     force: bool = option(False, "Replace the contents of a repository that regsurgery did not write.")
     dry_run: bool = option(False, "List files and sizes without pushing.")
+    space: bool = option(False, "Push the report, its photos and its live page as a static Space too.")
+    space_name: str | None = option(None, "Of the Space (default: USER/NAME-report).", metavar="USER/NAME")
+    report: str | Path | None = option(
+        None, "For --space: the report (default: FOLDER-report.html).", type="Path | None", metavar="FILE"
+    )
     progress: Progress = field(default_factory=Progress, compare=False)
 
     HIDDEN: ClassVar[tuple[str, ...]] = ()
 
     def checked(self) -> None:
-        """Nothing to check without the Hub."""
+        """Raise `UserError` for options that do not go together."""
+        for name in ("space_name", "report"):
+            if getattr(self, name) is not None and not self.space:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: goes with --space")
+        if self.space and (self.create_pr or self.revision is not None):
+            raise UserError("--space: goes to the Space's main branch; leave out --revision and --create-pr")
 
 
 def takes(options: type[Any]) -> Callable[[Callable[..., Result]], Callable[..., Result]]:

@@ -12,9 +12,8 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from regsurgery.backends.pt2 import CONFIG_NAME, input_names, lower, write_config
+from regsurgery.backends.pt2 import CONFIG_NAME, input_names, lowered, write_config
 from regsurgery.errors import CheckpointError, UnsupportedModelError
 from regsurgery.formats import require
 
@@ -92,9 +91,9 @@ def emit(surgery: Surgery, folder: Path, target: Path) -> None:
     """
     from onnxscript import ir
 
-    model = _export(surgery)
-    _transpose_weights(model.graph)
-    _strip(model)
+    traced = surgery.traced
+    module, called = with_reshapes(surgery.graph_module), f"format onnx: {surgery.loaded.source.id}"
+    model = exported(module, traced.example, input_names(surgery), traced.output_names, called)
     num_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     ir.save(model, folder / PROGRAM_NAME, external_data=WEIGHTS_NAME if num_bytes > MAX_ONE_FILE_BYTES else None)
     write_config(surgery, folder, "onnx")
@@ -130,10 +129,10 @@ def state(folder: Path) -> dict[str, Tensor]:
 def reload(folder: Path, config: dict[str, Any], *, trusted: bool = False) -> nn.Module:
     """The program in onnxruntime on the CPU, as a module: positional tensors in, a dict of tensors out."""
     require("onnx")
-    return _Session(folder / PROGRAM_NAME).eval()
+    return Session(folder / PROGRAM_NAME).eval()
 
 
-class _Session(nn.Module):
+class Session(nn.Module):
     """An onnxruntime session that takes and returns tensors."""
 
     def __init__(self, path: Path) -> None:
@@ -162,28 +161,39 @@ def _reason(error: Exception) -> str:
     return str(error).strip().splitlines()[0].removeprefix("[ONNXRuntimeError] : ")
 
 
-def _export(surgery: Surgery) -> Any:
-    """The patched graph as an `onnxscript.ir.Model`."""
-    names = list(surgery.traced.output_names)
+def exported(
+    module: nn.Module, inputs: Sequence[Tensor], input_names: Sequence[str], output_names: Sequence[str], called: str
+) -> Any:
+    """A module that runs graphs of ours as an `onnxscript.ir.Model`, the same on every machine; its batch is dynamic.
+
+    Args:
+        module: returns a dict; its graphs went through `with_reshapes`.
+        inputs: an example, of any batch size.
+        called: the model, for the message.
+
+    Raises:
+        UnsupportedModelError: the exporter cannot translate a node of the graph to ONNX.
+    """
+    names = list(output_names)
     try:
         # The exporter decomposes attention, and the result has other strides than the fused kernel's output: a view of
         # it that was traced for the kernel fails (BEiT's relative biases). So it is traced with the parts' strides.
         with _quiet(), sdpa_kernel(SDPBackend.MATH):
-            exported = torch.onnx.export(
-                lower(_with_reshapes(surgery)),
+            program = torch.onnx.export(
+                lowered(module, inputs),
                 dynamo=True,
                 custom_translation_table={aten.index_copy.default: _index_copy},
                 optimize=False,
-                input_names=input_names(surgery),
+                input_names=list(input_names),
                 output_names=names,
             )
     except torch.onnx.OnnxExporterError as error:
-        raise UnsupportedModelError(
-            f"format onnx: {surgery.loaded.source.id}: torch cannot export it to ONNX: {_cause(error)}"
-        ) from error
-    assert exported is not None
-    _name_outputs(exported.model.graph, names)
-    return exported.model
+        raise UnsupportedModelError(f"{called}: torch cannot export it to ONNX: {_cause(error)}") from error
+    assert program is not None
+    _name_outputs(program.model.graph, names)
+    _transpose_weights(program.model.graph)
+    _strip(program.model)
+    return program.model
 
 
 def _index_copy(x: Any, dim: int, index: Any, source: Any) -> Any:
@@ -199,13 +209,13 @@ def _index_copy(x: Any, dim: int, index: Any, source: Any) -> Any:
     return op.ScatterElements(x, op.Expand(index, op.Shape(source)), source, axis=-1)
 
 
-def _with_reshapes(surgery: Surgery) -> Surgery:
-    """The surgery with reshapes in place of views, which the model's own trace made for the fused kernel's strides."""
+def with_reshapes(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The graph with reshapes in place of views, which the model's own trace made for the fused kernel's strides."""
     graph = torch.fx.Graph()
-    graph.output(graph.graph_copy(surgery.graph_module.graph, {}))
+    graph.output(graph.graph_copy(graph_module.graph, {}))
     for node in graph.find_nodes(op="call_function", target=aten.view.default):
         node.target = aten.reshape.default
-    return replace(surgery, graph_module=torch.fx.GraphModule(surgery.graph_module, graph))
+    return torch.fx.GraphModule(graph_module, graph)
 
 
 def _name_outputs(graph: Any, names: list[str]) -> None:

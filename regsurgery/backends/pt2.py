@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from regsurgery.backends.modeling import UNKNOWN_CODE
 from regsurgery.backends.pt2_archive import foreign_part
@@ -42,11 +43,15 @@ model = move_to_device_pass(torch.export.load("{folder}/model.pt2"), device).mod
 
 def lower(surgery: Surgery) -> torch.export.ExportedProgram:
     """The patched graph with everything lowered to ATen: the fused nodes are traced through."""
-    traced = surgery.traced
-    example = tuple(value.expand(EXAMPLE_BATCH, *value.shape[1:]).clone() for value in traced.example)
+    return lowered(surgery.graph_module, surgery.traced.example)
+
+
+def lowered(module: nn.Module, inputs: Sequence[Tensor]) -> torch.export.ExportedProgram:
+    """A module that runs graphs of ours, with everything lowered to ATen; `inputs`: an example, of any batch size."""
+    example = tuple(value[:1].expand(EXAMPLE_BATCH, *value.shape[1:]).clone() for value in inputs)
     dynamic = tuple({0: torch.export.Dim.AUTO} for _ in example)
     with torch.no_grad():
-        program = torch.export.export(surgery.graph_module, example, dynamic_shapes=dynamic)
+        program = torch.export.export(module, example, dynamic_shapes=dynamic)
     for node in program.graph.nodes:
         if node.op == "call_function" and node.target in CALLABLES:
             raise PassError(f"lowering left the function {node.target} in the graph")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from rich import box
 from rich.console import Console
@@ -219,6 +221,14 @@ class Screen(Progress):
             print(json.dumps(report.as_dict(), indent=2))
         size = f"{report.size / 1e6:.1f} MB"
         self.out.print(f"wrote {report.path}: {report.num_images} images, {size}", soft_wrap=True)
+        if report.live is not None:
+            site, name = shlex.quote(str(report.live.parent)), quote(report.live.name)
+            self.out.print(
+                f"wrote {report.live}: {report.live_size / 1e6:.1f} MB; browsers load it from a server alone: "
+                f"`python -m http.server -b 127.0.0.1 -d {site}`, then open http://127.0.0.1:8000/{name}/",
+                soft_wrap=True,
+                markup=False,
+            )
 
     def surveyed(self, survey: Survey) -> None:
         if self.as_json:
@@ -325,6 +335,10 @@ class Screen(Progress):
     def pushed(self, pushed: Pushed) -> None:
         if self.as_json:
             print(json.dumps(pushed.as_dict(), indent=2))
+        for one in (pushed, *([] if pushed.space is None else [pushed.space])):
+            self._pushed_files(one)
+
+    def _pushed_files(self, pushed: Pushed) -> None:
         table = Table("file", "bytes", box=box.SIMPLE_HEAD)
         table.columns[1].justify = "right"
         for name, size in pushed.files.items():

@@ -7,9 +7,9 @@ repository holds the whole folder or none of it, and after a broken upload the n
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from regsurgery.checkpoints.reading import WEIGHT_SUFFIXES
 from regsurgery.checkpoints.sums import SUMS_NAME, check_sums, read_sums
@@ -17,6 +17,7 @@ from regsurgery.checkpoints.whole import temporary_folder
 from regsurgery.emit.run_record import RUN_RECORD_NAME, read_run_record
 from regsurgery.errors import CheckpointError, HubError
 from regsurgery.hub.client import check_name, client, told
+from regsurgery.hub.space import SPACE_RECORD, space_of
 from regsurgery.options import PushOptions, takes
 from regsurgery.version import __version__
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from regsurgery.progress import Progress
 
+Kind = Literal["model", "space"]
+OURS: dict[Kind, set[str]] = {"model": {RUN_RECORD_NAME, SUMS_NAME}, "space": {SPACE_RECORD, SUMS_NAME}}
 KEPT = {".gitattributes"}  # the Hub's own file; a repository with nothing else counts as empty
 
 
@@ -42,10 +45,11 @@ class Destination:
     head: str | None
     new_branch: bool
     files: frozenset[str]
+    kind: Kind = "model"
 
     @property
     def is_ours(self) -> bool:
-        return {RUN_RECORD_NAME, SUMS_NAME} <= self.files
+        return OURS[self.kind] <= self.files
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Pushed:
         files: name -> bytes, for all files of the repository that regsurgery manages.
         removed: files of an earlier push that are no longer part of the model.
         paths: absolute paths on this machine -> what was published instead.
+        space: the same of the Space, if there is one.
     """
 
     repo: str
@@ -66,14 +71,18 @@ class Pushed:
     files: dict[str, int]
     removed: tuple[str, ...]
     paths: dict[str, str]
+    space: Pushed | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "removed": list(self.removed)}
+        """Plain data for `--json`."""
+        return asdict(self)
 
 
 @takes(PushOptions)
 def push(folder: str | Path, repo: str, options: PushOptions) -> Pushed:
-    """Push a patched folder to the Hub as one commit. The token is found the way huggingface_hub finds it.
+    """Push a patched folder to the Hub as one commit, and its report as a Space if asked to.
+
+    The token is found the way huggingface_hub finds it.
 
     Args:
         folder: what `patch` wrote; its verification must have passed and SHA256SUMS must hold.
@@ -82,6 +91,7 @@ def push(folder: str | Path, repo: str, options: PushOptions) -> Pushed:
 
     Raises:
         CheckpointError: the folder is incomplete or changed, or was not verified.
+        UserError: there is no report for a Space, see `space.space_of`.
         HubError: no token, no permission, a repository with other contents, a broken connection, ...
     """
     from regsurgery.emit.published import published
@@ -96,30 +106,49 @@ def push(folder: str | Path, repo: str, options: PushOptions) -> Pushed:
     ready = published(root, repo, revision)
     for path, shown in ready.paths.items():
         progress.say(f"local path {path} is published as {shown}")
+    beside = space_of(root, repo, options) if options.space else None
+    if beside is not None:
+        check_name(beside.repo)
+        progress.say(f"the photos in the report are published, too, in the Space {beside.repo}")
     if options.dry_run:
-        return Pushed(repo, revision, None, None, None, ready.sizes, (), ready.paths)
+        planned = None if beside is None else Pushed(beside.repo, None, None, None, None, beside.sizes, (), {})
+        return Pushed(repo, revision, None, None, None, ready.sizes, (), ready.paths, planned)
 
+    more = " --space" if options.space else ""
+    again = f"`regsurgery push {folder} {repo}{more}` finishes it without sending uploaded files again"
+    place = destination(repo, options)
+    place_beside = None if beside is None else destination(beside.repo, options, "space")
     with client() as api:
-        place = destination(repo, options)
-        with told(repo, f"`regsurgery push {folder} {repo}` finishes it without sending uploaded files again"):
-            if place.head is None:
-                url = str(api.create_repo(repo, private=options.private, exist_ok=True))
-            else:
-                url = f"{api.endpoint}/{repo}"
-            if place.new_branch:
-                api.create_branch(repo, branch=revision or "main", exist_ok=True)
-            removed = sorted(_outdated(api, place) - ready.files.keys())
-            commit = _commit(
-                api,
-                place,
-                ready.files,
-                removed,
-                progress,
-                commit_message=options.message or f"Patched by regsurgery {__version__}",
-                revision=revision,
-                create_pr=options.create_pr,
-            )
-    return Pushed(repo, revision, url, commit.oid, commit.pr_url, ready.sizes, tuple(removed), ready.paths)
+        pushed = _sent(api, place, ready.files, options, again)
+        second = None
+        if beside is not None and place_beside is not None:
+            second = replace(_sent(api, place_beside, beside.files, options, again), files=beside.sizes)
+    return replace(pushed, files=ready.sizes, paths=ready.paths, space=second)
+
+
+def _sent(api: HfApi, place: Destination, files: dict[str, Path | bytes], options: PushOptions, again: str) -> Pushed:
+    """Send `files` to a repository, made if necessary; without their sizes and paths."""
+    repo, revision, sdk = place.repo, options.revision, "static" if place.kind == "space" else None
+    with told(repo, again):
+        if place.head is None:
+            made = api.create_repo(repo, repo_type=place.kind, space_sdk=sdk, private=options.private, exist_ok=True)
+            url = str(made)
+        else:
+            url = f"{api.endpoint}/{'spaces/' if place.kind == 'space' else ''}{repo}"
+        if place.new_branch:
+            api.create_branch(repo, branch=revision or "main", exist_ok=True)
+        removed = sorted(_outdated(api, place) - files.keys())
+        commit = _commit(
+            api,
+            place,
+            files,
+            removed,
+            options.progress,
+            commit_message=options.message or f"Patched by regsurgery {__version__}",
+            revision=revision,
+            create_pr=options.create_pr,
+        )
+    return Pushed(repo, revision, url, commit.oid, commit.pr_url, {}, tuple(removed), {})
 
 
 def check_before_patching(repo: str, *, private: bool | None, verification: bool) -> None:
@@ -139,7 +168,7 @@ def _check_verified(folder: Path) -> None:
         raise CheckpointError(f"{folder}: its verification failed; patch the model again")
 
 
-def destination(repo: str, options: PushOptions) -> Destination:
+def destination(repo: str, options: PushOptions, kind: Kind = "model") -> Destination:
     """Find out whether `push` may write to `repo`; nothing is written.
 
     Raises:
@@ -158,21 +187,25 @@ def destination(repo: str, options: PushOptions) -> Destination:
                 f"{repo}: the token of {user['name']} may only read; log in (hf auth login) with one that may write"
             )
         new_branch = False
+        info_of = api.model_info if kind == "model" else api.space_info
         try:
             try:
-                info = api.model_info(repo, revision=revision)
+                info = info_of(repo, revision=revision)
             except errors.RevisionNotFoundError:
-                info, new_branch = api.model_info(repo), True
+                info, new_branch = info_of(repo), True
         except errors.RepositoryNotFoundError:
             _check_may_create(repo, user)
             if create_pr:
                 raise HubError(
                     f"{repo}: does not exist, so there is nothing to open a pull request on; push without --create-pr"
                 ) from None
-            return Destination(repo, None, revision not in (None, "main"), frozenset())
+            return Destination(repo, None, revision not in (None, "main"), frozenset(), kind)
         if not create_pr:
-            api.auth_check(repo, write=True)
-    place = Destination(repo, info.sha, new_branch, frozenset(file.rfilename for file in info.siblings or ()))
+            api.auth_check(repo, repo_type=kind, write=True)
+        files = frozenset(file.rfilename for file in info.siblings or ())
+        if kind == "space" and len(api.list_repo_commits(repo, repo_type=kind)) == 1:
+            files = frozenset()  # only what the Hub puts into a new Space
+    place = Destination(repo, info.sha, new_branch, files, kind)
     if options.private and not info.private:
         raise HubError(f"{repo}: exists and is public; make it private in its settings, or push without --private")
     if place.files - KEPT and not place.is_ours and not options.force:
@@ -202,7 +235,7 @@ def _outdated(api: HfApi, place: Destination) -> set[str]:
     if not place.is_ours:
         return set(place.files - KEPT)
     with temporary_folder() as scratch:
-        api.hf_hub_download(place.repo, SUMS_NAME, revision=place.head, local_dir=scratch)
+        api.hf_hub_download(place.repo, SUMS_NAME, repo_type=place.kind, revision=place.head, local_dir=scratch)
         return (read_sums(scratch).keys() | {SUMS_NAME}) & place.files
 
 
@@ -224,13 +257,16 @@ def _commit(
     weights = [addition for addition in additions if Path(addition.path_in_repo).suffix in WEIGHT_SUFFIXES]
     progress.stage("upload", sum(addition.upload_info.size for addition in weights), in_bytes=True)
     for addition in weights:
-        api.preupload_lfs_files(place.repo, [addition], revision=revision, create_pr=create_pr, free_memory=False)
+        api.preupload_lfs_files(
+            place.repo, [addition], repo_type=place.kind, revision=revision, create_pr=create_pr, free_memory=False
+        )
         progress.advance(addition.upload_info.size)
     progress.stage("commit")
     deletions = [CommitOperationDelete(name, is_folder=False) for name in removed]
     return api.create_commit(
         place.repo,
         [*deletions, *additions],
+        repo_type=place.kind,
         commit_message=commit_message,
         revision=revision,
         create_pr=create_pr,

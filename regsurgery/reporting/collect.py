@@ -98,7 +98,7 @@ def collect(
     blocks = tuple(range(subject.num_blocks))
     listed = pair.recipe.register_neurons if pair.recipe else {}
     neurons = [(block, index) for block, indices in listed.items() for index in indices][:MAX_NEURONS]
-    note = _why_no_attention(pair)
+    note = why_no_attention(pair)
     what = ["blocks", "neurons", *([] if note else ["attention"]), *([] if lost is None else [lost.kind])]
     observe = pair.observer(blocks=blocks, what=what)
     averaged = _are_averaged(pair, images.num_images)
@@ -141,7 +141,8 @@ def collect(
     )
 
 
-def _why_no_attention(pair: Pair) -> str:
+def why_no_attention(pair: Pair) -> str:
+    """Why the class token's attention cannot be shown; "" if it can."""
     if not pair.original.has_class_token:
         return "The model has no class token, so there is no attention to show."
     try:

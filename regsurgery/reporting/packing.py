@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regsurgery.emit.picture import palette
+
 
 def packed_norms(norms: Tensor) -> dict[str, Any]:
     """Positive numbers of any shape as 16-bit steps of their logarithm: `low` and `high` are its ends.
@@ -45,6 +47,11 @@ def packed_activations(values_KIN: Tensor) -> dict[str, Any]:
 def packed_bytes(levels: Tensor) -> dict[str, str]:
     """A uint8 tensor of any shape."""
     return {"data": _base64(levels.contiguous().numpy().tobytes())}
+
+
+def packed_palette() -> dict[str, str]:
+    """The colours of maps, 256 of them from low to high: red, green, blue."""
+    return packed_bytes(torch.frombuffer(bytearray(palette().tobytes()), dtype=torch.uint8))
 
 
 def size_of_maps(shape: tuple[int, ...]) -> int:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from regsurgery.emit.picture import palette
-from regsurgery.html import html_template
+from regsurgery.html import html_template, inline, inline_json
 from regsurgery.reporting import charts, settings
 from regsurgery.reporting.collect import SIDES, Collected, Lost
 from regsurgery.reporting.opening import Cost, jpeg_url, lead, opening, three_figures
-from regsurgery.reporting.packing import packed_activations, packed_bytes, packed_maps, packed_norms
+from regsurgery.reporting.packing import packed_activations, packed_bytes, packed_maps, packed_norms, packed_palette
 from regsurgery.reporting.tables import Row, number
 from regsurgery.verification.verdict_text import FigureRow, counted, remarks, rows, sentence
 from regsurgery.version import __version__
@@ -34,11 +31,12 @@ class ReportSubject:
     """What the report is about.
 
     Attributes:
-        folder: the name of the patched folder.
+        folder: the name of the patched folder; `digest` its `folder_digest`.
         source: `id`, `revision` and `sha256` of what was patched, as its config records them.
     """
 
     folder: str
+    digest: str
     mode: str
     recipe: Recipe
     source: Mapping[str, Any]
@@ -51,8 +49,10 @@ class ReportSubject:
         return self.source.get("repo") or (Path(identifier).name if is_local else identifier) or self.folder
 
 
-def page(subject: ReportSubject, verdict: Verdict, collected: Collected, lost: Lost | None) -> str:
-    """The report as HTML."""
+def page(
+    subject: ReportSubject, verdict: Verdict, collected: Collected, lost: Lost | None, live: str | None = None
+) -> str:
+    """The report as HTML; `live`: the name of the live page's folder beside it."""
     import vl_convert
     from markupsafe import Markup
 
@@ -83,12 +83,13 @@ def page(subject: ReportSubject, verdict: Verdict, collected: Collected, lost: L
         settings_columns=("neurons", *settings.COLUMNS.values(), "setting"),
         neuron_rows=_neurons(subject.recipe, collected),
         lost=lost,
+        live=live,
         attention_note=collected.attention_note,
         recipe=subject.recipe.to_yaml(),
-        style=Markup(_text("report.css")),  # nosec B704 # our file
+        style=Markup(inline("report.css")),  # nosec B704 # our file
         vega=Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),  # nosec B704 # the library
-        script=Markup(_text("report.js")),  # nosec B704 # our file
-        data=Markup(_json(_data(collected, verdict.block, specs))),  # nosec B704 # _json escapes
+        script=Markup(inline("maps.js", "report.js")),  # nosec B704 # our file
+        data=Markup(inline_json(_data(collected, verdict.block, specs))),  # nosec B704 # escaped there
     )
 
 
@@ -128,7 +129,7 @@ def _data(collected: Collected, probe: int, specs: Mapping[str, Any]) -> dict[st
         },
         "activations": packed_activations(collected.activations),
         "histogram": {"low": low, "high": high, "bins": BINS},
-        "palette": packed_bytes(torch.frombuffer(bytearray(palette().tobytes()), dtype=torch.uint8)),
+        "palette": packed_palette(),
         "charts": specs,
     }
 
@@ -187,12 +188,3 @@ def _contributions(recipe: Recipe) -> dict[tuple[int, int], Any]:
         if isinstance(entry, dict) and isinstance(entry.get("block"), int) and isinstance(entry.get("index"), int):
             found[entry["block"], entry["index"]] = entry.get("contribution")
     return found
-
-
-def _text(name: str) -> str:
-    return (resources.files("regsurgery") / "templates" / name).read_text("utf-8")
-
-
-def _json(value: object) -> str:
-    """JSON that is safe inside a script element."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

@@ -1,21 +1,9 @@
-"use strict";
-// What the page can do, in this order: the data, norms and their charts, maps as pictures, the two large maps with one
-// cursor for both, the grid of all images, the neurons, the line to copy, and what starts it all.
-// Names come from files, so they reach the page as text and attributes only, never as markup.
 
-const report = JSON.parse(document.getElementById("data").textContent);
-const SIDES = ["original", "patched"];
-const element = (id) => document.getElementById(id);
-const number = (id) => Number(element(id).value);
+// What the report can do beyond `maps.js`, in this order: the data, norms and their charts, kinds of maps, the two large
+// maps, the grid of all images, the neurons, the line to copy, and what starts it all.
 
 // ---- The data
 
-/** The integers of `{data}`, which are stored as base64. */
-function unpack(stored, Integers) {
-  const text = atob(stored.data);
-  const bytes = Uint8Array.from(text, (letter) => letter.charCodeAt(0));
-  return new Integers(bytes.buffer);
-}
 /** Side -> what `make` gives for it. */
 function bothSides(make) {
   return Object.fromEntries(SIDES.map((side) => [side, make(side)]));
@@ -33,10 +21,6 @@ const components = Object.fromEntries(
   Object.entries(report.components).map(([axes, found]) => [axes, bothSides((side) => unpack(found[side], Uint8Array))]),
 );
 const activations = unpack(report.activations, Uint8Array); // [neuron, image, patch], 0 to 255 of the neuron's range
-const palette = unpack(report.palette, Uint8Array); // [0 to 255, red green blue]
-
-const [rows, columns] = report.grid;
-const numPatches = rows * columns;
 const numImages = report.images.length;
 
 function normsOf(side, block, image) {
@@ -118,39 +102,7 @@ function showNorms() {
   }
 }
 
-// ---- Maps as pictures
-
-/** A picture of one pixel a patch; `color(patch)` gives red, green, blue and alpha, 0 to 255. */
-function tile(color) {
-  const canvas = document.createElement("canvas");
-  [canvas.width, canvas.height] = [columns, rows];
-  const picture = new ImageData(columns, rows);
-  for (let patch = 0; patch < numPatches; patch += 1) picture.data.set(color(patch), 4 * patch);
-  canvas.getContext("2d").putImageData(picture, 0, 0);
-  return canvas;
-}
-/** The colour of a share of the scale, 0 to 1. */
-function shade(share, alpha = 255) {
-  const start = 3 * Math.round(255 * Math.min(1, Math.max(0, share)));
-  return [palette[start], palette[start + 1], palette[start + 2], alpha];
-}
-/** Over a photo, what is low is clear: the photo stays visible where nothing stands out. */
-function clearing(share, strength) {
-  return Math.round(255 * strength * Math.min(1, 0.1 + 1.2 * Math.max(0, share)));
-}
-function legend(id, low, high, strength = null) {
-  const context = element(id).getContext("2d");
-  context.fillStyle = "#808080"; // stands for a photo
-  context.fillRect(0, 0, 256, 1);
-  for (let step = 0; step < 256; step += 1) {
-    const [red, green, blue, alpha] = shade(step / 255, strength === null ? 255 : clearing(step / 255, strength));
-    context.fillStyle = `rgb(${red} ${green} ${blue} / ${alpha / 255})`;
-    context.fillRect(step, 0, 1, 1);
-  }
-  [element(`${id}-low`).textContent, element(`${id}-high`).textContent] = [low, high];
-}
-
-const percent = (share) => `${(100 * share).toPrecision(2)}\u00a0%`;
+// ---- Kinds of maps
 
 // Kind -> what the map is, how it is drawn, and its legend. `scale(view, image)` is shared by both models.
 const KINDS = {
@@ -198,40 +150,20 @@ function mapTile(side, asked, image, scale, overPhoto) {
   return tile((patch) => shade(shares[patch], overPhoto ? clearing(shares[patch], strength) : 255));
 }
 
-// ---- The two large maps, with one cursor for both
+// ---- The two large maps
 
 const photos = report.images.map((image) => {
   const photo = new Image();
   photo.src = image.src;
   return photo;
 });
-let cursor = null; // the patch that is pointed at
 
-function outline(context, [left, top, right, bottom], color, width) {
-  const { width: across, height: down } = context.canvas;
-  context.lineWidth = width;
-  context.strokeStyle = color;
-  context.strokeRect(left * across, top * down, (right - left) * across, (bottom - top) * down);
-}
-function placeOf(patch) {
-  return [Math.floor(patch / columns), patch % columns];
-}
 function drawMap(side, asked, image, scale) {
   const canvas = element(`map-${side}`);
-  const photo = photos[image];
-  [canvas.width, canvas.height] = [2 * photo.naturalWidth, 2 * photo.naturalHeight];
-  const context = canvas.getContext("2d");
-  context.drawImage(photo, 0, 0, canvas.width, canvas.height);
-  context.imageSmoothingEnabled = false;
-  context.drawImage(mapTile(side, asked, image, scale, true), 0, 0, canvas.width, canvas.height);
+  const context = paint(canvas, photos[image], mapTile(side, asked, image, scale, true));
   const { boxes } = report.images[image];
   if (boxes && element("boxes").checked) outline(context, boxes[side], "#39d353", 5);
-  if (cursor !== null) {
-    const [row, column] = placeOf(cursor);
-    const square = [column / columns, row / rows, (column + 1) / columns, (row + 1) / rows];
-    outline(context, square, "#000000", 7);
-    outline(context, square, "#ffffff", 3);
-  }
+  outlineCursor(context);
   const summary = asked.kind.summary ? asked.kind.summary(side, asked, image) : "";
   const where = asked.kind.axes ? "the last block" : `block ${asked.block}`;
   canvas.setAttribute("aria-label", [`${side}: ${asked.kind.label} after ${where}`, summary].filter(Boolean).join(", "));
@@ -283,27 +215,6 @@ function whatRegistersTook({ block, head }, image) {
   const there = count ? `The ${count} patches that were outliers had ${percent(before)} of the class token's attention here and have ${percent(after)} now. ` : "";
   return `${there}The registers take ${percent(taken)} (mean of the heads). A patch can stay the brightest of its map and still have lost most of its share.`;
 }
-function point(patch) {
-  if (patch === cursor) return;
-  cursor = patch;
-  showMaps();
-}
-function pointWithMouse(event) {
-  const { left, top, width, height } = event.currentTarget.getBoundingClientRect();
-  const row = Math.floor((rows * (event.clientY - top)) / height);
-  const column = Math.floor((columns * (event.clientX - left)) / width);
-  if (row >= 0 && row < rows && column >= 0 && column < columns) point(row * columns + column);
-}
-function pointWithKeys(event) {
-  const steps = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
-  if (event.key === "Escape") point(null);
-  if (!(event.key in steps)) return;
-  event.preventDefault();
-  const [row, column] = cursor === null ? [0, 0] : placeOf(cursor);
-  const [down, right] = cursor === null ? [0, 0] : steps[event.key];
-  point(Math.min(rows - 1, Math.max(0, row + down)) * columns + Math.min(columns - 1, Math.max(0, column + right)));
-}
-
 // ---- All images at once
 
 const cards = report.images.map((image, index) => {
@@ -396,14 +307,7 @@ listen(["image"], showMaps, markCard);
 listen(["kind", "map-block", "head"], showMaps, showGrid);
 listen(["strength", "boxes"], showMaps);
 listen(["neuron"], showActivations);
-for (const side of SIDES) {
-  element(`map-${side}`).addEventListener("pointermove", pointWithMouse);
-  element(`map-${side}`).addEventListener("pointerdown", pointWithMouse);
-  element(`map-${side}`).addEventListener("keydown", pointWithKeys);
-}
-for (const choice of document.querySelectorAll("input[name=side]")) {
-  choice.addEventListener("input", () => element("pair").setAttribute("data-side", choice.value));
-}
+listenToMaps();
 element("copy").addEventListener("click", copy);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawCharts);
 showMaps();

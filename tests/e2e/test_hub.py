@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -16,13 +17,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 import regsurgery
-from regsurgery.checkpoints.sums import check_sums, write_sums
+from regsurgery.checkpoints.sums import check_sums, sha256, write_sums
 from regsurgery.commands.patch import PatchResult
 from regsurgery.emit.run_record import RUN_RECORD_NAME, read_run_record
 from regsurgery.errors import HubError
+from regsurgery.reporting.live import LIVE_FILES
 from tests.conftest import Job
 from tests.hub import commands
 from tests.hub.commands import Done, environment
@@ -77,7 +80,8 @@ def whole(demo: Path) -> dict[str, bytes]:
 def error_line(done: Done) -> str:
     """The error, which is one line, the last; before it stages and what the demo's path is published as."""
     *notes, line = done.err.splitlines()
-    told = re.compile("checksums|local path .*|(upload|download|commit|verify|images|load|trace|match)(:.*)?")
+    said = "checksums|local path .*|the photos in .*"
+    told = re.compile(f"{said}|(upload|download|commit|verify|images|load|trace|match)(:.*)?")
     assert line.startswith("error: ") and all(told.fullmatch(note) for note in notes), done.err
     return line
 
@@ -185,6 +189,101 @@ def test_patch_pushes_what_it_wrote(hub: Hub, run: Callable[..., Done], tmp_path
     assert told["output"] == str(tmp_path / "out") and told["verify"]["passed"]
     assert told["pushed"]["commit"] == hub.repos[REPO].branches["main"]
     assert hub.files(REPO)["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
+
+
+# --- a Space beside the model ---------------------------------------------------------------------------------------
+
+SPACE = "spaces/me/model-report"
+
+
+@pytest.fixture(scope="module")
+def with_report(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of `demo` beside which a report and a live page lie; of them only what a push looks at."""
+    folder = shutil.copytree(demo, tmp_path_factory.mktemp("reported") / "a demo")
+    live = folder.with_name("a demo-report-live")
+    live.mkdir()
+    for name in LIVE_FILES:
+        (live / name).write_bytes(f"of {name}".encode())
+    (live / "index.html").write_text('<a href="../a%20demo-report.html">Back</a>')
+    (live / "notes.txt").write_text("of the user")
+    meta = f'<meta name="regsurgery-folder" content="{sha256(folder / "SHA256SUMS")}">'
+    report = f'{meta}<a href="a%20demo-report-live/index.html">Try it</a>'
+    folder.with_name("a demo-report.html").write_text(report)
+    return folder
+
+
+def test_report_and_live_page_become_a_space_beside_the_model(
+    hub: Hub, run: Callable[..., Done], with_report: Path, whole: dict[str, bytes]
+) -> None:
+    done = run("push", with_report, REPO, "--space", "--json")
+    assert done.code == 0, done.err
+    told, files = json.loads(done.out), hub.files(SPACE)
+    assert hub.files(REPO) == whole, "with or without a Space: the card does not change"
+    assert files.keys() == {
+        "README.md", "index.html", "regsurgery_space.json", "SHA256SUMS", *(f"live/{name}" for name in LIVE_FILES),
+    }  # fmt: skip
+    assert told["space"]["files"] == {name: len(content) for name, content in files.items()}
+    assert told["space"]["commit"] == hub.repos[SPACE].branches["main"] and told["space"]["url"].endswith(SPACE)
+    assert b'href="live/index.html"' in files["index.html"]
+    assert files["live/index.html"] == b'<a href="../index.html">Back</a>'
+    assert files["live/patched.onnx"] == b"of patched.onnx"
+    readme = files["README.md"].decode()
+    front = yaml.safe_load(readme.split("---\n")[1])
+    assert front["sdk"] == "static" and front["models"] == [REPO] and f"({hub.url}/{REPO})" in readme
+    for name, digest in (line.split("  ")[::-1] for line in files["SHA256SUMS"].decode().splitlines()):
+        assert hashlib.sha256(files[name]).hexdigest() == digest
+    again = run("push", with_report, REPO, "--space")
+    assert again.code == 0 and f"pushed {len(files)} files to {hub.url}/{SPACE}" in again.out
+    assert len(hub.repos[SPACE].commits) == 2, "the same content makes no new commit"
+    assert "the photos in the report are published, too" in again.err
+
+
+def test_a_space_is_named_planned_and_updated(
+    hub: Hub, run: Callable[..., Done], with_report: Path, tmp_path: Path
+) -> None:
+    planned = run("push", with_report, REPO, "--space", "--space-name", "club/shown", "--dry-run")
+    assert planned.code == 0 and "would go to club/shown" in planned.out and "live/original.onnx" in planned.out
+    assert hub.requests == []
+    assert run("push", with_report, REPO, "--space", "--private", "-q").code == 0
+    assert hub.repos[SPACE].private and hub.repos[REPO].private
+    only = tmp_path / "only.html"
+    only.write_text(with_report.with_name("a demo-report.html").read_text().partition("<a")[0])
+    done = run("push", with_report, REPO, "--space", "--report", only)
+    assert done.code == 0 and "removed live/patched.onnx" in done.out
+    assert hub.files(SPACE).keys() == {"README.md", "index.html", "regsurgery_space.json", "SHA256SUMS"}
+
+
+def test_a_space_is_refused_before_anything_is_sent(
+    hub: Hub, run: Callable[..., Done], demo: Path, with_report: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.html"
+    other.write_text("of another folder")
+    hub.repos["spaces/me/theirs"] = repo = Repo.new(False, space=True)
+    repo.commits["second"] = {"app.js": File(b"their own", False)}
+    repo.branches["main"] = "second"
+    for folder, arguments, message in (
+        (demo, [], "demo-report.html: cannot be read (No such file or directory); make it with `regsurgery report"),
+        (with_report, ["--report", other], f"{other}: is not the report of {with_report} as it is now; make it"),
+        (with_report, ["--create-pr"], "--space: goes to the Space's main branch"),
+        (with_report, ["--space-name", "shown"], "it must be USER/NAME"),
+        (with_report, ["--space-name", "me/theirs"], "regsurgery did not write its contents (1 files)"),
+    ):
+        done = run("push", folder, REPO, "--space", *arguments)
+        assert done.code == 2 and message in done.err, done.err
+    done = run("push", with_report, REPO, "--space-name", "me/shown")
+    assert done.code == 2 and "--space-name me/shown: goes with --space" in done.err
+    assert REPO not in hub.repos and hub.files("spaces/me/theirs") == {"app.js": b"their own"}
+
+
+def test_a_space_that_broke_is_finished_by_the_same_command(
+    hub: Hub, run: Callable[..., Done], with_report: Path, whole: dict[str, bytes]
+) -> None:
+    hub.faults = [Fault("POST", "spaces.*/commit/", "500")]
+    done = run("push", with_report, REPO, "--space")
+    assert done.code == 2 and f"`regsurgery push {with_report} {REPO} --space` finishes it" in error_line(done)
+    assert hub.files(REPO) == whole and len(hub.repos[SPACE].commits) == 1
+    assert run("push", with_report, REPO, "--space", "-q").code == 0
+    assert len(hub.files(SPACE)) == 4 + len(LIVE_FILES)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +17,14 @@ from regsurgery.compiler.outliers import token_norms
 from regsurgery.demo import write_demo
 from regsurgery.images.image_set import image_set
 from regsurgery.recipe import find_recipe
+from regsurgery.reporting import live_network, onnxruntime_web
+from regsurgery.reporting.live import LIVE_FILES
 from regsurgery.reporting.report import Report, report
 from regsurgery.verification.pair import open_pair
+from tests.commands import Done
 from tests.conftest import shared
 from tests.photos import write_photos
+from tests.unit.test_live import archive, integrity
 
 pytestmark = pytest.mark.slow  # a report takes 10 s to make, and a browser
 
@@ -32,13 +33,6 @@ if TYPE_CHECKING:
 
 NUM_IMAGES = 6
 ACTS = "<img src=x onerror=document.title='it-ran'>"
-
-
-def needed(what: str) -> None:
-    """A skip; in CI, where everything must be, a failure."""
-    if os.environ.get("CI"):
-        pytest.fail(f"needs {what}")
-    pytest.skip(f"needs {what}")
 
 
 @pytest.fixture(scope="module")
@@ -75,34 +69,6 @@ def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def made(patched: Path, photos: Path) -> Report:
     return report(patched, images=photos)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    from playwright.sync_api import sync_playwright
-
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        needed("chromium")
-    with sync_playwright() as playwright:
-        # Tests run as root in containers, where Chromium's own sandbox cannot.
-        launched = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield launched
-        launched.close()
-
-
-@pytest.fixture(scope="module")
-def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The source of axe-core, from the npm registry."""
-    npm = shutil.which("npm")
-    if npm is None:
-        needed("npm")
-    folder = shutil.copytree(Path(__file__).parent / "browser", tmp_path_factory.mktemp("browser") / "client")
-    command = [str(npm), "install", "--ignore-scripts", "--no-audit", "--no-fund", "--no-package-lock"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode:
-        needed(f"axe-core from the npm registry: {done.stderr[-1000:]}")
-    return (folder / "node_modules" / "axe-core" / "axe.min.js").read_text("utf-8")
 
 
 @pytest.fixture
@@ -331,6 +297,34 @@ def test_a_page_without_attention_boxes_and_neurons_works(
         page.keyboard.press("ArrowDown")
         assert "attention" not in page.inner_text("#readout") and "norm" in page.inner_text("#readout")
     assert complaints == []
+
+
+def test_a_live_page_is_written_beside_the_report_or_refused(
+    run: Callable[..., Done], patched: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Both networks were held to torch before they were written; `test_live.py` runs such a page."""
+    package, output = tmp_path / "package.tgz", tmp_path / "shown.html"
+    package.write_bytes(archive())
+    monkeypatch.setattr(onnxruntime_web, "INTEGRITY", integrity(archive()))
+    asked = ("report", patched, "-o", output, "--images", photos, "--num-images", 2, "--no-boxes", "--live")
+    done = run(*asked, "--onnxruntime-web", package)
+    assert done.code == 0, done.err
+    folder = tmp_path / "shown-live"
+    assert {path.name for path in folder.iterdir()} == set(LIVE_FILES)
+    assert f"`python -m http.server -b 127.0.0.1 -d {tmp_path}`" in done.out
+    assert "http://127.0.0.1:8000/shown-live/" in done.out
+    assert 'href="shown-live/index.html"' in output.read_text("utf-8")
+    page = (folder / "index.html").read_text("utf-8")
+    assert 'href="../shown.html"' in page and "<img src=x" not in page and str(tmp_path) not in page
+    content = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(live_network, "MAX_BYTES", 1000)
+    refused = run(*asked, "--onnxruntime-web", package)
+    assert (
+        refused.code == 2 and "MB of weights, more than the limit of 0 MB for a page; leave out --live" in refused.err
+    )
+    assert content == {path.name: path.read_bytes() for path in folder.iterdir()}
+    alone = run("report", patched, "--onnxruntime-web", package)
+    assert alone.code == 2 and f"--onnxruntime-web {package}: goes with --live" in alone.err
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

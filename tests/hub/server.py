@@ -59,9 +59,12 @@ class Repo:
     gated: bool = False
 
     @classmethod
-    def new(cls, private: bool) -> Repo:
+    def new(cls, private: bool, space: bool = False) -> Repo:
         first = secrets.token_hex(20)
-        return cls(private, {first: {".gitattributes": File(b"*.safetensors filter=lfs\n", False)}}, {"main": first})
+        files = {".gitattributes": File(b"*.safetensors filter=lfs\n", False)}
+        if space:  # the Hub's own page of a new static Space
+            files |= {name: File(b"hello", False) for name in ("README.md", "index.html")}
+        return cls(private, {first: files}, {"main": first})
 
     def at(self, revision: str) -> str | None:
         oid = self.branches.get(revision, revision)
@@ -207,7 +210,7 @@ class Handler(BaseHTTPRequestHandler):
         if repo is not None and repo.private:
             token = self.headers.get("Authorization", "").removeprefix("Bearer ")
             reader = TOKENS.get(token, ("",))[0]
-            if name.partition("/")[0] not in {reader, *(org["name"] for org in ORGS.get(reader, ()))}:
+            if owner(name) not in {reader, *(org["name"] for org in ORGS.get(reader, ()))}:
                 repo = None
         if repo is None:
             raise RefusedError(404, "Repository not found", "RepoNotFound")
@@ -224,6 +227,8 @@ class Handler(BaseHTTPRequestHandler):
     # --- routes -----------------------------------------------------------------------------------------------------
 
     def route(self, path: str) -> None:
+        """A Space is kept, and asked for, as `spaces/USER/NAME`."""
+        path = path.replace("/api/spaces/", "/api/models/spaces/")
         for method, pattern, name in ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in method:
@@ -242,28 +247,41 @@ class Handler(BaseHTTPRequestHandler):
         asked = self.json()
         namespace = asked["organization"] or self.user()[0]
         self.may_write(namespace)
-        name = f"{namespace}/{asked['name']}"
+        space = asked.get("type") == "space"
+        if space and asked.get("sdk") != "static":
+            raise RefusedError(400, "sdk must be static")
+        name = f"{'spaces/' if space else ''}{namespace}/{asked['name']}"
         url = f"{self.server.url}/{name}"
         if name in self.server.repos:
             raise RefusedError(409, "You already created this model repo", url=url)
-        self.server.repos[name] = Repo.new(asked.get("visibility") == "private")
+        self.server.repos[name] = Repo.new(asked.get("visibility") == "private", space)
         self.answer(200, {"url": url, "name": name})
 
     def info(self, name: str, revision: str | None = None) -> None:
         repo = self.repo(name)
         oid = self.commit_of(repo, revision or "main")
         siblings = [{"rfilename": path} for path in repo.commits[oid]]
-        self.answer(200, {"id": name, "sha": oid, "private": repo.private, "siblings": siblings, "tags": []})
+        own = name.removeprefix("spaces/")
+        self.answer(200, {"id": own, "sha": oid, "private": repo.private, "siblings": siblings, "tags": []})
 
     def auth_check(self, name: str, write: str | None) -> None:
         self.repo(name)
         if write:
-            self.may_write(name.partition("/")[0])
+            self.may_write(owner(name))
         self.answer(200, {})
+
+    def commits(self, name: str, revision: str) -> None:
+        repo = self.repo(name)
+        self.commit_of(repo, revision)
+        entries = [
+            {"id": oid, "title": "a commit", "message": "", "authors": [], "date": "2026-01-01T00:00:00.000Z"}
+            for oid in repo.commits
+        ]
+        self.answer(200, entries)
 
     def branch(self, name: str, branch: str) -> None:
         repo = self.repo(name)
-        self.may_write(name.partition("/")[0])
+        self.may_write(owner(name))
         if branch in repo.branches:
             raise RefusedError(409, "Reference already exists")
         repo.branches[branch] = self.commit_of(repo, self.json().get("startingPoint", "main"))
@@ -283,7 +301,7 @@ class Handler(BaseHTTPRequestHandler):
     def preupload(self, name: str, revision: str) -> None:
         repo = self.repo(name)
         if "create_pr" not in self.query:
-            self.may_write(name.partition("/")[0])
+            self.may_write(owner(name))
         there = repo.commits[self.commit_of(repo, revision)]
         files = [
             {
@@ -356,7 +374,7 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.repo(name)
         to_pr = "create_pr" in self.query
         if not to_pr:
-            self.may_write(name.partition("/")[0])
+            self.may_write(owner(name))
         parent = self.commit_of(repo, revision)
         lines = [json.loads(line) for line in self.body.splitlines()]
         header = lines[0]["value"]
@@ -431,6 +449,10 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(206, content[start:stop], {**headers, "Content-Range": span})
 
 
+def owner(name: str) -> str:
+    return name.removeprefix("spaces/").partition("/")[0]
+
+
 def etag(content: bytes) -> str:
     return f'"{hashlib.md5(content).hexdigest()}"'
 
@@ -442,7 +464,7 @@ def entry(path: str, file: File) -> dict[str, Any]:
     return {**plain, "lfs": {"oid": file.oid, "size": len(file.content), "pointerSize": 134}}
 
 
-REPO = r"([\w.-]+/[\w.-]+)"
+REPO = r"((?:spaces/)?[\w.-]+/[\w.-]+)"
 REVISION = r"(refs/pr/\d+|[^/]+)"
 ROUTES = (
     ("GET", "/api/whoami-v2", "whoami"),
@@ -451,6 +473,7 @@ ROUTES = (
     ("GET", f"/api/models/{REPO}/auth-check(/write)?", "auth_check"),
     ("GET", f"/api/models/{REPO}", "info"),
     ("GET", f"/api/models/{REPO}/revision/(.+)", "info"),
+    ("GET", f"/api/models/{REPO}/commits/(.+)", "commits"),
     ("POST", f"/api/models/{REPO}/branch/(.+)", "branch"),
     ("POST", f"/api/models/{REPO}/preupload/(.+)", "preupload"),
     ("POST", f"/api/models/{REPO}/commit/(.+)", "commit"),
