@@ -73,6 +73,8 @@ PLANS: dict[tuple[str, str], tuple[Group, ...]] = {
         Group("B", "eager", 1, "fp32", ALL, 45, GOAL),
         Group("B", "compile", 1, "fp32", ("shift", "native"), 35, GOAL),
         Group("Ti", "eager", 1, "fp32", ALL, 10),
+        Group("B4", "eager", 1, "fp32", ("shift", "native"), 25, GOAL),
+        Group("Ti4", "eager", 1, "fp32", ("shift", "native"), 10),
         Group("Ti", "eager", 8, "fp32", ALL, 15),
         Group("Ti", "eager", 32, "fp32", ALL, 25),
         Group("Ti", "eager", 8, "bf16", ALL, 15),

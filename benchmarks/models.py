@@ -47,11 +47,12 @@ class Shape:
     patch: int
     register_neurons: Mapping[int, tuple[int, ...]]
     fits: bool = True
+    num_registers: int = 1
 
     @property
     def floor(self) -> float:
-        """Patched over original, in multiplications of the forward with one register and of the one without."""
-        return self._multiplications(self.num_tokens + 1) / self._multiplications(self.num_tokens)
+        """Patched over original, in multiplications of the forward with the registers and of the one without."""
+        return self._multiplications(self.num_tokens + self.num_registers) / self._multiplications(self.num_tokens)
 
     def _multiplications(self, num_tokens: int) -> int:
         """Of one image: linears of the blocks (4 D² + 2 D H a token), attention (2 T² D), the patch embedding."""
@@ -71,6 +72,10 @@ SHAPES = {
         "ViT-L/14", "vit_large_patch14_224", 224, 257, 1024, 4096, 24, 14,
         {11: _neurons(401, 8), 12: _neurons(389, 9), 13: _neurons(409, 8)}, fits=False,
     ),
+    "Ti4": Shape("ViT-Ti/16 R = 4", "vit_tiny_patch16_224", 224, 197, 192, 768, 12, 16, {5: _neurons(61, 10)},
+                 num_registers=4),
+    "B4": Shape("ViT-B/16 R = 4", "vit_base_patch16_224", 224, 197, 768, 3072, 12, 16, {5: _neurons(263, 10)},
+                num_registers=4),
     "smoke": Shape("smoke", "test_vit", 160, 101, 64, 192, 6, 16, {2: _neurons(11, 4)}),
 }  # fmt: skip
 
@@ -97,7 +102,7 @@ class Workshop:
         key = (mode, fmt)
         if key not in self._made:
             folder = self.root / f"{mode}-{fmt}"
-            recipe = NOTHING if mode == ORIGINAL else Recipe(self.shape.register_neurons)
+            recipe = NOTHING if mode == ORIGINAL else self._recipe()
             regsurgery.patch(
                 str(self.source()),
                 folder,
@@ -111,6 +116,9 @@ class Workshop:
             )
             self._made[key] = folder
         return self._made[key]
+
+    def _recipe(self) -> Recipe:
+        return Recipe(self.shape.register_neurons, num_registers=self.shape.num_registers)
 
     def stock(self) -> nn.Module:
         """The original, as timm loads it."""
