@@ -25,6 +25,7 @@ from regsurgery.compiler.located import Located
 from regsurgery.compiler.outliers import robust_outliers, token_norms
 from regsurgery.compiler.passes.pipeline import apply_passes
 from regsurgery.compiler.passes.plan import plan_surgery
+from regsurgery.compiler.sites import Sites
 from regsurgery.compiler.taps import tap
 from regsurgery.compiler.trace import tensor_inputs
 from regsurgery.recipe import REFERENCE, Recipe, by_blocks
@@ -169,7 +170,7 @@ class DriftTrials:
         neurons = by_blocks(setting.neurons)
         shared = set(neurons) if setting.compat == REFERENCE else set()  # of no neurons there is no extreme
         graph_module = _shifting(graph_module, setting.fill, shared)
-        _shift(graph_module, neurons)
+        shift_only(graph_module, neurons)
         figures: dict[str, list[Tensor]] = {}
         for stream_BTD, inputs, original in zip(streams, self.inputs, self.originals, strict=True):
             with warnings.catch_warnings():
@@ -205,13 +206,9 @@ class DriftTrials:
             self._streams.move_to_end(num_registers)
             return self._streams[num_registers]
         patched = self._with_registers(num_registers)
-        if self.first_block:
-            start = self.sites.blocks[self.first_block - 1].output
-        else:
-            (joined,) = patched.graph.find_nodes(op="call_function", target=insert_registers)
-            start = joined.name
+        start = entering(patched, self.sites, self.first_block)
         before = tap(patched, {"stream": start}, early_exit=True)
-        _shift(before, {})
+        shift_only(before, {})
         streams = [before(*inputs)[1]["stream"] for inputs in self.inputs]
         rest = starting_at(tap(patched, probe_nodes(self.sites), outputs=(self.main,)), start)
         while len(self._streams) >= KEPT:
@@ -227,8 +224,16 @@ class DriftTrials:
         return self.graphs[num_registers]
 
 
-def _shift(graph_module: fx.GraphModule, neurons: Mapping[int, Sequence[int]]) -> None:
-    """Set the neurons, by block, that the shifts of `graph_module` take."""
+def entering(patched: fx.GraphModule, sites: Sites, first_block: int) -> str:
+    """The node of a model with registers whose value enters `first_block`."""
+    if first_block:
+        return sites.blocks[first_block - 1].output
+    (joined,) = patched.graph.find_nodes(op="call_function", target=insert_registers)
+    return joined.name
+
+
+def shift_only(graph_module: fx.GraphModule, neurons: Mapping[int, Sequence[int]]) -> None:
+    """Set the neurons, by block, that the shifts of `graph_module` take: those of the blocks that it has."""
     for name, listed in graph_module.named_buffers():
         block = _block_of(name)
         if block is not None:

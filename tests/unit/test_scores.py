@@ -6,12 +6,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from regsurgery.compiler.located import Located
 from regsurgery.compiler.outliers import robust_outliers, token_norms
 from regsurgery.compiler.taps import tap
 from regsurgery.images.image_set import image_set
+from regsurgery.recipe import by_blocks
+from regsurgery.search.drift import shift_only
 from regsurgery.search.scores import Scorer, column_norms
+from regsurgery.search.trials import Glance, Neurons, Trials
 from tests.conftest import Planted
 from tests.picos import CORE, Pico
 
@@ -60,6 +64,24 @@ def test_the_sums_are_those_of_a_person_with_hooks(index: int, planted_picos: Ca
         torch.testing.assert_close(
             sums.mean_elsewhere(block), patches_BNH[~outliers_BN].mean(dim=0), rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("index", [0, 3], ids=lambda index: CORE[index].id)
+def test_a_trial_starts_at_its_first_block(index: int, planted_picos: Callable[[Pico], Planted]) -> None:
+    planted = planted_picos(CORE[index])
+    trials = Trials(planted.located, list(image_set(None, 3).batches(2, planted.loaded.preprocess)))
+
+    def whole(neurons: Neurons) -> Glance:
+        shift_only(trials.glancing, by_blocks(neurons))
+        return trials._glance(trials._run(trials.glancing))
+
+    flops = []
+    for neurons in ([(2, 5)], [(2, 7), (1, 3)], [(2, 5)], [(0, 1)]):  # the second and the last one start again
+        expected = whole(neurons)
+        with FlopCounterMode(display=False) as counter:
+            assert trials.glance(neurons) == expected
+        flops.append(counter.get_total_flops())
+    assert flops[2] < 0.8 * flops[1]
 
 
 def _inputs(planted: Planted, batch: torch.Tensor) -> list[torch.Tensor]:
