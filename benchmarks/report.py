@@ -282,7 +282,8 @@ def _rehearsal(figures: Figures) -> Iterator[str]:
         "the weights of larger checkpoints stay on disk and are read operator by operator. Memory is the most that the "
         "command and its workers have resident at one time; `own` leaves out pages of mapped files, which the system "
         "can take back. CPU seconds are those of all threads: where they are few beside the seconds times the threads, "
-        "the machine did other work. The load average of every model's turn is in its first row.\n"
+        "the machine did other work. The load average of every model's turn is in its first row. What was measured "
+        "before is not measured again: load and seconds above are of the last run.\n"
     )
     yield table(
         ("model", "step", "exit", "s", "CPU s", "memory, MB", "own, MB", "outcome"),

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, fx
 
 from regsurgery.compiler.comparison import Means, Run
-from regsurgery.compiler.graph import starting_at
 from regsurgery.compiler.located import Located
 from regsurgery.compiler.outliers import robust_outliers, token_norms
 from regsurgery.compiler.passes.pipeline import apply_passes
@@ -17,7 +16,7 @@ from regsurgery.compiler.passes.plan import plan_surgery
 from regsurgery.compiler.taps import tap
 from regsurgery.compiler.trace import tensor_inputs
 from regsurgery.recipe import Recipe, by_blocks
-from regsurgery.search.drift import entering, shift_only
+from regsurgery.search.entering import Entering, shift_only
 from regsurgery.search.scores import Scorer, Sums, column_norms
 
 Neurons = Sequence[tuple[int, int]]  # (block, neuron)
@@ -38,15 +37,6 @@ class Glance:
     register_norm: float
 
 
-@dataclass(frozen=True)
-class _Entering:
-    """The streams that enter `block`, a batch each, and the model from there to the last but one block."""
-
-    block: int
-    streams: list[Tensor]
-    rest: fx.GraphModule
-
-
 class Trials:
     """Tries sets of neurons, in any block up to the last but one, on `images`, a few batches `[B, 3, H, W]`.
 
@@ -63,8 +53,7 @@ class Trials:
         # One patched graph for all sets: a shift in each block, whose list of neurons is replaced before a run.
         everywhere = Recipe({block: (0,) for block in range(sites.probe_block + 1)})
         self.patched, _ = apply_passes(traced, plan_surgery(sites, everywhere))
-        self.glancing = tap(self.patched, stream, early_exit=True)
-        self._entering: _Entering | None = None
+        self.entering = Entering(self.patched, sites, tap(self.patched, stream, early_exit=True), self.inputs)
         streams = self._run(tap(traced.graph_module, stream, early_exit=True))
         norms = [self._patch_norms(taps["stream"]) for _, taps in streams]
         self.outliers_BN = [robust_outliers(norms_BN) for norms_BN in norms]
@@ -77,23 +66,11 @@ class Trials:
     @torch.no_grad()
     def glance(self, neurons: Neurons) -> Glance:
         """Shift `neurons` onto one register; start at the first block that has some, stop after the last but one."""
-        first = min((block for block, _ in neurons), default=0)
-        if self._entering is None or first < self._entering.block:
-            self._entering = self._up_to(first)
-        rest = self._entering.rest
-        shift_only(rest, by_blocks(neurons))
-        streams = zip(self.inputs, self._entering.streams, strict=True)
-        # A graph may write into its inputs.
-        return self._glance([rest(*inputs, stream_BTD.clone()) for inputs, stream_BTD in streams])
-
-    @torch.no_grad()
-    def _up_to(self, block: int) -> _Entering:
-        """What enters `block` with one register and no shift before it, as for all sets from there on."""
-        start = entering(self.patched, self.sites, block)
-        before = tap(self.patched, {"stream": start}, early_exit=True)
-        shift_only(before, {})
-        streams = [taps["stream"] for _, taps in self._run(before)]
-        return _Entering(block, streams, starting_at(self.glancing, start))
+        listed = by_blocks(neurons)
+        streams, rest = self.entering.starts(listed)
+        shift_only(rest, listed)
+        starts = zip(self.inputs, streams, strict=True)
+        return self._glance([rest(*inputs, stream_BTD.clone()) for inputs, stream_BTD in starts])
 
     def scores(self, neurons: Neurons, images: Sequence[Tensor]) -> tuple[Scorer, Sums]:
         """The sums over `images` of the model in which `neurons` are shifted."""

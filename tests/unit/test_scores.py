@@ -13,7 +13,8 @@ from regsurgery.compiler.outliers import robust_outliers, token_norms
 from regsurgery.compiler.taps import tap
 from regsurgery.images.image_set import image_set
 from regsurgery.recipe import by_blocks
-from regsurgery.search.drift import shift_only
+from regsurgery.search.drift import DriftTrials, Setting
+from regsurgery.search.entering import shift_only
 from regsurgery.search.scores import Scorer, column_norms
 from regsurgery.search.trials import Glance, Neurons, Trials
 from tests.conftest import Planted
@@ -69,19 +70,29 @@ def test_the_sums_are_those_of_a_person_with_hooks(index: int, planted_picos: Ca
 @pytest.mark.parametrize("index", [0, 3], ids=lambda index: CORE[index].id)
 def test_a_trial_starts_at_its_first_block(index: int, planted_picos: Callable[[Pico], Planted]) -> None:
     planted = planted_picos(CORE[index])
-    trials = Trials(planted.located, list(image_set(None, 3).batches(2, planted.loaded.preprocess)))
+    batches = list(image_set(None, 3).batches(2, planted.loaded.preprocess))
+    trials, drifts = Trials(planted.located, batches), DriftTrials(planted.located, batches)
+    assert drifts.originals  # run before anything is counted
 
     def whole(neurons: Neurons) -> Glance:
-        shift_only(trials.glancing, by_blocks(neurons))
-        return trials._glance(trials._run(trials.glancing))
+        tapped = trials.entering.tapped
+        shift_only(tapped, by_blocks(neurons))
+        return trials._glance(trials._run(tapped))
 
-    flops = []
-    for neurons in ([(2, 5)], [(2, 7), (1, 3)], [(2, 5)], [(0, 1)]):  # the second and the last one start again
+    def drift(neurons: Neurons) -> dict[str, float | None]:
+        return drifts(Setting(tuple(neurons))).means()
+
+    flops: dict[str, list[int]] = {"glance": [], "drift": []}
+    for neurons in ([(2, 5)], [(1, 3), (2, 7)], [(2, 6)], [(0, 1)]):  # the third one has a start that is known
         expected = whole(neurons)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as glancing:
             assert trials.glance(neurons) == expected
-        flops.append(counter.get_total_flops())
-    assert flops[2] < 0.8 * flops[1]
+        alone = DriftTrials(planted.located, batches)(Setting(tuple(neurons))).means()
+        with FlopCounterMode(display=False) as drifting:
+            assert drift(neurons) == alone
+        flops["glance"].append(glancing.get_total_flops())
+        flops["drift"].append(drifting.get_total_flops())
+    assert flops["glance"][2] < 0.5 * flops["glance"][1] and flops["drift"][2] < 0.7 * flops["drift"][1], flops
 
 
 def _inputs(planted: Planted, batch: torch.Tensor) -> list[torch.Tensor]:
