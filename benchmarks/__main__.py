@@ -11,10 +11,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.full_size import PUBLISHED, SHAPES
 from benchmarks.report import rendered, rounded
 from benchmarks.suite import PARTS, Order, allowed, run_part
 
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None, run: Run = run_part) -> int:
             continue
         order = Order(
             name, form, args.device, args.threads, allowed(name, form, time.monotonic() - began),
-            large=args.large and name == "patch",
+            large=args.large and name == "patch", more=_more(name, args),
         )  # fmt: skip
         say(f"{name}: up to {order.seconds:.0f} s")
         record = run(order, lambda line, name=name: say(f"{name}: {line}"))
@@ -65,12 +66,26 @@ def _is_understood(name: str, record: dict[str, Any]) -> bool:
     return True
 
 
+def _more(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What only the part `name` is told."""
+    if name != "rehearsal":
+        return {}
+    return {"folder": str(args.output.absolute()), **({"models": args.models} if args.models else {})}
+
+
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--short", action="store_true", help="fewer models and rounds, under 3 minutes")
-    parser.add_argument("--only", type=_parts, default=list(PARTS), metavar="PART,...", help=", ".join(PARTS))
+    parser.add_argument(
+        "--only", type=_parts, default=[name for name, part in PARTS.items() if not part.asked], metavar="PART,...",
+        help=f"{', '.join(PARTS)} (default: all but rehearsal, which takes hours and 30 GB of disk in FOLDER)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--models", type=_models, metavar="NAME,...",
+        help=f"part rehearsal: {', '.join(PUBLISHED)} (default: all); those in FOLDER's rehearsal.json are left out",
+    )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the forwards run")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores, %(default)s")
     parser.add_argument(
@@ -86,10 +101,18 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parts(text: str) -> list[str]:
+    return _names(text, PARTS)
+
+
+def _models(text: str) -> list[str]:
+    return _names(text, SHAPES)
+
+
+def _names(text: str, known: Iterable[str]) -> list[str]:
     names = text.split(",")
-    unknown = [name for name in names if name not in PARTS]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not one of {', '.join(PARTS)}")
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not one of {', '.join(known)}")
     return names
 
 

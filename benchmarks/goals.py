@@ -103,9 +103,20 @@ def startup_verdicts(figures: Figures) -> Iterator[Verdict]:
         yield Verdict(f"`{name}`", limit, "s", None if row is None else estimate(row["seconds"]))
 
 
+RESIDENT = 8.0  # GB, of any command on any published shape
+
+
+def rehearsal_verdicts(figures: Figures) -> Iterator[Verdict]:
+    for record in figures["models"].values():
+        peaks = [cost["peak_mb"] for cost in record["steps"].values()]
+        found = None if record["problems"] else Estimate(max(peaks) * 2**20 / 1e9, None, None, 1)
+        yield Verdict(f"resident memory of every command, {record['name']}", RESIDENT, "GB", found)
+
+
 VERDICTS: dict[str, Callable[[Figures], Iterator[Verdict]]] = {
     "latency": latency_verdicts,
     "find": find_verdicts,
+    "rehearsal": rehearsal_verdicts,
     "startup": startup_verdicts,
 }
 

@@ -11,7 +11,7 @@ from regsurgery.interval import Estimate
 
 Figures = Mapping[str, Any]
 MODES = ("shift", "native", "bias", "hooks")
-ORDER = ("latency", "find", "patch", "startup", "depth")
+ORDER = ("latency", "find", "patch", "rehearsal", "startup", "depth")
 PACKAGES = ("python", "torch", "timm", "transformers", "onnxruntime")
 HEAD = """\
 # What it costs
@@ -275,10 +275,47 @@ def _depth(figures: Figures) -> Iterator[str]:
     )
 
 
+def _rehearsal(figures: Figures) -> Iterator[str]:
+    yield (
+        "Checkpoints of the shapes of published models, random weights, planted register neurons. Each command is a "
+        f"process of its own, on {figures['images']} generated pictures, with `--max-memory {figures['max_memory']}`: "
+        "the weights of larger checkpoints stay on disk and are read operator by operator. Memory is the most that the "
+        "command and its workers have resident at one time; `own` leaves out pages of mapped files, which the system "
+        "can take back. CPU seconds are those of all threads: where they are few beside the seconds times the threads, "
+        "the machine did other work. The load average of every model's turn is in its first row. What was measured "
+        "before is not measured again: load and seconds above are of the last run.\n"
+    )
+    yield table(
+        ("model", "step", "exit", "s", "CPU s", "memory, MB", "own, MB", "outcome"),
+        [row for record in figures["models"].values() for row in _steps(record)],
+    )
+    if figures["failed"]:
+        yield "Failed:\n"
+        yield "\n".join(f"- {name}: `{problem}`" for name, problem in figures["failed"].items()) + "\n"
+
+
+def _steps(record: Figures) -> Iterator[tuple[str, ...]]:
+    """One row for every step of a model, the making of its checkpoint first."""
+    for step, cost in record["steps"].items():
+        what, outcome = "", cost.get("outcome", "")
+        if step == "make":
+            before, after = record["load_average"]
+            what = f"{record['name']}, {record['dtype']}; load average {before} before, {after} after"
+            if "gigabytes" in record:
+                blocks = " and ".join(record["planted"])
+                count = sum(map(len, record["planted"].values()))
+                outcome = f"{record['gigabytes']:.2f} GB in {record['shards']} files; {count} neurons in {blocks}"
+        yield (
+            what, step, str(cost["exit"]), f"{cost['seconds']:.0f}", f"{cost['cpu_seconds']:.0f}",
+            f"{cost['peak_mb']:.0f}", f"{cost['own_mb']:.0f}", outcome,
+        )  # fmt: skip
+
+
 RENDERERS: dict[str, Callable[[Figures], Iterator[str]]] = {
     "latency": _latency,
     "find": _find,
     "patch": _patch,
+    "rehearsal": _rehearsal,
     "startup": _startup,
     "depth": _depth,
 }

@@ -11,8 +11,8 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,17 @@ class Part:
     """Attributes:
     module: has `measure`; `seconds`: what it is told to keep to, by form.
     devices: where it means something.
+    asked: it is run only where `--only` names it, and is told its seconds, however long the suite has run.
     """
 
     title: str
     module: str
     seconds: dict[str, float]
     devices: tuple[str, ...] = ("cpu",)
+    asked: bool = False
 
 
-# In the order in which they run: the last one takes as much time as there is.
+# In the order in which they run: of those that nobody has to ask for, the last one takes as much time as there is.
 PARTS = {
     "startup": Part("Start-up", "benchmarks.startup", {"full": 60, "short": 30}),
     "depth": Part("Time against depth", "benchmarks.depth", {"full": 60, "short": 20}),
@@ -45,6 +47,7 @@ PARTS = {
     "latency": Part(
         "Forward: patched over original", "benchmarks.latency", {"full": 780, "short": 90}, ("cpu", "cuda")
     ),
+    "rehearsal": Part("A rehearsal at full size", "benchmarks.rehearsal", {"full": 86400, "short": 3600}, asked=True),
 }
 LEAST = {
     "full": 400.0,
@@ -56,7 +59,7 @@ TOTAL = {"full": 1130.0, "short": 145.0, "smoke": 600.0}  # seconds of the whole
 
 @dataclass(frozen=True)
 class Order:
-    """What a part is to do."""
+    """What a part is to do; `more`: keywords of its `measure`, besides those of every part."""
 
     name: str
     form: str
@@ -64,11 +67,14 @@ class Order:
     threads: int
     seconds: float
     large: bool = False
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 def allowed(name: str, form: str, elapsed: float) -> float:
     """Seconds that part `name` is told to keep to, once the suite has run for `elapsed`."""
     wanted = PARTS[name].seconds.get(form, TOTAL[form])
+    if PARTS[name].asked:
+        return wanted
     return min(wanted, max(LEAST[form], TOTAL[form] - elapsed))
 
 
@@ -94,6 +100,7 @@ def run_part(order: Order, say: Callable[[str], None]) -> dict[str, Any]:
             order.device,
             str(order.seconds),
             str(file),
+            json.dumps(order.more),
         ]
         status, error = _watched(command, order.threads, limit, say)
         record["figures"] = json.loads(file.read_text("utf-8")) if file.is_file() else None

@@ -1,5 +1,6 @@
 """The figures of docs/scale.md, which is a simulation on paper: `python docs/scale_figures.py`.
 
+`--rehearsal` prints what `python -m benchmarks --only rehearsal` measured, from benchmarks/rehearsal.json.
 `--decode MODEL DIR` measures instead, on this machine, the CPU seconds that one image of DIR takes to be read, decoded
 and preprocessed for MODEL.
 """
@@ -7,6 +8,7 @@ and preprocessed for MODEL.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from pathlib import Path
@@ -15,6 +17,8 @@ IMAGES, BYTES = 14_197_122, 1.3e12  # ImageNet-22k (Fall 2011 release); the size
 GPUS, WORKERS = 64, 8  # one process a GPU; decoding workers of each, `image_set.MAX_WORKERS`
 TAR_BYTES = 1e9  # of a WebDataset tar
 PILOT = 32  # images
+REHEARSAL = Path(__file__).resolve().parents[1] / "benchmarks" / "rehearsal.json"
+COMMANDS = ("doctor", "find", "patch", "verify")
 HEADER_BYTES, INDEX_SECONDS = 4100, 52e-6  # to look up one sample of a tar; measured, see docs/scale.md
 ENTRY_BYTES = 45  # memory for one sample's name and place; measured, too
 MODELS = {"ViT-B/16": (12, 3072), "ViT-L/14": (24, 4096), "ViT-g/14": (40, 6144)}  # blocks, hidden units
@@ -77,6 +81,19 @@ def figures() -> dict[str, str]:
     return {"shares": shares(), "hours": hours(), "merges": merges()}
 
 
+def rehearsal() -> str:
+    rows = []
+    for record in json.loads(REHEARSAL.read_text("utf-8")).values():
+        steps = [record["steps"][command] for command in COMMANDS]
+        most = {key: max(step[key] for step in steps) * 2**20 / 1e9 for key in ("peak_mb", "own_mb")}
+        rows.append((
+            f"{record['name']}, {record['dtype']}", f"{record['gigabytes']:.1f} GB",
+            *(f"{step['seconds']:.0f} ({step['cpu_seconds']:.0f})" for step in steps),
+            f"{most['peak_mb']:.1f} GB ({most['own_mb']:.1f})",
+        ))  # fmt: skip
+    return table(("model", "checkpoint", *(f"`{command}`" for command in COMMANDS), "memory"), rows)
+
+
 def decode_seconds(model: str, where: Path) -> float:
     from regsurgery.frontends.load import load
     from regsurgery.images.decoding import decode
@@ -94,9 +111,12 @@ def decode_seconds(model: str, where: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--decode", nargs=2, metavar=("MODEL", "DIR"))
-    given = parser.parse_args().decode
-    if given:
-        print(f"{1000 * decode_seconds(given[0], Path(given[1])):.1f} ms of CPU time an image")
+    parser.add_argument("--rehearsal", action="store_true")
+    args = parser.parse_args()
+    if args.decode:
+        print(f"{1000 * decode_seconds(args.decode[0], Path(args.decode[1])):.1f} ms of CPU time an image")
+    elif args.rehearsal:
+        print(rehearsal())
     else:
         print("\n\n".join(figures().values()))
 

@@ -49,7 +49,7 @@ def plant(
     for block, count in sorted(counts.items(), reverse=True):  # so that no neuron reacts to another one's outliers
         site = sites.blocks[block]
         mlp = mlp_of(traced, site)
-        _, taps = tap(module, {"mlp": mlp.source, "stream": site.output})(*inputs)
+        _, taps = tap(module, {"mlp": mlp.source, "stream": site.output}, early_exit=True)(*inputs)
         tokens_BTD = taps["mlp"].float()
         median = float(token_norms(taps["stream"])[:, sites.patches].median())
         directions = _directions(tokens_BTD, sites.num_prefix, count, firing)

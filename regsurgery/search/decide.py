@@ -24,7 +24,7 @@ from regsurgery.recipe import REFERENCE, Recipe
 from regsurgery.runtime.surgery import registers_for
 from regsurgery.search.diagnosis import Diagnosis
 from regsurgery.search.drift import DriftTrials, Graphs, Setting
-from regsurgery.search.faithful import FILLS, POOL, Choice, Cure, SettingRow, choose, grow, register_counts
+from regsurgery.search.faithful import FILLS, Choice, Cure, SettingRow, choose, grow, register_counts
 from regsurgery.search.journal import TrialJournal
 from regsurgery.search.reference import Ranking, rank, sweep
 from regsurgery.search.scores import Candidate, Scorer, Sums
@@ -159,16 +159,15 @@ class Search(OfLocated):
     journal: TrialJournal
     graphs: Graphs = field(default_factory=dict)
 
-    def trials(self, name: str, images: Sequence[torch.Tensor], first_block: int) -> DriftTrials:
+    def trials(self, name: str, images: Sequence[torch.Tensor]) -> DriftTrials:
         """Trials on the batches `images`; `name` distinguishes them from other trials."""
-        return self.at(name, self.located, images, first_block, self.graphs)
+        return self.at(name, self.located, images, self.graphs)
 
     def at(
         self,
         name: str,
         located: Located,
         images: Sequence[torch.Tensor],
-        first_block: int,
         graphs: Graphs | None = None,
     ) -> DriftTrials:
         """Like `trials`, for the model at another image size."""
@@ -178,7 +177,7 @@ class Search(OfLocated):
             self.progress.advance(1)
 
         memo = self.journal.trials.setdefault(name, {})
-        return DriftTrials(located, images, first_block, memo=memo, graphs=graphs, done=done)
+        return DriftTrials(located, images, memo=memo, graphs=graphs, done=done)
 
 
 def decide(search: Search, diagnosis: Diagnosis, sums: Sums, ranked: Sequence[Candidate]) -> Found:
@@ -246,7 +245,7 @@ def _reference(
         return Setting(ranking.best(count), options.num_registers or 1, compat=REFERENCE)
 
     progress.stage("reference: number of neurons")
-    grown, ranked = search.trials("reference", batches, 0), f"{len(ranking.scored)} neurons are ranked"
+    grown, ranked = search.trials("reference", batches), f"{len(ranking.scored)} neurons are ranked"
     top_k = options.top_k or sweep(lambda count: cure.gone(grown(setting(count))), len(ranking.scored))
     if top_k is None:
         raise UserError(
@@ -255,7 +254,7 @@ def _reference(
         )
     if top_k > len(ranking.scored):
         raise UserError(f"--top-k {top_k}: only {ranked} in blocks 0 to {ranking.top_layer}")
-    tried = search.trials("reference, judged", judging, 0)(setting(top_k))
+    tried = search.trials("reference, judged", judging)(setting(top_k))
     cost = 100 * setting(top_k).num_registers / search.sites.num_tokens
     progress.say(
         f"reference: {ranking.num_outliers / own.num_images:.2f} patches per image above {ranking.threshold:.4g} after "
@@ -352,12 +351,10 @@ def _choose(
     wanted = search.options
     counts = register_counts(cure.original, 1 if wanted.smallest and not wanted.num_registers else wanted.num_registers)
     pool = () if wanted.smallest else ranked
-    first = min(block for block, _ in (*smallest.neurons, *[at for at in pool if at not in smallest.neurons][:POOL]))
     sets, count = [smallest.neurons], min(counts)
     if not wanted.smallest:
-        sets, count = grow(search.trials("grow", batches, first), smallest.neurons, pool, cure, counts)
-    first = min(block for neurons in sets for block, _ in neurons)
-    trials = search.trials("judge", judging, first)
+        sets, count = grow(search.trials("grow", batches), smallest.neurons, pool, cure, counts)
+    trials = search.trials("judge", judging)
     fills = () if wanted.smallest else FILLS
     return choose(trials, sets, count, cure, counts, search.sites.num_tokens, ranked=ranked, fills=fills)
 
@@ -377,8 +374,7 @@ def _second_resolution(search: Search, cure: Cure, choice: Choice) -> tuple[Choi
     except UnsupportedModelError:
         return choice, SecondResolution(size, None, f"holds at {text(own)} only: the model takes no other size")
     images = list(search.share.pilot.some(TRIAL_IMAGES).batches(BATCH, other.preprocess))
-    first = min(block for setting in choice.ranked for block, _ in setting.neurons)
-    trials = search.at("second resolution", resized, images, first)
+    trials = search.at("second resolution", resized, images)
     setting = next((one for one in choice.ranked[:MAX_TRIED_AGAIN] if cure.gone(trials(one))), choice.setting)
     tried = trials(setting)
     held, before, after = cure.gone(tried), trials.original_outliers, float(tried.outliers.mean())

@@ -1,7 +1,7 @@
 """Settings of the cure, tried without writing anything: are the outliers gone, and how far do the outputs drift?
 
-A trial starts at the first block that any setting changes. What enters that block depends only on the number of
-registers, so it is computed once for each number.
+A trial starts at the first block that its setting changes, see `entering.py`. What enters that block depends only on
+the number of registers.
 
 Shape suffixes: B images of a batch, I images, T tokens, D width, N patches.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, fx
 
 from regsurgery.compiler.comparison import main_output, moved, patch_cosines, probe_nodes
-from regsurgery.compiler.graph import starting_at
 from regsurgery.compiler.located import Located
 from regsurgery.compiler.outliers import robust_outliers, token_norms
 from regsurgery.compiler.passes.pipeline import apply_passes
@@ -28,10 +27,11 @@ from regsurgery.compiler.passes.plan import plan_surgery
 from regsurgery.compiler.taps import tap
 from regsurgery.compiler.trace import tensor_inputs
 from regsurgery.recipe import REFERENCE, Recipe, by_blocks
-from regsurgery.runtime.surgery import insert_registers, neuron_shift
+from regsurgery.runtime.surgery import neuron_shift
+from regsurgery.search.entering import Entering, block_of, shift_only
 
 Neurons = tuple[tuple[int, int], ...]  # (block, neuron), ascending
-KEPT = 2  # streams of this many numbers of registers stay in memory
+KEPT = 2  # what trials with this many numbers of registers begin with stays in memory
 Graphs = dict[int, fx.GraphModule]  # number of registers -> the model with them, and a shift in every block
 FIGURES = ("drift", "outliers", "register_norm", "cosine_output", "cosine_patches", "kl", "same_argmax")
 
@@ -109,7 +109,6 @@ class DriftTrials:
     """Tries settings on `images`, batches `[B, 3, H, W]`.
 
     Args:
-        first_block: no setting has a neuron in an earlier block.
         memo: remembers trials by text; plain data, so it can be kept in a file.
         graphs: keeps the graphs, shared with other trials of `traced`.
         done: called after every trial that is run.
@@ -122,20 +121,19 @@ class DriftTrials:
         self,
         located: Located,
         images: Sequence[Tensor],
-        first_block: int,
         *,
         memo: MutableMapping[str, Any] | None = None,
         graphs: Graphs | None = None,
         done: Callable[[], None] = lambda: None,
     ) -> None:
         traced, sites = located.traced, located.sites
-        self.traced, self.sites, self.first_block, self.done = traced, sites, first_block, done
+        self.traced, self.sites, self.done = traced, sites, done
         self.inputs = [tensor_inputs(located.loaded, batch) for batch in images]
         self.num_images = sum(map(len, images))
         self.main = main_output(traced.output_names)
         self.memo: MutableMapping[str, Any] = {} if memo is None else memo
         self.graphs: Graphs = {} if graphs is None else graphs
-        self._streams: OrderedDict[int, tuple[list[Tensor], fx.GraphModule]] = OrderedDict()
+        self._enterings: OrderedDict[int, Entering] = OrderedDict()
 
     def __call__(self, setting: Setting) -> Tried:
         """Try `setting`, or remember what it did."""
@@ -165,11 +163,11 @@ class DriftTrials:
 
     @torch.no_grad()
     def _run(self, setting: Setting) -> Tried:
-        streams, graph_module = self._from_first_block(setting.num_registers)
         neurons = by_blocks(setting.neurons)
+        streams, graph_module = self._entering(setting.num_registers).starts(neurons)
         shared = set(neurons) if setting.compat == REFERENCE else set()  # of no neurons there is no extreme
         graph_module = _shifting(graph_module, setting.fill, shared)
-        _shift(graph_module, neurons)
+        shift_only(graph_module, neurons)
         figures: dict[str, list[Tensor]] = {}
         for stream_BTD, inputs, original in zip(streams, self.inputs, self.originals, strict=True):
             with warnings.catch_warnings():
@@ -198,26 +196,16 @@ class DriftTrials:
             figures |= {"kl": drift.kl, "same_argmax": drift.same}
         return figures
 
-    @torch.no_grad()
-    def _from_first_block(self, num_registers: int) -> tuple[list[Tensor], fx.GraphModule]:
-        """What enters the first block with `num_registers` registers, and the model from there on."""
-        if num_registers in self._streams:
-            self._streams.move_to_end(num_registers)
-            return self._streams[num_registers]
-        patched = self._with_registers(num_registers)
-        if self.first_block:
-            start = self.sites.blocks[self.first_block - 1].output
-        else:
-            (joined,) = patched.graph.find_nodes(op="call_function", target=insert_registers)
-            start = joined.name
-        before = tap(patched, {"stream": start}, early_exit=True)
-        _shift(before, {})
-        streams = [before(*inputs)[1]["stream"] for inputs in self.inputs]
-        rest = starting_at(tap(patched, probe_nodes(self.sites), outputs=(self.main,)), start)
-        while len(self._streams) >= KEPT:
-            self._streams.popitem(last=False)
-        self._streams[num_registers] = streams, rest
-        return self._streams[num_registers]
+    def _entering(self, num_registers: int) -> Entering:
+        """Where the trials with `num_registers` registers begin."""
+        if num_registers not in self._enterings:
+            patched = self._with_registers(num_registers)
+            tapped = tap(patched, probe_nodes(self.sites), outputs=(self.main,))
+            while len(self._enterings) >= KEPT:
+                self._enterings.popitem(last=False)
+            self._enterings[num_registers] = Entering(patched, self.sites, tapped, self.inputs)
+        self._enterings.move_to_end(num_registers)
+        return self._enterings[num_registers]
 
     def _with_registers(self, num_registers: int) -> fx.GraphModule:
         if num_registers not in self.graphs:
@@ -227,19 +215,10 @@ class DriftTrials:
         return self.graphs[num_registers]
 
 
-def _shift(graph_module: fx.GraphModule, neurons: Mapping[int, Sequence[int]]) -> None:
-    """Set the neurons, by block, that the shifts of `graph_module` take."""
-    for name, listed in graph_module.named_buffers():
-        block = _block_of(name)
-        if block is not None:
-            chosen = torch.tensor(neurons.get(block, ()), dtype=torch.int64, device=listed.device)
-            setattr(graph_module, name, chosen)
-
-
 def _shifting(graph_module: fx.GraphModule, fill: str, shared: Collection[int]) -> fx.GraphModule:
     """`graph_module`, or a copy whose shifts fill patches differently, and in the blocks `shared` share an extreme."""
     shifts = graph_module.graph.find_nodes(op="call_function", target=neuron_shift)
-    how = [{"fill": fill, "one_peak": _block_of(str(shift.args[1])) in shared} for shift in shifts]
+    how = [{"fill": fill, "one_peak": block_of(str(shift.args[1])) in shared} for shift in shifts]
     if all(shift.kwargs | own == shift.kwargs for shift, own in zip(shifts, how, strict=True)):
         return graph_module
     other = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
@@ -248,9 +227,3 @@ def _shifting(graph_module: fx.GraphModule, fill: str, shared: Collection[int]) 
         shift.kwargs = {**shift.kwargs, **own}
     other.recompile()
     return other
-
-
-def _block_of(name: str) -> int | None:
-    """The block whose neurons are in the buffer of that name, or the node that gets it."""
-    prefix, _, block = name.rpartition("_")
-    return int(block) if prefix == "register_neurons" else None

@@ -16,6 +16,7 @@ from regsurgery.compiler.passes.plan import plan_surgery
 from regsurgery.compiler.taps import tap
 from regsurgery.compiler.trace import tensor_inputs
 from regsurgery.recipe import Recipe, by_blocks
+from regsurgery.search.entering import Entering, shift_only
 from regsurgery.search.scores import Scorer, Sums, column_norms
 
 Neurons = Sequence[tuple[int, int]]  # (block, neuron)
@@ -52,7 +53,7 @@ class Trials:
         # One patched graph for all sets: a shift in each block, whose list of neurons is replaced before a run.
         everywhere = Recipe({block: (0,) for block in range(sites.probe_block + 1)})
         self.patched, _ = apply_passes(traced, plan_surgery(sites, everywhere))
-        self.glancing = tap(self.patched, stream, early_exit=True)
+        self.entering = Entering(self.patched, sites, tap(self.patched, stream, early_exit=True), self.inputs)
         streams = self._run(tap(traced.graph_module, stream, early_exit=True))
         norms = [self._patch_norms(taps["stream"]) for _, taps in streams]
         self.outliers_BN = [robust_outliers(norms_BN) for norms_BN in norms]
@@ -62,15 +63,19 @@ class Trials:
         self.outlier_norm = means["outlier"]
         self.original = self._glance(streams)
 
+    @torch.no_grad()
     def glance(self, neurons: Neurons) -> Glance:
-        """Shift `neurons` onto one register; stop after the last but one block."""
-        self._shift(self.glancing, neurons)
-        return self._glance(self._run(self.glancing))
+        """Shift `neurons` onto one register; start at the first block that has some, stop after the last but one."""
+        listed = by_blocks(neurons)
+        streams, rest = self.entering.starts(listed)
+        shift_only(rest, listed)
+        starts = zip(self.inputs, streams, strict=True)
+        return self._glance([rest(*inputs, stream_BTD.clone()) for inputs, stream_BTD in starts])
 
     def scores(self, neurons: Neurons, images: Sequence[Tensor]) -> tuple[Scorer, Sums]:
         """The sums over `images` of the model in which `neurons` are shifted."""
         scorer = Scorer(self.located, self.sites.probe_block, self.patched)
-        self._shift(scorer.graph_module, neurons)
+        shift_only(scorer.graph_module, by_blocks(neurons))
         sums = scorer.new_sums()
         for batch in images:
             scorer.add(sums, batch)
@@ -84,13 +89,6 @@ class Trials:
         patches = [taps["hidden"][:, self.sites.patches].flatten(0, 1).float() for _, taps in runs]
         activation_PH = torch.cat(patches)
         return activation_PH, column_norms(self.traced, site).to(activation_PH)
-
-    def _shift(self, patched: fx.GraphModule, neurons: Neurons) -> None:
-        listed = by_blocks(neurons)
-        for block in range(self.sites.probe_block + 1):
-            name = f"register_neurons_{block}"
-            device = getattr(patched, name).device
-            setattr(patched, name, torch.tensor(listed.get(block, ()), dtype=torch.int64, device=device))
 
     @torch.no_grad()
     def _run(self, graph_module: fx.GraphModule) -> list[Run]:

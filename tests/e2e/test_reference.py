@@ -187,7 +187,7 @@ def test_the_shift_is_that_of_the_published_algorithm(case: Case) -> None:
     kl = F.kl_div(expected.double().log_softmax(-1), original.log_softmax(-1), reduction="none", log_target=True).sum(
         -1
     )
-    tried = DriftTrials(case.located, [pixels(case)], 0)(setting)
+    tried = DriftTrials(case.located, [pixels(case)])(setting)
     assert tried.kl is not None
     torch.testing.assert_close(tried.kl, kl, rtol=1e-3, atol=TOLERANCE)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice, pairwise
@@ -17,7 +18,7 @@ pytest.importorskip("scipy")
 import timm
 import torch
 
-from benchmarks import depth, goals, hooks, models, report, suite
+from benchmarks import depth, full_size, goals, hooks, models, rehearsal, report, resident, suite
 from benchmarks import latency as latency_part
 from benchmarks.__main__ import main
 from benchmarks.profiling import where_the_time_goes
@@ -250,11 +251,33 @@ MEASURED: dict[str, dict[str, Any]] = {
             | {run: {"seconds": 1.5, "of_cp": 3.0, "peak_mb": 800.0} for run in report.RUNS}
         ]
     },
+    "rehearsal": {
+        "images": 8, "max_memory": "6GB", "failed": {"llava-7b": "make: exit status 1: no room"},
+        "models": {
+            "dinov2-l": {
+                "name": "DINOv2-L/14", "dtype": "float32", "load_average": [2.0, 3.0], "gigabytes": 1.217, "shards": 1,
+                "planted": {"12": [3, 4], "13": [7]}, "problems": [],
+                "steps": {
+                    "make": {"exit": 0, "seconds": 9.6, "cpu_seconds": 12.0, "peak_mb": 900.0, "own_mb": 700.0},
+                    "find": {"exit": 0, "seconds": 60.0, "cpu_seconds": 99.0, "peak_mb": 9000.0, "own_mb": 3000.0,
+                             "outcome": "the 3 planted neurons and no other; 1 register"},
+                },
+            },
+            "llava-7b": {
+                "name": "LLaVA 1.5 7B", "dtype": "float16", "load_average": [2.0, 3.0], "planted": {},
+                "problems": ["make: exit status 1: no room"],
+                "steps": {"make": {"exit": 1, "seconds": 3.0, "cpu_seconds": 2.0, "peak_mb": 300.0, "own_mb": 200.0}},
+            },
+        },
+    },
     "startup": {"rounds": 4, "runs": {"regsurgery --help": seconds(0.1), "import regsurgery": seconds(0.4)}},
     "depth": {
         "width": 64, "rounds": 4, "seconds": {"trace": {"6": 1.0, "12": 2.0}}, "exponents": {"trace": 1.0},
     },
 }  # fmt: skip
+
+
+EVERY = ["--only", ",".join(suite.PARTS)]
 
 
 def fake(failing: str = "") -> Callable[..., dict[str, Any]]:
@@ -273,7 +296,7 @@ def fake(failing: str = "") -> Callable[..., dict[str, Any]]:
 
 def test_every_part_is_run_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(MEASURED) == set(suite.PARTS) == set(report.RENDERERS)
-    assert main(["--short", "--threads", "2", "--output", str(tmp_path)], fake()) == 0
+    assert main([*EVERY, "--short", "--threads", "2", "--output", str(tmp_path)], fake()) == 0
     text = (tmp_path / "RESULTS.md").read_text()
     for part in suite.PARTS.values():
         assert f"## {part.title}\n\na processor, 2 cores, 2 threads; torch 2.15.0; load average 0.1 before" in text
@@ -281,13 +304,16 @@ def test_every_part_is_run_and_written(tmp_path: Path, capsys: pytest.CaptureFix
     assert "| `import regsurgery` | 0.3 s | 0.4000 [0.4000, 0.4000] s | missed |" in text
     assert "| `regsurgery --help` | 0.5 s | 0.1000 [0.1000, 0.1000] s | met |" in text
     assert "Not run, since the time was up: ViT-B/16 onnx batch 1 fp32" in text
+    assert "| resident memory of every command, DINOv2-L/14 | 8 GB | 9.4372 GB | missed |" in text
+    assert "| resident memory of every command, LLaVA 1.5 7B | 8 GB |  | not measured |" in text
+    assert "|  | find | 0 | 60 | 99 | 9000 | 3000 | the 3 planted neurons and no other; 1 register |" in text
     assert set(json.loads((tmp_path / "results.json").read_text())) == set(suite.PARTS)
     assert "latency: a line" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", suite.PARTS)
 def test_one_part_alone_keeps_the_others_figures(name: str, tmp_path: Path) -> None:
-    main(["--output", str(tmp_path)], fake())
+    main([*EVERY, "--output", str(tmp_path)], fake())
     assert main(["--only", name, "--short", "--output", str(tmp_path)], fake(failing=name)) == 1
     results = json.loads((tmp_path / "results.json").read_text())
     assert {key: record["form"] for key, record in results.items()} == {
@@ -298,7 +324,7 @@ def test_one_part_alone_keeps_the_others_figures(name: str, tmp_path: Path) -> N
 
 
 def test_figures_of_another_version_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--output", str(tmp_path)], fake())
+    main([*EVERY, "--output", str(tmp_path)], fake())
     kept = json.loads((tmp_path / "results.json").read_text())
     del kept["find"]["figures"]["processes"]["apart_over_half"]
     (tmp_path / "results.json").write_text(json.dumps(kept))
@@ -307,10 +333,27 @@ def test_figures_of_another_version_are_left_out(tmp_path: Path, capsys: pytest.
     assert json.loads((tmp_path / "results.json").read_text()).keys() == suite.PARTS.keys() - {"find"}
 
 
+def test_a_part_that_takes_hours_is_run_only_where_it_is_named(tmp_path: Path) -> None:
+    orders: list[suite.Order] = []
+
+    def run(order: suite.Order, say: Callable[[str], None]) -> dict[str, Any]:
+        orders.append(order)
+        return fake()(order, say)
+
+    main(["--output", str(tmp_path)], run)
+    assert "rehearsal" not in {order.name for order in orders} and not any(order.more for order in orders)
+    main(["--only", "rehearsal", "--models", "clip-l,llava-7b", "--output", str(tmp_path)], run)
+    assert orders[-1].more == {"folder": str(tmp_path), "models": ["clip-l", "llava-7b"]}
+    assert orders[-1].seconds == suite.PARTS["rehearsal"].seconds["full"] > suite.TOTAL["full"]
+
+
 def test_an_unknown_part_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--only", "latency,memory", "--output", str(tmp_path)], fake())
     assert "memory: not one of startup, depth" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--only", "rehearsal", "--models", "vit", "--output", str(tmp_path)], fake())
+    assert "vit: not one of dinov2-l, clip-l" in capsys.readouterr().err
 
 
 def test_parts_share_the_time_that_there_is() -> None:
@@ -331,3 +374,48 @@ def test_a_part_that_dies_or_hangs_is_told(monkeypatch: pytest.MonkeyPatch) -> N
     status, error = suite._watched(["sleep", "60"], 1, 0.1, said.append)
     assert status == "failed" and error is not None and "more than 0 s" in error
     assert suite._watched(["true"], 1, 60, said.append) == ("ok", None)
+
+
+def test_memory_is_that_of_a_command_and_what_it_starts(tmp_path: Path) -> None:
+    child = "import time; held = bytearray(b'1') * (60 << 20); time.sleep(0.6)"
+    script = "import subprocess, sys; held = bytearray(b'1') * (90 << 20)"
+    script = f"{script}; subprocess.run([sys.executable, '-c', {child!r}]); print('done'); sys.exit(3)"
+    cost = resident.run([sys.executable, "-c", script], tmp_path / "out")
+    assert (cost.exit, (tmp_path / "out").read_text()) == (3, "done\n")
+    assert 150 < cost.own_mb < cost.peak_mb < 220 and cost.seconds > 0.5 > cost.cpu_seconds > 0
+
+
+def test_a_rehearsal_says_what_is_wrong() -> None:
+    planted = {"12": [3, 4], "13": [7]}
+    sick = {"verdict": "register_neurons", "reason": "", "outliers_per_image": 8.0, "emergence_block": 12}
+    cured = {"passed": True, "failures": [], "outliers_per_image": {"original": 8.0, "patched": 0.0}}
+    found = {"register_neurons": {"12": [4, 3], "13": [7]}, "num_registers": 1}
+    verified = {**cured, "passed": False, "failures": ["the outputs differ"]}
+    left = {**cured, "outliers_per_image": {"original": 8.0, "patched": 0.1}}
+    for step, said, problem in (
+        ("doctor", sick, None),
+        ("doctor", {**sick, "verdict": "none", "reason": "few"}, "the verdict is none: few"),
+        ("doctor", {**sick, "emergence_block": 3}, "neurons were planted from block 12 on"),
+        ("find", found, None),
+        ("find", {**found, "register_neurons": {"12": [3]}}, "found 12:3; planted were 12:3 12:4 13:7"),
+        ("patch", {"verify": cured}, None),
+        ("verify", verified, "the outputs differ"),
+        ("verify", left, "outliers are left"),
+    ):
+        assert rehearsal.OUTCOMES[step](said, planted)[1] == problem
+
+
+@pytest.mark.slow
+def test_a_rehearsal_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(rehearsal, "NUM_IMAGES", 4)
+    *_, figures = rehearsal.measure("smoke", "cpu", 600, said.append, folder=str(tmp_path))
+    assert figures["failed"] == {} and list(figures["models"]) == [full_size.SMOKE]
+    record = figures["models"][full_size.SMOKE]
+    assert list(record["steps"]) == ["make", "doctor", "find", "patch", "verify"]
+    assert all(cost["exit"] == 0 and cost["own_mb"] > 100 for cost in record["steps"].values())
+    assert record["steps"]["find"]["outcome"] == "the 2 planted neurons and no other; 1 register"
+    assert record["steps"]["verify"]["outcome"].endswith(" 0.00 after") and record["shards"] > 1
+    assert [path.name for path in tmp_path.iterdir()] == [rehearsal.KEPT]  # the models are removed
+    again = list(rehearsal.measure("smoke", "cpu", 600, said.append, folder=str(tmp_path)))
+    assert again[-1] == figures and said[-1] == "smoke: measured before"

@@ -32,6 +32,11 @@ def test_the_tables_are_the_scripts() -> None:
     assert between.split("\n\n") == list(SCRIPT["figures"]().values())
 
 
+def test_the_rehearsals_table_is_the_scripts() -> None:
+    after = DOCUMENT.partition("<!-- python docs/scale_figures.py --rehearsal -->\n")[2]
+    assert after.partition("\n<!-- end -->")[0] == SCRIPT["rehearsal"]()
+
+
 def test_the_decoding_time_is_measured(demo_folder: Path, tmp_path: Path) -> None:
     from PIL import Image
 

@@ -6,12 +6,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from regsurgery.compiler.located import Located
 from regsurgery.compiler.outliers import robust_outliers, token_norms
 from regsurgery.compiler.taps import tap
 from regsurgery.images.image_set import image_set
+from regsurgery.recipe import by_blocks
+from regsurgery.search.drift import DriftTrials, Setting
+from regsurgery.search.entering import shift_only
 from regsurgery.search.scores import Scorer, column_norms
+from regsurgery.search.trials import Glance, Neurons, Trials
 from tests.conftest import Planted
 from tests.picos import CORE, Pico
 
@@ -60,6 +65,34 @@ def test_the_sums_are_those_of_a_person_with_hooks(index: int, planted_picos: Ca
         torch.testing.assert_close(
             sums.mean_elsewhere(block), patches_BNH[~outliers_BN].mean(dim=0), rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("index", [0, 3], ids=lambda index: CORE[index].id)
+def test_a_trial_starts_at_its_first_block(index: int, planted_picos: Callable[[Pico], Planted]) -> None:
+    planted = planted_picos(CORE[index])
+    batches = list(image_set(None, 3).batches(2, planted.loaded.preprocess))
+    trials, drifts = Trials(planted.located, batches), DriftTrials(planted.located, batches)
+    assert drifts.originals  # run before anything is counted
+
+    def whole(neurons: Neurons) -> Glance:
+        tapped = trials.entering.tapped
+        shift_only(tapped, by_blocks(neurons))
+        return trials._glance(trials._run(tapped))
+
+    def drift(neurons: Neurons) -> dict[str, float | None]:
+        return drifts(Setting(tuple(neurons))).means()
+
+    flops: dict[str, list[int]] = {"glance": [], "drift": []}
+    for neurons in ([(2, 5)], [(1, 3), (2, 7)], [(2, 6)], [(0, 1)]):  # the third one has a start that is known
+        expected = whole(neurons)
+        with FlopCounterMode(display=False) as glancing:
+            assert trials.glance(neurons) == expected
+        alone = DriftTrials(planted.located, batches)(Setting(tuple(neurons))).means()
+        with FlopCounterMode(display=False) as drifting:
+            assert drift(neurons) == alone
+        flops["glance"].append(glancing.get_total_flops())
+        flops["drift"].append(drifting.get_total_flops())
+    assert flops["glance"][2] < 0.5 * flops["glance"][1] and flops["drift"][2] < 0.7 * flops["drift"][1], flops
 
 
 def _inputs(planted: Planted, batch: torch.Tensor) -> list[torch.Tensor]:
