@@ -121,10 +121,10 @@ def test_goals_are_about_one_cell_each() -> None:
         group("L", "eager", 1, "fp32", shift=1.02, native=1.003),
         group("L", "eager", 8, "fp32", shift=1.5),
         group("L", "eager", 1, "bf16", shift=1.5, native=1.5),
-        group("B", "compile", 1, "fp32", shift=1.019),
+        group("B", "compile", 1, "fp32", shift=1.014),
     ]
     words = [verdict.word for verdict in goals.latency_verdicts({"groups": groups})]
-    assert words == ["missed", "not measured", "not measured", "met", "met", "not measured"]
+    assert words == ["missed", "not measured", "not measured", "met", "not measured", "met", "not measured"]
 
 
 def test_the_goal_of_find_is_about_one_model() -> None:
@@ -201,7 +201,7 @@ def test_a_profile_names_the_operator_that_is_new() -> None:
 
 def test_every_plan_has_every_factor_and_every_goal() -> None:
     plan = latency_part.PLANS["full", "cpu"]
-    assert {one.shape for one in plan} == {"Ti", "B", "L"}
+    assert {one.shape for one in plan} == {"Ti", "B", "L", "Ti4", "B4"}
     assert {one.backend for one in plan} == {"eager", "compile", "pt2", "onnx"}
     assert {one.batch for one in plan} == {1, 8, 32} and {one.dtype for one in plan} == {"fp32", "bf16"}
     assert {mode for one in plan for mode in one.modes} == {"shift", "native", "bias", "hooks"}
@@ -300,7 +300,7 @@ def test_every_part_is_run_and_written(tmp_path: Path, capsys: pytest.CaptureFix
     text = (tmp_path / "RESULTS.md").read_text()
     for part in suite.PARTS.values():
         assert f"## {part.title}\n\na processor, 2 cores, 2 threads; torch 2.15.0; load average 0.1 before" in text
-    assert "| shift over original, ViT-L/14, T = 257, eager | 1.01 | 1.0200 [1.0190, 1.0210] | missed |" in text
+    assert "| shift over original, ViT-L/14, T = 257, eager | 1.008 | 1.0200 [1.0190, 1.0210] | missed |" in text
     assert "| `import regsurgery` | 0.3 s | 0.4000 [0.4000, 0.4000] s | missed |" in text
     assert "| `regsurgery --help` | 0.5 s | 0.1000 [0.1000, 0.1000] s | met |" in text
     assert "Not run, since the time was up: ViT-B/16 onnx batch 1 fp32" in text
