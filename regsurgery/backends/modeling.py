@@ -128,19 +128,20 @@ def import_modeling(folder: Path, own: str, *, trusted: bool) -> ModuleType:
     code: str | bytes | None = _loader(folder) if trusted else known_loader(folder, own)
     if code is None:
         raise CheckpointError(f"{path}: {UNKNOWN_CODE}")
-    module = ModuleType(path.stem)
-    module.__file__ = str(path)
     try:  # compiled here instead of imported: an import would leave __pycache__ in the folder
         compiled = compile(code, str(path), "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"{path}: not Python ({in_short(error)}); patch the model again") from error
     package = ModuleType(f"regsurgery_folder_{next(FOLDERS)}")  # of the source's own code, which the file may import
     package.__path__ = [str(folder)]
-    sys.modules[package.__name__] = package
+    module = ModuleType(f"{package.__name__}.{path.stem}")
+    module.__file__ = str(path)
     module.__package__ = package.__name__
+    sys.modules.update({each.__name__: each for each in (package, module)})  # transformers 5.0 looks there
     try:
         with replaced(sys, "dont_write_bytecode", True):
             exec(compiled, module.__dict__)  # nosec B102 # checked above
     except Exception as error:  # trusted code of others may raise anything
+        del sys.modules[module.__name__]
         raise CheckpointError(f"{path}: fails with {type(error).__name__}: {in_short(error)}") from error
     return module

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from regsurgery.checkpoints.limits import BROKEN, read_json
 from regsurgery.checkpoints.reading import index_of
@@ -281,12 +280,16 @@ def _features_named(model: Any, feature_layer: str) -> Callable[[Any], dict[str,
 
 def name_outputs(output: Any) -> dict[str, Tensor]:
     """The tensors of a transformers ModelOutput by field name (a lone one: `output`), nested ones joined with a dot."""
-    leaves, _ = pytree.tree_flatten_with_path(output)
-    return {
-        ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) or "output": leaf
-        for path, leaf in leaves
-        if isinstance(leaf, Tensor)
-    }
+    return {".".join(path) or "output": tensor for path, tensor in _tensors_in(output, ())}
+
+
+def _tensors_in(output: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Every tensor with its path. Not by pytree: transformers 5.0 registers its outputs without keys."""
+    if isinstance(output, Tensor):
+        yield path, output
+    elif isinstance(output, (Mapping, list, tuple)):
+        for key, value in output.items() if isinstance(output, Mapping) else enumerate(output):
+            yield from _tensors_in(value, (*path, str(key)))
 
 
 def _added_name(model: Any, in_memory: str, on_disk: str) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from regsurgery.compiler.graph import drop_unused, set_parameter, with_parameters
 from regsurgery.compiler.taps import tap
+from regsurgery.frontends.transformers import name_outputs
 
 
 class Two(nn.Module):
@@ -78,3 +80,21 @@ def test_a_write_into_a_view_is_a_write_into_its_base() -> None:
     outputs, taps = tap(module, {"tapped": "base"})(torch.ones(2))
     assert outputs["y"].tolist() == [1.0, 3.0]
     assert taps["tapped"].tolist() == [2.0, 2.0]
+
+
+def test_outputs_are_named_where_pytree_knows_no_keys() -> None:
+    """As of transformers 5.0, which registers its outputs without them."""
+
+    class Output(dict):
+        pass
+
+    pytree.register_pytree_node(
+        Output,
+        lambda output: (list(output.values()), list(output)),
+        lambda values, keys: Output(zip(keys, values, strict=True)),
+    )
+    first, second, third = torch.zeros(1), torch.zeros(2), torch.zeros(3)
+    named = name_outputs(Output(logits=first, hidden_states=(second, Output(pooled=third)), loss=None))
+    assert list(named) == ["logits", "hidden_states.0", "hidden_states.1.pooled"]
+    assert [tensor.numel() for tensor in named.values()] == [1, 2, 3]
+    assert list(name_outputs(first)) == ["output"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,20 @@ def test_every_class_of_a_loader_can_be_mixed_in_before_a_model_class(tmp_path: 
 
     (tmp_path / modeling.FILE_NAME).write_text(source("ViTConfig", "ViTModel"), "utf-8")
     loader = modeling.import_modeling(tmp_path, transformers.loader_digest(), trusted=False)
+    del sys.modules[loader.__name__]
     mixins = loader._Grafted.__subclasses__()
     assert len(mixins) > 9
     for mixin in mixins:
         made = loader._grafted_class(mixin, ViTModel)
         assert made.__mro__[1] is mixin and made.config_class is ViTModel.config_class
+
+
+def test_a_loader_is_found_by_its_classes_module_name(tmp_path: Path) -> None:
+    """Transformers 5.0 opens the file of `sys.modules[cls.__module__]` when it makes a model."""
+    (tmp_path / modeling.FILE_NAME).write_text(source("ViTConfig", "ViTModel"), "utf-8")
+    loader = modeling.import_modeling(tmp_path, transformers.loader_digest(), trusted=False)
+    module = sys.modules[loader.ViTModel.__module__]
+    assert module is loader and module.__file__ == str(tmp_path / modeling.FILE_NAME)
 
 
 @pytest.mark.parametrize(
