@@ -252,7 +252,6 @@ def test_patch_runs_every_model_once(verification: bool, demo: Located, demo_fol
     for row in result.sizes.rows if result.sizes else ():
         there = sites.num_prefix + (own - sites.num_prefix) * math.prod(row.image_size) // math.prod(traced.image_size)
         tokens += row.num_images * (there + there + row.num_registers)
-        tokens += there * (row.image_size != traced.image_size)  # one blank image: does it take that size?
     up = tuple(traced.graph_module.get_parameter(mlp_of(traced, sites.blocks[0]).gate.weight).T.shape)
     assert rows.of[up] == len(sites.blocks) * tokens
     assert (result.sizes is not None and len(result.sizes.rows) == 3) == verification

@@ -302,7 +302,7 @@ def test_rotary_attention_takes_no_register_at_the_end(pico: Pico, planted_picos
     if pico.prefixed:
         inside = perform(planted.located, recipe)
         images = pictures(3, planted.loaded.image_size)
-        unaware = mock.patch("regsurgery.runtime.surgery._make_room", lambda *args: None)
+        unaware = mock.patch("regsurgery.runtime.surgery._make_room", lambda *args, **kwargs: None)
         with torch.no_grad(), unaware:
             graph = inside.graph_module(*tensor_inputs(planted.loaded, images))
             with pytest.raises(RuntimeError, match="size"):

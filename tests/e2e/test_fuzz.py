@@ -11,7 +11,7 @@ import pytest
 from tests.fuzz.kinds import KINDS
 
 ROOT = Path(__file__).parents[2]
-INPUTS = 200
+INPUTS = 300
 
 
 def run(*args: object) -> subprocess.CompletedProcess[str]:
