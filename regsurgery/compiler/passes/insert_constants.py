@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from regsurgery.compiler.graph import ancestor_sets, find_node, is_ancestor, set_parameter
 from regsurgery.compiler.passes.plan import INSERTED, REGION_END, PassResult, Plan
@@ -23,7 +23,9 @@ def insert_constants(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
     real = next(graph_module.parameters())
     zeros_LD = torch.zeros(len(plan.constant_blocks), plan.sites.width, dtype=real.dtype, device=real.device)
     set_parameter(graph_module, plan.constants_name, nn.Parameter(zeros_LD))
+    constants = next(iter(graph.find_nodes(op="placeholder"))).meta["val"].fake_mode.from_tensor(zeros_LD)
     masks = ancestor_sets(graph)
+    joined_values: dict[str, Tensor] = {}  # blocks mostly read one shape, and symbolic shapes take long
     inserted = []
     for index, block in enumerate(plan.constant_blocks):
         site = plan.sites.blocks[block]
@@ -44,8 +46,11 @@ def insert_constants(graph_module: fx.GraphModule, plan: Plan) -> PassResult:
             node.meta["nn_module_stack"] = tokens.meta.get("nn_module_stack", {})
             node.meta[INSERTED] = "insert_constants"
         joined.meta[REGION_END] = end.name
-        with value.fake_mode:
-            parameter.meta["val"] = value.fake_mode.from_tensor(zeros_LD)
-            joined.meta["val"] = insert_constant(value, parameter.meta["val"], index, start)
+        parameter.meta["val"] = constants
+        shape = f"{value.shape} {value.dtype}"  # a symbolic size has no hash
+        if shape not in joined_values:
+            with value.fake_mode:
+                joined_values[shape] = insert_constant(value, constants, index, start)
+        joined.meta["val"] = joined_values[shape]
         inserted.append(joined.name)
     return PassResult(tuple(inserted), "a constant in every attention")
