@@ -379,6 +379,21 @@ def test_an_interrupt_keeps_the_best_weights_so_far_and_reproduce_gives_the_same
     assert regsurgery.reproduce(tmp_path / "out", images=pictures).identical
 
 
+@pytest.mark.slow
+def test_calibration_ends_at_the_first_check_if_it_made_the_closed_form_much_worse(
+    demo_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = iter([0.001, 0.0021])  # a third would raise StopIteration
+    monkeypatch.setattr("regsurgery.compiler.modes.calibrate.Loss.mean", lambda *_: next(checks))
+    options = {"recipe": "demo", "mode": "native", "images": pictures, "verification": False}
+    regsurgery.patch(str(demo_folder), tmp_path / "out", **options)
+    found = fit_of(tmp_path / "out")["calibration"]
+    assert found["steps"] == 0 and found["loss_after"] == 0.001 and "stopped_after" not in found
+    regsurgery.patch(str(demo_folder), tmp_path / "plain", calibrate=False, **options)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "out")]
+    assert weights[0] == weights[1]
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
