@@ -17,7 +17,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import regsurgery
 from regsurgery.cli.app import main
@@ -29,7 +28,6 @@ from regsurgery.search.decide import Found
 from regsurgery.search.drift import Setting
 from regsurgery.search.scores import Scorer, Sums
 from tests.conftest import Planted, shared, tiered
-from tests.e2e.test_model_ids import TINY, cached, patch
 from tests.picos import CORE, Pico, _transformers
 from tests.planting import plant_model, random_counts, split_real_neuron
 
@@ -56,7 +54,7 @@ def as_lists(recipe: regsurgery.Recipe) -> dict[int, list[int]]:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(("images", "num_images"), [("calibration", 64), (None, 64)])
+@pytest.mark.parametrize(("images", "num_images"), [("calibration", 40), (None, 40)])
 def test_the_real_vit_gets_the_setting_with_the_least_drift(
     images: str | None, num_images: int | None, tmp_path: Path
 ) -> None:
@@ -157,7 +155,7 @@ def test_what_is_chosen_has_the_planted_neurons_and_drifts_less(seed: int, tmp_p
 def test_planted_neurons_are_found_in_a_model_of_dinov2_small_size(tmp_path: Path) -> None:
     _transformers("Dinov2Model", "Dinov2Config", **SMALL)(tmp_path / "model")
     truth = plant_model(tmp_path / "model", {1: 2, 4: 3}, 0)
-    found = regsurgery.find(str(tmp_path / "model"), num_images=16)
+    found = regsurgery.find(str(tmp_path / "model"), num_images=10)
     check_planted(found, truth.neurons)
 
 
@@ -217,27 +215,6 @@ def test_patch_finds_by_itself_and_writes_what_it_found(demo_folder: Path, tmp_p
     written = find_recipe(str(tmp_path / "out" / "recipe.yaml"))
     assert written == result.recipe and written.provenance["sweep"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "no journal is left"
-
-
-@pytest.mark.real
-def test_a_bundled_recipe_that_does_not_fit_gives_way_to_the_search(tmp_path: Path) -> None:
-    """The id says vit_tiny, but its hidden units are in another order: 417 has become 5."""
-    source, folder = shared("models", "vit-tiny-timm"), tmp_path / "model"
-    folder.mkdir()
-    for path in source.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    state = load_file(source / "model.safetensors")
-    order = torch.arange(768)
-    order[[5, 417]] = order[[417, 5]]
-    for name, dim in (("fc1.weight", 0), ("fc1.bias", 0), ("fc2.weight", 1)):
-        state[f"blocks.7.mlp.{name}"] = state[f"blocks.7.mlp.{name}"].index_select(dim, order)
-    save_file(state, folder / "model.safetensors")
-    home = tmp_path / "home"
-    cached(home, f"timm/{TINY}", folder)
-    done = patch(f"timm:{TINY}", home, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "recipe vit-tiny does not fit this model (verification failed" in done.stderr
-    assert as_lists(find_recipe(str(tmp_path / "out" / "recipe.yaml"))) == {6: [189], 7: [5]}
 
 
 @pytest.mark.parametrize("pico", [CORE[0], CORE[8], CORE[13]], ids=lambda pico: pico.id)

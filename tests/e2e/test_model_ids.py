@@ -1,4 +1,8 @@
-"""MODEL is also a Hub id, `timm:NAME` or `open_clip:ARCH/TAG`: the real client, offline, over a filled cache."""
+"""MODEL is also a Hub id, `timm:NAME` or `open_clip:ARCH/TAG`: the real client, offline, over a filled cache.
+
+Once by `HF_HOME` in a process of its own; then in this one, where the client is told of another cache: importing takes
+longer than the rest.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,17 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from regsurgery.errors import ModelNotFoundError
 from regsurgery.frontends.model_id import _open_clip_repo, _timm_repo
 from regsurgery.recipe import find_recipe
+from tests.commands import Done
 from tests.conftest import shared
 
 TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -27,44 +35,77 @@ def cached(home: Path, repo: str, folder: Path) -> None:
     shutil.copytree(folder, root / "snapshots" / COMMIT)
 
 
-def patch(model: str, home: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = Path(sys.executable).parent / "regsurgery"
-    return subprocess.run(
-        [str(command), "patch", model, "-o", "out", "--num-images", "8", *arguments],
-        env={**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+Patch = Callable[[str, Path, Path], Done]
+
+
+@pytest.fixture
+def patch_by_id(run: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> Patch:
+    """(MODEL, home, folder) -> `regsurgery patch MODEL -o folder/out`, with the cache below `home`."""
+
+    def patch(model: str, home: Path, folder: Path) -> Done:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
+        return run("patch", model, "-o", folder / "out", "--num-images", 8)
+
+    return patch
 
 
 @pytest.mark.slow
 def test_a_hub_id_is_patched_from_the_cache(demo_folder: Path, tmp_path: Path) -> None:
     cached(tmp_path / "home", "someone/pico-vit", demo_folder)
-    done = patch("someone/pico-vit", tmp_path / "home", tmp_path, "--recipe", "demo")
+    command = Path(sys.executable).parent / "regsurgery"
+    done = subprocess.run(
+        [str(command), "patch", "someone/pico-vit", "-o", "out", "--num-images", "8", "--recipe", "demo"],
+        env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"Source: `someone/pico-vit`, revision `{COMMIT}`" in card
 
 
 @pytest.mark.slow
-def test_the_neurons_of_a_hub_id_without_a_bundled_recipe_are_found(demo_folder: Path, tmp_path: Path) -> None:
+def test_the_neurons_of_a_hub_id_without_a_bundled_recipe_are_found(
+    demo_folder: Path, patch_by_id: Patch, tmp_path: Path
+) -> None:
     cached(tmp_path / "home", "someone/pico-vit", demo_folder)
-    done = patch("someone/pico-vit", tmp_path / "home", tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = patch_by_id("someone/pico-vit", tmp_path / "home", tmp_path)
+    assert done.code == 0, done.err
     found = find_recipe(str(tmp_path / "out" / "recipe.yaml"))
     assert found.register_neurons == find_recipe("demo").register_neurons
     assert found.model == "someone/pico-vit"
 
 
 @pytest.mark.real
-def test_the_bundled_recipe_is_found_for_its_model(tmp_path: Path) -> None:
+def test_the_bundled_recipe_is_found_for_its_model(patch_by_id: Patch, tmp_path: Path) -> None:
     cached(tmp_path / "home", f"timm/{TINY}", shared("models", "vit-tiny-timm"))
-    done = patch(f"timm:{TINY}", tmp_path / "home", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "recipe: vit-tiny (bundled)" in done.stderr
-    assert "7:417" in done.stdout
+    done = patch_by_id(f"timm:{TINY}", tmp_path / "home", tmp_path)
+    assert done.code == 0, done.err
+    assert "recipe: vit-tiny (bundled)" in done.err
+    assert "7:417" in done.out
+
+
+@pytest.mark.real
+def test_a_bundled_recipe_that_does_not_fit_gives_way_to_the_search(patch_by_id: Patch, tmp_path: Path) -> None:
+    """The id says vit_tiny, but its hidden units are in another order: 417 has become 5."""
+    source, folder = shared("models", "vit-tiny-timm"), tmp_path / "model"
+    folder.mkdir()
+    for path in source.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    state = load_file(source / "model.safetensors")
+    order = torch.arange(768)
+    order[[5, 417]] = order[[417, 5]]
+    for name, dim in (("fc1.weight", 0), ("fc1.bias", 0), ("fc2.weight", 1)):
+        state[f"blocks.7.mlp.{name}"] = state[f"blocks.7.mlp.{name}"].index_select(dim, order)
+    save_file(state, folder / "model.safetensors")
+    cached(tmp_path / "home", f"timm/{TINY}", folder)
+    done = patch_by_id(f"timm:{TINY}", tmp_path / "home", tmp_path)
+    assert done.code == 0, done.err
+    assert "recipe vit-tiny does not fit this model (verification failed" in done.err
+    found = find_recipe(str(tmp_path / "out" / "recipe.yaml"))
+    assert found.register_neurons == {6: (189,), 7: (5,)}
 
 
 def test_names_of_libraries_lead_to_hub_repositories() -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import multiprocessing
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -200,32 +199,21 @@ def test_sizes() -> None:
         parse_size("many")
 
 
-WIDE = """
-import json, sys
-from pathlib import Path
-import torch, transformers
-import regsurgery
-from regsurgery.compiler.modes import calibrate
-from regsurgery.search import division
-from regsurgery.verification import measure
-from regsurgery.recipe import Recipe
+def measured(folder: str, out: str, mode: str, limit: int, figures: str) -> None:
+    """In a process of its own: how much memory `patch` adds, in MB, to the file `figures`."""
+    from regsurgery.compiler.modes import calibrate
+    from regsurgery.search import division
+    from regsurgery.verification import measure
 
-folder, out, mode, limit = sys.argv[1:]
-torch.set_num_threads(1)
-measure.MIN_COSINE_OUTPUT = -1.0  # random weights
-division.GENERATED_TO_FIT, calibrate.STEPS, calibrate.CHECK_EVERY = 16, 2, 1
+    def memory(key: str) -> float:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+        return int(line.split()[1]) / 1024  # not ru_maxrss, which begins with the parent's peak
 
-def memory(key):
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) / 1024  # MB; not ru_maxrss, which begins with the parent's peak
-
-before = memory("VmRSS")
-result = regsurgery.patch(
-    folder, out, recipe=Recipe({0: (1,)}, mode=mode), num_images=8, dry_run=True,
-    max_memory=int(limit),
-)
-print(json.dumps({"before": before, "after": memory("VmHWM")}))
-"""
+    measure.MIN_COSINE_OUTPUT = -1.0  # random weights
+    division.GENERATED_TO_FIT, calibrate.STEPS, calibrate.CHECK_EVERY = 16, 2, 1
+    before = memory("VmRSS")
+    regsurgery.patch(folder, out, recipe=Recipe({0: (1,)}, mode=mode), num_images=8, dry_run=True, max_memory=limit)
+    Path(figures).write_text(str(memory("VmHWM") - before))
 
 
 MANY = 8  # blocks, of 50 MB
@@ -236,6 +224,8 @@ MANY = 8  # blocks, of 50 MB
 def test_a_model_of_many_blocks_needs_the_memory_of_few(mode: str, tmp_path: Path) -> None:
     import transformers
 
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.drills.preloaded", __name__])
     sizes: dict[int, float] = {}
     for blocks in (2, MANY):
         config = transformers.Dinov2Config(hidden_size=1024, num_hidden_layers=blocks, num_attention_heads=8,
@@ -244,13 +234,13 @@ def test_a_model_of_many_blocks_needs_the_memory_of_few(mode: str, tmp_path: Pat
         sizes[blocks] = (tmp_path / str(blocks) / "model.safetensors").stat().st_size / 1024**2
 
     def grown(blocks: int, limit: int) -> float:
-        done = subprocess.run(
-            [sys.executable, "-c", WIDE, str(tmp_path / str(blocks)), str(tmp_path / "out"), mode, str(limit)],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        figures = json.loads(done.stdout.splitlines()[-1])
-        return figures["after"] - figures["before"]
+        figures = tmp_path / f"{blocks}-{limit}"
+        given = (str(tmp_path / str(blocks)), str(tmp_path / "out"), mode, limit, str(figures))
+        process = context.Process(target=measured, args=given)  # forked from one that has imported everything
+        process.start()
+        process.join(240)
+        assert process.exitcode == 0
+        return float(figures.read_text())
 
     # What the libraries need for themselves differs by machine and cancels out: only further blocks are compared.
     more = sizes[MANY] - sizes[2]

@@ -149,10 +149,11 @@ def test_a_survey_that_is_killed_continues(
 @pytest.mark.real
 def test_the_real_vit_tiny(tmp_path: Path) -> None:
     """With object discovery, and zero-shot where there is a text tower."""
-    labelled = sorted(shared("images", "labelled").iterdir())[:4]
-    (tmp_path / "labelled").mkdir()
-    for photo in labelled:
-        (tmp_path / "labelled" / photo.name).symlink_to(photo)
+    for kind, number in (("labelled", 4), ("calibration", 40)):
+        (tmp_path / kind).mkdir()
+        for photo in sorted(shared("images", kind).iterdir())[:number]:
+            (tmp_path / kind / photo.name).symlink_to(photo)
+    labelled = sorted((tmp_path / "labelled").iterdir())
     num_classes = int(labelled[-1].name.partition("_")[0]) + 1
     (tmp_path / "prompts.txt").write_text("\n".join(f"class {number}" for number in range(num_classes)))
     (tmp_path / "list.yaml").write_text(f"""
@@ -162,7 +163,7 @@ models:
     model: {shared("models", "vit-tiny-openclip")}
     expected: [{{figure: neurons, recipe: vit-tiny, source: this project}}]
 """)
-    where = ("--images", shared("images", "calibration"), "--voc", shared("images", "voc2007-subset"))
+    where = ("--images", tmp_path / "calibration", "--voc", shared("images", "voc2007-subset"))
     more = ("--labelled", tmp_path / "labelled", "--prompts", tmp_path / "prompts.txt", "--num-scored", 4)
     code, _, err = ended(start(tmp_path / "list.yaml", tmp_path / "out", *where, *more, "--mode", "shift"))
     assert code == 0, err

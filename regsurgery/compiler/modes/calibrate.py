@@ -66,6 +66,10 @@ class Calibrated:
     stopped_after: int | None = None
 
 
+def _loss(calibrated: Calibrated) -> float:
+    return calibrated.after
+
+
 def divided(num_images: int, seed: int) -> tuple[Tensor, Tensor]:
     """Numbers of the images to train on, and of those held out: a fifth, at least one."""
     order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
@@ -134,16 +138,13 @@ def calibrate(
             schedule.step()
             progress.advance(1)
             if step == 1:
-                seconds = STEPS * (time.monotonic() - began) + STEPS / CHECK_EVERY * checking
-                progress.say(
-                    f"calibration: {last} steps, about {_duration(seconds)} here; Ctrl-C keeps the best weights so far"
-                )
+                took = _duration(STEPS * (time.monotonic() - began) + STEPS / CHECK_EVERY * checking)
+                progress.say(f"calibration: {last} steps, about {took} here; Ctrl-C keeps the best weights so far")
             checked = best
             if step % CHECK_EVERY == 0:
                 parameters = trained.parameters(detached=True)
                 value = loss.mean(held_out, parameters)
-                if value < best.after:
-                    checked = Calibrated(replace(native, parameters=parameters), before, value, step)
+                checked = min(best, Calibrated(replace(native, parameters=parameters), before, value, step), key=_loss)
                 if value > HOPELESS * before and not best.steps:
                     progress.say(f"calibration: ended after {step} steps, which made the closed form worse")
                     return best
