@@ -31,12 +31,19 @@ def patch(model: str, home: Path, cwd: Path, *arguments: str) -> subprocess.Comp
     command = Path(sys.executable).parent / "regsurgery"
     return subprocess.run(
         [str(command), "patch", model, "-o", "out", "--num-images", "8", *arguments],
-        env={**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPROFILEIMPORTTIME": "1"},
         cwd=cwd,
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def libraries(done: subprocess.CompletedProcess[str]) -> set[str]:
+    """The model libraries that the command imported: Python writes a line for every module to stderr."""
+    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert {"torch", "regsurgery.commands.patch"} <= modules
+    return {"transformers", "timm", "open_clip", "accelerate"} & modules
 
 
 @pytest.mark.slow
@@ -46,6 +53,7 @@ def test_a_hub_id_is_patched_from_the_cache(demo_folder: Path, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"Source: `someone/pico-vit`, revision `{COMMIT}`" in card
+    assert libraries(done) <= {"transformers", "accelerate"}, "no other library is imported"
 
 
 @pytest.mark.slow
@@ -65,6 +73,7 @@ def test_the_bundled_recipe_is_found_for_its_model(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "recipe: vit-tiny (bundled)" in done.stderr
     assert "7:417" in done.stdout
+    assert libraries(done) == {"timm"}, "no other library is imported"
 
 
 def test_names_of_libraries_lead_to_hub_repositories() -> None:
