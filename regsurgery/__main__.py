@@ -10,6 +10,7 @@ import sys
 import traceback
 
 from regsurgery.errors import EXIT_BROKEN_PIPE, EXIT_BUG, EXIT_INTERRUPTED, EXIT_NO_MEMORY
+from regsurgery.garbage import collect_seldom
 from regsurgery.memory import shortage
 
 TORCH_BYTES = 4 << 30  # of address space, with all that a command imports
@@ -23,6 +24,7 @@ def run() -> None:
     """
     _open_standard_streams()
     _note_small_limit()
+    collect_seldom()
     code = 0
     try:
         from regsurgery.cli.app import main

@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from regsurgery.checkpoints.whole import temporary_folder
-from regsurgery.compiler.planting import plant
+from regsurgery.compiler.mlp import Mlp, Projection
+from regsurgery.compiler.planting import Bed, plant_into
 from regsurgery.images.image_set import image_set
 from regsurgery.settings import quiet_transformers
 
@@ -38,8 +40,6 @@ def _made() -> tuple[dict[int, list[int]], dict[str, bytes]]:
 def _make(folder: Path) -> dict[int, list[int]]:
     from transformers import ViTConfig, ViTForImageClassification
 
-    from regsurgery.compiler.match import match
-    from regsurgery.compiler.trace import tensor_inputs, trace
     from regsurgery.frontends.load import load
 
     config = ViTConfig(
@@ -62,8 +62,29 @@ def _make(folder: Path) -> dict[int, list[int]]:
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor), "utf-8")
     loaded = load(str(folder))
-    traced = trace(loaded)
-    inputs = tensor_inputs(loaded, next(image_set(None, 8).batches(8, loaded.preprocess)))
-    planted = plant(traced, match(traced), inputs, PLANTED)
+    planted = plant_into(_bed(loaded.model, next(image_set(None, 8).batches(8, loaded.preprocess))), PLANTED)
     loaded.model.save_pretrained(folder)  # type: ignore[operator]
     return planted
+
+
+def _bed(model: nn.Module, images: Tensor) -> Bed:
+    """The demo's model by its own layers: a trace of it, which finds those of any model, takes a second."""
+    layers = list(model.named_modules())
+    ups = [name for name, layer in layers if isinstance(layer, nn.Linear) and layer.out_features == 4 * WIDTH]
+    downs = [name for name, layer in layers if isinstance(layer, nn.Linear) and layer.in_features == 4 * WIDTH]
+    norms = [layer for _, layer in layers if isinstance(layer, nn.LayerNorm)]  # two a block, and the last
+    mlps = {
+        block: Mlp(up, Projection(up, f"{up}.weight", f"{up}.bias"), None, f"{down}.weight")
+        for block, (up, down) in enumerate(zip(ups, downs, strict=True))
+    }
+
+    def look(block: int) -> tuple[Tensor, Tensor]:
+        seen: list[Tensor] = []
+        read = [model.get_submodule(ups[block]), norms[2 * block + 2]]
+        hooks = [layer.register_forward_pre_hook(lambda _, given: seen.append(given[0])) for layer in read]
+        model(images)
+        for hook in hooks:
+            hook.remove()
+        return seen[0], seen[1]
+
+    return Bed(model, mlps, 1, look)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from regsurgery.compiler.mlp import mlp_of
+from regsurgery.compiler.mlp import Mlp, mlp_of
 from regsurgery.compiler.outliers import token_norms
 from regsurgery.compiler.sites import Sites
 from regsurgery.compiler.taps import tap
@@ -18,11 +19,50 @@ PEAK = 20.0  # activation of a planted neuron on the patch that suits it best
 GAIN = 40.0  # norm that this activation writes, in median token norms
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Bed:
+    """What neurons are planted into: a model, or its graph, that can be read block by block.
+
+    Attributes:
+        module: holds the parameters.
+        mlps: of each block.
+        num_prefix: tokens before the patches.
+        look: block -> the input of its MLP and the stream after it, both `[B, T, D]`, as the model is at that moment.
+    """
+
+    module: nn.Module
+    mlps: Mapping[int, Mlp]
+    num_prefix: int
+    look: Callable[[int], tuple[Tensor, Tensor]]
+
+
 def plant(
     traced: Traced,
     sites: Sites,
     inputs: list[Tensor],
+    counts: Mapping[int, int],
+    *,
+    seed: int = 0,
+    firing: float = FIRING,
+    avoid: Collection[tuple[int, int]] = (),
+) -> dict[int, list[int]]:
+    """`plant_into` a traced model, whose graph runs on `inputs`: those for the images that decide directions and
+    thresholds.
+    """
+    mlps = {block: mlp_of(traced, sites.blocks[block]) for block in counts}
+
+    def look(block: int) -> tuple[Tensor, Tensor]:
+        nodes = {"mlp": mlps[block].source, "stream": sites.blocks[block].output}
+        _, taps = tap(traced.graph_module, nodes, early_exit=True)(*inputs)
+        return taps["mlp"], taps["stream"]
+
+    bed = Bed(traced.graph_module, mlps, sites.num_prefix, look)
+    return plant_into(bed, counts, seed=seed, firing=firing, avoid=avoid)
+
+
+@torch.no_grad()
+def plant_into(
+    bed: Bed,
     counts: Mapping[int, int],
     *,
     seed: int = 0,
@@ -36,7 +76,6 @@ def plant(
     the gate becomes the threshold, and the value a constant 1 (if both are in one projection, the gate comes first).
 
     Args:
-        inputs: the graph's inputs for the images that decide directions and thresholds.
         firing: patches per image on which each neuron fires, on average.
         avoid: `(block, neuron)` not to be taken.
 
@@ -44,29 +83,29 @@ def plant(
         block -> ascending indices of its planted neurons.
     """
     generator = torch.Generator().manual_seed(seed)
-    module = traced.graph_module
     planted: dict[int, list[int]] = {}
     for block, count in sorted(counts.items(), reverse=True):  # so that no neuron reacts to another one's outliers
-        site = sites.blocks[block]
-        mlp = mlp_of(traced, site)
-        _, taps = tap(module, {"mlp": mlp.source, "stream": site.output}, early_exit=True)(*inputs)
-        tokens_BTD = taps["mlp"].float()
-        median = float(token_norms(taps["stream"])[:, sites.patches].median())
-        directions = _directions(tokens_BTD, sites.num_prefix, count, firing)
-        drawn = torch.randperm(site.hidden_size, generator=generator).tolist()
+        mlp = bed.mlps[block]
+        mlp_BTD, stream_BTD = bed.look(block)
+        tokens_BTD = mlp_BTD.float()
+        median = float(token_norms(stream_BTD)[:, bed.num_prefix :].median())
+        directions = _directions(tokens_BTD, bed.num_prefix, count, firing)
+        down_DH = bed.module.get_parameter(mlp.down)
+        width, hidden_size = down_DH.shape
+        drawn = torch.randperm(hidden_size, generator=generator).tolist()
         neurons = sorted([neuron for neuron in drawn if (block, neuron) not in avoid][:count])
         for neuron, (direction_D, threshold, top) in zip(neurons, directions, strict=True):
             slope = PEAK / (top - threshold)
             for projection, row_D, constant in (
                 (mlp.gate, slope * direction_D, -slope * threshold),
-                (mlp.value, torch.zeros(sites.width), 1.0),
+                (mlp.value, torch.zeros(width), 1.0),
             ):
                 if projection is not None:
                     assert projection.bias is not None, "planting needs a linear with a bias"
-                    module.get_parameter(projection.weight)[projection.offset + neuron] = row_D
-                    module.get_parameter(projection.bias)[projection.offset + neuron] = constant
-            out_D = torch.randn(sites.width, generator=generator)
-            module.get_parameter(mlp.down)[:, neuron] = out_D / out_D.norm() * (GAIN * median / PEAK)
+                    bed.module.get_parameter(projection.weight)[projection.offset + neuron] = row_D
+                    bed.module.get_parameter(projection.bias)[projection.offset + neuron] = constant
+            out_D = torch.randn(width, generator=generator)
+            down_DH[:, neuron] = out_D / out_D.norm() * (GAIN * median / PEAK)
         planted[block] = neurons
     return dict(sorted(planted.items()))
 

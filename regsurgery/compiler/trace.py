@@ -27,6 +27,7 @@ from regsurgery.compiler.comparison import has_classes
 from regsurgery.compiler.graph import drop_unused, is_fixed
 from regsurgery.errors import UnsupportedModelError
 from regsurgery.families import LOGIT_OUTPUTS
+from regsurgery.garbage import objects_stay
 from regsurgery.settings import replaced
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ def trace(loaded: Loaded, image_size: tuple[int, int] | None = None) -> Traced:
     parameter = next(loaded.model.parameters())
     images = torch.zeros(EXAMPLE_BATCH, loaded.channels, height, width, dtype=parameter.dtype, device=parameter.device)
     args, kwargs = loaded.inputs(images)
-    program = exported(loaded, args, kwargs)
+    with objects_stay():
+        program = exported(loaded, args, kwargs)
     names = _output_names(loaded, program)
     graph_module = _plain(program, names)
     fill_shapes(graph_module, loaded.model)

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
     from regsurgery.progress import Progress
 
-MAX_IMAGES, MIN_IMAGES = 16, 4  # most and fewest photos; for generated pictures, which say less, always the fewest
-# Limit for parameters times patches times images that one model is run on at one size. A ViT-B gets 16 images at 224
+MAX_IMAGES, MIN_IMAGES = 8, 4  # most and fewest photos; for generated pictures, which say less, always the fewest
+# Limit for parameters times patches times images that one model is run on at one size. A ViT-B gets 8 images at 224
 # pixels, 7 at 336 and 4 at 448.
 MAX_WORK = 3e11
 BATCH_PATCHES = 2048

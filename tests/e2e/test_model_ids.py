@@ -1,7 +1,7 @@
 """MODEL is also a Hub id, `timm:NAME` or `open_clip:ARCH/TAG`: the real client, offline, over a filled cache.
 
-Once by `HF_HOME` in a process of its own; then in this one, where the client is told of another cache: importing takes
-longer than the rest.
+By `HF_HOME` in a process of its own, whose imports are looked at; then in this one, where the client is told of another
+cache: importing takes longer than the rest.
 """
 
 from __future__ import annotations
@@ -49,21 +49,33 @@ def patch_by_id(run: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> Pa
     return patch
 
 
-@pytest.mark.slow
-def test_a_hub_id_is_patched_from_the_cache(demo_folder: Path, tmp_path: Path) -> None:
-    cached(tmp_path / "home", "someone/pico-vit", demo_folder)
+def patch(model: str, home: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = Path(sys.executable).parent / "regsurgery"
-    done = subprocess.run(
-        [str(command), "patch", "someone/pico-vit", "-o", "out", "--num-images", "8", "--recipe", "demo"],
-        env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
-        cwd=tmp_path,
+    return subprocess.run(
+        [str(command), "patch", model, "-o", "out", "--num-images", "8", *arguments],
+        env={**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPROFILEIMPORTTIME": "1"},
+        cwd=cwd,
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def libraries(done: subprocess.CompletedProcess[str]) -> set[str]:
+    """The model libraries that the command imported: Python writes a line for every module to stderr."""
+    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert {"torch", "regsurgery.commands.patch"} <= modules
+    return {"transformers", "timm", "open_clip", "accelerate"} & modules
+
+
+@pytest.mark.slow
+def test_a_hub_id_is_patched_from_the_cache(demo_folder: Path, tmp_path: Path) -> None:
+    cached(tmp_path / "home", "someone/pico-vit", demo_folder)
+    done = patch("someone/pico-vit", tmp_path / "home", tmp_path, "--recipe", "demo")
     assert done.returncode == 0, done.stderr
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"Source: `someone/pico-vit`, revision `{COMMIT}`" in card
+    assert libraries(done) <= {"transformers", "accelerate"}, "no other library is imported"
 
 
 @pytest.mark.slow
@@ -79,12 +91,13 @@ def test_the_neurons_of_a_hub_id_without_a_bundled_recipe_are_found(
 
 
 @pytest.mark.real
-def test_the_bundled_recipe_is_found_for_its_model(patch_by_id: Patch, tmp_path: Path) -> None:
+def test_the_bundled_recipe_is_found_for_its_model(tmp_path: Path) -> None:
     cached(tmp_path / "home", f"timm/{TINY}", shared("models", "vit-tiny-timm"))
-    done = patch_by_id(f"timm:{TINY}", tmp_path / "home", tmp_path)
-    assert done.code == 0, done.err
-    assert "recipe: vit-tiny (bundled)" in done.err
-    assert "7:417" in done.out
+    done = patch(f"timm:{TINY}", tmp_path / "home", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "recipe: vit-tiny (bundled)" in done.stderr
+    assert "7:417" in done.stdout
+    assert libraries(done) == {"timm"}, "no other library is imported"
 
 
 @pytest.mark.real

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from regsurgery.errors import (
     UserError,
     library_fails,
 )
+from regsurgery.garbage import SELDOM, collect_seldom, objects_stay
 from regsurgery.memory import shortage
 from regsurgery.plain import code, markdown, plain
 from tests.commands import PROGRAM, Done
@@ -184,3 +186,13 @@ def test_of_an_endless_name_a_message_has_the_beginning_and_the_end() -> None:
 def test_what_a_library_cannot_load_is_one_line_with_what_to_do() -> None:
     said = str(library_fails("timm", Path("folder"), ValueError("a\nb")))
     assert said.startswith("folder: timm cannot load it: a b; correct what this names, or get the files again")
+
+
+def test_garbage_is_collected_as_usual_once_a_model_is_open() -> None:
+    usual = gc.get_threshold()
+    collect_seldom()
+    collect_seldom()
+    assert gc.get_threshold() == (SELDOM, *usual[1:])
+    with objects_stay():
+        assert not gc.isenabled()
+    assert gc.isenabled() and gc.get_threshold() == usual
