@@ -103,7 +103,7 @@ class StoredTensor(NotInMemory):
         file.seek(self.data_start + self.entry.start)
         if file.readinto(data) != len(data):  # type: ignore[attr-defined]
             raise CheckpointError(f"{self.path}: cut off inside tensor '{self.entry.name}'; copy the file again")
-        return torch.from_numpy(data)
+        return torch.from_numpy(data) if len(data) else torch.empty(0, dtype=torch.uint8)  # numpy's has stride 0
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"StoredTensor({self.entry.name!r}, {self.entry.shape}, {self.dtype}, {self.path.name!r})"
