@@ -103,6 +103,18 @@ def startup_verdicts(figures: Figures) -> Iterator[Verdict]:
         yield Verdict(f"`{name}`", limit, "s", None if row is None else estimate(row["seconds"]))
 
 
+# Readings of weights that stay on disk: checksums and models; twice to fit, then writing, its checksums, and a check.
+READS = {"verify": 2.0, "native": 6.0}
+SPARE = 0.05  # of one reading, for other files
+
+
+def patch_verdicts(figures: Figures) -> Iterator[Verdict]:
+    largest = max(figures["sizes"], key=lambda size: size["gigabytes"])
+    for name, limit in READS.items():
+        found = None if name not in largest else Estimate(largest[name]["reads"], None, None, 1)
+        yield Verdict(f"readings of weights on disk, `{name}`", limit + SPARE, "", found)
+
+
 RESIDENT = 8.0  # GB, of any command on any published shape
 
 
@@ -116,6 +128,7 @@ def rehearsal_verdicts(figures: Figures) -> Iterator[Verdict]:
 VERDICTS: dict[str, Callable[[Figures], Iterator[Verdict]]] = {
     "latency": latency_verdicts,
     "find": find_verdicts,
+    "patch": patch_verdicts,
     "rehearsal": rehearsal_verdicts,
     "startup": startup_verdicts,
 }

@@ -225,6 +225,8 @@ RUNS = {
     "link": "`patch --no-verify --link`",
     "hashed": "copied, without the Hub's records: every shard read and hashed",
     "verified": "`--link`, verified on 8 images",
+    "verify": "`verify` on 8 images",
+    "native": "`patch --no-verify --mode native`",
 }
 
 
@@ -238,14 +240,12 @@ def _patch(figures: Figures) -> Iterator[str]:
 
 def _size(size: Figures, note: str) -> Iterator[str]:
     yield f"{size['gigabytes']} GB in {size['blocks']} blocks{note}; fresh processes, medians:\n"
+    columns = (("seconds", 2), ("of_cp", 2), ("cpu_seconds", 2), ("peak_mb", 0), ("reads", 2))
+    rows = [(text, size[run]) for run, text in RUNS.items() if run in size]
     yield table(
-        ("", "s", "of `cp`", "peak memory, MB"),
-        [
-            (text, f"{size[run]['seconds']:.2f}", f"{size[run]['of_cp']:.2f}",
-             f"{size[run]['peak_mb']:.0f}" if "peak_mb" in size[run] else "")
-            for run, text in RUNS.items()
-        ],
-    )  # fmt: skip
+        ("", "s", "of `cp`", "CPU s", "peak memory, MB", "weights read, times"),
+        [(text, *(f"{row[key]:.{digits}f}" if key in row else "" for key, digits in columns)) for text, row in rows],
+    )
 
 
 def _startup(figures: Figures) -> Iterator[str]:

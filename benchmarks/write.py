@@ -1,4 +1,4 @@
-"""What `regsurgery patch` costs on a large checkpoint: time beside `cp -r`, and memory.
+"""What `regsurgery patch` and `verify` cost on a large checkpoint: time beside `cp -r`, memory, and readings of it.
 
     python -m benchmarks.write --gigabytes 12 --json benchmarks/write.json     # needs three times that on disk
     python -m benchmarks.write --gigabytes 0.5                                 # under a minute
@@ -15,8 +15,11 @@ copy      patch --no-verify with a recipe, shards copied: tracing, writing, fsyn
 link      the same with --link: hard links
 hashed    copy, of a folder without the Hub's records: every shard is read, hashed and searched for NaN as well
 verified  patch with --link and verification on 8 images, all of that and weights read from disk operator by operator
+verify    verify of such a folder on 8 images, weights read from disk
+native    patch --no-verify --mode native, fitted on 128 generated images, weights read from disk
 
-Memory is the peak resident size (VmHWM) of the process.
+Memory is the peak resident size (VmHWM) of the process. Reads are the bytes that it read (rchar), less those of `link`,
+which reads no weights, over those of the weights; so what comes from the cache of the system counts, too.
 """
 
 from __future__ import annotations
@@ -42,15 +45,16 @@ PUSHED_OUT_FROM = 4.0  # GB
 # Of the suite: sizes in GB and rounds; 12 GB, which takes half an hour, only with `--large`.
 FORMS = {"full": ((0.1, 1.0), 2), "short": ((0.1,), 1), "smoke": ((0.02,), 1)}
 RECORDED = Path(__file__).with_name("write.json")
-ONCE = ("hashed", "verified")
-PATCH_RUN = """
-import atexit, re, sys
+ONCE = ("hashed", "verified", "verify", "native")
+COMMAND_RUN = """
+import atexit, re, sys, time
 from pathlib import Path
 from regsurgery.__main__ import run
 
 def tell():
     peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
-    print(f"peak {peak[1]}", file=sys.stderr)
+    read = re.search(r"rchar: (\\d+)", Path("/proc/self/io").read_text())
+    print(time.process_time(), peak[1], read[1], file=sys.stderr)
 
 atexit.register(tell)
 sys.argv = ["regsurgery", *sys.argv[1:]]
@@ -92,13 +96,18 @@ def compare(gigabytes: float, rounds: int, parent: Path | None) -> dict[str, Any
         size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
         recipe = root / "recipe.yaml"
         recipe.write_text("schema: 1\nregister_neurons: {0: [417]}\n")
-        common = [str(source), "--recipe", str(recipe), "-q", "-o"]
+        common = ["patch", str(source), "--recipe", str(recipe), "-q", "-o"]
+        copy, stored = [*common, str(root / "out"), "--no-verify"], ["--max-memory", "0"]
+        few = ["--num-images", "8", *stored]
         runs: dict[str, list[str]] = {
-            "copy": [*common, str(root / "out"), "--no-verify"],
-            "link": [*common, str(root / "out"), "--no-verify", "--link"],
-            "hashed": [*common, str(root / "out"), "--no-verify"],
-            "verified": [*common, str(root / "out"), "--link", "--num-images", "8", "--max-memory", "0"],
+            "copy": copy,
+            "link": [*copy, "--link"],
+            "hashed": copy,
+            "verified": [*common, str(root / "out"), "--link", *few],
+            "verify": ["verify", str(root / "linked"), "-q", *few],
+            "native": [*copy, "--mode", "native", *stored],
         }
+        run(*common, str(root / "linked"), "--no-verify", "--link")
         always = gigabytes >= PUSHED_OUT_FROM
         if not always:
             warm(source)
@@ -113,14 +122,14 @@ def compare(gigabytes: float, rounds: int, parent: Path | None) -> dict[str, Any
                 if name == "hashed":
                     recorded[0].rename(recorded[1])
                 prepare(source, warm_too=always)
-                figures[name].append(patched(root / "out", command))
+                figures[name].append(ran(root / "out", command))
                 if name == "hashed":
                     recorded[1].rename(recorded[0])
     return {
         "gigabytes": round(size / 1e9, 2),
         "blocks": blocks(gigabytes),
         "machine": {"cores": os.cpu_count(), "load_average": [round(value, 2) for value in os.getloadavg()[:2]]},
-        **{name: summary(values, figures["cp"]) for name, values in figures.items()},
+        **{name: summary(values, figures, size) for name, values in figures.items()},
     }
 
 
@@ -183,7 +192,7 @@ def make(folder: Path, gigabytes: float) -> None:
 def warm(folder: Path) -> None:
     """A dry run, which brings the libraries into the cache of the system."""
     recipe = ["--recipe", str(folder.with_name("recipe.yaml"))]
-    patch(str(folder), *recipe, "-q", "-o", str(folder.with_name("dry")), "--no-verify", "--dry-run")
+    run("patch", str(folder), *recipe, "-q", "-o", str(folder.with_name("dry")), "--no-verify", "--dry-run")
 
 
 def prepare(folder: Path, *, warm_too: bool) -> None:
@@ -206,39 +215,42 @@ def copied(source: Path, out: Path) -> dict[str, float]:
     return {"seconds": seconds, "with_sync": synced}
 
 
-def patched(out: Path, command: list[str]) -> dict[str, float]:
+def ran(out: Path, command: list[str]) -> dict[str, float]:
     started = time.monotonic()
-    peak = patch(*command)
+    found = run(*command)
     seconds = time.monotonic() - started
-    shutil.rmtree(out)
-    return {"seconds": seconds, "peak_mb": peak}
+    if out.exists():
+        shutil.rmtree(out)
+    return {"seconds": seconds, **found}
 
 
-def patch(*command: str) -> float:
-    """Run it; its peak memory in MB."""
-    done = subprocess.run(
-        [sys.executable, "-c", PATCH_RUN, "patch", *command], capture_output=True, text=True, check=False
-    )
+def run(*command: str) -> dict[str, float]:
+    """Run it; its CPU seconds, its peak memory in MB, and the bytes that it read."""
+    done = subprocess.run([sys.executable, "-c", COMMAND_RUN, *command], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RegsurgeryError(f"patch failed: {done.stderr[-2000:]}")
-    return int(done.stderr.split()[-1]) / 1024
+        raise RegsurgeryError(f"{command[0]} failed: {done.stderr[-2000:]}")
+    cpu, peak, read = done.stderr.split()[-3:]
+    return {"cpu_seconds": float(cpu), "peak_mb": int(peak) / 1024, "read": float(read)}
 
 
-def summary(values: list[dict[str, float]], copies: list[dict[str, float]]) -> dict[str, Any]:
+def summary(values: list[dict[str, float]], figures: dict[str, list[dict[str, float]]], size: int) -> dict[str, Any]:
     found: dict[str, Any] = {key: round(statistics.median(v[key] for v in values), 2) for key in values[0]}
-    found["of_cp"] = round(
-        statistics.median(v["seconds"] / c["seconds"] for v, c in zip(values, copies, strict=False)),
-        3,  # ONCE: fewer
-    )
+    pairs = zip(values, figures["cp"], strict=False)  # of ONCE there are fewer
+    found["of_cp"] = round(statistics.median(v["seconds"] / c["seconds"] for v, c in pairs), 3)
+    if "read" in found:
+        least = statistics.median(v["read"] for v in figures["link"])
+        found["reads"] = round((found.pop("read") - least) / size, 2)
     return found
 
 
 def show(report: dict[str, Any]) -> None:
     print(f"{report['gigabytes']} GB, {report['blocks']} blocks; medians")
-    for name in ("cp", "copy", "link", "hashed", "verified"):
+    for name in ("cp", "copy", "link", *ONCE):
         row = report[name]
-        peak = f"  peak {row['peak_mb']:.0f} MB" if "peak_mb" in row else f"  ({row['with_sync']:.1f} s with sync)"
-        print(f"{name:10} {row['seconds']:8.1f} s   {row['of_cp']:.2f} of cp{peak}")
+        more = f"{row['with_sync']:.1f} s with sync" if name == "cp" else (
+            f"CPU {row['cpu_seconds']:.1f} s, peak {row['peak_mb']:.0f} MB, weights read {row['reads']:.2f} times"
+        )  # fmt: skip
+        print(f"{name:10} {row['seconds']:8.1f} s   {row['of_cp']:.2f} of cp   {more}")
 
 
 if __name__ == "__main__":

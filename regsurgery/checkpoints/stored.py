@@ -8,17 +8,20 @@ dicts can be translated, and gradients pass through a weight without keeping it.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from regsurgery.checkpoints.safetensors_file import TensorEntry, read_header, torch_dtype
+from regsurgery.checkpoints.turns import taken
 from regsurgery.errors import CheckpointError
 from regsurgery.settings import replaced
 
@@ -48,7 +51,7 @@ class NotInMemory(Tensor):
         return func(*args, **kwargs)
 
     def read(self) -> Tensor:
-        """A fresh tensor in memory."""
+        """The tensor in memory."""
         raise NotImplementedError
 
     def like(self, dtype: torch.dtype) -> NotInMemory:
@@ -82,18 +85,25 @@ class StoredTensor(NotInMemory):
         return StoredTensor(self.entry, self.path, self.data_start, dtype)
 
     def read(self) -> Tensor:
-        """A fresh tensor in memory.
+        """The tensor in memory; calls that take turns (`turns.py`) share it, so nothing may write to it.
 
         Raises:
             CheckpointError: the file became shorter since its header was read.
         """
-        size = self.entry.stop - self.entry.start
-        data = torch.empty(size, dtype=torch.uint8)
         with self.path.open("rb") as file:
-            file.seek(self.data_start + self.entry.start)
-            if file.readinto(data.numpy()) != size:  # type: ignore[arg-type]
-                raise CheckpointError(f"{self.path}: cut off inside tensor '{self.entry.name}'; copy the file again")
+            found, start = os.fstat(file.fileno()), self.data_start + self.entry.start
+            place = (found.st_dev, found.st_ino, start, self.entry.stop - self.entry.start)
+            data = taken(place, partial(self.bytes_of, file))
         return data.view(torch_dtype(self.entry.dtype)).view(self.entry.shape).to(self.dtype)
+
+    def bytes_of(self, file: BinaryIO) -> Tensor:
+        """The tensor's bytes, read from `path`, which is open as `file`."""
+        # numpy asks for huge pages, torch does not: reading 160 MB from the cache took 0.11 s instead of 0.16 s.
+        data = np.empty(self.entry.stop - self.entry.start, np.uint8)
+        file.seek(self.data_start + self.entry.start)
+        if file.readinto(data) != len(data):  # type: ignore[attr-defined]
+            raise CheckpointError(f"{self.path}: cut off inside tensor '{self.entry.name}'; copy the file again")
+        return torch.from_numpy(data) if len(data) else torch.empty(0, dtype=torch.uint8)  # numpy's has stride 0
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"StoredTensor({self.entry.name!r}, {self.entry.shape}, {self.dtype}, {self.path.name!r})"

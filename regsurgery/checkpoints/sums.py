@@ -68,18 +68,30 @@ def read_sums(folder: Path) -> dict[str, str]:
     return digests
 
 
-def check_sums(folder: Path, remedy: str = "patch the model again") -> None:
-    """Raise `CheckpointError` for the first file that SHA256SUMS lists and that is missing or changed."""
-    allowed = places_of(folder)
-    for name, digest in read_sums(folder).items():
-        path = folder / name
-        try:
-            real = path.resolve(strict=True)
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{folder / name[:300]}: listed in {SUMS_NAME} but missing; {remedy}") from error
-        if not any(real.is_relative_to(place) for place in allowed):
-            raise CheckpointError(f"{folder / SUMS_NAME}: names {name[:300]!r}, which is not inside the folder")
-        if not real.is_file():
-            raise CheckpointError(f"{path}: listed in {SUMS_NAME} but missing; {remedy}")
-        if sha256(path) != digest:
+def check_sums(folder: Path, remedy: str = "patch the model again") -> dict[Path, str]:
+    """File -> sha256, of every file that SHA256SUMS lists.
+
+    Raises:
+        CheckpointError: the first of them that is missing or changed.
+    """
+    allowed, listed = places_of(folder), read_sums(folder)
+    paths = [_listed(folder, name, allowed, remedy) for name in listed]
+    digests = dict(zip(paths, listed.values(), strict=True))
+    for path, found in zip(paths, sha256_each(paths), strict=True):
+        if found != digests[path]:
             raise CheckpointError(f"{path}: differs from {SUMS_NAME}; {remedy}")
+    return digests
+
+
+def _listed(folder: Path, name: str, allowed: Sequence[Path], remedy: str) -> Path:
+    """The file `name` of `folder`, which SHA256SUMS lists."""
+    path = folder / name
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / name[:300]}: listed in {SUMS_NAME} but missing; {remedy}") from error
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise CheckpointError(f"{folder / SUMS_NAME}: names {name[:300]!r}, which is not inside the folder")
+    if not real.is_file():
+        raise CheckpointError(f"{path}: listed in {SUMS_NAME} but missing; {remedy}")
+    return path

@@ -14,8 +14,22 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from regsurgery.checkpoints.stored import ARRANGING, NotInMemory
+from regsurgery.compiler.sites import Sites
 
+SHARE = 1 / 4  # of the free memory, for activations of what is run together
 Call = tuple[Mapping[str, Tensor], Sequence[Any]]  # parameters that differ from the module's, by name; inputs
+
+
+def num_at_once(sites: Sites, num_registers: int) -> int:
+    """How many images the free memory has room for in one model, at least one.
+
+    The widest moment is an activation of an MLP, before and after, beside what enters two blocks.
+    """
+    import psutil
+
+    width = max(block.hidden_size for block in sites.blocks) + sites.width
+    size = 2 * (sites.num_tokens + num_registers) * width * torch.float32.itemsize
+    return max(1, int(SHARE * psutil.virtual_memory().available / size))
 
 
 @torch.no_grad()

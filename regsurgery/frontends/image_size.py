@@ -101,10 +101,15 @@ def _whole(pixels: float, patch: int) -> int:
 
 def run_on(loaded: Loaded, images: list[Image]) -> Ran:
     """Run images through the preprocessing and the model; exceptions pass through."""
+    images_BCHW = pixels(loaded, images)
+    with torch.no_grad():
+        return Ran(images_BCHW, loaded.call(loaded.model, images_BCHW))
+
+
+def pixels(loaded: Loaded, images: list[Image]) -> Tensor:
+    """Images as the model takes them, `[B, C, H, W]`, where it is."""
     images_BCHW = loaded.preprocess(images)
     if tuple(images_BCHW.shape[-2:]) != loaded.image_size:
         returned = text((images_BCHW.shape[-2], images_BCHW.shape[-1]))
         raise UnsupportedModelError(f"its preprocessing returns images of {returned}")
-    images_BCHW = images_BCHW.to(next(loaded.model.parameters()).device)
-    with torch.no_grad():
-        return Ran(images_BCHW, loaded.call(loaded.model, images_BCHW))
+    return images_BCHW.to(next(loaded.model.parameters()).device)

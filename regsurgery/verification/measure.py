@@ -6,16 +6,21 @@ its outputs must equal the patched graph's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
+from regsurgery.checkpoints.turns import in_turns
 from regsurgery.compiler.comparison import Drift, Means, compare, kl_divergence, main_output, output_cosine, probe_nodes
 from regsurgery.compiler.modes.closed_form import separation
 from regsurgery.compiler.outliers import POSITIONAL_SHARE, outliers, share_at_common_places, token_norms
 from regsurgery.compiler.taps import tap
+from regsurgery.compiler.together import num_at_once
 from regsurgery.compiler.trace import tensor_inputs
 from regsurgery.images.image_set import ImageSet
 from regsurgery.interval import Estimate, Figures, Values
@@ -28,6 +33,8 @@ MAX_OUTLIERS = 0.05
 MAX_OUTLIERS_SHARE = 0.1
 MIN_COSINE_OUTPUT = 0.8
 MIN_IMAGES_POSITIONAL = 4  # with fewer, equal places say little
+MODELS = 4  # that see a batch: original, patched graph, artefact, and the original with unused registers
+MAX_TOGETHER = 8  # batches, each of which every model runs in a thread of its own
 NUM_EXAMPLES = 4  # images whose norms are kept for a picture
 UNUSED_IMAGES = 32  # at most this many, evenly spread, go through the original with unused registers
 PARITY = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # other dtypes: 0
@@ -110,12 +117,15 @@ class _Unused:
         self.num_images = 0
         self.means, self.figures = Means(), Figures()
 
-    def add(self, number: int, inputs: list[Tensor], output: Tensor, main: str, patched: Drift) -> None:
-        """Use batch `number`, or leave it out."""
-        if number % self.every or self.num_images + len(output) > max(UNUSED_IMAGES, len(output)):
-            return
-        self.num_images += len(output)
-        new_output = self.graph_module(*inputs)[main]
+    def wants(self, number: int, num_images: int) -> bool:
+        """Whether batch `number`, of so many images, is used; it then counts as used."""
+        if number % self.every or self.num_images + num_images > max(UNUSED_IMAGES, num_images):
+            return False
+        self.num_images += num_images
+        return True
+
+    def add(self, output: Tensor, new_output: Tensor, patched: Drift) -> None:
+        """Use a batch: the outputs of the original and with unused registers, and the drift of the patched model."""
         cosine_B = output_cosine(output, new_output)
         self.means.add("cosine output", cosine_B)
         drift_B, patched_B = 1 - cosine_B, 1 - patched.cosine_output
@@ -210,9 +220,10 @@ def measure(
     """
     least = None if unused is None else _Unused(unused, -(-images.num_images // batch_size), batch_size)
     comparison = _Comparison(*sides, least, parity)
-    for number, batch in images.numbered_batches(batch_size, sides[0].loaded.preprocess):
-        comparison.add(number, batch, run_artefact)
-        progress(len(batch))
+    batches = images.numbered_batches(batch_size, sides[0].loaded.preprocess)
+    while group := list(itertools.islice(batches, comparison.num_together(batch_size))):
+        comparison.add(group, run_artefact)
+        progress(sum(len(batch) for _, batch in group))
     verdict = comparison.verdict(images)
     return replace(verdict, warnings=warnings_of(verdict))
 
@@ -222,9 +233,17 @@ def broken(
 ) -> list[str]:
     """What of the artefact is not as in the patched graph on `images`, shapes and values; outliers do not count."""
     comparison = _Comparison(*sides, None, parity)
-    for number, batch in images.numbered_batches(images.num_images, sides[0].loaded.preprocess):
-        comparison.add(number, batch, run_artefact)
+    comparison.add(list(images.numbered_batches(images.num_images, sides[0].loaded.preprocess)), run_artefact)
     return comparison.broken()
+
+
+class _Runs(NamedTuple):
+    """What the models make of a batch; `least` is the output with unused registers, where it is wanted."""
+
+    original: tuple[dict[str, Tensor], dict[str, Tensor]]
+    patched: tuple[dict[str, Tensor], dict[str, Tensor]]
+    artefact: Artefact
+    least: dict[str, Tensor] | None = None
 
 
 class _Comparison:
@@ -240,14 +259,34 @@ class _Comparison:
         self.difference, self.limit = parity.found, parity.limit
         self.shapes: set[str] = set()  # outputs that changed their shape
 
+    def num_together(self, batch_size: int) -> int:
+        """How many batches one reading of weights on disk serves."""
+        side, registers = self.original_side, self.patched_side.registers
+        if not side.loaded.stored:
+            return 1
+        images = num_at_once(side.sites, registers.stop - registers.start) // MODELS
+        return min(MAX_TOGETHER, max(1, images // batch_size))
+
     @torch.no_grad()
-    def add(self, number: int, batch: Tensor, run_artefact: Callable[[Tensor], Artefact]) -> None:
+    def add(self, group: Sequence[tuple[int, Tensor]], run_artefact: Callable[[Tensor], Artefact]) -> None:
+        """Add numbered batches; weights on disk are read once for all of them and for all models."""
+        calls: list[list[Callable[[], Any]]] = []
+        for number, batch in group:
+            inputs = tensor_inputs(self.original_side.loaded, batch)
+            new_inputs = tensor_inputs(self.patched_side.loaded, batch)
+            calls.append([partial(self.original, *inputs), partial(self.patched, *new_inputs)])
+            calls[-1].append(partial(run_artefact, batch))
+            if self.unused is not None and self.unused.wants(number, len(batch)):
+                calls[-1].append(partial(self.unused.graph_module, *inputs))
+        every = [call for own in calls for call in own]
+        given = iter(in_turns(every) if self.original_side.loaded.stored else (call() for call in every))
+        for (_, batch), own in zip(group, calls, strict=True):
+            self._add(batch, _Runs(*(next(given) for _ in own)))
+
+    def _add(self, batch: Tensor, runs: _Runs) -> None:
         sites, patched_side = self.original_side.sites, self.patched_side
         self.num_images += len(batch)
-        inputs = tensor_inputs(self.original_side.loaded, batch)
-        outputs, taps = self.original(*inputs)
-        new_outputs, new_taps = self.patched(*tensor_inputs(patched_side.loaded, batch))
-        artefact = run_artefact(batch)
+        (outputs, taps), (new_outputs, new_taps), artefact = runs[:3]
         shared = {name: value for name, value in outputs.items() if name in artefact.outputs}
         self.main = main = main_output(tuple(shared))
         self.shapes |= {name for name, value in shared.items() if value.shape != artefact.outputs[name].shape}
@@ -255,8 +294,8 @@ class _Comparison:
         tokens = (patched_side.patches, patched_side.registers)
         drift = compare(self.means, sites, main, (outputs, taps), (compared, new_taps), outliers, tokens)
         self.figures.add(len(batch), _values(drift))
-        if self.unused is not None:
-            self.unused.add(number, inputs, outputs[main], main, drift)
+        if self.unused is not None and runs.least is not None:
+            self.unused.add(outputs[main], runs.least[main], drift)
         self.margins.add(new_taps)
         norms = token_norms(taps["probe"])[:, sites.patches], token_norms(new_taps["probe"])[:, patched_side.patches]
         self.places.add(*norms, (batch.shape[-2], batch.shape[-1]))

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regsurgery.checkpoints import sums
-from regsurgery.checkpoints.copying import CHUNK_BYTES
+from regsurgery.checkpoints.copying import CHUNK_BYTES, copy_file
 from regsurgery.checkpoints.reading import WEIGHT_SUFFIXES, is_plain_name, weight_files
 from regsurgery.checkpoints.safetensors_file import MAX_HEADER_BYTES, LocatedTensor, locate
 from regsurgery.checkpoints.writing import write_json
@@ -133,8 +133,14 @@ def read_record(folder: Path) -> Record:
     return Record(path, tuple(files), not_copied, converted)
 
 
-def restore_original(patched: Path, target: Path, fmt: str, progress: Progress | None = None) -> Record:
+def restore_original(
+    patched: Path, target: Path, fmt: str, progress: Progress | None = None, known: Mapping[Path, str] | None = None
+) -> Record:
     """Write to the new folder `target` the checkpoint that was patched, with identical bytes in all files.
+
+    Args:
+        known: the sha256 of files of `patched`, just checked. Those that are the original's become links, if possible,
+            and are not read, so `target` must only be read.
 
     Raises:
         CheckpointError: a restored file differs from the source's, or something is missing in the folder (the message
@@ -149,6 +155,10 @@ def restore_original(patched: Path, target: Path, fmt: str, progress: Progress |
         progress.stage("restore", sum(path.stat().st_size for path in weights), in_bytes=True)
     wrong = []
     for file in record.files:
+        whole = file.content is None and file.header is None
+        if whole and known is not None and known.get(patched / file.name) == file.sha256:
+            copy_file(patched / file.name, target / file.name, link=True)
+            continue
         digest = hashlib.sha256()
         with (target / file.name).open("wb") as writer:
             for chunk in _chunks(patched, file, sources):

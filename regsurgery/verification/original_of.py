@@ -18,7 +18,8 @@ from regsurgery.verification.patched import PatchedFolder
 
 def original_of(patched: PatchedFolder, original: str | None, options: LoadOptions, scratch: Path) -> Loaded:
     """The model that was patched: restored into the new folder `scratch / "original"` if `patched` has all its tensors
-    and `original` is not given; otherwise loaded from `original`, or from its recorded source.
+    and `original` is not given (whole files become links to its own); otherwise loaded from `original`, or from its
+    recorded source.
 
     Raises:
         CheckpointError: the folder is incomplete, or `original` is not what was patched.
@@ -27,7 +28,7 @@ def original_of(patched: PatchedFolder, original: str | None, options: LoadOptio
     recorded = block["source"]
     if original is None and patched.format in LIBRARIES and not patched.recipe.kind.stock:
         restored = scratch / "original"
-        record = restore_original(patched.root, restored, patched.format)
+        record = restore_original(patched.root, restored, patched.format, known=patched.files.digests)
         own = replace(options, **{**dict.fromkeys((*READING, "revision")), "library": patched.format})
         return load_model(str(restored), own, known={file.name: file.sha256 for file in record.files})
     own = replace(options, **recorded_reading(recorded))

@@ -181,7 +181,7 @@ class PatchedFolder:
 
     Attributes:
         config: see `read_patched_config`.
-        files: those that SHA256SUMS lists, as they were before they were read.
+        files: those that SHA256SUMS lists, as they were before they were read, with their sha256.
         trusted: the user allows any code in it.
     """
 
@@ -202,7 +202,7 @@ def open_patched(root: Path, *, trusted: bool) -> PatchedFolder:
     """
     files = Watched.of([root / SUMS_NAME, *(root / name for name in read_sums(root))])
     with files.blamed():
-        check_sums(root)
+        files = files.knowing(check_sums(root))
         fmt = folder_format(root)
         _refuse_foreign_code(root, fmt, trusted=trusted)
         config, recipe = read_patched_config(root, fmt), find_recipe(str(root / RECIPE_NAME))

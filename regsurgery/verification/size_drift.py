@@ -6,10 +6,10 @@ quick check, not a verification: `regsurgery verify --image-size` counts outlier
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from regsurgery.backends.formats import backend
+from regsurgery.checkpoints.turns import in_turns
 from regsurgery.compiler.comparison import has_classes, kl_divergence, main_output, output_cosine
 from regsurgery.compiler.surgery import Surgery
 from regsurgery.formats import LIBRARIES, STOCK_CODE, any_size, has_host
-from regsurgery.frontends.image_size import Ran, larger_sizes, run_on, takes, text
+from regsurgery.frontends.image_size import Ran, larger_sizes, pixels, takes, text
 from regsurgery.frontends.loaded import Loaded
 from regsurgery.images.decoding import decode
 from regsurgery.images.generated import Generated
@@ -102,10 +103,10 @@ def drift_at_sizes(
     for size in sizes:
         num_patches = (surgery.sites.num_tokens - surgery.sites.num_prefix) * math.prod(size) // math.prod(own)
         count = min(len(images), int(MAX_WORK / (_num_parameters(loaded) * num_patches)))
-        first, *others = _batches(images[:count], max(1, BATCH_PATCHES // num_patches))
+        batches = _batches(images[:count], max(1, BATCH_PATCHES // num_patches))
         if count < min(MIN_IMAGES, len(images)):
             costly.append(size)
-        elif (taken := (loaded, run_on(loaded, first)) if size == own else takes(loaded, size, first)) is None:
+        elif (taken := (loaded, None) if size == own else takes(loaded, size, batches[0])) is None:
             refused.append(size)
         else:
             patched = module
@@ -113,7 +114,7 @@ def drift_at_sizes(
                 patched = rebuilt(folder, config, fmt, stored=loaded.stored, image_size=size)
             resized, ran = taken
             run = _Runs(resized, patched, fmt, mode, config["regsurgery"])
-            measure, values = run.drift(ran, others)
+            measure, values = run.drift(batches, ran)
             rows.append(SizeDrift(size, _registers(surgery, num_patches), count, measure, *_mean(values)))
         progress.advance(1)
     notes = []
@@ -153,16 +154,14 @@ class _Runs:
         self.host = backend(fmt, mode) if has_host(fmt, mode) else None
 
     @torch.no_grad()
-    def drift(self, first: Ran, others: list[list[Image]]) -> tuple[str, Tensor]:
+    def drift(self, batches: list[list[Image]], first: Ran | None) -> tuple[str, Tensor]:
         """The name of the measure, and its value for every image, `[B]`.
 
         Args:
-            first: the original's run on the first batch.
-            others: the other batches.
+            first: the original's run on the first batch, if there was one.
         """
         measure, values = "", []
-        for ran in itertools.chain([first], (run_on(self.loaded, images) for images in others)):
-            before, after = ran.outputs, self._patched(ran.images_BCHW)
+        for before, after in self._outputs(batches, first):
             main = main_output(tuple(name for name in before if name in after))
             if has_classes(main, before[main]):
                 measure, value_B = KL, kl_divergence(before[main], after[main])
@@ -170,6 +169,17 @@ class _Runs:
                 measure, value_B = f"1 - cosine of {main}", 1 - output_cosine(before[main], after[main])
             values.append(value_B.double().cpu())
         return measure, torch.cat(values)
+
+    def _outputs(self, batches: list[list[Image]], first: Ran | None) -> Iterator[Any]:
+        """Both models' outputs for every batch; weights on disk are read once for all of them."""
+        if first is not None:
+            yield first.outputs, self._patched(first.images_BCHW)
+        calls: list[Callable[[], Any]] = []
+        for images in batches if first is None else batches[1:]:
+            images_BCHW = pixels(self.loaded, images)
+            calls += [partial(self.loaded.call, self.loaded.model, images_BCHW), partial(self._patched, images_BCHW)]
+        results = iter(in_turns(calls) if self.loaded.stored else (call() for call in calls))
+        yield from zip(results, results, strict=True)
 
     def _patched(self, batch: Tensor) -> dict[str, Tensor]:
         if self.host is not None:

@@ -39,7 +39,8 @@ def load_stock(opened: PatchedFolder, original: Loaded, options: LoadOptions, sc
         return backend(fmt).stand_in(original, root, opened.config, options.device_map)
     if fmt == "open_clip":
         native_open_clip.relocate(root, scratch, opened.config)
-    return load(str(scratch) if fmt == "open_clip" else str(root), options, native=True)
+    known = {path.name: digest for path, digest in opened.files.digests.items() if path.parent == root}
+    return load(str(scratch) if fmt == "open_clip" else str(root), options, native=True, known=known)
 
 
 def stock_at_size(stock: Loaded, fmt: str, size: tuple[int, int]) -> Loaded:

@@ -7,14 +7,17 @@ import multiprocessing
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import regsurgery
-from regsurgery.checkpoints import stored
+from regsurgery.checkpoints import stored, sums
+from regsurgery.checkpoints.safetensors_file import read_header
 from regsurgery.checkpoints.stored import StoredTensor, is_stored, stored_state
+from regsurgery.checkpoints.sums import sha256
 from regsurgery.compiler.modes import native
 from regsurgery.compiler.modes.closed_form import NativeModel
 from regsurgery.compiler.modes.operation import Operation
@@ -277,19 +280,61 @@ def split(tokens_BTD: torch.Tensor, model: NativeModel) -> tuple[torch.Tensor, t
     return tokens_BTD[:, -1:].flatten(0, 1), tokens_BTD[:, :-1].flatten(0, 1)
 
 
-def test_native_mode_reads_weights_on_disk_a_few_times(
-    planted_picos: Callable[[Pico], Planted], monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How many bytes of which weight were read from disk."""
+    found: Counter[str] = Counter()
+    plain = StoredTensor.bytes_of
+
+    def bytes_of(self: StoredTensor, file: BinaryIO) -> torch.Tensor:
+        found[self.entry.name] += self.entry.stop - self.entry.start
+        return plain(self, file)
+
+    monkeypatch.setattr(StoredTensor, "bytes_of", bytes_of)
+    return found
+
+
+def test_verify_reads_every_shard_once(
+    planted_picos: Callable[[Pico], Planted], tmp_path: Path, read: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One reading serves all batches, and all markers that memory has room for: 343 readings were taken once."""
+    """And once to compare its sha256. Four models see every image: they were eight readings here once."""
+    planted = planted_picos(by_id("hf-dinov2"))
+    planted.loaded.model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    regsurgery.patch(
+        str(tmp_path / "sharded"), tmp_path / "out", recipe=recipe_for(planted, 1), verification=False, num_images=1,
+        max_memory=0,
+    )  # fmt: skip
+    read.clear()
+    hashed: Counter[Path] = Counter()
+    monkeypatch.setattr(sums, "sha256", lambda path: (hashed.update([path]), sha256(path))[1])
+    regsurgery.verify(tmp_path / "out", num_images=16, max_memory=0)
+    shards = list((tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 1 and all(hashed[path] == 1 for path in shards)
+    blocks = {name: count for name, count in read.items() if "encoder.layer" in name}
+    in_blocks = sum(
+        tensor.stop - tensor.start
+        for path in shards
+        for tensor in read_header(path).tensors
+        if "encoder.layer" in tensor.name
+    )
+    assert blocks and sum(blocks.values()) == in_blocks, blocks
+
+
+def test_native_mode_reads_weights_on_disk_a_few_times(
+    planted_picos: Callable[[Pico], Planted], read: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One reading serves all that is seen before the edit, another all markers that memory has room for; both serve
+    all batches. 343 readings were taken once.
+    """
     planted = planted_picos(by_id("hf-vit"))
     loaded = load(str(planted.folder), LoadOptions(max_memory=0))
     located, recipe = locate(loaded, Progress()), Recipe({1: (3,), 2: (5,)}, mode="native")
-    read: Counter[str] = Counter()
-    plain = stored.StoredTensor.read
-    monkeypatch.setattr(stored.StoredTensor, "read", lambda self: (read.update([self.entry.name]), plain(self))[1])
     monkeypatch.setattr("regsurgery.compiler.modes.closed_form.MIN_MARGIN", -10.0)
+    read.clear()
     on_disk = native.operate(Operation(located, recipe, image_set(None, 64)))
-    assert 0 < max(read[name] for name in read if "mlp.fc1" in name or "intermediate.dense" in name) <= 10, read
+    sizes = {tensor.name: tensor.stop - tensor.start for path in loaded.weights for tensor in read_header(path).tensors}
+    assert 0 < sum(read.values()) <= 3 * sum(sizes.values())
+    assert all(count <= 3 * sizes[name] for name, count in read.items() if ".layer." in name), read
     in_memory = native.operate(Operation(planted.located, recipe, image_set(None, 64)))
     assert on_disk.edit.keys() == in_memory.edit.keys()
     assert all(torch.equal(value, in_memory.edit[name]) for name, value in on_disk.edit.items())

@@ -28,7 +28,7 @@ from regsurgery.compiler.comparison import (
     probe_nodes,
 )
 from regsurgery.compiler.graph import starting_at
-from regsurgery.compiler.modes.closed_form import Native, NativeModel, without_states
+from regsurgery.compiler.modes.closed_form import Changed, Native, NativeModel, without_states
 from regsurgery.compiler.outliers import outliers, token_norms
 from regsurgery.compiler.taps import tap
 from regsurgery.progress import Progress
@@ -257,21 +257,26 @@ class Loss:
         return moved(self.main, output, new_output, cosine_BN, inliers_BN).value
 
     @torch.no_grad()
-    def means(self, chosen: Tensor, changes: Sequence[Mapping[str, Tensor]]) -> list[float]:
-        """The mean over the images numbered `chosen`, for each set of changed parameters."""
-        chunks = chosen.split(PASS_IMAGES)
-        if not changes:
-            return []
-        batches = [self._inputs(chunk) for chunk in chunks]
-        runs = self.model.run_all(self.edited, [(parameters, batches) for parameters in changes])
-        return [
-            float(torch.cat([self._distance(chunk, run) for chunk, run in zip(chunks, each, strict=True)]).mean())
-            for each in runs
+    def means_behind(self, chosen: Tensor, changes: Sequence[Changed]) -> list[float]:
+        """The mean over the images numbered `chosen` for each of `changes`, whose batches are of `PASS_IMAGES`."""
+        last, chunks = max(self.model.mlps), chosen.split(PASS_IMAGES)
+        graph = starting_at(self.edited, self.model.sites.blocks[last - 1].output) if last else self.edited
+        jobs = [
+            (change.parameters, [(self.images[c], *states) for c, states in zip(chunks, change.entering, strict=True)])
+            for change in changes
         ]
+        runs = self.model.run_all(graph, jobs) if jobs else []
+        return [self._mean(chunks, each) for each in runs]
 
+    def _mean(self, chunks: Sequence[Tensor], runs: Sequence[Run]) -> float:
+        return float(torch.cat([self._distance(chunk, run) for chunk, run in zip(chunks, runs, strict=True)]).mean())
+
+    @torch.no_grad()
     def mean(self, chosen: Tensor, parameters: Mapping[str, Tensor]) -> float:
-        """The mean loss over the images numbered `chosen`."""
-        return self.means(chosen, [parameters])[0]
+        """The mean over the images numbered `chosen`."""
+        chunks = chosen.split(PASS_IMAGES)
+        (runs,) = self.model.run_all(self.edited, [(parameters, [self._inputs(chunk) for chunk in chunks])])
+        return self._mean(chunks, runs)
 
 
 def _frozen(graph_module: fx.GraphModule) -> fx.GraphModule:

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import NamedTuple
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
+from regsurgery.checkpoints.stored import NotInMemory
+from regsurgery.checkpoints.turns import in_turns
 from regsurgery.compiler.graph import between, find_node, starting_at, with_parameters
 from regsurgery.compiler.located import Located
 from regsurgery.compiler.mlp import Mlp, mlp_of
@@ -29,7 +31,7 @@ from regsurgery.compiler.passes.pipeline import apply_passes
 from regsurgery.compiler.passes.plan import plan_surgery
 from regsurgery.compiler.sites import Block
 from regsurgery.compiler.taps import tap
-from regsurgery.compiler.together import run_together
+from regsurgery.compiler.together import num_at_once, run_together
 from regsurgery.compiler.trace import Traced, tensor_inputs
 from regsurgery.errors import UnsupportedModelError
 from regsurgery.recipe import Recipe
@@ -42,7 +44,6 @@ MARKER_NORMS = (0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 # fitted on 27 photos, timm 0.023, 0.006, open_clip 0.051, 0.015; on 146, timm 0.009, 0.011.
 ENOUGH_MARGIN = 0.5
 MIN_MARGIN = 0.05
-TOGETHER = 1 / 4  # of the free memory, for activations of markers that are tried together
 CHUNK = 1 << 14  # tokens converted to float64 at a time
 FLAT = 8.0  # a detector is at least this far below zero, where activations are flat, on every other token
 
@@ -67,6 +68,13 @@ class Native:
 
 # Changed parameters, and the batches to run them on: images `[B, 3, H, W]`, and further inputs that the graph has.
 Job = tuple[Mapping[str, Tensor], Sequence[Sequence[Tensor]]]
+
+
+class Changed(NamedTuple):
+    """Changed parameters, and what enters the last edited block for each batch of some images; see `_edited`."""
+
+    parameters: Mapping[str, Tensor]
+    entering: Sequence[tuple[Tensor, ...]]
 
 
 class MlpInput(NamedTuple):
@@ -111,6 +119,21 @@ class NativeModel:
     def parameter(self, parameters: Mapping[str, Tensor], name: str) -> Tensor:
         """The value of a parameter under the changes `parameters`."""
         return parameters.get(name, self.graph_module.get_parameter(name)).detach()
+
+    def mlp_weights(self, block: int) -> dict[str, Tensor]:
+        """The parameters of the MLP of `block` that an edit changes, in memory; not to be written to."""
+        mlp = self.mlps[block]
+        projections = [projection for projection in (mlp.gate, mlp.value) if projection is not None]
+        names = {name for p in projections for name in (p.weight, p.bias) if name is not None} | {mlp.down}
+        values = {name: self.parameter({}, name) for name in names}
+        return {name: value.read() if isinstance(value, NotInMemory) else value for name, value in values.items()}
+
+    def side_by_side(self, calls: Sequence[Callable[[], Any]], num_images: int) -> list[Any]:
+        """What each of `calls` returns, all about the same images; they read weights on disk together, where the free
+        memory has room for the images in each of them.
+        """
+        room = num_at_once(self.sites, self.recipe.num_registers) if self.loaded.stored else 0
+        return in_turns(calls) if len(calls) * num_images <= room else [call() for call in calls]
 
     def run(
         self, tapped: fx.GraphModule, parameters: Mapping[str, Tensor], images: Tensor, *more: Tensor
@@ -178,12 +201,32 @@ def _editable(traced: Traced, block: Block, hidden_of: fx.GraphModule) -> Mlp:
     return mlp
 
 
+class FirstLook(NamedTuple):
+    """What the edit needs to know of the model before it is edited.
+
+    Attributes:
+        constants: block -> what the shift writes to a register, averaged over images and registers, `[K]`.
+        direction_D: from all other tokens to register tokens of zeros, at the MLP of the first edited block.
+        unit: the mean norm of the tokens that enter block 0.
+    """
+
+    constants: dict[int, Tensor]
+    direction_D: Tensor
+    unit: float
+
+    @classmethod
+    def calls(cls, model: NativeModel, batches: Sequence[Tensor]) -> list[Callable[[], Any]]:
+        """One for each attribute, in this order; they read the same weights, see `NativeModel.side_by_side`."""
+        return [partial(each, model, batches) for each in (register_constants, _first_direction, _mean_token_norm)]
+
+
 @torch.no_grad()
 def closed_form(
     model: NativeModel,
     batches: Sequence[Tensor],
     held_out: Sequence[Tensor],
-    drift: Callable[[Sequence[Mapping[str, Tensor]]], list[float]],
+    look: FirstLook,
+    drift: Callable[[Sequence[Changed]], list[float]],
     progress: Callable[[int], None] = lambda markers: None,
 ) -> Native:
     """The edit for `model.recipe`, made from `batches` of images `[B, 3, H, W]`.
@@ -193,27 +236,24 @@ def closed_form(
 
     Args:
         held_out: batches of other images, on which detectors must also tell registers apart.
-        drift: sets of changed parameters -> distances of the outputs from the original's, on images not in `batches`.
+        look: at the model, on `batches`.
+        drift: edits -> distances of the outputs from the original's on `held_out`.
         progress: called with the number of markers just tried, `len(MARKER_NORMS)` in total.
 
     Raises:
         UnsupportedModelError: no marker separates the registers from all other tokens.
     """
-    constants = register_constants(model, batches)
-    first = min(model.recipe.register_neurons)
-    zeros_1RD = torch.zeros_like(model.graph_module.get_parameter(model.register_name))
-    direction_D = _discriminant(
-        *_joined(*model.mlp_inputs(first, [({model.register_name: zeros_1RD}, without_states(batches))]))
-    )
-    unit = _mean_token_norm(model, batches)
-    markers = [(factor * unit * direction_D).to(zeros_1RD).expand_as(zeros_1RD) for factor in MARKER_NORMS]
+    zeros_1RD = _zero_registers(model)
+    markers = [(factor * look.unit * look.direction_D).to(zeros_1RD).expand_as(zeros_1RD) for factor in MARKER_NORMS]
     size = _num_together(model, sum(map(len, (*batches, *held_out))))
     best, least = None, float("inf")
     for start in range(0, len(markers), size):
-        trials = _edited(model, constants, markers[start : start + size], batches, held_out)
-        losses = iter(drift([trial.parameters for trial in trials if trial.margin >= ENOUGH_MARGIN]))
+        trials = _edited(model, look.constants, markers[start : start + size], batches, held_out)
+        losses = iter(
+            drift([Changed(trial.parameters, states) for trial, states in trials if trial.margin >= ENOUGH_MARGIN])
+        )
         progress(len(trials))
-        for trial in trials:
+        for trial, _ in trials:
             lost = next(losses) if trial.margin >= ENOUGH_MARGIN else float("inf")
             if best is None or lost < least or (least == float("inf") and trial.margin > best.margin):
                 best, least = trial, lost
@@ -223,18 +263,11 @@ def closed_form(
 
 
 def _num_together(model: NativeModel, num_images: int) -> int:
-    """How many markers are tried together: one reading of weights on disk serves as many as memory has room for.
-
-    The widest moment is an activation of an MLP, before and after, beside what enters two edited blocks.
-    """
+    """How many markers are tried together: one reading of weights on disk serves as many as memory has room for."""
     if not model.loaded.stored:
         return 1
-    import psutil
-
-    width = max(block.hidden_size for block in model.sites.blocks)
-    num_tokens = num_images * (model.sites.num_tokens + model.recipe.num_registers)
-    size = 2 * num_tokens * (width + model.sites.width) * torch.float32.itemsize
-    return min(len(MARKER_NORMS), max(1, int(TOGETHER * psutil.virtual_memory().available / size)))
+    room = num_at_once(model.sites, model.recipe.num_registers)
+    return min(len(MARKER_NORMS), max(1, room // num_images))
 
 
 def _check_margin(model: NativeModel, best: Native) -> None:
@@ -256,9 +289,22 @@ def _joined(inputs: Sequence[MlpInput]) -> tuple[Tensor, Tensor]:
     return torch.cat([each.registers_ND for each in inputs]), torch.cat([each.others_ND for each in inputs])
 
 
+def _zero_registers(model: NativeModel) -> Tensor:
+    """Register tokens `[1, R, D]`."""
+    return torch.zeros_like(model.graph_module.get_parameter(model.register_name))
+
+
+@torch.no_grad()
+def _first_direction(model: NativeModel, batches: Sequence[Tensor]) -> Tensor:
+    """See `FirstLook`."""
+    first, zeros_1RD = min(model.recipe.register_neurons), _zero_registers(model)
+    (tokens,) = model.mlp_inputs(first, [({model.register_name: zeros_1RD}, without_states(batches))])
+    return _discriminant(*_joined(tokens))
+
+
 @torch.no_grad()
 def register_constants(model: NativeModel, batches: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Block -> what the shift writes to a register, averaged over images and registers, `[K]`."""
+    """See `FirstLook`."""
     recipe = model.recipe
     shifted, results = apply_passes(model.traced, plan_surgery(model.sites, replace(recipe, mode="shift")))
     nodes = next(result.changed for result in results if "shift" in result.due)
@@ -298,8 +344,10 @@ def _edited(
     markers: Sequence[Tensor],
     batches: Sequence[Tensor],
     held_out: Sequence[Tensor],
-) -> list[Native]:
-    """The edit with each of `markers`, register tokens `[1, R, D]`."""
+) -> list[tuple[Native, list[tuple[Tensor, ...]]]]:
+    """The edit with each of `markers`, register tokens `[1, R, D]`, and what then enters the last edited block for each
+    batch of `held_out` (nothing if that is block 0).
+    """
     changes = [{model.register_name: marker.contiguous()} for marker in markers]
     margins: list[list[float]] = [[] for _ in markers]
     activations: list[dict[int, Tensor]] = [{} for _ in markers]
@@ -310,6 +358,7 @@ def _edited(
             (change, [(batch, *state) for batch, state in zip(every, states, strict=True)])
             for change, states in zip(changes, entering, strict=True)
         ]
+        weights = model.mlp_weights(block)
         for number, tokens in enumerate(model.mlp_inputs(block, jobs)):
             entering[number] = [each.entering for each in tokens]
             registers_ND, others_ND = _joined(tokens[: len(batches)])
@@ -319,11 +368,13 @@ def _edited(
             unseen = [_projected(tokens_ND, normal_D) for tokens_ND in _joined(tokens[len(batches) :])]
             margins[number] += [margin, separation(*unseen)[0]]
             line = _Line(normal_D, (lowest + highest) / 2, float(registers_N.mean()), highest)
-            edit, reached_K = _detectors(model, block, changes[number], constants[block], line)
+            own = {name: changes[number].get(name, value) for name, value in weights.items()}
+            edit, reached_K = _detectors(model, block, own, constants[block], line)
             activations[number][block] = reached_K
             changes[number] = changes[number] | edit
     norms = [float(token_norms(marker).mean()) for marker in markers]
-    return [Native(*each) for each in zip(changes, map(min, margins), norms, activations, strict=True)]
+    edits = [Native(*each) for each in zip(changes, map(min, margins), norms, activations, strict=True)]
+    return [(edit, states[len(batches) :]) for edit, states in zip(edits, entering, strict=True)]
 
 
 def _projected(tokens_ND: Tensor, normal_D: Tensor) -> Tensor:
@@ -359,16 +410,14 @@ class _Line:
 def _detectors(
     model: NativeModel,
     block: int,
-    parameters: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
     constants_K: Tensor,
     line: _Line,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """New values of the parameters of the register neurons of `block`, and the activations they then have, `[K]`."""
+    """New values of `weights`, those of the MLP of `block`, and its register neurons' activations with them, `[K]`."""
     mlp, threshold, mean = model.mlps[block], line.threshold, line.mean
     neurons = torch.tensor(model.recipe.register_neurons[block], device=constants_K.device)
-    projections = [projection for projection in (mlp.gate, mlp.value) if projection is not None]
-    names = {name for p in projections for name in (p.weight, p.bias) if name is not None} | {mlp.down}
-    new = {name: model.parameter(parameters, name).clone() for name in names}
+    new = {name: value.clone() for name, value in weights.items()}
     gate, value = mlp.gate, mlp.value
     assert gate.bias is not None
     if value is not None:
@@ -410,7 +459,9 @@ def _inverse(model: NativeModel, block: int, mlp: Mlp, new: Mapping[str, Tensor]
     return (low_K + high_K) / 2
 
 
+@torch.no_grad()
 def _mean_token_norm(model: NativeModel, batches: Sequence[Tensor]) -> float:
+    """See `FirstLook`."""
     tapped = tap(model.traced.graph_module, {"tokens": model.sites.tokens}, early_exit=True)
     (runs,) = model.run_all(tapped, [({}, without_states(batches))])
     norms = [token_norms(taps["tokens"]).flatten() for _, taps in runs]

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from regsurgery.compiler.graph import set_parameter
 from regsurgery.compiler.located import Located
 from regsurgery.compiler.match import match
-from regsurgery.compiler.modes.calibrate import STEPS, Loss, calibrate, divided, with_crops
-from regsurgery.compiler.modes.closed_form import MARKER_NORMS, Native, NativeModel, closed_form
+from regsurgery.compiler.modes.calibrate import PASS_IMAGES, STEPS, Loss, calibrate, divided, with_crops
+from regsurgery.compiler.modes.closed_form import MARKER_NORMS, FirstLook, Native, NativeModel, closed_form
 from regsurgery.compiler.modes.operation import BATCH, Operation
 from regsurgery.compiler.passes.plan import plan_surgery
 from regsurgery.compiler.surgery import Surgery, check_fit, common_block
@@ -34,11 +34,12 @@ def operate(operation: Operation) -> Surgery:
     fit = operation.fit_images
     pixels = torch.cat(list(fit.batches(BATCH, located.loaded.preprocess)))
     model = NativeModel(located, recipe)
-    loss = Loss(model, pixels)
     training, held_out = divided(len(pixels), operation.seed)
     progress.stage("closed form", len(MARKER_NORMS))
-    train, unseen = pixels[training].split(BATCH), pixels[held_out].split(BATCH)
-    native = closed_form(model, train, unseen, partial(loss.means, held_out), progress=progress.advance)
+    train, unseen = pixels[training].split(BATCH), pixels[held_out].split(PASS_IMAGES)
+    loss, *look = model.side_by_side([partial(Loss, model, pixels), *FirstLook.calls(model, train)], len(pixels))
+    drift = partial(loss.means_behind, held_out)
+    native = closed_form(model, train, unseen, FirstLook(*look), drift, progress=progress.advance)
     facts: dict[str, Any] = {
         "images": fit.note,
         "num_images": len(pixels),
