@@ -37,7 +37,7 @@ SIDES = ("original", "patched", "difference")
 
 def measure(task: str, folder: str, images: Path, blocks: list[int]) -> dict[str, Any]:
     started = time.process_time()
-    settings = SETTINGS[task] | ({"block": blocks} if task in OF_BLOCKS else {})
+    settings: dict[str, Any] = SETTINGS[task] | ({"block": blocks} if task in OF_BLOCKS else {})
     found = regsurgery.evaluate(folder, task, images=images, **settings)
     figures = {}
     for row in found.rows:

@@ -51,7 +51,7 @@ def run(command: Sequence[str], output: Path) -> Cost:
         looks.start()
         try:
             _, status, usage = os.wait4(child.pid, 0)
-            child.returncode = os.waitstatus_to_exitcode(status)
+            child.returncode = code = os.waitstatus_to_exitcode(status)
         finally:
             looks.over.set()
             looks.join()
@@ -59,7 +59,7 @@ def run(command: Sequence[str], output: Path) -> Cost:
                 child.kill()
                 child.wait()
     seconds = time.monotonic() - began
-    return Cost(child.returncode, seconds, usage.ru_utime + usage.ru_stime, looks.peak / 1024, looks.own / 1024)
+    return Cost(code, seconds, usage.ru_utime + usage.ru_stime, looks.peak / 1024, looks.own / 1024)
 
 
 class _Looks(threading.Thread):

@@ -100,7 +100,7 @@ def _measured(loaded: Loaded, folder: Path, photos: list[Path], size: int) -> di
 
 
 def _cropped(path: Path, size: int) -> Tensor:
-    image = Image.open(path).convert("RGB")
+    image: Any = Image.open(path).convert("RGB")  # torchvision's functions take it, and say that they take tensors
     short = round(MARGIN * size)
     image = functional.resize(image, [short], interpolation=functional.InterpolationMode.BICUBIC)
     return pixels_of(functional.center_crop(image, [size, size]))

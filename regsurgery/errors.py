@@ -71,6 +71,10 @@ class VerificationError(RegsurgeryError):
     exit_code = EXIT_VERIFICATION_FAILED
 
 
+class BrokenModelError(VerificationError):
+    """What was written cannot be loaded or run, which no recipe is to blame for; nothing is left on disk."""
+
+
 class NothingToFixError(RegsurgeryError):
     """Surgery would not help: there are no outliers, or no neurons cause them; `diagnosis` says which.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -353,10 +353,16 @@ class EvaluateOptions(ImageOptions):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The task's own options that the user set, by name."""
+        """The task's own options that the user set, by name; of a list, each value once: one that is given twice would
+        be measured twice, and count as twice as many images.
+        """
         common = {one.name for one in fields(EvaluateOptions)}
         own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in common}
-        return {name: value for name, value in own.items() if value is not None and value != []}
+        once = {
+            name: list(dict.fromkeys(value)) if isinstance(value, list | tuple) else value
+            for name, value in own.items()
+        }
+        return {name: value for name, value in once.items() if value is not None and value != []}
 
     HIDDEN = ("allow_pickle", "revision", "image_size", *READING)
 
@@ -646,11 +652,7 @@ def takes(options: type[Any]) -> Callable[[Callable[..., Result]], Callable[...,
                 if name not in known:
                     hint = did_you_mean(name, [*positional, *known])
                     raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}{hint}")
-            if given.get("progress", True) is None:
-                del given["progress"]
-            chosen = made(**given) if options is None else replace(options, **given)
-            chosen.checked()
-            return function(*args, **named, options=chosen)
+            return function(*args, **named, options=filled(made, given, options))
 
         made = options
         parameters = [one for name, one in own.parameters.items() if name != "options"]
@@ -658,6 +660,17 @@ def takes(options: type[Any]) -> Callable[[Callable[..., Result]], Callable[...,
         return call
 
     return decorate
+
+
+def filled(kind: type[Any], given: Mapping[str, Any], options: Any = None) -> Any:
+    """Checked options of the dataclass `kind`: `options`, if there are any, with what is `given` by name instead.
+
+    `progress` None means silence.
+    """
+    named = {name: value for name, value in given.items() if name != "progress" or value is not None}
+    chosen = kind(**named) if options is None else replace(options, **named)
+    chosen.checked()
+    return chosen
 
 
 def _default(one: Any) -> Any:

@@ -28,6 +28,7 @@ UNKNOWN_CODE = (
     "allow it with --trust-remote-code (trust_remote_code=True), or patch the source again"
 )
 CALL = 'modeling_regsurgery.load("{folder}")'  # of timm and open_clip
+REFUSAL = "transformers_weights"  # as in runtime/transformers.py, which cannot be imported without transformers
 CLASS_OF_MODEL = re.compile(r"(?<=\n)\n\n(?=class (\w+)\(Patched\w+, transformers\.\1\):\n)")
 FOLDERS = itertools.count()
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from regsurgery.backends.pt2 import CONFIG_NAME, input_names, lowered, write_config
-from regsurgery.errors import CheckpointError, UnsupportedModelError
+from regsurgery.errors import UnsupportedModelError, library_fails
 from regsurgery.formats import require
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class Session(nn.Module):
         except (errors.NotImplemented, errors.InvalidGraph) as error:
             raise UnsupportedModelError(f"format onnx: onnxruntime cannot run the graph: {_reason(error)}") from error
         except (errors.Fail, errors.InvalidProtobuf, errors.NoSuchFile, errors.RuntimeException) as error:
-            raise CheckpointError(f"{path}: onnxruntime cannot load it: {_reason(error)}") from error
+            raise library_fails("onnxruntime", path, error) from error
 
     def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
         names = (node.name for node in self.session.get_inputs())

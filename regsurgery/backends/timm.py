@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from regsurgery.backends import modeling
-from regsurgery.backends.modeling import CALL, modeling_source, refusal, write_folder
+from regsurgery.backends.modeling import CALL, REFUSAL, modeling_source, refusal, write_folder
 from regsurgery.checkpoints.reading import weight_files
 from regsurgery.checkpoints.stored import stored_state, without_memory
 from regsurgery.formats import WEIGHTS_NAMES, Snippets
@@ -42,7 +42,7 @@ def emit(surgery: Surgery, folder: Path, target: Path) -> None:
     """Write config, weights and `modeling_regsurgery.py`."""
     # timm refuses a tensor that it does not know; transformers, which opens timm's folders, must be told.
     words = refusal(call(surgery.loaded, "FOLDER"))
-    write_folder(surgery, folder, CONFIG_NAME, modeling_source(host_timm), transformers_weights=words)
+    write_folder(surgery, folder, CONFIG_NAME, modeling_source(host_timm), **{REFUSAL: words})
 
 
 def call(loaded: Loaded, folder: str) -> str:

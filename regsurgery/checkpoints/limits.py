@@ -13,6 +13,7 @@ from regsurgery.errors import CheckpointError, UserError
 BROKEN = (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError,
           AssertionError, MemoryError, NameError, StopIteration, EOFError, struct.error)  # fmt: skip
 
+MAX_NAME_BYTES = 255
 MAX_JSON_BYTES = 16 << 20  # the labels of ImageNet-21k with their descriptions are 3 MB
 
 
@@ -47,6 +48,12 @@ def check_name(path: Path) -> None:
         str(path.absolute()).encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{path}: not UTF-8, which weights and checksums need; give it another name") from error
+
+
+def name_too_long(path: Path) -> int | None:
+    """The bytes of the longest name in `path`, if files and repositories cannot have one that long."""
+    longest = max((len(part.encode(errors="replace")) for part in path.parts), default=0)
+    return longest if longest > MAX_NAME_BYTES else None
 
 
 def refuse_links_out(folder: Path) -> None:

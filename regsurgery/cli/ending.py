@@ -50,8 +50,9 @@ def exit_code_of(command: Callable[[], int | None]) -> int:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         if not full and "No usable temporary directory" not in str(error):  # tempfile's wording; torch needs one, too
             return _short_of_memory(error)
-        where = error.filename or "the output, or a temporary file"
-        print_error(f"{where}: {error.strerror}; free some space, or set TMPDIR to a folder that has it")
+        where = error.filename or "standard output, or a temporary file"  # a folder may be there all the same
+        remedy = "free some space, or set TMPDIR to a folder that has it; what was to be written is whole, or not there"
+        print_error(f"{where}: {error.strerror}; {remedy}")
         forget(sys.stdout)
         return EXIT_USER_ERROR
     except EndedBySignal as end:

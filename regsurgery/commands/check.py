@@ -53,8 +53,8 @@ def check(folder: str | Path, options: CheckOptions) -> StillPatched:
         raise UserError(f"{root}: its format is {fmt}, whose modules cannot be looked at; use regsurgery verify")
     images = options.image_set()
     options.progress.stage("load")
-    model = reloaded(root, fmt, trusted=options.trust_remote_code)
     config = read_patched_config(root, fmt)
+    model = reloaded(root, fmt, trusted=options.trust_remote_code, config=config)
     side = options.image_size
     size = _image_size(root, config) if side is None else (side, side)
     preprocess = partial(_pixels, size=size, settings=_normalisation(root, config))

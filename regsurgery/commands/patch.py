@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from regsurgery.checkpoints.copying import CopiesAhead, copy_file
 from regsurgery.checkpoints.reading import index_of
 from regsurgery.checkpoints.whole import check_output, copies_ahead, temporary_folder
-from regsurgery.errors import RecipeError, UserError, VerificationError
+from regsurgery.errors import BrokenModelError, RecipeError, UserError, VerificationError
 from regsurgery.families import family_of
 from regsurgery.formats import LIBRARIES, PROGRAMS, STOCK_CODE, any_size, has_host
 from regsurgery.frontends.loaded import Loaded
@@ -103,7 +103,7 @@ def patch(model: str | Path, output: str | Path, options: PatchOptions) -> Patch
                 with located.loaded.files.blamed():
                     fmt, verdict, sizes = _apply(located, attempt, output, copies, options)
             except (RecipeError, VerificationError) as error:
-                if attempt.is_last:
+                if attempt.is_last or isinstance(error, BrokenModelError):
                     raise attempt.named(error) from None
                 progress.say(f"{attempt.name} does not fit this model ({error}); finding its register neurons instead")
             else:

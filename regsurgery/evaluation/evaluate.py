@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from regsurgery.errors import UserError
 from regsurgery.evaluation.result import Evaluation
 from regsurgery.evaluation.tasks import TASKS, task_module
-from regsurgery.options import EvaluateOptions
+from regsurgery.options import EvaluateOptions, filled
 
 if TYPE_CHECKING:
     from regsurgery.images.image_set import ImageSet
@@ -37,7 +37,7 @@ def evaluate(folder: str | Path, task: str, options: EvaluateOptions | None = No
     Args:
         folder: a folder that `patch` wrote, in any mode and format; or a MODEL, which is then compared with itself.
         task: one of `tasks.TASKS`.
-        options: of the task's own class, see `tasks.TASKS`; or its fields as keyword arguments.
+        options: of the task's own class, see `tasks.TASKS`; or its fields as keyword arguments, which win.
 
     Raises:
         UserError: there is no such task or option, or the input is at fault; see `errors`.
@@ -46,7 +46,7 @@ def evaluate(folder: str | Path, task: str, options: EvaluateOptions | None = No
     from regsurgery.verification.pair import open_pair
 
     task_module(task)
-    options = options or _options(task, given)
+    options = _options(task, given, options)
     if options.png is not None:
         check_png(task, Path(options.png))
     images = options.image_set()
@@ -91,7 +91,7 @@ def evaluate_pair(pair: Pair, task: str, images: ImageSet, options: EvaluateOpti
     return evaluation
 
 
-def _options(task: str, given: dict[str, Any]) -> EvaluateOptions:
+def _options(task: str, given: dict[str, Any], options: EvaluateOptions | None) -> EvaluateOptions:
     kind = TASKS[task].options
     common = {one.name for one in fields(EvaluateOptions)}
     known = {one.name for one in fields(kind)}
@@ -99,11 +99,7 @@ def _options(task: str, given: dict[str, Any]) -> EvaluateOptions:
         if name not in known:
             takes = ", ".join(one.name for one in fields(kind) if one.name not in common)
             raise UserError(f"eval {task}: has no option '{name}'; its options are {takes or 'none'}")
-    if given.get("progress", True) is None:
-        del given["progress"]
-    options = kind(**given)
-    options.checked()
-    return options
+    return filled(kind, given, options)
 
 
 def _expectation(is_same: bool, no_neurons: bool, outliers_per_image: float | None) -> str:

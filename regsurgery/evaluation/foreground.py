@@ -125,6 +125,8 @@ def by_kmeans(features_ND: np.ndarray, grid: tuple[int, int], seed: int) -> Divi
     edge_HW = np.ones(grid, dtype=bool)
     edge_HW[1:-1, 1:-1] = False
     front_HW = min((second_HW, ~second_HW), key=lambda group_HW: ((group_HW & edge_HW).sum(), group_HW.sum()))
+    if not front_HW.any():  # k-means found one cluster: all patches are alike
+        front_HW = ~front_HW
     labelled: Any = ndimage.label(front_HW, SIDES_ONLY)
     regions_HW = labelled[0]
     largest = np.bincount(regions_HW.ravel())[1:].argmax() + 1

@@ -95,11 +95,26 @@ def upright_mask(path: Path, image: Image.Image, turned: int) -> Image.Image:
 
 
 def read_mask(path: Path) -> Image.Image:
+    """A mask of class indices.
+
+    Raises:
+        UserError: it cannot be read, or is a picture.
+    """
+    mask = opened_mask(path)
+    if mask.mode not in ("P", "L"):
+        raise UserError(f"{path}: has mode {mask.mode}; a mask must be a palette or 8-bit grey PNG of class indices")
+    return mask
+
+
+def opened_mask(path: Path) -> Image.Image:
+    """A mask as it is in its file, of any mode.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         with opened(path) as mask:
             mask.load()
     except UNREADABLE as error:
         raise UserError(f"{path}: not a readable mask ({in_short(error)})") from error
-    if mask.mode not in ("P", "L"):
-        raise UserError(f"{path}: has mode {mask.mode}; a mask must be a palette or 8-bit grey PNG of class indices")
     return mask

@@ -17,10 +17,9 @@ from regsurgery.compiler.comparison import has_classes, kl_divergence, main_outp
 from regsurgery.compiler.outliers import outliers, token_norms
 from regsurgery.compiler.taps import tap
 from regsurgery.compiler.trace import tensor_inputs
-from regsurgery.errors import UserError, in_short
+from regsurgery.errors import UserError
+from regsurgery.evaluation.masks import opened_mask
 from regsurgery.evaluation.result import Result
-from regsurgery.images.decoding import opened
-from regsurgery.images.sources import UNREADABLE
 from regsurgery.interval import Figures, Values
 from regsurgery.runtime.surgery import signed_peak
 from regsurgery.verification.pair import Pair
@@ -204,9 +203,5 @@ def _in_mask(path: Path, grid: tuple[int, int]) -> Tensor:
     """The patches that are more than half white, bool `[N]`."""
     from PIL import Image
 
-    try:
-        with opened(path) as mask:
-            squeezed = mask.convert("L").resize((grid[1], grid[0]), Image.Resampling.BOX)
-    except UNREADABLE as error:
-        raise UserError(f"{path}: not a readable mask ({in_short(error)})") from error
+    squeezed = opened_mask(path).convert("L").resize((grid[1], grid[0]), Image.Resampling.BOX)
     return torch.from_numpy(np.array(squeezed) > 127).flatten()

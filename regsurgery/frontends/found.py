@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from regsurgery.checkpoints.limits import name_too_long
 from regsurgery.checkpoints.owned import OwnedFolder
 from regsurgery.errors import ModelNotFoundError, UserError
 from regsurgery.frontends.conversion.adapters import Load, is_adapter, merge_adapter
@@ -13,8 +14,6 @@ from regsurgery.frontends.hints import where_to_look
 from regsurgery.frontends.loaded import Converted
 from regsurgery.frontends.model_id import downloaded, library_of, place_of
 from regsurgery.options import LoadOptions
-
-MAX_NAME_BYTES = 255
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,8 @@ def find_checkpoint(model_id: str, options: LoadOptions, load: Load) -> Found:
 
 def check_length(path: Path) -> None:
     """Raise `ModelNotFoundError` for a name that is longer than files and repositories can have."""
-    longest = max((len(part.encode(errors="replace")) for part in path.parts), default=0)
-    if longest > MAX_NAME_BYTES:
+    longest = name_too_long(path)
+    if longest is not None:
         raise ModelNotFoundError(
             f"{str(path)[:100]}...: has a name of {longest} bytes in it, more than files and models can have; check "
             "MODEL"

@@ -71,13 +71,13 @@ def load(
         if not native:  # a native folder is a patched one, already checked, or our own link to it
             _refuse_patched(found.folder, config)
         check_numbers(found.folder / config_name, config)
-        found = _with_plain_weights(found, library, config_name, model_id, options)
+        found, headers = _with_plain_weights(found, library, config_name, model_id, options)
     if found.folder != origin:
         files = files.beside(Watched.folder(found.folder))
     folder, converted = found.folder, found.converted
     with files.unchanged(), nullcontext() if converted is None else converted.named(folder):
-        weights = tuple(weight_files(folder, WEIGHTS_NAMES[library]))
-        headers = [read_header(path) for path in weights]
+        headers = _headers(folder, library) if headers is None else headers
+        weights = tuple(header.path for header in headers)
         check_shards(folder, WEIGHTS_NAMES[library], headers)
         _refuse_quantised(folder, config, headers)
         if use_meanwhile is not None:
@@ -95,23 +95,31 @@ def load(
     return loaded if options.tower is None else loaded.at_tower(options.tower)
 
 
-def _with_plain_weights(found: Found, library: str, config_name: str, model_id: str, options: LoadOptions) -> Found:
-    """The checkpoint with its weights as safetensors, by names that a patched folder can have."""
-    file = _to_convert(found.folder, library, config_name)
+def _with_plain_weights(
+    found: Found, library: str, config_name: str, model_id: str, options: LoadOptions
+) -> tuple[Found, list[SafetensorsFile] | None]:
+    """The checkpoint with its weights as safetensors, by names that a patched folder can have; their headers, unless
+    the files are new.
+    """
+    headers = _headers(found.folder, library)
+    file = _to_convert(found.folder, library, config_name, headers)
     if file is not None:
         made = convert_file(file, options, Arch(library, str(found.folder), config_name))
-        return replace(found, folder=made.folder, converted=made.converted, home=made.home)
+        return replace(found, folder=made.folder, converted=made.converted, home=made.home), None
     if options.ema and found.converted is None:
         raise UserError(f"--ema: {model_id} holds one set of weights; leave it out")
-    return found
+    return found, headers
 
 
-def _to_convert(folder: Path, library: str, config_name: str) -> Path | None:
+def _headers(folder: Path, library: str) -> list[SafetensorsFile]:
+    return [read_header(path) for path in weight_files(folder, WEIGHTS_NAMES[library])]
+
+
+def _to_convert(folder: Path, library: str, config_name: str, headers: Sequence[SafetensorsFile]) -> Path | None:
     """The weights of a folder that are not safetensors with names that a patched folder can have; None: they are."""
-    weights = weight_files(folder, WEIGHTS_NAMES[library])
+    weights = [header.path for header in headers]
     if not weights:
         return weights_file(folder, library)
-    headers = [read_header(path) for path in weights]
     with bounded_model(folder / config_name, headers):
         renamed = is_renamed(library, folder, [tensor.name for header in headers for tensor in header.tensors])
     if not renamed:

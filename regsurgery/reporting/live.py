@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from regsurgery.checkpoints.whole import replace_file, temporary_folder
 from regsurgery.compiler.outliers import OUTLIER_FACTOR
 from regsurgery.errors import OutputError
-from regsurgery.html import html_template, inline, inline_json
+from regsurgery.html import html_template, inline, inline_json, script_hashes
 from regsurgery.images.image_set import image_set
 from regsurgery.reporting.collect import SIDES, why_no_attention
 from regsurgery.reporting.live_network import PIXELS, ShownNetwork, shown_network, write_network
@@ -51,6 +51,11 @@ class Live:
     runtime: Mapping[str, bytes]
     attention_note: str
     examples: Any
+
+    @property
+    def num_bytes(self) -> int:
+        """What a browser loads to run the page, but for the page itself and the networks' graphs."""
+        return sum(network.num_bytes for network in self.networks.values()) + sum(map(len, self.runtime.values()))
 
 
 def live_folder(report: Path) -> Path:
@@ -110,7 +115,7 @@ def write_live(live: Live, report: Path, name: str, examples: Sequence[Example],
 def _page(live: Live, report: Path, name: str, examples: Sequence[Example], sizes: Mapping[str, int]) -> str:
     from markupsafe import Markup
 
-    network, how = live.networks[SIDES[0]], live.preprocessing
+    network, how, script = live.networks[SIDES[0]], live.preprocessing, inline("maps.js", "live.js")
     resized = how.resized if isinstance(how.resized, int) else "×".join(map(str, how.resized))
     data = {
         "grid": network.subject.grid,
@@ -139,6 +144,7 @@ def _page(live: Live, report: Path, name: str, examples: Sequence[Example], size
         version=__version__,
         runtime=VERSION,
         style=Markup(inline("report.css", "live.css")),  # nosec B704 # our files
-        script=Markup(inline("maps.js", "live.js")),  # nosec B704 # our files
+        script=Markup(script),  # nosec B704 # our files
+        may_run=Markup(script_hashes(script)),  # nosec B704 # base64
         data=Markup(inline_json(data)),  # nosec B704 # escaped there
     )

@@ -1,23 +1,25 @@
 """onnxruntime-web from the npm registry: the files of it that the live page runs.
 
 One version is pinned, with the integrity that the registry gives for it; the archive is kept in the user's cache. No
-npm is needed. The single-threaded build would be a file of its own no longer: the one for threads runs without them.
+npm is needed, and nothing of the archive runs here. There is no build without threads any more: the one for threads
+runs with one.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import http.client
 import io
 import os
+import re
 import tarfile
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regsurgery.checkpoints.whole import replace_file
-from regsurgery.errors import UserError, in_short
+from regsurgery.errors import OutputError, UserError, in_short
 
 if TYPE_CHECKING:
     from regsurgery.progress import Progress
@@ -30,6 +32,7 @@ REGISTRY = "https://registry.npmjs.org/"
 OTHERWISE = f"get it elsewhere with `npm pack {NAME}@{VERSION}`, and give the file with --onnxruntime-web"
 TIMEOUT = 60.0  # seconds without a byte
 PIECE = 1 << 20  # bytes
+MAX_BYTES = 128 << 20  # of an answer; the archive has 32 MiB
 
 
 def onnxruntime_web(given: str | Path | None, progress: Progress) -> dict[str, bytes]:
@@ -45,13 +48,16 @@ def onnxruntime_web(given: str | Path | None, progress: Progress) -> dict[str, b
     if given is not None:
         return _files(_checked(_read(Path(given)), str(given)), str(given))
     cached = _cached()
-    if cached is not None and cached.is_file():
-        return _files(_checked(cached.read_bytes(), str(cached), "remove it"), str(cached))
+    if cached is not None and (kept := _kept(cached)) is not None:
+        return _files(kept, str(cached))
     url = f"{registry().rstrip('/')}/{NAME}/-/{NAME}-{VERSION}.tgz"
-    content = _checked(_fetched(url, progress), url)
+    content = _checked(_fetched(url, progress), shown(url))
     if cached is not None:
-        replace_file(cached, content)
-    return _files(content, url)
+        try:
+            replace_file(cached, content)
+        except OutputError as error:
+            progress.say(f"{NAME} is not kept for the next time: {error}")
+    return _files(content, shown(url))
 
 
 def registry() -> str:
@@ -59,10 +65,26 @@ def registry() -> str:
     given = os.environ.get("npm_config_registry") or os.environ.get("NPM_CONFIG_REGISTRY")  # noqa: SIM112 # npm's own
     if given:
         return given
-    config = Path.home() / ".npmrc"
-    lines = config.read_text("utf-8", "replace").splitlines() if config.is_file() else []
+    try:
+        lines = (Path.home() / ".npmrc").read_text("utf-8", "replace").splitlines()
+    except (OSError, RuntimeError):  # there is none, or no home
+        return REGISTRY
     settings = [(key.strip(), value.strip().strip("\"'")) for key, _, value in (line.partition("=") for line in lines)]
     return next((value for key, value in reversed(settings) if key == "registry" and value), REGISTRY)
+
+
+def shown(url: str) -> str:
+    """An address without the name and the password that may stand in it."""
+    return re.sub(r"(?<=://)[^/]*@", "", url)
+
+
+def _kept(cached: Path) -> bytes | None:
+    """The archive in the cache; None if it is not there whole, after which it is fetched."""
+    try:
+        content = cached.read_bytes()
+    except OSError:
+        return None
+    return content if _sum(content) == INTEGRITY else None
 
 
 def _cached() -> Path | None:
@@ -90,30 +112,44 @@ def _fetched(url: str, progress: Progress) -> bytes:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        raise UserError(f"--live: {NAME} is not in the cache, and HF_HUB_OFFLINE is set; unset it, or {OTHERWISE}")
+        raise UserError(
+            f"--live: {NAME} is not in the cache, or not whole, and HF_HUB_OFFLINE is set; unset it, or {OTHERWISE}"
+        )
     if not url.startswith(("https://", "http://")):
-        raise UserError(f"--live: {url}: npm's registry must be an https or http address; correct it, or {OTHERWISE}")
-    parts = []
+        raise UserError(
+            f"--live: {shown(url)}: npm's registry must be an https or http address; correct it, or {OTHERWISE}"
+        )
+    parts, size = [], 0
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:  # nosec B310 # of the two kinds above
             progress.stage(f"fetch {NAME}", int(answer.headers["Content-Length"] or 0) or None, in_bytes=True)
             while piece := answer.read(PIECE):
+                size += len(piece)
+                if size > MAX_BYTES:
+                    raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
                 parts.append(piece)
                 progress.advance(len(piece))
-    except (OSError, ValueError) as error:  # urllib's own are OSErrors; ValueError: no address, no length
-        raise UserError(f"--live: {url}: cannot be fetched ({in_short(error)}); try again, or {OTHERWISE}") from error
+    # urllib's own are OSErrors; HTTPException: no answer in HTTP, or an address with a password; ValueError: no length
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        where, why = shown(url), "not an address that can be fetched"
+        why = why if isinstance(error, http.client.InvalidURL) else in_short(error)
+        raise UserError(f"--live: {where}: cannot be fetched ({why}); try again, or {OTHERWISE}") from error
     return b"".join(parts)
 
 
-def _checked(archive: bytes, where: str, mend: str = "") -> bytes:
-    kind, _, wanted = INTEGRITY.partition("-")
-    found = base64.b64encode(hashlib.new(kind, archive).digest()).decode("ascii")
-    if found != wanted:
+def _checked(archive: bytes, where: str) -> bytes:
+    found = _sum(archive)
+    if found != INTEGRITY:
         raise UserError(
-            f"{where}: is not {NAME} {VERSION} (its {kind} is {found[:12]}…, not {wanted[:12]}…); "
-            f"{mend + ', or ' if mend else ''}{OTHERWISE}"
+            f"{where}: is not {NAME} {VERSION} whole ({len(archive)} bytes of integrity {found[:20]}…, not "
+            f"{INTEGRITY[:20]}…); {OTHERWISE}"
         )
     return archive
+
+
+def _sum(archive: bytes) -> str:
+    kind = INTEGRITY.partition("-")[0]
+    return f"{kind}-{base64.b64encode(hashlib.new(kind, archive).digest()).decode('ascii')}"
 
 
 def _files(archive: bytes, where: str) -> dict[str, bytes]:

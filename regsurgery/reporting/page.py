@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from regsurgery.html import html_template, inline, inline_json
+from regsurgery.html import html_template, inline, inline_json, script_hashes
 from regsurgery.reporting import charts, settings
 from regsurgery.reporting.collect import SIDES, Collected, Lost
 from regsurgery.reporting.opening import Cost, jpeg_url, lead, opening, three_figures
@@ -49,10 +49,18 @@ class ReportSubject:
         return self.source.get("repo") or (Path(identifier).name if is_local else identifier) or self.folder
 
 
+@dataclass(frozen=True)
+class LiveLink:
+    """The live page beside the report: the name of its folder, and what it makes a browser load."""
+
+    folder: str
+    num_bytes: int
+
+
 def page(
-    subject: ReportSubject, verdict: Verdict, collected: Collected, lost: Lost | None, live: str | None = None
+    subject: ReportSubject, verdict: Verdict, collected: Collected, lost: Lost | None, live: LiveLink | None = None
 ) -> str:
-    """The report as HTML; `live`: the name of the live page's folder beside it."""
+    """The report as HTML."""
     import vl_convert
     from markupsafe import Markup
 
@@ -60,6 +68,8 @@ def page(
         "histogram": charts.histogram(*_range(collected)),
         "curve": charts.norm_curve(_curve(collected)),
     }
+    vega = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    script = inline("maps.js", "report.js")
     return html_template("report.html.j2").render(
         subject=subject,
         version=__version__,
@@ -87,8 +97,9 @@ def page(
         attention_note=collected.attention_note,
         recipe=subject.recipe.to_yaml(),
         style=Markup(inline("report.css")),  # nosec B704 # our file
-        vega=Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),  # nosec B704 # the library
-        script=Markup(inline("maps.js", "report.js")),  # nosec B704 # our file
+        vega=Markup(vega),  # nosec B704 # the library
+        script=Markup(script),  # nosec B704 # our file
+        may_run=Markup(script_hashes(vega, script)),  # nosec B704 # base64
         data=Markup(inline_json(_data(collected, verdict.block, specs))),  # nosec B704 # escaped there
     )
 

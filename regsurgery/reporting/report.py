@@ -74,7 +74,7 @@ def report(folder: str | Path, output: str | Path | None = None, *, options: Rep
     from regsurgery.reporting.collect import Lost, collect
     from regsurgery.reporting.live import live_folder, prepare, write_live
     from regsurgery.reporting.opening import Cost
-    from regsurgery.reporting.page import ReportSubject, page
+    from regsurgery.reporting.page import LiveLink, ReportSubject, page
     from regsurgery.verification.folder import verify_pair
     from regsurgery.verification.observing import check_block
     from regsurgery.verification.pair import reopened
@@ -97,7 +97,8 @@ def report(folder: str | Path, output: str | Path | None = None, *, options: Rep
         cost = Cost(added.stop - added.start, tokens, collected.grid[0] * collected.grid[1])
         digest = sha256(opened.root / SUMS_NAME)
         subject = ReportSubject(root.absolute().name, digest, pair.mode, opened.recipe, source, cost)
-        html = page(subject, verdict, collected, lost, None if live is None else live_folder(target).name)
+        link = None if live is None else LiveLink(live_folder(target).name, live.num_bytes)
+        html = page(subject, verdict, collected, lost, link)
         content = html.encode()
         if len(content) > MAX_BYTES:
             raise UserError(

@@ -11,15 +11,16 @@ from regsurgery.frontends.model_id import DEMO, repository_of
 def cached_repository(model: str) -> Path | None:
     """Where the cache has the repository of MODEL; None if it does not, or MODEL is not on the Hub."""
     from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.file_download import repo_folder_name
 
     if model == DEMO or Path(model).exists():
         return None
     try:
-        repo = repository_of(model)
-    except UserError:  # `doctor` says what is wrong with it
+        name = repo_folder_name(repo_id=repository_of(model), repo_type="model")
+    except (UserError, HFValidationError):  # no name on the Hub, a path that is not there, say: `doctor` says so
         return None
-    folder = Path(HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"))
+    folder = Path(HF_HUB_CACHE, name)
     return folder if folder.is_dir() else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from regsurgery.evaluation.result import number
@@ -30,6 +30,12 @@ class Table:
     note: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+    def filled(self) -> Table:
+        """The same, without the columns in which no row has anything."""
+        kept = [number for number in range(len(self.head)) if any(row[number] for row in self.rows)]
+        head, *rows = (tuple(row[number] for number in kept) for row in (self.head, *self.rows))
+        return replace(self, head=head, rows=tuple(rows))
 
 
 @dataclass(frozen=True)
@@ -94,9 +100,9 @@ class Surveyed:
 
 
 def tables(models: Sequence[Surveyed]) -> tuple[Table, ...]:
-    """All tables; one without rows is left out."""
+    """All tables; one without rows is left out, and in each a column that no row fills."""
     made = (_models(models), _cures(models), _published(models), _costs(models), _errors(models))
-    return tuple(table for table in made if table.rows)
+    return tuple(table.filled() for table in made if table.rows)
 
 
 def machines(models: Sequence[Surveyed]) -> list[str]:

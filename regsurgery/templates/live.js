@@ -66,15 +66,17 @@ function resample(image, weights, across) {
   }
   return result;
 }
-/** A bitmap resized and cropped as the model's preprocessing does it. */
-function cropped(bitmap) {
+/** A bitmap resized and cropped as the model's preprocessing does it; `isCrop`: it is what that gives, cropped before. */
+function cropped(bitmap, isCrop) {
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [bitmap.width, bitmap.height];
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.drawImage(bitmap, 0, 0);
   const image = context.getImageData(0, 0, bitmap.width, bitmap.height);
-  const [height, width] = sizeOf(image.height, image.width);
+  // A canvas that is too large stays empty in some browsers, without a word.
+  if (!image.data.some((value, place) => place % 4 === 3 && value > 0)) throw new Error("this browser draws nothing of it (too large, or all transparent)");
   const [cropHeight, cropWidth] = preprocessing.crop;
+  const [height, width] = isCrop ? preprocessing.crop : sizeOf(image.height, image.width);
   const startOf = (size, crop) => whole((size - crop) / 2, preprocessing.crop_rounds);
   const narrow = resample(image, weightsOf(image.width, width, startOf(width, cropWidth), cropWidth), true);
   return resample(narrow, weightsOf(image.height, height, startOf(height, cropHeight), cropHeight), false);
@@ -109,11 +111,11 @@ async function fetched({ name, bytes }, tell) {
   for (const reader = answer.body.getReader(); ; ) {
     const { value } = await reader.read();
     if (!value) break;
-    content.set(value, done);
+    if (done + value.length <= bytes) content.set(value, done);
     done += value.length;
     tell(value.length);
   }
-  if (done !== bytes) throw new Error(`${name}: has ${done} bytes instead of ${bytes}`);
+  if (done !== bytes) throw new Error(`${name} has ${done} bytes instead of ${bytes}: it is not the one that this page was written with`);
   return content;
 }
 /** Time for the browser to show what was said: a network holds it up while it runs. */
@@ -132,8 +134,10 @@ async function start() {
   ort.env.wasm.wasmBinary = await fetched(files.program, tell);
   tell(files.script.bytes);
   for (const side of SIDES) {
-    networks[side] = await ort.InferenceSession.create(await fetched(files[side], tell), { executionProviders: ["wasm"] });
+    const network = await fetched(files[side], tell);
+    say(`Starting the ${side} model.`);
     await breathe();
+    networks[side] = await ort.InferenceSession.create(network, { executionProviders: ["wasm"] });
     await through(side, new Float32Array(3 * preprocessing.crop[0] * preprocessing.crop[1])); // the first run is slower
   }
 }
@@ -149,28 +153,31 @@ async function through(side, pixels) {
 // ---- One photo through both
 
 let shown = null; // the last photo: its name, its crop on a canvas, its pixels, and side -> what the network made of it
-let waiting = null; // what was given while the networks run; the last one counts
-let isBusy = false;
+let waiting = null; // what was given while the networks load or run; the last one counts
+let isBusy = true; // until the networks are there
 
-async function look(name, blob) {
-  waiting = { name, blob };
+async function look(name, blob, isCrop = false) {
+  waiting = { name, blob, isCrop };
   if (isBusy) return;
+  await lookAtWaiting();
+}
+async function lookAtWaiting() {
   isBusy = true;
   while (waiting !== null) {
     const next = waiting;
     waiting = null;
     try {
-      await lookAt(next.name, next.blob);
+      await lookAt(next);
     } catch (error) { // it is no picture, or too large for this browser
       say(`${next.name} cannot be shown: ${error.message}`);
     }
   }
   isBusy = false;
 }
-async function lookAt(name, blob) {
+async function lookAt({ name, blob, isCrop }) {
   say(`Looking at ${name}.`);
   await breathe();
-  const crop = cropped(await createImageBitmap(blob, { colorSpaceConversion: "none" }));
+  const crop = cropped(await createImageBitmap(blob, { colorSpaceConversion: "none" }), isCrop);
   const photo = document.createElement("canvas");
   [photo.width, photo.height] = [crop.width, crop.height];
   photo.getContext("2d").putImageData(crop, 0, 0);
@@ -222,8 +229,12 @@ const KINDS = {
     ends: (scale) => ["0\u00a0%", `${percent(scale)} or more`],
     shares: (side, scale) => shown[side].attention.map((weight) => weight / scale),
     summary: (side) => {
-      const taken = shown[side].registers ? `, registers take ${percent(shown[side].registers[0])}` : "";
-      return `largest ${percent(Math.max(...shown[side].attention))}${taken}`;
+      const { attention, medians, registers } = shown[side];
+      const ofOutliers = attention.filter((_, patch) => medians[patch] > report.factor);
+      const parts = [`largest ${percent(Math.max(...attention))}`];
+      if (ofOutliers.length) parts.push(`outlier patches take ${percent(ofOutliers.reduce((sum, one) => sum + one, 0))}`);
+      if (registers) parts.push(`registers take ${percent(registers[0])}`);
+      return parts.join(", ");
     },
   },
 };
@@ -275,11 +286,11 @@ function press(chosen) {
 function lookAtSample(index) {
   press(samples[index]);
   const { name } = report.samples[index];
-  return look(name, new Blob([unpack(report.samples[index], Uint8Array)], { type: "image/jpeg" }));
+  return look(name, new Blob([unpack(report.samples[index], Uint8Array)], { type: "image/jpeg" }), true);
 }
 function take(given) {
   const [file] = given ?? [];
-  if (!file || element("photo").disabled) return;
+  if (!file) return;
   press(null);
   look(file.name, file);
 }
@@ -290,7 +301,9 @@ function listen() {
     document.addEventListener(kind, (event) => {
       event.preventDefault();
       element("drop").classList.toggle("over", kind === "dragover");
-      if (kind === "drop") take(event.dataTransfer.files);
+      if (kind !== "drop") return;
+      if (event.dataTransfer.files.length) take(event.dataTransfer.files);
+      else say("What was dropped is no file. Save the photo first, then drop it from its folder.");
     });
   }
   element("kind").addEventListener("input", showMaps);
@@ -300,7 +313,8 @@ function listen() {
 function sayHowToServe() {
   const parts = decodeURIComponent(location.pathname).replace(/^\/(?=\w:)/, "").split("/");
   const [folder, site] = [parts.at(-2), parts.slice(0, -2).join("/") || "/"];
-  element("serve").textContent = `python -m http.server -b 127.0.0.1 -d "${site}"`;
+  const quoted = /^\w:/.test(site) ? `"${site}"` : `'${site.replaceAll("'", String.raw`'\''`)}'`; // a name is no command
+  element("serve").textContent = `python -m http.server -b 127.0.0.1 -d ${quoted}`;
   element("address").textContent = `http://127.0.0.1:8000/${encodeURIComponent(folder)}/`;
   [element("served").hidden, element("live").hidden] = [false, true];
 }
@@ -317,7 +331,8 @@ async function begin() {
     return;
   }
   for (const control of [element("photo"), ...samples]) control.disabled = false;
-  if (samples.length) await lookAtSample(0);
-  else say("Ready: give a photo.");
+  if (waiting === null && samples.length) lookAtSample(0); // otherwise a photo was dropped meanwhile
+  if (waiting === null) say("Ready: give a photo.");
+  await lookAtWaiting();
 }
 begin().then(() => document.body.setAttribute("data-ready", ""));

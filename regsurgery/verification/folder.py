@@ -20,7 +20,7 @@ from regsurgery.checkpoints.turns import in_turns
 from regsurgery.compiler.modes.native import at_size
 from regsurgery.compiler.surgery import Surgery
 from regsurgery.compiler.trace import tensor_inputs
-from regsurgery.errors import VerificationError, in_short
+from regsurgery.errors import BrokenModelError, VerificationError, in_short
 from regsurgery.formats import LIBRARIES, has_host
 from regsurgery.images.image_set import ImageSet, image_set
 from regsurgery.modes import NATIVE
@@ -43,7 +43,7 @@ def module_of(surgery: Surgery, folder: Path, fmt: str) -> nn.Module:
     Its code is ours, and the source's own where that was allowed.
 
     Raises:
-        VerificationError: it cannot be loaded.
+        BrokenModelError: it cannot be loaded.
     """
     size = surgery.traced.image_size if surgery.loaded.own else None
     with _running("loaded"):
@@ -53,12 +53,12 @@ def module_of(surgery: Surgery, folder: Path, fmt: str) -> nn.Module:
 
 @contextmanager
 def _running(what: str) -> Iterator[None]:
-    """Turn what the written model raises into a `VerificationError`."""
+    """Turn what the written model raises into a `BrokenModelError`."""
     try:
         yield
     except BROKEN as error:
         reason = in_short(error)
-        raise VerificationError(f"the written model cannot be {what}, so nothing was written: {reason}") from error
+        raise BrokenModelError(f"the written model cannot be {what}, so nothing was written: {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def verify_folder(
         loaded: the folder's module, for the surgery's image size, if it is already loaded.
 
     Raises:
-        VerificationError: the written model cannot be loaded or run.
+        BrokenModelError: the written model cannot be loaded or run.
     """
     progress.stage("verify", pictures.num_images)
     written = _written(surgery, folder, fmt, pictures, loaded)

@@ -101,13 +101,17 @@ def reloaded(
     stored: bool = False,
     image_size: tuple[int, int] | None = None,
     trusted: bool = False,
+    config: dict[str, Any] | None = None,
 ) -> nn.Module:
     """The patched model of a folder that may be broken; `stored`, `image_size` and `trusted`: see `rebuilt`.
+
+    Args:
+        config: of the folder, if it was read.
 
     Raises:
         CheckpointError: the folder's own loader file, or the stock host, cannot build it, or its code is not trusted.
     """
-    config = read_patched_config(folder, fmt)
+    config = read_patched_config(folder, fmt) if config is None else config
     backend = backend_of(fmt, MODES[config["regsurgery"]["mode"]])
     name = WEIGHTS_NAMES.get(fmt)
     headers = [read_header(path) for path in weight_files(folder, name)] if name else []

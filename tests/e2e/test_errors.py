@@ -380,6 +380,17 @@ def test_a_disk_that_is_full_at_the_end(run, demo, tmp_path, monkeypatch):
     assert everything(tmp_path) == set()
 
 
+def test_no_recipe_is_blamed_for_what_cannot_be_loaded(run, tmp_path, monkeypatch):
+    def fails(*args: object, **how: object) -> None:
+        raise ImportError("no such module")
+
+    monkeypatch.setattr("regsurgery.verification.folder.rebuilt", fails)
+    done = run("patch", "demo", "-o", tmp_path / "out", *FEW)
+    assert done.code == 1 and "recipe: demo (bundled)" in done.err and "does not fit" not in done.err
+    assert done.err.splitlines()[-1].startswith("error: the written model cannot be loaded, so nothing was written: no")
+    assert everything(tmp_path) == set()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["transformers", "pt2", "onnx"])
 def test_a_file_that_may_not_grow_to_its_size(demo, tmp_path, fmt):

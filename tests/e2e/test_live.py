@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
-from PIL import Image
+from PIL import ExifTags, Image
 
 from regsurgery.commands.patch import PatchResult
 from regsurgery.compiler.outliers import outliers, token_norms
 from regsurgery.errors import UserError
+from regsurgery.images.decoding import decode
 from regsurgery.progress import Progress
 from regsurgery.reporting.onnxruntime_web import onnxruntime_web
 from regsurgery.reporting.report import Report, report
-from regsurgery.verification.pair import open_pair
+from regsurgery.verification.pair import Pair, open_pair
 from tests.conftest import shared
 from tests.e2e.conftest import needed
 
@@ -95,17 +96,24 @@ def test_both_models_see_and_give_what_they_do_in_torch(
 ) -> None:
     """A photo of a size that must be resized and cropped, through the report's link; then the maps."""
     photo = tmp_path / "tall.png"
-    Image.open(shared("images", "labelled") / "0013_junco.jpg").convert("RGB").resize((341, 507)).save(photo)
+    junco = Image.open(shared("images", "labelled") / "0013_junco.jpg").convert("RGB")
+    junco.resize((341, 507)).save(photo)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    junco.resize((407, 301)).save(tmp_path / "turned.jpg", exif=turned)
     for page in opened(browser, f"{site}/report%20%231.html"):
         page.click("a >> text=Try it")
         page.wait_for_selector("#outcome:not([hidden])", timeout=120_000)
         assert page.eval_on_selector_all("#samples button", "all => all.length") == 2
-        first = seen(page)
+        sample = seen(page)
+        page.set_input_files("#photo", tmp_path / "turned.jpg")
+        page.get_by_text("What both models make of turned.jpg").wait_for()
+        upright = seen(page)
         page.set_input_files("#photo", photo)
         page.get_by_text("What both models make of tall.png").wait_for()
         found = seen(page)
-        assert found["pixels"] != first["pixels"]
         with open_pair(folder) as pair:
+            check_jpegs(pair, sample, upright, tmp_path / "turned.jpg")
             expected = pair.loaded.preprocess([Image.open(photo)])
             pixels = torch.tensor(found["pixels"]).reshape(expected.shape)
             assert torch.allclose(pixels, expected, atol=1e-6), "what timm makes of the photo, to the pixel"
@@ -122,6 +130,15 @@ def test_both_models_see_and_give_what_they_do_in_torch(
         assert page.inner_text("#outliers") == f"{counts[0]} → 0"
         assert page.inner_text("#caption-patched").startswith("patched: 0 outlier patches, largest ")
         check_maps(page)
+
+
+def check_jpegs(pair: Pair, sample: dict[str, Any], upright: dict[str, Any], turned: Path) -> None:
+    """A photo of the report is seen as there, by the crop that is stored; one that EXIF turns stands upright."""
+    original = shared("images", "labelled") / sample["name"]
+    for shown, path, most in ((sample, original, 0.03), (upright, turned, 0.001)):
+        (expected,) = pair.loaded.preprocess([decode(path)])
+        pixels = torch.tensor(shown["pixels"]).reshape(expected.shape)
+        assert float((pixels - expected).abs().mean()) < most, path
 
 
 def assert_near(shown: list[float], expected: torch.Tensor) -> None:
@@ -167,7 +184,7 @@ def test_opened_as_a_file_it_says_what_to_type(browser: Browser, made: Report) -
     page = browser.new_page()
     page.goto((made.live / "index.html").as_uri())
     page.wait_for_selector("body[data-ready]")
-    assert page.inner_text("#serve") == f'python -m http.server -b 127.0.0.1 -d "{made.path.parent}"'
+    assert page.inner_text("#serve") == f"python -m http.server -b 127.0.0.1 -d '{made.path.parent}'"
     assert page.inner_text("#address") == "http://127.0.0.1:8000/report%20%231-live/"
     assert not page.is_visible("#live")
     page.close()

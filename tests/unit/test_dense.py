@@ -19,6 +19,7 @@ import scipy.linalg
 
 from benchmarks import dense
 from regsurgery.evaluation import boxed, correspondence, foreground, rollout
+from regsurgery.options import CorrespondenceOptions
 
 ROWS, COLUMNS = 8, 10
 ROOT = Path(__file__).parents[2]
@@ -109,7 +110,8 @@ def test_an_object_is_divided_from_its_background(method: str) -> None:
     features, inside = blobs(0.05)
     divided = foreground.METHODS[method](features, (ROWS, COLUMNS), 0)
     assert np.array_equal(divided[0], inside), "the smaller group is the foreground, whatever its number"
-    assert foreground.box_around(*divided).tolist() == [3, 2, 8, 6], "the larger object"
+    larger, smaller = [3, 2, 8, 6], [9, 0, 10, 2]  # which for ncut have one value, so that rounding chooses
+    assert foreground.box_around(*divided).tolist() in ([larger, smaller] if method == "ncut" else [larger])
 
 
 def test_the_foreground_of_kmeans_is_what_touches_the_edge_less() -> None:
@@ -120,6 +122,17 @@ def test_the_foreground_of_kmeans_is_what_touches_the_edge_less() -> None:
     front, seed = foreground.by_kmeans(features, (ROWS, COLUMNS), 0)
     assert np.array_equal(front, ~frame) and front.sum() > frame.sum()
     assert foreground.box_around(front, seed).tolist() == [1, 1, COLUMNS - 1, ROWS - 1]
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_an_image_of_one_cluster_is_all_foreground() -> None:
+    front, seed = foreground.by_kmeans(np.ones((ROWS * COLUMNS, 4)), (ROWS, COLUMNS), 0)
+    assert front.all() and seed == (0, 0)
+
+
+def test_a_setting_that_is_given_twice_is_measured_once() -> None:
+    given = CorrespondenceOptions(block=[8, 8, 11], warp=("mirror", "mirror"), kind=())
+    assert given.settings == {"block": [8, 11], "warp": ["mirror"]}
 
 
 def test_the_sign_of_an_eigenvector_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

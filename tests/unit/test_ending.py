@@ -116,7 +116,9 @@ def test_no_file_takes_the_number_of_a_closed_stream(tmp_path: Path) -> None:
 
 
 def test_full_streams() -> None:
-    assert shell(f"{PROGRAM} families >/dev/full").code == EXIT_USER_ERROR
+    done = shell(f"{PROGRAM} families >/dev/full")
+    assert done.code == EXIT_USER_ERROR
+    assert done.err.startswith("error: standard output, or a temporary file: No space left on device; free some space")
     assert shell(f"{PROGRAM} patch demo -o /nowhere/out 2>/dev/full").code == EXIT_USER_ERROR
     assert shell(f"{PROGRAM} families | head -0; echo ${{PIPESTATUS[0]}}").out == "141\n"
 

@@ -137,11 +137,14 @@ def pinned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[bytes],
 @pytest.fixture
 def server() -> Iterator[SimpleNamespace]:
     """A registry: `requests` are the paths that were asked for, `content` what they are answered with."""
-    state = SimpleNamespace(requests=[], content=archive(), status=200)
+    state = SimpleNamespace(requests=[], content=archive(), status=200, protocol=None)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             state.requests.append(self.path)
+            if state.protocol is not None:
+                self.wfile.write(f"{state.protocol}\r\n\r\n".encode())
+                return
             self.send_response(state.status)
             self.send_header("Content-Length", str(len(state.content)))
             self.end_headers()
@@ -170,9 +173,12 @@ def test_it_is_fetched_once_from_npms_registry(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert files().keys() == set(FILES), "the cache needs no network"
     (kept,) = tmp_path.glob("*.tgz")
-    kept.write_bytes(kept.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"is not onnxruntime-web .*; remove it, or get it elsewhere"):
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=r"is not in the cache, or not whole, and HF_HUB_OFFLINE is set"):
         files()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert files().keys() == set(FILES) and kept.read_bytes() == whole and len(server.requests) == 2, "it is mended"
 
 
 def test_the_registry_is_that_of_npm(pinned: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -183,6 +189,10 @@ def test_the_registry_is_that_of_npm(pinned: Any, monkeypatch: pytest.MonkeyPatc
     assert registry() == "https://one.example/"
     monkeypatch.setenv("npm_config_registry", "https://three.example/npm")
     assert registry() == "https://three.example/npm"
+    monkeypatch.delenv("npm_config_registry")
+    (tmp_path / ".npmrc").unlink()
+    (tmp_path / ".npmrc").mkdir()  # as unreadable as a file can be, for root too
+    assert registry() == "https://registry.npmjs.org/"
 
 
 def test_what_cannot_be_had_is_said_in_a_line(
@@ -198,6 +208,17 @@ def test_what_cannot_be_had_is_said_in_a_line(
     monkeypatch.setenv("npm_config_registry", server.url)
     server.content = archive() + b"more"
     assert "is not onnxruntime-web" in refused() and not list(tmp_path.glob("*.tgz"))
+    server.content = archive()[:-1]
+    assert "is not onnxruntime-web" in refused() and not list(tmp_path.glob("*.tgz"))
+    monkeypatch.setattr(onnxruntime_web, "MAX_BYTES", len(archive()) - 2)
+    assert "cannot be fetched (more than 0 MiB)" in refused()
+    server.protocol = "SPDY/1 200 OK"
+    assert "cannot be fetched (SPDY/1 200 OK)" in refused()
+    server.protocol = None
+    for password in ("http://me:secret@127.0.0.1/", "http://me:secret@127.0.0.1:1/", "ftp://me:secret@127.0.0.1/"):
+        monkeypatch.setenv("npm_config_registry", password)
+        assert "secret" not in refused()
+    monkeypatch.setenv("npm_config_registry", server.url)
     server.status = 404
     assert "cannot be fetched (HTTP Error 404" in refused()
     monkeypatch.setenv("npm_config_registry", "file:///etc")

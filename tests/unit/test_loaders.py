@@ -44,6 +44,10 @@ def test_the_digest_does_not_depend_on_the_model() -> None:
     assert modeling.loader_digest(source("CLIPConfig", "CLIPModel")) == own
 
 
+def test_what_transformers_is_told_has_one_name() -> None:
+    assert modeling.REFUSAL == host_transformers.REFUSAL
+
+
 def test_every_class_of_a_loader_can_be_mixed_in_before_a_model_class(tmp_path: Path) -> None:
     """Also where no module has the loader's name; transformers looks up annotations there."""
     from transformers import ViTModel

@@ -14,6 +14,7 @@ import pytest
 
 import regsurgery
 from regsurgery.errors import CheckpointError, OutputError, UserError
+from regsurgery.surveying.cache import cached_repository
 from regsurgery.surveying.listed import parse_list, read_list
 from regsurgery.surveying.records import CRASHED, DONE, FAILED, REFUSED, Record, read_record, write_record
 from regsurgery.surveying.work import Work
@@ -211,6 +212,11 @@ def test_without_register_neurons_nothing_is_searched(surveyed: Any, monkeypatch
     found = surveyed()
     assert surveyed.ran == ["one: doctor", "two & more: doctor"] and found.failed == ()
     assert [model.summary for model in found.models] == ["already_registered"] * 2
+
+
+@pytest.mark.parametrize("model", ["./absent", "../absent/model", "a b/c", "demo", "user/three"])
+def test_what_no_cache_can_have_is_for_doctor_to_refuse(model: str) -> None:
+    assert cached_repository(model) is None
 
 
 def test_what_was_in_the_cache_before_stays_there(

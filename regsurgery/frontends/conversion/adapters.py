@@ -17,7 +17,7 @@ from regsurgery.checkpoints.writing import write_json, write_tensors
 from regsurgery.errors import CheckpointError, UserError, in_short
 from regsurgery.formats import WEIGHTS_NAMES
 from regsurgery.frontends.conversion.files import Scratch, digest
-from regsurgery.frontends.conversion.layout import copy_side_files
+from regsurgery.frontends.conversion.layout import copy_all_but_weights
 from regsurgery.frontends.loaded import Converted, Loaded
 from regsurgery.frontends.transformers import from_pretrained
 from regsurgery.options import LoadOptions
@@ -66,7 +66,7 @@ def merge_adapter(folder: Path, options: LoadOptions, load: Load) -> Scratch:
     with scratch_folder() as home:
         merged = home.path / "converted"
         merged.mkdir()
-        copy_side_files(loaded.folder, merged)
+        copy_all_but_weights(loaded.folder, merged)
         if loaded.library == "timm":
             model = _merged(_timm_model(loaded, tensors), folder, tensors)
             write_json(merged / loaded.config_name, _with_classes(loaded.config, model.num_classes))
@@ -75,7 +75,7 @@ def merge_adapter(folder: Path, options: LoadOptions, load: Load) -> Scratch:
             _merged(_transformers_model(folder, loaded, settings, tensors, own), folder, tensors).save_pretrained(
                 merged
             )
-        copy_side_files(folder, merged)
+        copy_all_but_weights(folder, merged)
         (merged / CONFIG_NAME).unlink()
     name = Path(base).name if Path(base).is_absolute() else base
     note = f"an adapter, merged into {name} (weights sha256 {loaded.source.sha256})"

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from regsurgery.checkpoints.containers import WeightsFile
+from regsurgery.checkpoints.limits import name_too_long
 from regsurgery.errors import CheckpointError, UserError, did_you_mean
 from regsurgery.formats import LIBRARIES
 from regsurgery.frontends.config import CONFIG_NAMES, read_config
 
-MAX_NAME = 255  # characters of a file or a model
 EXAMPLES = "timm:NAME, transformers:CONFIG_DIR_OR_ID or open_clip:ARCH"
 
 
@@ -54,8 +54,8 @@ def parse_arch(text: str) -> Arch:
     if not colon or not name or library not in LIBRARIES:
         hint = did_you_mean(library, list(LIBRARIES)) if colon else ""
         raise UserError(f"--arch {text[:300]}: must be {EXAMPLES}{hint}")
-    if max(len(part) for part in (*Path(name).parts, "")) > MAX_NAME:
-        raise UserError(f"--arch {text[:100]}...: has a name of more than {MAX_NAME} characters; must be {EXAMPLES}")
+    if (longest := name_too_long(Path(name))) is not None:
+        raise UserError(f"--arch {text[:100]}...: has a name of {longest} bytes in it; must be {EXAMPLES}")
     return Arch(library, name)
 
 

@@ -62,7 +62,7 @@ def _others(folder: Path) -> list[Path]:
     )
 
 
-def copy_side_files(source: Path, target: Path) -> None:
+def copy_all_but_weights(source: Path, target: Path) -> None:
     """Copy the files of a checkpoint folder that are neither weights nor their index, nor hidden."""
     for path in sorted(source.iterdir()):
         weights = path.suffix in WEIGHT_SUFFIXES | {".pkl", ".tar"} or ".index." in path.name

@@ -12,7 +12,7 @@ from regsurgery.checkpoints.writing import write_json, write_tensors
 from regsurgery.errors import ModelNotFoundError, did_you_mean, in_short
 from regsurgery.formats import WEIGHTS_NAMES
 from regsurgery.frontends.conversion.arch import Arch
-from regsurgery.frontends.conversion.layout import copy_side_files
+from regsurgery.frontends.conversion.layout import copy_all_but_weights
 from regsurgery.frontends.open_clip import UNLOADABLE
 from regsurgery.runtime.open_clip import stock_model
 
@@ -51,7 +51,7 @@ class OpenClipTarget:
         if self._folder is None:
             write_json(folder / CONFIG_NAME, self._config)
         else:
-            copy_side_files(self._folder, folder)
+            copy_all_but_weights(self._folder, folder)
         state = self._built().state_dict()  # in float32; a file's own dtype holds the same numbers
         own = {name: value.to(self._dtypes.get(name, value.dtype)) for name, value in state.items()}
         write_tensors(folder / WEIGHTS_NAMES["open_clip"], own)

@@ -14,7 +14,7 @@ from regsurgery.checkpoints.writing import write_tensors
 from regsurgery.errors import ModelNotFoundError, did_you_mean, in_short, library_fails
 from regsurgery.formats import WEIGHTS_NAMES
 from regsurgery.frontends.conversion.arch import Arch
-from regsurgery.frontends.conversion.layout import copy_side_files
+from regsurgery.frontends.conversion.layout import copy_all_but_weights
 from regsurgery.frontends.conversion.tensors import common_dtype
 from regsurgery.frontends.timm import UNLOADABLE
 from regsurgery.settings import replaced
@@ -74,7 +74,7 @@ class TimmTarget:
         from timm.data.config import resolve_data_config
 
         if self._folder is not None:
-            copy_side_files(self._folder, folder)
+            copy_all_but_weights(self._folder, folder)
             write_tensors(folder / WEIGHTS_NAMES["timm"], self._model.state_dict())
             return
         if self._arguments:

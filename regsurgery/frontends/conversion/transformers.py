@@ -11,7 +11,7 @@ from regsurgery.errors import CheckpointError, in_short
 from regsurgery.formats import WEIGHTS_NAMES
 from regsurgery.frontends.config import read_config
 from regsurgery.frontends.conversion.arch import Arch
-from regsurgery.frontends.conversion.layout import copy_side_files
+from regsurgery.frontends.conversion.layout import copy_all_but_weights
 from regsurgery.frontends.transformers import UNLOADABLE, class_of, from_pretrained
 from regsurgery.options import LoadOptions
 from regsurgery.settings import quiet_transformers
@@ -60,5 +60,5 @@ class TransformersTarget:
         return None
 
     def write(self, folder: Path) -> None:
-        copy_side_files(self._folder, folder)
+        copy_all_but_weights(self._folder, folder)
         write_tensors(folder / WEIGHTS_NAMES["transformers"], self._taken)
