@@ -86,7 +86,7 @@ def _made(parent: Path, prefix: str) -> tuple[Path, int]:
                 raise
             continue
         try:
-            if _locked(lock) is not False and os.path.samestat(os.fstat(lock), os.stat(path / OWNER)):
+            if locked(lock) is not False and os.path.samestat(os.fstat(lock), os.stat(path / OWNER)):
                 os.write(lock, json.dumps(_this_run()).encode())
                 return path, lock
         except FileNotFoundError:
@@ -133,7 +133,7 @@ def _remove_if_abandoned(path: Path) -> None:
 
 
 def _is_dead(path: Path, lock: int) -> bool:
-    free = _locked(lock)
+    free = locked(lock)
     if free is False:
         return False
     try:
@@ -147,8 +147,8 @@ def _is_dead(path: Path, lock: int) -> bool:
     return free is True or (pids == here["pids"] and not _runs(pid, started))
 
 
-def _locked(lock: int) -> bool | None:
-    """Lock the file: whether that worked; None if its file system has no locks."""
+def locked(lock: int) -> bool | None:
+    """Lock an open file: whether that worked; None if its file system has no locks."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -11,11 +11,10 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-import regsurgery
 from regsurgery.checkpoints.sums import SUMS_NAME, write_sums
-from regsurgery.demo import write_demo
 from tests.drills import Row, drill
 from tests.drills.command import command, in_process, refused
+from tests.drills.patched import demo, patched_demo
 
 MARKER = "it ran"
 GROWTH_MB = 3000  # of a command, torch included
@@ -66,8 +65,8 @@ MODELS: dict[Callable[[Path], None], tuple[str, ...]] = {name: OF_MODEL, link: O
 @drill
 def hostile_folders(place: Path) -> Row:
     """A hostile folder is refused in one line by every command that uses it: no code, nothing left, little memory."""
-    write_demo(place / "model")
-    regsurgery.patch(str(place / "model"), place / "patched", recipe="demo", num_images=2)
+    demo(place / "model")
+    patched_demo(place / "patched")
     tries = 0
     for source, kinds in (("patched", PATCHED), ("model", MODELS)):
         for damage, commands in kinds.items():
