@@ -85,6 +85,9 @@ def _made(parent: Path, prefix: str) -> tuple[Path, int]:
             if not parent.is_dir():
                 raise
             continue
+        except BaseException:  # a signal: nobody has the folder yet who would remove it
+            _remove(path)
+            raise
         try:
             if locked(lock) is not False and os.path.samestat(os.fstat(lock), os.stat(path / OWNER)):
                 os.write(lock, json.dumps(_this_run()).encode())
@@ -100,7 +103,11 @@ def _made(parent: Path, prefix: str) -> tuple[Path, int]:
 def _end(path: Path, lock: int, pid: int) -> None:
     """Remove an owned folder; a forked process, which is not `pid`, lets it be."""
     if os.getpid() == pid:
-        _remove(path)
+        try:
+            _remove(path)
+        except BaseException:  # a signal, which must not cut it off
+            _remove(path)
+            raise
         os.close(lock)
 
 
@@ -112,7 +119,7 @@ def _remove(path: Path) -> None:
                 shutil.rmtree(entry.path, ignore_errors=True)
             elif entry.name != OWNER:
                 os.unlink(entry.path)
-        os.unlink(path / OWNER)
+        (path / OWNER).unlink(missing_ok=True)
         path.rmdir()
 
 

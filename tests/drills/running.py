@@ -50,7 +50,7 @@ class Forked:
     def __init__(
         self,
         arguments: Sequence[str],
-        env: Mapping[str, str],
+        env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         prepare: Callable[[], object] | None = None,
         start_new_session: bool = False,
@@ -59,7 +59,7 @@ class Forked:
         context.set_forkserver_preload(["tests.drills.preloaded"])
         self.streams = Path(tempfile.mkdtemp(prefix="drill-"))
         (self.streams / "stderr").touch()
-        how = (list(arguments), str(self.streams), dict(env), cwd or Path.cwd(), prepare, start_new_session)
+        how = (list(arguments), str(self.streams), dict(env or {}), cwd or Path.cwd(), prepare, start_new_session)
         self.process = context.Process(target=_run, args=how)
         self.process.start()
         assert self.process.pid is not None
@@ -156,7 +156,7 @@ def patch(
     """
     words = [str(word) for word in ("patch", source, "--recipe", "demo", "--num-images", 8, "-q", "-o", out, *more)]
     if not before:
-        return Forked(words, env or {}, cwd, prepare, start_new_session)
+        return Forked(words, env, cwd, prepare, start_new_session)
     return subprocess.Popen(
         [*before, *COMMAND, *words],
         stdout=subprocess.PIPE,
