@@ -12,7 +12,7 @@ from typing import Any
 
 from regsurgery.checkpoints.limits import read_json
 from regsurgery.checkpoints.owned import locked
-from regsurgery.checkpoints.whole import check_parent
+from regsurgery.checkpoints.whole import check_parent, remove_left
 from regsurgery.errors import OutputError, UserError, did_you_mean
 from regsurgery.evaluation.tasks import check_extra
 from regsurgery.options import SurveyOptions, takes
@@ -147,6 +147,7 @@ def _own(output: Path, progress: Progress) -> Iterator[None]:
         if alone is None:
             progress.say(f"note: the file system of {output} has no locks; see to it that no other survey works there")
         (output / MODELS).mkdir(exist_ok=True)
+        remove_left(output)
         yield
 
 
@@ -200,6 +201,7 @@ def _begin(entry: Entry, folder: Path) -> bool:
     if not path.is_file():
         folder.mkdir(exist_ok=True)
         write_whole(path, {"entry": own, "was_cached": cached_repository(entry.model) is not None})
+    remove_left(folder)
     begun = read_json(path, f"remove {folder}")
     if begun.get("entry") != own:
         raise OutputError(

@@ -285,6 +285,16 @@ def test_a_survey_begins_where_there_are_no_locks_and_where_another_has_just_beg
         assert "has no locks; see to it that no other survey works there" in told[0]
 
 
+def test_what_a_killed_survey_left_half_written_is_removed(surveyed: Any, tmp_path: Path) -> None:
+    """Of a record that was whole when its run was killed, which is not written again."""
+    surveyed(only=["one"])
+    for place in (tmp_path / "out", tmp_path / "out" / "models" / "one"):
+        (place / ".doctor.json.partial-0123abcd").mkdir()
+        (place / ".doctor.json.partial-0123abcd" / "owner.json").write_text("")
+    surveyed(only=["one"])
+    assert not list((tmp_path / "out").rglob(".*"))
+
+
 @pytest.mark.parametrize("content", ["{}", "[", '{"schema": 1}'])
 def test_a_broken_record_is_named(surveyed: Any, tmp_path: Path, content: str) -> None:
     surveyed(only=["one"])
