@@ -85,8 +85,11 @@ def _made(parent: Path, prefix: str) -> tuple[Path, int]:
             if not parent.is_dir():
                 raise
             continue
+        except BaseException:  # a signal: nobody has the folder yet who would remove it
+            _remove(path)
+            raise
         try:
-            if _locked(lock) is not False and os.path.samestat(os.fstat(lock), os.stat(path / OWNER)):
+            if locked(lock) is not False and os.path.samestat(os.fstat(lock), os.stat(path / OWNER)):
                 os.write(lock, json.dumps(_this_run()).encode())
                 return path, lock
         except FileNotFoundError:
@@ -100,7 +103,11 @@ def _made(parent: Path, prefix: str) -> tuple[Path, int]:
 def _end(path: Path, lock: int, pid: int) -> None:
     """Remove an owned folder; a forked process, which is not `pid`, lets it be."""
     if os.getpid() == pid:
-        _remove(path)
+        try:
+            _remove(path)
+        except BaseException:  # a signal, which must not cut it off
+            _remove(path)
+            raise
         os.close(lock)
 
 
@@ -112,7 +119,7 @@ def _remove(path: Path) -> None:
                 shutil.rmtree(entry.path, ignore_errors=True)
             elif entry.name != OWNER:
                 os.unlink(entry.path)
-        os.unlink(path / OWNER)
+        (path / OWNER).unlink(missing_ok=True)
         path.rmdir()
 
 
@@ -133,7 +140,7 @@ def _remove_if_abandoned(path: Path) -> None:
 
 
 def _is_dead(path: Path, lock: int) -> bool:
-    free = _locked(lock)
+    free = locked(lock)
     if free is False:
         return False
     try:
@@ -147,8 +154,8 @@ def _is_dead(path: Path, lock: int) -> bool:
     return free is True or (pids == here["pids"] and not _runs(pid, started))
 
 
-def _locked(lock: int) -> bool | None:
-    """Lock the file: whether that worked; None if its file system has no locks."""
+def locked(lock: int) -> bool | None:
+    """Lock an open file: whether that worked; None if its file system has no locks."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -58,14 +58,18 @@ def read_sums(folder: Path) -> dict[str, str]:
         )
     try:
         with sums.open("rb") as file:
-            lines = file.read(MAX_JSON_BYTES).decode("utf-8").splitlines()
+            digests = digests_of(file.read(MAX_JSON_BYTES).decode("utf-8"))
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{sums}: not a text file; patch the model again") from error
-    digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     for name in digests:
         if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
             raise CheckpointError(f"{sums}: names {name[:300]!r}, which is not inside the folder")
     return digests
+
+
+def digests_of(text: str) -> dict[str, str]:
+    """Name -> sha256, of every line of a SHA256SUMS."""
+    return {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
 
 
 def check_sums(folder: Path, remedy: str = "patch the model again") -> dict[Path, str]:

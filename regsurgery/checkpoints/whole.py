@@ -11,8 +11,10 @@ from pathlib import Path
 
 from regsurgery.checkpoints.copying import CopiesAhead, sync
 from regsurgery.checkpoints.limits import check_name
-from regsurgery.checkpoints.owned import OwnedFolder
+from regsurgery.checkpoints.owned import OwnedFolder, remove_abandoned
 from regsurgery.errors import OutputError
+
+PARTIAL, SCRATCH = ".partial-", "regsurgery-scratch-"  # in the names of owned folders
 
 
 def check_output(target: Path) -> None:
@@ -50,13 +52,25 @@ def replace_file(path: Path, content: bytes) -> None:
         ) from error
 
 
+def remove_left(folder: Path) -> None:
+    """Remove what killed runs left half written in `folder`, whatever it was to become, and in TMPDIR.
+
+    Writing a file or folder removes what was left of the same one; this is for those that are not written again.
+    """
+    remove_abandoned(Path(tempfile.gettempdir()), SCRATCH)
+    for name in os.listdir(folder):
+        target, mark, _ = name.rpartition(PARTIAL)
+        if mark:
+            remove_abandoned(folder, f"{target}{mark}")
+
+
 def temporary_folder() -> OwnedFolder:
     """A folder for temporary files, in TMPDIR; the next run removes what a killed one left there.
 
     Raises:
         OSError: there is no room for it.
     """
-    return OwnedFolder(Path(tempfile.gettempdir()), "regsurgery-scratch-")
+    return OwnedFolder(Path(tempfile.gettempdir()), SCRATCH)
 
 
 @contextmanager
@@ -127,4 +141,4 @@ def copies_ahead(target: Path) -> Iterator[CopiesAhead]:
 
 def _partial(target: Path) -> OwnedFolder:
     """Where this run writes the future `target`: next to it."""
-    return OwnedFolder(target.absolute().parent, f".{target.name}.partial-")
+    return OwnedFolder(target.absolute().parent, f".{target.name}{PARTIAL}")

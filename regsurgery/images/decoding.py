@@ -75,6 +75,8 @@ def opened(content: Path | Stretch | bytes) -> Iterator[Image]:
     """
     if isinstance(content, Stretch):
         content = content.read()
+    if isinstance(content, Path) and content.exists() and not content.is_file():  # reading a pipe would not end
+        raise ValueError("not a regular file")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about damaged metadata in files that can be read
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from regsurgery.checkpoints.limits import read_json
-from regsurgery.checkpoints.whole import check_parent
+from regsurgery.checkpoints.owned import locked
+from regsurgery.checkpoints.whole import check_parent, remove_left
 from regsurgery.errors import OutputError, UserError, did_you_mean
 from regsurgery.evaluation.tasks import check_extra
 from regsurgery.options import SurveyOptions, takes
@@ -78,7 +78,7 @@ def survey(listed: str | Path, output: str | Path, options: SurveyOptions) -> Su
     check_extra()
     entries, output = _chosen(read_list(listed), options.only, listed), Path(output)
     settings = _settings(options)
-    with _own(output):
+    with _own(output, options.progress):
         _check_settings(output / SETTINGS, settings)
         for number, entry in enumerate(entries, 1):
             options.progress.say(f"{entry.name} ({number} of {len(entries)})")
@@ -128,25 +128,26 @@ def _tidy(folder: Path, options: SurveyOptions) -> None:
 
 
 @contextmanager
-def _own(output: Path) -> Iterator[None]:
+def _own(output: Path, progress: Progress) -> Iterator[None]:
     """The folder of a survey, for one run at a time.
 
     Raises:
         OutputError: it cannot be made, is something else, or another run has it.
     """
     if not (output / LOCK).is_file():
-        if output.exists() and (not output.is_dir() or os.listdir(output)):
+        left = os.listdir(output) if output.is_dir() else [output.name] if output.exists() else []
+        if left and LOCK not in left:  # or another run has just made it
             raise OutputError(f"{output}: exists and is not the folder of a survey; choose another with -o")
         check_parent(output)
     output.mkdir(exist_ok=True)
     with (output / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"{output}: another survey is at work there; wait for it, or choose another with -o"
-            ) from error
+        alone = locked(lock.fileno())
+        if alone is False:
+            raise OutputError(f"{output}: another survey is at work there; wait for it, or choose another with -o")
+        if alone is None:
+            progress.say(f"note: the file system of {output} has no locks; see to it that no other survey works there")
         (output / MODELS).mkdir(exist_ok=True)
+        remove_left(output)
         yield
 
 
@@ -200,6 +201,7 @@ def _begin(entry: Entry, folder: Path) -> bool:
     if not path.is_file():
         folder.mkdir(exist_ok=True)
         write_whole(path, {"entry": own, "was_cached": cached_repository(entry.model) is not None})
+    remove_left(folder)
     begun = read_json(path, f"remove {folder}")
     if begun.get("entry") != own:
         raise OutputError(

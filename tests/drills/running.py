@@ -5,6 +5,7 @@ The process is forked from one that has imported everything: importing takes fiv
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import shutil
@@ -16,6 +17,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
+
+import psutil
 
 PARTIAL = ".out.partial-*"
 ENDING = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 130}  # exit codes
@@ -47,7 +50,7 @@ class Forked:
     def __init__(
         self,
         arguments: Sequence[str],
-        env: Mapping[str, str],
+        env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         prepare: Callable[[], object] | None = None,
         start_new_session: bool = False,
@@ -56,7 +59,7 @@ class Forked:
         context.set_forkserver_preload(["tests.drills.preloaded"])
         self.streams = Path(tempfile.mkdtemp(prefix="drill-"))
         (self.streams / "stderr").touch()
-        how = (list(arguments), str(self.streams), dict(env), cwd or Path.cwd(), prepare, start_new_session)
+        how = (list(arguments), str(self.streams), dict(env or {}), cwd or Path.cwd(), prepare, start_new_session)
         self.process = context.Process(target=_run, args=how)
         self.process.start()
         assert self.process.pid is not None
@@ -119,6 +122,23 @@ def heard_signals() -> None:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
+def at_the_hub() -> None:
+    """In the new process, huggingface_hub reads the environment again; see `tests.hub.commands.environment`."""
+    import huggingface_hub.constants
+
+    heard_signals()
+    importlib.reload(huggingface_hub.constants)
+
+
+def forked_stages() -> None:
+    """In the new process, stages of a survey are forked from it, which has imported everything, and not from a server,
+    which would import it again.
+    """
+    heard_signals()
+    fork = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda method=None: fork  # type: ignore[assignment]
+
+
 def patch(
     source: Path | str,
     out: Path,
@@ -136,7 +156,7 @@ def patch(
     """
     words = [str(word) for word in ("patch", source, "--recipe", "demo", "--num-images", 8, "-q", "-o", out, *more)]
     if not before:
-        return Forked(words, env or {}, cwd, prepare, start_new_session)
+        return Forked(words, env, cwd, prepare, start_new_session)
     return subprocess.Popen(
         [*before, *COMMAND, *words],
         stdout=subprocess.PIPE,
@@ -145,6 +165,26 @@ def patch(
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **(env or {})},
         cwd=cwd,
     )
+
+
+def gone(group: int, seconds: float = 30.0) -> None:
+    """Wait until no process of the group runs.
+
+    Raises:
+        TimeoutError: one does not end.
+    """
+    until = time.monotonic() + seconds
+    while any(_group(process) == group for process in psutil.process_iter()):
+        if time.monotonic() > until:
+            raise TimeoutError(f"a process of the group {group} has not ended after {seconds} s")
+        time.sleep(0.01)
+
+
+def _group(process: psutil.Process) -> int | None:
+    try:
+        return None if process.status() == psutil.STATUS_ZOMBIE else os.getpgid(process.pid)
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return None
 
 
 def ended(process: Process) -> tuple[int, str]:

@@ -11,6 +11,7 @@ from regsurgery.checkpoints.sums import check_sums, sha256
 from regsurgery.demo import write_demo
 from regsurgery.verification.original import read_record
 from tests.drills import Row, drill, tries
+from tests.drills.patched import demo
 from tests.drills.running import ended, patch
 
 WEIGHTS = "model.safetensors"
@@ -65,3 +66,54 @@ def source_changed_while_read(place: Path) -> Row:
     assert seen["refused"], seen
     outcome = ", ".join(f"{what}: {count}" for what, count in seen.items())
     return Row(2 * moments, f"{outcome}; no folder with other weights than it says")
+
+
+@drill
+def folder_switched_while_read(place: Path) -> Row:
+    """A link to the source that leads to another version meanwhile: refused, or every file is of one of the two."""
+    source, out, digests = place / "current", place / "out", list[dict[str, str]]()
+    for version in ("a", "b"):
+        folder = demo(place / version)
+        for name in ("config.json", WEIGHTS):
+            path = folder / name
+            content = path.read_bytes()
+            changed = content[:-1] + bytes([content[-1] ^ 1]) if name == WEIGHTS else content + b" "
+            path.write_bytes(changed if version == "b" else content)
+        (folder / "labels.txt").write_text(version)
+        digests.append({path.name: sha256(path) for path in folder.iterdir()})
+    moments, seen = tries(2, 10), Counter[str]()
+    seconds = _seconds(place / "a", out)
+    for moment in range(moments):
+        switch(source, "a")
+        process = patch(source, out)
+        time.sleep(seconds * (moment + 0.5) / moments)
+        switch(source, "b")
+        code, said = ended(process)
+        if code == 0:
+            check_sums(out)
+            written = {file.name: file.sha256 for file in read_record(out).files}
+            assert written in digests, f"the folder has files of both: {written}"
+            shutil.rmtree(out)
+            seen["the old one" if written == digests[0] else "the new one"] += 1
+        else:
+            assert code == 2 and "the source changed while it was read" in said and not out.exists(), (code, said)
+            seen["refused"] += 1
+    outcome = ", ".join(f"{what} {count} times" for what, count in seen.items())
+    return Row(moments, f"{outcome}; never a folder of both")
+
+
+def switch(link: Path, version: str) -> None:
+    """As a new version is put in place of the old one, at once."""
+    new = link.with_name("next")
+    new.symlink_to(version)
+    new.replace(link)
+
+
+def _seconds(source: Path, out: Path) -> float:
+    """How long `patch` takes, once what it imports is there."""
+    assert ended(patch(source, out))[0] == 0
+    shutil.rmtree(out)
+    began = time.monotonic()
+    assert ended(patch(source, out))[0] == 0
+    shutil.rmtree(out)
+    return time.monotonic() - began

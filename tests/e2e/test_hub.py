@@ -468,6 +468,31 @@ def test_a_change_meanwhile_is_not_overwritten(
     assert hub.files(REPO) == {**whole, "theirs.txt": b"theirs"}
 
 
+def test_a_new_repository_that_somebody_else_fills_meanwhile(hub: Hub, run: Callable[..., Done], demo: Path) -> None:
+    hub.faults = [Fault("POST", "/preupload/", "overtaken")]
+    done = run("push", demo, REPO)
+    assert done.code == 2 and "the repository has changed in the meantime" in done.err
+    assert hub.files(REPO) == {"theirs.txt": b"theirs"}
+
+
+@pytest.mark.parametrize("name", ["README.md", "model.safetensors"])
+def test_a_folder_that_is_written_while_it_is_pushed_is_not_committed(
+    hub: Hub, run: Callable[..., Done], demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = shutil.copytree(demo, tmp_path / "demo") / name
+    answer = hub.fault
+
+    def fault(method: str, asked: str) -> str:
+        if "/batch" in asked:  # the sums were checked, and nothing is sent
+            path.write_bytes(path.read_bytes()[:-1] + b"\0")
+        return answer(method, asked)
+
+    monkeypatch.setattr(hub, "fault", fault)
+    done = run("push", path.parent, REPO)
+    assert done.code == 2 and f"{path}: the source changed while it was read" in error_line(done)
+    assert hub.files(REPO) == {}
+
+
 # --- loaded from there ----------------------------------------------------------------------------------------------
 
 

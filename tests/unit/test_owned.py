@@ -51,6 +51,21 @@ def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", flock)
 
 
+@pytest.mark.parametrize("called", ["open", "unlink", "rmdir"])
+def test_a_signal_at_any_moment_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, called: str) -> None:
+    """It raises between two calls, while the folder is made, or removed."""
+    real = getattr(os, called)
+
+    def interrupted(*arguments: Any, **how: Any) -> Any:
+        monkeypatch.setattr(os, called, real)
+        raise SystemExit(143)
+
+    monkeypatch.setattr(os, called, interrupted)
+    with pytest.raises(SystemExit), OwnedFolder(tmp_path, PREFIX) as folder:
+        (folder / "file").write_text("half")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_is_there_for_its_block_alone(tmp_path: Path) -> None:
     with OwnedFolder(tmp_path, PREFIX) as folder:
         assert re.fullmatch(r"\.out\.partial-[0-9a-f]{8}", folder.name) and folder.stat().st_mode & 0o777 == 0o700

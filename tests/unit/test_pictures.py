@@ -92,6 +92,13 @@ def test_grey_values_that_are_no_numbers_are_a_reason(tmp_path: Path) -> None:
         decode(tmp_path / "grey.tif")
 
 
+def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
+    """A record of a parquet file may name one; reading it would not end."""
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="not a regular file"):
+        decode(tmp_path / "a.png")
+
+
 def test_a_picture_that_is_a_thread_is_skipped_with_the_reason(tmp_path: Path) -> None:
     for number in range(4):
         save(tmp_path / f"{number}.png")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 
 import regsurgery
 from regsurgery.errors import CheckpointError, OutputError, UserError
+from regsurgery.progress import Progress
 from regsurgery.surveying.cache import cached_repository
 from regsurgery.surveying.listed import parse_list, read_list
 from regsurgery.surveying.records import CRASHED, DONE, FAILED, REFUSED, Record, read_record, write_record
@@ -260,8 +263,42 @@ def test_a_folder_is_one_surveys_at_a_time(surveyed: Any, tmp_path: Path) -> Non
         surveyed()
     (tmp_path / "out" / "mine.txt").unlink()
     (tmp_path / "out").rmdir()
-    with _own(tmp_path / "out"), pytest.raises(OutputError, match="another survey is at work there"):
+    with _own(tmp_path / "out", Progress()), pytest.raises(OutputError, match="another survey is at work there"):
         surveyed()
+
+
+def test_a_survey_begins_where_there_are_no_locks_and_where_another_has_just_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from regsurgery.surveying import survey
+
+    told: list[str] = []
+    progress = Progress()
+    monkeypatch.setattr(progress, "say", told.append)
+
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with survey._own(tmp_path / "begun", progress):
+        monkeypatch.setattr(Path, "is_file", lambda path: False)  # it was looked for a moment before
+        with (
+            pytest.raises(OutputError, match="another survey is at work there"),
+            survey._own(tmp_path / "begun", progress),
+        ):
+            pass
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with survey._own(tmp_path / "out", progress):
+        assert "has no locks; see to it that no other survey works there" in told[0]
+
+
+def test_what_a_killed_survey_left_half_written_is_removed(surveyed: Any, tmp_path: Path) -> None:
+    """Of a record that was whole when its run was killed, which is not written again."""
+    surveyed(only=["one"])
+    for place in (tmp_path / "out", tmp_path / "out" / "models" / "one"):
+        (place / ".doctor.json.partial-0123abcd").mkdir()
+        (place / ".doctor.json.partial-0123abcd" / "owner.json").write_text("")
+    surveyed(only=["one"])
+    assert not list((tmp_path / "out").rglob(".*"))
 
 
 @pytest.mark.parametrize("content", ["{}", "[", '{"schema": 1}'])
@@ -318,30 +355,37 @@ def test_published_figures_stand_beside_the_measured_ones(surveyed: Any, tmp_pat
 APART = """
 import os, signal, sys
 from pathlib import Path
+from regsurgery.checkpoints.owned import OwnedFolder
 from regsurgery.errors import UserError
 from regsurgery.surveying import apart
 
 apart.IMPORTED = ()
 LOG = Path(sys.argv[1])
+TEMPORARY = LOG.with_name("temporary")
 
 def kills(number): print("said", flush=True); os.kill(os.getpid(), number)
 def fails(): raise ValueError("a bug")
-def works(): pass
+def works(): works.folder = OwnedFolder(TEMPORARY, "for-the-whole-process-")
+def is_ended():
+    with OwnedFolder(TEMPORARY, "for-a-block-"):
+        kills(signal.SIGTERM)
 
 if __name__ == "__main__":
     codes = [apart.run_apart(works, log=LOG), apart.run_apart(fails, log=LOG), apart.run_apart(kills, 9, log=LOG)]
     try:
-        apart.run_apart(kills, signal.SIGTERM, log=LOG)
+        apart.run_apart(is_ended, log=LOG)
     except UserError as error:
         codes.append("SIGTERM" in str(error))
     print(codes)
 """
 
 
-def test_a_process_ends_as_it_does(tmp_path: Path) -> None:
+def test_a_process_ends_as_it_does_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "temporary").mkdir()
     script = tmp_path / "script.py"
     script.write_text(APART)
     done = subprocess.run([sys.executable, script, tmp_path / "log"], capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.stderr) == ("[0, 1, -9, True]\n", "")
     log = (tmp_path / "log").read_text()
     assert "ValueError: a bug" in log and log.count("said") == 2
+    assert not list((tmp_path / "temporary").iterdir())
