@@ -103,7 +103,8 @@ def _cropped(path: Path, size: int) -> Tensor:
     image: Any = Image.open(path).convert("RGB")  # torchvision's functions take it, and say that they take tensors
     short = round(MARGIN * size)
     image = functional.resize(image, [short], interpolation=functional.InterpolationMode.BICUBIC)
-    return pixels_of(functional.center_crop(image, [size, size]))
+    middle: Any = functional.center_crop(image, [size, size])
+    return pixels_of(middle)
 
 
 def _text(found: dict[str, Any]) -> str:
