@@ -103,8 +103,7 @@ def startup_verdicts(figures: Figures) -> Iterator[Verdict]:
         yield Verdict(f"`{name}`", limit, "s", None if row is None else estimate(row["seconds"]))
 
 
-# Readings of weights that stay on disk: checksums and models; twice to fit, then writing, its checksums, and a check.
-READS = {"verify": 2.0, "native": 6.0}
+READS = {"verify": 2.0}  # readings of weights that stay on disk: for their checksums, and for all models
 SPARE = 0.05  # of one reading, for other files
 
 
