@@ -44,7 +44,7 @@ PLANTED = {1: 2, 2: 1}
 IDS = {pico.id for pico in (*PICOS, *WHOLES)}
 
 torch.set_num_threads(1)
-# Drift at three image sizes, on 8 photos, takes a third of a real model's `patch`; tests of it set their own number.
+# Drift at three image sizes, on 8 photos, takes long for a real model; tests of it set their own number.
 size_drift.MAX_IMAGES = 2
 # Native mode and bias of small models need no more to fit on.
 division.GENERATED_TO_FIT = 32

@@ -28,10 +28,10 @@ from regsurgery.compiler.taps import tap
 from regsurgery.compiler.trace import tensor_inputs
 from regsurgery.recipe import REFERENCE, Recipe, by_blocks
 from regsurgery.runtime.surgery import neuron_shift
-from regsurgery.search.entering import Entering, block_of, shift_only
+from regsurgery.search.entering import SPACE, Entering, block_of, shift_only
 
 Neurons = tuple[tuple[int, int], ...]  # (block, neuron), ascending
-KEPT = 2  # what trials with this many numbers of registers begin with stays in memory
+KEPT = 2  # what trials with this many numbers of registers begin with stays in memory, and of more within `SPACE`
 Graphs = dict[int, fx.GraphModule]  # number of registers -> the model with them, and a shift in every block
 FIGURES = ("drift", "outliers", "register_norm", "cosine_output", "cosine_patches", "kl", "same_argmax")
 
@@ -201,7 +201,7 @@ class DriftTrials:
         if num_registers not in self._enterings:
             patched = self._with_registers(num_registers)
             tapped = tap(patched, probe_nodes(self.sites), outputs=(self.main,))
-            while len(self._enterings) >= KEPT:
+            while len(self._enterings) >= KEPT and sum(one.num_bytes for one in self._enterings.values()) > SPACE // 2:
                 self._enterings.popitem(last=False)
             self._enterings[num_registers] = Entering(patched, self.sites, tapped, self.inputs)
         self._enterings.move_to_end(num_registers)

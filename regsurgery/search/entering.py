@@ -17,7 +17,8 @@ from regsurgery.compiler.sites import Sites
 from regsurgery.compiler.taps import tap
 from regsurgery.runtime.surgery import insert_registers
 
-KEPT = 3  # the streams that enter this many blocks stay in memory
+KEPT = 3  # the streams that enter this many blocks stay in memory,
+SPACE = 64 << 20  # and those of more blocks as far as all of them together take no more bytes than this
 
 
 class Entering:
@@ -43,11 +44,16 @@ class Entering:
         block = min(neurons, default=max(self._kept, default=0))  # where nothing is shifted, any will do
         if block not in self._kept:
             started = self._streams(block), starting_at(self.tapped, self._node(block))
-            while len(self._kept) >= KEPT:
+            while len(self._kept) >= KEPT and self.num_bytes + _num_bytes(started[0]) > SPACE:
                 self._kept.popitem(last=False)
             self._kept[block] = started
         self._kept.move_to_end(block)
         return self._kept[block]
+
+    @property
+    def num_bytes(self) -> int:
+        """What the streams take that stay in memory."""
+        return sum(_num_bytes(streams) for streams, _ in self._kept.values())
 
     @torch.no_grad()
     def _streams(self, block: int) -> list[Tensor]:
@@ -67,6 +73,10 @@ class Entering:
             return self.sites.blocks[block - 1].output
         (joined,) = self.patched.graph.find_nodes(op="call_function", target=insert_registers)
         return joined.name
+
+
+def _num_bytes(streams: Sequence[Tensor]) -> int:
+    return sum(stream_BTD.nbytes for stream_BTD in streams)
 
 
 def shift_only(graph_module: fx.GraphModule, neurons: Mapping[int, Sequence[int]]) -> None:

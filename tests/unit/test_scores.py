@@ -13,6 +13,7 @@ from regsurgery.compiler.outliers import robust_outliers, token_norms
 from regsurgery.compiler.taps import tap
 from regsurgery.images.image_set import image_set
 from regsurgery.recipe import by_blocks
+from regsurgery.search import entering
 from regsurgery.search.drift import DriftTrials, Setting
 from regsurgery.search.entering import shift_only
 from regsurgery.search.scores import Scorer, column_norms
@@ -93,6 +94,20 @@ def test_a_trial_starts_at_its_first_block(index: int, planted_picos: Callable[[
         flops["glance"].append(glancing.get_total_flops())
         flops["drift"].append(drifting.get_total_flops())
     assert flops["glance"][2] < 0.5 * flops["glance"][1] and flops["drift"][2] < 0.7 * flops["drift"][1], flops
+
+
+def test_what_enters_more_blocks_is_kept_while_it_is_small(
+    planted_picos: Callable[[Pico], Planted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted = planted_picos(CORE[0])
+    trials = Trials(planted.located, list(image_set(None, 1).batches(1, planted.loaded.preprocess)))
+    monkeypatch.setattr(entering, "KEPT", 1)
+    for space, kept in ((0, [2]), (1 << 20, [0, 1, 2])):
+        monkeypatch.setattr(entering, "SPACE", space)
+        trials.entering._kept.clear()
+        for block in range(LAST + 1):
+            trials.entering.starts({block: (5,)})
+        assert list(trials.entering._kept) == kept
 
 
 def _inputs(planted: Planted, batch: torch.Tensor) -> list[torch.Tensor]:
