@@ -66,10 +66,6 @@ class Calibrated:
     stopped_after: int | None = None
 
 
-def _loss(calibrated: Calibrated) -> float:
-    return calibrated.after
-
-
 def divided(num_images: int, seed: int) -> tuple[Tensor, Tensor]:
     """Numbers of the images to train on, and of those held out: a fifth, at least one."""
     order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
@@ -144,7 +140,8 @@ def calibrate(
             if step % CHECK_EVERY == 0:
                 parameters = trained.parameters(detached=True)
                 value = loss.mean(held_out, parameters)
-                checked = min(best, Calibrated(replace(native, parameters=parameters), before, value, step), key=_loss)
+                if value < best.after:
+                    checked = Calibrated(replace(native, parameters=parameters), before, value, step)
                 if value > HOPELESS * before and not best.steps:
                     progress.say(f"calibration: ended after {step} steps, which made the closed form worse")
                     return best
