@@ -134,6 +134,11 @@ def shared_peak(peak_B1K: Tensor) -> Tensor:
     return signed_peak(peak_B1K.transpose(1, 2)).transpose(1, 2).expand_as(peak_B1K)
 
 
+def _peak(values_BTK: Tensor, one_peak: bool) -> Tensor:
+    peak_B1K = signed_peak(values_BTK)
+    return shared_peak(peak_B1K) if one_peak else peak_B1K
+
+
 def filled(values_BnK: Tensor, patches_BNK: Tensor, fill: str) -> Tensor:
     """What remains of `values_BnK` (patches, or the prefix) once the extremes are moved away; see `neuron_shift`."""
     if fill == "keep":
@@ -197,7 +202,7 @@ def neuron_shift(
     values_BTK = hidden_BTH.index_select(-1, index_K)
     prefix_BPK = values_BTK.narrow(1, 0, num_prefix)
     patches_BNK = values_BTK.narrow(1, first_patch, num_tokens - num_prefix)
-    peak_B1K = shared_peak(signed_peak(values_BTK)) if one_peak else signed_peak(values_BTK)
+    peak_B1K = _peak(values_BTK, one_peak)
     new_prefix_BPK = filled(prefix_BPK, patches_BNK, fill) if fill_prefix else prefix_BPK
     new_patches_BNK = filled(patches_BNK, patches_BNK, fill)
     shifted = [peak_B1K if factor == 1 else peak_B1K * factor for factor in scale]
@@ -216,11 +221,7 @@ def _moved(
 
     In two writes, and nothing is put together first: two thirds of the time. A compiler needs no help.
     """
-    peak_B1K = None
-    if registers[1]:
-        peak_B1K = signed_peak(hidden_BTH.index_select(-1, index_K))
-        if one_peak:
-            peak_B1K = shared_peak(peak_B1K)
+    peak_B1K = _peak(hidden_BTH.index_select(-1, index_K), one_peak) if registers[1] else None
     hidden_BTH.narrow(1, *patches).index_fill_(-1, index_K, 0)
     if peak_B1K is not None:
         hidden_BTH.narrow(1, *registers).index_copy_(-1, index_K, peak_B1K.expand(-1, registers[1], -1))
